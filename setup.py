@@ -1,0 +1,209 @@
+"""Find FFTW, find OpenMP, build the extensions; everything else about the package is in pyproject.toml."""
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.modified import newer_group
+
+KERNELS = Path("src/ropecy/kernels")
+
+# Each extension and the C kernel files that it links: c/<name>.c, compiled once per instruction set level.
+EXTENSIONS = {
+    "_rotary": ["rotary"],
+    "_exact": ["exact"],
+    "_monomials": ["monomials"],
+    "_fftw": [],
+}
+
+# No -march=native, since a wheel runs on other machines, and no -ffast-math, since it changes subnormals for
+# the whole process: only the three promises below, none of which alters the value of a finite expression
+# beyond the contraction of a*b + c.
+KERNEL_FLAGS = ["-O3", "-std=gnu11", "-ffp-contract=fast", "-fno-trapping-math", "-fno-math-errno"]
+KERNEL_FLAGS += ["-fvisibility=hidden", "-Wall"]
+SHIM_FLAGS = ["-O3", "-std=gnu11", "-fvisibility=hidden"]  # for what Cython generates
+
+LEVELS = {"baseline": []}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    LEVELS |= {"v3": ["-march=x86-64-v3"], "v4": ["-march=x86-64-v4"]}
+
+FFTW_LIBRARIES = ("fftw3", "fftw3f")
+FFTW_MISSING = (
+    "FFTW 3 in double and single precision was not found ({reason}): install libfftw3-dev and pkg-config (apt), "
+    "fftw-devel (dnf), fftw (brew, conda), or set ROPECY_FFTW_PREFIX to the directory of include/fftw3.h and lib/."
+)
+
+
+@dataclass
+class FFTW:
+    """Where FFTW is, and whether both of its libraries go into the extension itself."""
+
+    include: list[str]
+    libdirs: list[str]
+    static: list[str] = field(default_factory=list)  # paths of the archives; empty for dynamic linking
+    rpath: list[str] = field(default_factory=list)
+
+
+def find_fftw() -> FFTW:
+    """FFTW from ROPECY_FFTW_PREFIX, then from pkg-config; SystemExit with one line where there is none."""
+    prefix = os.environ.get("ROPECY_FFTW_PREFIX")
+    if prefix:
+        include = [str(Path(prefix, "include"))]
+        libdirs = [str(path) for name in ("lib", "lib64") if (path := Path(prefix, name)).is_dir()]
+        if not Path(include[0], "fftw3.h").is_file():
+            raise SystemExit(FFTW_MISSING.format(reason=f"ROPECY_FFTW_PREFIX={prefix} has no include/fftw3.h"))
+        for name in FFTW_LIBRARIES:
+            if not any(True for path in libdirs for _ in Path(path).glob(f"lib{name}.*")):
+                raise SystemExit(FFTW_MISSING.format(reason=f"ROPECY_FFTW_PREFIX={prefix} has no lib{name}"))
+        return FFTW(include, libdirs, find_static(libdirs), rpath=libdirs)
+
+    def pkg_config(*arguments):
+        tool = os.environ.get("PKG_CONFIG", "pkg-config")
+        try:
+            done = subprocess.run([tool, *arguments, *FFTW_LIBRARIES], capture_output=True, text=True)
+        except OSError:
+            raise SystemExit(FFTW_MISSING.format(reason=f"{tool} cannot be run")) from None
+        if done.returncode:
+            raise SystemExit(FFTW_MISSING.format(reason="pkg-config knows no fftw3 and fftw3f"))
+        return shlex.split(done.stdout)
+
+    libdirs = sorted(set(pkg_config("--variable=libdir")))
+    return FFTW([flag[2:] for flag in pkg_config("--cflags-only-I")], libdirs, find_static(libdirs))
+
+
+def find_static(libdirs: list[str]) -> list[str]:
+    """The archives of both precisions if each exists, else nothing.
+
+    Other libraries of a process may carry the same fftw_* names (MKL does, and PyTorch carries MKL); archives
+    with hidden symbols keep ours apart.
+    """
+    found = [next((str(p) for d in libdirs if (p := Path(d, f"lib{n}.a")).is_file()), None) for n in FFTW_LIBRARIES]
+    return [] if None in found else found
+
+
+class BuildExtensions(build_ext):
+    """build_ext with kernels per instruction set level, OpenMP where there is one, and FFTW linked in hidden."""
+
+    fftw: FFTW
+
+    def finalize_options(self):
+        super().finalize_options()
+        self.parallel = self.parallel or os.cpu_count()
+
+    def build_extensions(self):
+        openmp = self.find_openmp()
+        if openmp is None:
+            line = "*" * 72
+            print(f"{line}\nWARNING: no OpenMP found: ropecy is built for ONE THREAD only\n{line}", file=sys.stderr)
+        for ext in self.extensions:
+            if openmp:
+                ext.extra_compile_args += openmp[0]
+                ext.extra_link_args += openmp[1]
+            if ext.name.endswith("._fftw"):
+                self.link_fftw(ext)
+        super().build_extensions()
+
+    def build_extension(self, ext):
+        up_to_date = not newer_group([*ext.sources, *ext.depends], self.get_ext_fullpath(ext.name), "newer")
+        if up_to_date and not self.force:
+            return
+        for name in ext.kernels:
+            for level, march in LEVELS.items():
+                ext.extra_objects += self.compiler.compile(
+                    [str(KERNELS / "c" / f"{name}.c")],
+                    output_dir=os.path.join(self.build_temp, level),
+                    macros=[("RC_LEVEL", level)],
+                    extra_postargs=KERNEL_FLAGS + march,
+                )
+        super().build_extension(ext)
+
+    def link_fftw(self, ext):
+        ext.include_dirs += self.fftw.include
+        # macOS needs no hiding: its two-level namespace binds each name to the library that it was linked with.
+        hide = [] if sys.platform == "darwin" else ["-Wl,--exclude-libs,ALL"]
+        hidden = [*self.fftw.static, *hide, "-lm"]
+        # An archive that was not compiled as position-independent code doesn't link into an extension.
+        if self.fftw.static and self.links("#include <fftw3.h>\nvoid *probe[] = {fftw_plan_many_dft_r2c};", hidden):
+            ext.extra_link_args += hidden
+        else:
+            ext.library_dirs += self.fftw.libdirs
+            ext.runtime_library_dirs += self.fftw.rpath
+            ext.libraries += FFTW_LIBRARIES
+
+    def find_openmp(self):
+        """The flags (compile, link) of OpenMP, or None."""
+        candidates = [(["-fopenmp"], ["-fopenmp"])]
+        if sys.platform == "darwin":
+            brew = "/opt/homebrew/opt/libomp"
+            candidates += [
+                (["-Xpreprocessor", "-fopenmp"], ["-lomp"]),
+                (["-Xpreprocessor", "-fopenmp", f"-I{brew}/include"], [f"-L{brew}/lib", "-lomp"]),
+            ]
+        source = "#include <omp.h>\nint probe(void) { return omp_get_max_threads(); }"
+        return next((flags for flags in candidates if self.links(source, flags[1], flags[0])), None)
+
+    def links(self, source, link_flags, compile_flags=()):
+        """Whether a shared object made of this source compiles and links."""
+        with tempfile.TemporaryDirectory() as folder:
+            c, o, so = (str(Path(folder, f"probe.{end}")) for end in ("c", "o", "so"))
+            Path(c).write_text(source + "\n")
+            include = [f"-I{path}" for path in self.fftw.include]
+            steps = (
+                [*self.compiler.compiler_so, *include, *compile_flags, "-c", c, "-o", o],
+                [*self.compiler.linker_so, o, *link_flags, "-o", so],
+            )
+            return all(subprocess.run(step, capture_output=True).returncode == 0 for step in steps)
+
+
+def extensions() -> list[Extension]:
+    """The extensions as cythonized sources; kernels holds the names of the C files that go with each."""
+    import numpy
+    from Cython.Build import cythonize
+
+    debug = os.environ.get("ROPECY_DEBUG_CYTHON") == "1"
+    depends = ["setup.py", *sorted(str(path) for path in KERNELS.glob("*.pxd"))]
+    depends += sorted(str(path) for path in (KERNELS / "c").glob("*.[ch]"))
+    wanted = [
+        Extension(
+            f"ropecy.kernels.{name}",
+            [str(KERNELS / f"{name}.pyx")],
+            include_dirs=[str(KERNELS), str(KERNELS / "c"), numpy.get_include()],
+            define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
+            extra_compile_args=list(SHIM_FLAGS),
+            depends=depends,
+        )
+        for name in EXTENSIONS
+    ]
+    built = cythonize(
+        wanted,
+        build_dir="build/cython-debug" if debug else "build/cython",
+        compiler_directives={
+            "language_level": 3,
+            "boundscheck": debug,
+            "wraparound": False,
+            "cdivision": True,
+            "freethreading_compatible": True,
+        },
+    )
+    for ext in built:
+        ext.kernels = EXTENSIONS[ext.name.rpartition(".")[2]]
+    return built
+
+
+if __name__ == "__main__":
+    # The source is BSD-3-Clause; a wheel that holds FFTW's archives holds GPL code as well, and says so. This is
+    # why pyproject.toml leaves the licence to this file.
+    licence, modules = "BSD-3-Clause", []
+    # An sdist, and the questions that pip asks before it builds, need neither FFTW nor a compiler.
+    if {"egg_info", "sdist"}.isdisjoint(sys.argv):
+        BuildExtensions.fftw = find_fftw()
+        licence += " AND GPL-2.0-or-later" if BuildExtensions.fftw.static else ""
+        modules = extensions()
+    setup(license_expression=licence, ext_modules=modules, cmdclass={"build_ext": BuildExtensions})

@@ -1,0 +1,44 @@
+"""ropecy: softmax attention with rotary positions and its gradient, certified, in almost linear time on CPUs.
+
+What it computes is ``O = D^-1 A V`` with ``A_ij = exp(scale Q_i W R_{j-i} K_j^T + b_{j-i})`` and ``D = diag(A 1)``, and
+the gradient of the loss ``L(W) = 1/2 || D^-1 A V - E ||_F^2``.
+
+The map of the package:
+
+==========================================  ================================================
+`Rotary`                                    R_m and the scaling rules of published models
+`RelativeBias`, `RelativeFamily`            what depends on j - i alone
+`attention`, `attention_vjp`                O, and its gradient
+`loss`, `loss_grad`                         L, and its gradient
+`AttentionMatrix`                           A itself, implicit: ``A @ X``, ``A.T @ X``, ``A.D``
+`plan`, `Plan`, `Certificate`               which engine would run, why, and what error it promises
+`BoundedEntryError`, `PerformanceWarning`   what stands in the way of a certificate, or of speed
+`info`                                      versions and what the machine offers
+==========================================  ================================================
+"""
+
+from ._info import info
+from .attention import AttentionMatrix, attention, attention_vjp
+from .loss import loss, loss_grad
+from .plan import BoundedEntryError, Certificate, PerformanceWarning, Plan, plan
+from .relative import RelativeBias, RelativeFamily
+from .rotary import Rotary
+
+__all__ = [
+    "AttentionMatrix",
+    "BoundedEntryError",
+    "Certificate",
+    "PerformanceWarning",
+    "Plan",
+    "RelativeBias",
+    "RelativeFamily",
+    "Rotary",
+    "attention",
+    "attention_vjp",
+    "info",
+    "loss",
+    "loss_grad",
+    "plan",
+]
+
+__version__ = "0.1.0"

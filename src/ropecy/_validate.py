@@ -1,0 +1,437 @@
+"""Every check of what a user passes, with its message: which argument, what it got, what it wants.
+
+Checks come before any work, the cheap ones first: options, then types and shapes, then the values of arrays. What
+passes comes back in plain forms (arrays of the dtype computed in, a band instead of masks) that nothing checks again.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .relative import RelativeBias, RelativeFamily
+from .rotary import Rotary
+
+# Past this many threads the operating system, not the arithmetic, sets the pace, and libgomp ends the whole process
+# when it can't start one. Results don't depend on the number.
+_MOST_THREADS = 256
+
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+# The pool of OpenMP threads doesn't survive a fork: a child that asks for more than one thread waits for ever.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+@dataclass(slots=True)
+class Arguments:
+    """Checked arguments: arrays in the dtype computed in, shapes agreed upon, masks by index as one band.
+
+    ``Q``, ``K``, ``V`` and the projections keep their own leading axes; ``batch + (heads,)`` is what these broadcast
+    to (``lead`` is that, or ``()`` where no array has leading axes).
+    """
+
+    Q: np.ndarray
+    K: np.ndarray
+    V: np.ndarray | None
+    W: np.ndarray | None
+    W_Q: np.ndarray | None
+    W_K: np.ndarray | None
+    W_V: np.ndarray | None
+    R: Rotary | None
+    dtype: np.dtype
+    lead: tuple[int, ...]
+    n: int
+    n_k: int
+    d: int
+    d_v: int
+    scale: float
+    near: tuple[int, float] | None
+    lo: int | None
+    hi: int | None
+    q_offset: int
+    bias: RelativeBias | None
+    key_mask: np.ndarray | None
+    q_positions: np.ndarray | None
+    k_positions: np.ndarray | None
+    threads: int
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        return self.lead[:-1]
+
+    @property
+    def heads(self) -> int:
+        return self.lead[-1] if self.lead else 1
+
+
+def check_arguments(
+    Q: Any,
+    K: Any,
+    V: Any,
+    R: Any,
+    *,
+    W: Any,
+    W_Q: Any,
+    W_K: Any,
+    W_V: Any,
+    scale: Any,
+    causal: Any,
+    window: Any,
+    near: Any,
+    bias: Any,
+    key_mask: Any,
+    q_positions: Any,
+    k_positions: Any,
+    q_offset: Any,
+    threads: Any,
+) -> Arguments:
+    """What the arguments of `attention` say of the numbers, checked; ``V=None`` where no values are meant."""
+    q_offset = _integer("q_offset", q_offset)
+    threads = _threads(threads)
+    lo, hi = _band(check_flag("causal", causal), window)
+    if near is not None:
+        near = _near(near)
+    if R is not None and not isinstance(R, Rotary):
+        if isinstance(R, RelativeFamily):
+            raise NotImplementedError("R: a RelativeFamily comes with the fft engine, which is not there yet")
+        raise TypeError(f"R: got {_kind(R)}, wants a ropecy.Rotary or None")
+    if bias is not None and not isinstance(bias, RelativeBias):
+        raise TypeError(f"bias: got {_kind(bias)}, wants a ropecy.RelativeBias or None")
+    for name, positions in (("q_positions", q_positions), ("k_positions", k_positions)):
+        if positions is not None and R is None:
+            raise ValueError(f"{name}: got positions without a rotation, wants R=ropecy.Rotary(...) beside them")
+
+    given = {"Q": Q, "K": K, "V": V, "W": W, "W_Q": W_Q, "W_K": W_K, "W_V": W_V}
+    if V is None and W_V is not None:
+        raise ValueError("W_V: got a projection without V, wants both or neither")
+    given = {name: _array(name, X) for name, X in given.items() if name in ("Q", "K") or X is not None}
+    dtype = given["Q"].dtype
+    for name, X in given.items():
+        if X.dtype != dtype:
+            raise TypeError(f"{name}: got dtype {X.dtype}, wants {dtype} as Q has")
+    n, n_k = given["Q"].shape[-2], given["K"].shape[-2]
+    projected = {
+        "Q": _product_shape(given, "Q", "W_Q", "W"),
+        "K": _product_shape(given, "K", "W_K"),
+        "V": _product_shape(given, "V", "W_V") if V is not None else (n_k, 1),
+    }
+    d = projected["K"][-1]
+    if projected["Q"][-1] != d:
+        raise ValueError(
+            f"K: got rows of width {d} (after W_K), wants {projected['Q'][-1]}, the width of Q (after W_Q and W)"
+        )
+    if d == 0:
+        raise ValueError(f"Q: got shape {given['Q'].shape}, wants rows with at least one entry to form scores from")
+    if projected["V"][-2] != n_k:
+        raise ValueError(f"V: got {projected['V'][-2]} rows (shape {given['V'].shape}), wants {n_k}, one for each of K")
+    if R is not None and R.d != d:
+        raise ValueError(f"R: got a Rotary of width {R.d}, wants {d}, the width of what meets in the score")
+    lead = _lead(projected)
+    if bias is not None and bias.heads not in (None, 1) and (not lead or bias.heads != lead[-1]):
+        heads = lead[-1] if lead else "none: Q, K and V have no head axis"
+        raise ValueError(f"bias: got one for each of {bias.heads} heads, wants heads as Q has ({heads})")
+    if key_mask is not None:
+        key_mask = _key_mask(key_mask, lead, n_k)
+    if R is not None:
+        q_positions = _positions("q_positions", q_positions, lead, n, start=q_offset)
+        k_positions = _positions("k_positions", k_positions, lead, n_k)
+
+    compute = np.dtype(np.float64 if dtype == np.float64 else np.float32)
+    scale = 1 / d if scale is None else _real("scale", scale)
+    for name, number in (("scale", scale), ("near", 0.0 if near is None else near[1])):
+        if abs(number) > np.finfo(compute).max:
+            raise ValueError(f"{name}: got {number}, wants a number that {compute} can hold")
+    if key_mask is not None:
+        given.update({name: _hide(given[name], key_mask, lead) for name in ("K", "V") if name in given})
+    for name, X in given.items():
+        check_finite(name, X)
+    given = {name: X.astype(compute, copy=False) for name, X in given.items()}
+    return Arguments(
+        **{name: given.get(name) for name in ("Q", "K", "V", "W", "W_Q", "W_K", "W_V")},
+        R=R,
+        dtype=dtype,
+        lead=lead,
+        n=n,
+        n_k=n_k,
+        d=d,
+        d_v=projected["V"][-1],
+        scale=scale,
+        near=near,
+        lo=lo,
+        hi=hi,
+        q_offset=q_offset,
+        bias=bias,
+        key_mask=key_mask,
+        q_positions=q_positions,
+        k_positions=k_positions,
+        threads=threads,
+    )
+
+
+def check_method(*, eps: Any, certify: Any, method: Any, degree: Any, seed: Any) -> dict[str, Any]:
+    """What the arguments of `attention` say of how to compute, checked: the keyword arguments of ``plan.make_plan``."""
+    eps = _real("eps", eps)
+    if not 0 < eps < 1:
+        raise ValueError(f"eps: got {eps}, wants a number between 0 and 1, both excluded")
+    _choice("certify", certify, ("proof", "sample"))
+    _choice("method", method, ("auto", "exact", "polynomial", "fft"))
+    if degree is not None:
+        degree = _integer("degree", degree, least=0)
+    if seed is not None:
+        seed = _integer("seed", seed, least=0)
+    return {"eps": eps, "certify": certify, "method": method, "degree": degree, "seed": seed}
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """A bool, as itself: what merely looks true is more often a slip than meant."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name}: got {_kind(value)}, wants True or False")
+    return bool(value)
+
+
+def check_like(name: str, X: Any, dtype: np.dtype, shape: tuple[int, ...], *, broadcast: bool = False) -> np.ndarray:
+    """X with the dtype and shape of the result it stands beside; ``broadcast`` lets leading axes be 1 or missing."""
+    X = _array(name, X)
+    if X.dtype != dtype:
+        raise TypeError(f"{name}: got dtype {X.dtype}, wants {dtype} as Q has")
+    wanted = X.shape[-2:] == shape[-2:] and _broadcasts(X.shape, shape) if broadcast else X.shape == shape
+    if not wanted:
+        raise ValueError(f"{name}: got shape {X.shape}, wants {shape}, the shape of the result")
+    return X
+
+
+def check_values(V: Any) -> None:
+    """V itself, where inside `check_arguments` no V has a meaning of its own."""
+    if V is None:
+        raise TypeError("V: got None, wants an array (..., n_k, d_v)")
+
+
+def check_columns(X: Any, dtype: np.dtype, lead: tuple[int, ...], rows: int) -> np.ndarray:
+    """X (..., rows, m) or (rows,), that a matrix of shape lead + (_, rows) is multiplied with."""
+    X = _array("X", X, least_axes=1)
+    if X.dtype != dtype:
+        raise TypeError(f"X: got dtype {X.dtype}, wants {dtype} as Q has")
+    leads_fit = X.ndim < 3 or _broadcasts(X.shape[:-2], lead)
+    if X.shape[-2:][0] != rows or not leads_fit:
+        raise ValueError(f"X: got shape {X.shape}, wants ({rows},) or (..., {rows}, m), leading axes as in {lead}")
+    check_finite("X", X)
+    return X
+
+
+def check_finite(name: str, X: np.ndarray) -> float:
+    """max |X|, 0 for an empty X; NaN and Inf are refused, saying where the first one is."""
+    if X.size == 0:
+        return 0.0
+    # Two passes and no temporary array; NaN goes through max and min.
+    with np.errstate(invalid="ignore"):
+        largest = max(float(X.max()), -float(X.min()))
+    if not math.isfinite(largest):
+        index = tuple(int(a) for a in np.argwhere(~np.isfinite(X))[0])
+        got = "NaN" if np.isnan(X[index]) else "Inf" if X[index] > 0 else "-Inf"
+        raise ValueError(f"{name}: got {got} at index {index}, wants finite numbers only")
+    return largest
+
+
+def default_threads() -> int:
+    """OMP_NUM_THREADS, else the CPUs that the process may use."""
+    if _forked:
+        return 1
+    first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if first.isdigit() and int(first) > 0:
+        return min(int(first), _MOST_THREADS)
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(available, _MOST_THREADS)
+
+
+def _threads(threads: Any) -> int:
+    if threads is None:
+        return default_threads()
+    threads = _integer("threads", threads, least=1)
+    return 1 if _forked else min(threads, _MOST_THREADS)
+
+
+def _kind(value: Any) -> str:
+    return f"{type(value).__name__} {value!r}" if np.ndim(value) == 0 else type(value).__name__
+
+
+def _integer(name: str, value: Any, least: int | None = None) -> int:
+    wants = "an integer" if least is None else f"an integer of at least {least}"
+    if isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name}: got {_kind(value)}, wants {wants}")
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: got {_kind(value)}, wants {wants}") from None
+    if least is not None and number < least:
+        raise ValueError(f"{name}: got {number}, wants {wants}")
+    if abs(number) > 2**62:
+        raise ValueError(f"{name}: got {number}, wants {wants} of less than 63 bits")
+    return number
+
+
+def _real(name: str, value: Any) -> float:
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value[()]
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (numbers.Real, np.floating)):
+        raise TypeError(f"{name}: got {_kind(value)}, wants a real number")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{name}: got {value}, wants a finite number (no NaN, no Inf)")
+    return number
+
+
+def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        error = ValueError if isinstance(value, str) else TypeError
+        raise error(f"{name}: got {_kind(value)}, wants one of {', '.join(map(repr, choices))}")
+
+
+def _pair(value: Any) -> tuple[Any, Any] | None:
+    return tuple(value) if isinstance(value, (tuple, list)) and len(value) == 2 else None
+
+
+def _band(causal: bool, window: Any) -> tuple[int | None, int | None]:
+    """(lo, hi) with lo <= j - (i + q_offset) <= hi for the keys that ``causal`` and ``window`` both allow."""
+    lo, hi = None, (0 if causal else None)
+    if window is None:
+        return lo, hi
+    if isinstance(window, (tuple, list)):
+        sides = _pair(window)
+        if sides is None:
+            raise ValueError(f"window: got {len(window)} numbers, wants one, or a pair (left, right)")
+        left, right = (_integer("window", side, least=0) for side in sides)
+        return -left, (min(right, 0) if causal else right)
+    return 1 - _integer("window", window, least=1), 0
+
+
+def _near(near: Any) -> tuple[int, float]:
+    pair = _pair(near)
+    if pair is None:
+        raise TypeError(f"near: got {_kind(near)}, wants a pair (w, scale_near)")
+    return _integer("near", pair[0], least=1), _real("near", pair[1])
+
+
+def _array(name: str, X: Any, least_axes: int = 2) -> np.ndarray:
+    """X as an array of a floating dtype that is computed in or read: native byte order, any strides."""
+    try:
+        X = np.asarray(X)
+    except ValueError as error:
+        raise ValueError(f"{name}: got what is no array ({error}), wants an array of floating-point numbers") from None
+    native = X.dtype.newbyteorder("=")
+    if native not in (np.float16, np.float32, np.float64) and native.name != "bfloat16":
+        raise TypeError(f"{name}: got dtype {X.dtype}, wants float32 or float64 (or float16, bfloat16)")
+    if X.ndim < least_axes:
+        raise ValueError(f"{name}: got shape {X.shape}, wants at least {least_axes} axes (..., rows, width)")
+    return X.astype(native, copy=False)
+
+
+def _product_shape(given: dict[str, np.ndarray], *names: str) -> tuple[int, ...]:
+    """The shape of X @ W_X @ ... of those that are given."""
+    shape = given[names[0]].shape
+    for name in names[1:]:
+        if name not in given:
+            continue
+        factor = given[name].shape
+        if factor[-2] != shape[-1]:
+            raise ValueError(
+                f"{name}: got shape {factor}, wants ({shape[-1]}, _) to multiply {names[0]}, of width {shape[-1]} there"
+            )
+        try:
+            lead = np.broadcast_shapes(shape[:-2], factor[:-2])
+        except ValueError:
+            raise ValueError(
+                f"{name}: got leading axes {factor[:-2]}, wants axes that broadcast with {shape[:-2]} of {names[0]}"
+            ) from None
+        shape = lead + (shape[-2], factor[-1])
+    return shape
+
+
+def _lead(shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """The leading axes of the result: broadcast, where the heads of K and V may divide those of Q."""
+    leads = {name: shape[:-2] for name, shape in shapes.items()}
+    if not any(leads.values()):
+        return ()
+    own = {name: lead[-1] if lead else 1 for name, lead in leads.items()}
+    heads = next((h for h in own.values() if h != 1), 1)
+    for name in ("K", "V"):
+        if own[name] != heads and (own[name] == 0 or heads % own[name]):
+            raise ValueError(
+                f"{name}: got {own[name]} heads (shape {shapes[name]}), wants a divisor of the {heads} heads of Q"
+            )
+    try:
+        return np.broadcast_shapes(*(lead[:-1] for lead in leads.values())) + (heads,)
+    except ValueError:
+        raise ValueError(
+            f"Q, K, V: got leading axes {leads['Q']}, {leads['K']} and {leads['V']}, wants axes that broadcast"
+        ) from None
+
+
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(shape[::-1], to[::-1], strict=False))
+
+
+def _row_shape(name: str, shape: tuple[int, ...], lead: tuple[int, ...], length: int) -> None:
+    """One axis, or all leading axes beside it: anything between would guess which axis is meant."""
+    if shape == (length,):
+        return
+    if len(shape) == len(lead) + 1 and _broadcasts(shape[:-1], lead) and shape[-1] == length:
+        return
+    wants = f"({length},)"
+    if lead:
+        wants += f" or {lead + (length,)} (leading axes may be 1)"
+        if len(shape) == len(lead) and len(shape) > 1 and shape[:-1] == lead[:-1] and shape[-1] == length:
+            wants += f"; for one row in each batch element, {lead[:-1] + (1, length)}"
+            wants += f" by {name}[..., None, :], as (b, 1, n_k) beside Q (b, h, n, d)"
+    raise ValueError(f"{name}: got shape {shape}, wants {wants}")
+
+
+def _key_mask(key_mask: Any, lead: tuple[int, ...], n_k: int) -> np.ndarray | None:
+    """The mask with all leading axes or none; None where it hides nothing."""
+    key_mask = np.asarray(key_mask)
+    if key_mask.dtype != np.bool_:
+        raise TypeError(f"key_mask: got dtype {key_mask.dtype}, wants bool, True for a key that is kept")
+    _row_shape("key_mask", key_mask.shape, lead, n_k)
+    return None if key_mask.all() else key_mask
+
+
+def _positions(name: str, positions: Any, lead: tuple[int, ...], length: int, start: int = 0) -> np.ndarray:
+    """int64 positions with all leading axes or none."""
+    if positions is None:
+        return np.arange(start, start + length, dtype=np.int64)
+    positions = np.asarray(positions)
+    if positions.dtype.kind not in "iu" and positions.size:
+        raise TypeError(f"{name}: got dtype {positions.dtype}, wants integers")
+    _row_shape(name, positions.shape, lead, length)
+    if positions.dtype.kind == "u" and positions.size and int(positions.max()) > np.iinfo(np.int64).max:
+        raise ValueError(f"{name}: got {positions.max()}, wants integers below 2**63")
+    return positions.astype(np.int64)
+
+
+def _hide(X: np.ndarray, key_mask: np.ndarray, lead: tuple[int, ...]) -> np.ndarray:
+    """A copy of X (K or V, before projection) where rows that no mask keeps are 0: they are never read further."""
+    kept = np.broadcast_to(key_mask, lead + key_mask.shape[-1:])
+    own = X.shape[:-2]
+    if lead:
+        # The mask of the heads that share a row of X, then of the batch elements that do.
+        heads = own[-1] if own else 1
+        kept = kept.reshape(lead[:-1] + (heads, lead[-1] // max(heads, 1)) + kept.shape[-1:]).any(axis=-2)
+        own = (1,) * (len(lead) - len(own)) + own
+        shared = tuple(a for a, size in enumerate(own) if size == 1 < lead[a])
+        kept = kept.any(axis=shared, keepdims=True).reshape(X.shape[:-1])
+    return np.where(kept[..., None], X, np.zeros((), X.dtype))

@@ -1,0 +1,381 @@
+"""Softmax attention with rotary positions, its gradient, and its matrix: what users call."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from . import _validate
+from .plan import Certificate, make_plan, nothing_to_do
+from .problem import Call, Problem, prepare, prepare_for, spread_columns
+from .relative import RelativeBias, RelativeFamily
+from .rotary import Rotary
+
+
+def attention(
+    Q: ArrayLike,
+    K: ArrayLike,
+    V: ArrayLike,
+    R: Rotary | RelativeFamily | None = None,
+    *,
+    W: ArrayLike | None = None,
+    W_Q: ArrayLike | None = None,
+    W_K: ArrayLike | None = None,
+    W_V: ArrayLike | None = None,
+    scale: float | None = None,
+    causal: bool = False,
+    window: int | tuple[int, int] | None = None,
+    near: tuple[int, float] | None = None,
+    bias: RelativeBias | None = None,
+    key_mask: ArrayLike | None = None,
+    q_positions: ArrayLike | None = None,
+    k_positions: ArrayLike | None = None,
+    q_offset: int = 0,
+    eps: float = 1e-3,
+    certify: str = "proof",
+    method: str = "auto",
+    degree: int | None = None,
+    seed: int | None = None,
+    threads: int | None = None,
+    return_certificate: bool = False,
+    return_lse: bool = False,
+) -> Any:
+    r"""D^-1 A V, A_ij = exp(scale (Q_i W_Q) W R_{j-i} (K_j W_K)^T + b_{j-i}), D = diag(A 1), within a certified eps.
+
+    Parameters
+    ----------
+    Q : (..., n, d) array
+        Queries: float32 or float64, computed in themselves, or float16 or bfloat16, computed in float32. The axis
+        before n is the head axis where there is one. Any strides; no input is ever written to.
+    K : (..., n_k, d) array
+        Keys, of Q's dtype. Leading axes of Q, K and V broadcast, and K and V may have fewer heads than Q (grouped
+        queries): head h of Q's uses key head h // (heads / key heads).
+    V : (..., n_k, d_v) array
+        Values, of Q's dtype; projected by `W_V` where that is given.
+    R : Rotary, optional
+        The rotations R_m. By default the identity.
+    W, W_Q, W_K, W_V : (..., _, _) arrays, optional
+        The projections of the formula, of Q's dtype; leading axes broadcast with those of what they multiply. What
+        is not given is the identity.
+    scale : float, optional
+        By default 1/d, d the width of what meets in the score (after projection).
+    causal : bool
+        Row i sees the keys j <= i + q_offset.
+    window : int or (int, int), optional
+        w: i + q_offset - w < j <= i + q_offset; (left, right): -left <= j - (i + q_offset) <= right. Masks combine
+        by "and"; a row that sees no key gives 0 and gradient 0.
+    near : (int, float), optional
+        (w, scale_near): where \|j - (i + q_offset)\| < w the score has scale_near in the place of scale, and is always
+        computed exactly.
+    bias : RelativeBias, optional
+        b, added to the scores by index.
+    key_mask : bool array, optional
+        (n_k,), or with all leading axes of the result (size 1 broadcasts): True for keys that are kept. What it hides
+        is never read.
+    q_positions, k_positions : integer arrays, optional
+        (n,) and (n_k,), or with all leading axes: what R rotates by. By default arange(n) + q_offset and arange(n_k).
+        Masks and biases go by index all the same.
+    q_offset : int
+        Index of the first query among the keys.
+    eps : float
+        Every entry of the result is within eps * (max_j V_jc - min_j V_jc), over the keys that its row sees.
+    certify : {"proof", "sample"}
+        Whether eps must be proved, or whether evidence from sampled rows will do.
+    method : {"auto", "exact", "polynomial", "fft"}
+        "auto" is the cheapest that certifies eps.
+    degree : int, optional
+        Fixes the degree of the polynomial.
+    seed : int, optional
+        Of the coins, where coins are used; by default fresh ones.
+    threads : int, optional
+        By default OMP_NUM_THREADS, else the CPUs that the process may use. The result does not depend on it.
+    return_certificate, return_lse : bool
+        Return more than O, in this order.
+
+    Returns
+    -------
+    O : (..., n, d_v) array
+        Of Q's dtype.
+    certificate : Certificate
+        If `return_certificate`: the engine, and the error that is certified.
+    lse : (..., n) float64 array
+        If `return_lse`: log sum_j A_ij, -inf where row i sees no key, by which partial attentions can be merged.
+
+    Raises
+    ------
+    TypeError
+        dtypes that disagree or are not of floating point, arguments of the wrong kind.
+    ValueError
+        Shapes that disagree, NaN or Inf, numbers out of range; all before any work, naming the argument.
+    BoundedEntryError
+        `method` or `degree` can't certify eps; a ValueError.
+    NotImplementedError
+        `method` names an engine that doesn't do what is asked.
+    MemoryError
+        The plan needs more than the machine has.
+
+    Notes
+    -----
+    Time n n_k (d + d_v) for the exact engine, n d_v C(d + g, g) for a polynomial of degree g; memory beyond inputs
+    and outputs a few arrays of n x d, never n x n_k. The polynomial method for RoPE is that of arXiv:2412.17316 and
+    arXiv:2505.11892.
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> Q, K, V = rng.uniform(-1, 1, (3, 100, 8))
+    >>> O, certificate = attention(Q, K, V, Rotary(8), causal=True, return_certificate=True)
+    >>> O.shape, certificate.error <= 1e-3
+    ((100, 8), True)
+    """
+    return_certificate = _validate.check_flag("return_certificate", return_certificate)
+    return_lse = _validate.check_flag("return_lse", return_lse)
+    _validate.check_values(V)
+    call = prepare(
+        Q,
+        K,
+        V,
+        R,
+        W=W,
+        W_Q=W_Q,
+        W_K=W_K,
+        W_V=W_V,
+        scale=scale,
+        causal=causal,
+        window=window,
+        near=near,
+        bias=bias,
+        key_mask=key_mask,
+        q_positions=q_positions,
+        k_positions=k_positions,
+        q_offset=q_offset,
+        eps=eps,
+        certify=certify,
+        method=method,
+        degree=degree,
+        seed=seed,
+        threads=threads,
+    )
+    evaluation = Evaluation(call, want_lse=return_lse)
+    extra = ([evaluation.certificate] if return_certificate else []) + ([evaluation.lse] if return_lse else [])
+    O = call.to_user(evaluation.o)
+    return (O, *extra) if extra else O
+
+
+def attention_vjp(
+    Q: ArrayLike, K: ArrayLike, V: ArrayLike, R: Rotary | RelativeFamily | None = None, **options: Any
+) -> tuple[np.ndarray, VJP]:
+    """D^-1 A V, and the map from dO to the gradients of <dO, D^-1 A V>.
+
+    Parameters
+    ----------
+    Q, K, V, R, **options
+        As in `attention`, without ``return_certificate`` and ``return_lse``.
+
+    Returns
+    -------
+    O : (..., n, d_v) array
+        As `attention` gives it.
+    vjp : VJP
+        ``g = vjp(dO)`` has ``g.dQ``, ``g.dK``, ``g.dV``, and ``g.dW``, ``g.dW_Q``, ``g.dW_K``, ``g.dW_V``, ``g.dbias``
+        of what was given, each in the shape and dtype of its argument, and ``g.certificate``; ``vjp.certificate`` is
+        that of O. May be called again; the inputs must not be changed before the last call.
+
+    Raises
+    ------
+    TypeError, ValueError, BoundedEntryError, NotImplementedError, MemoryError
+        As `attention` does; an eps that no degree certifies for the gradient shows here and not when vjp is called.
+
+    Notes
+    -----
+    A gradient costs two to four times the forward pass, in the same order of memory (arXiv:2412.17316 forms matrices
+    of n x (d d_v) instead). First order only: the gradient has no derivative of its own.
+
+    Examples
+    --------
+    >>> Q, K, V = np.random.default_rng(0).uniform(-1, 1, (3, 50, 4))
+    >>> O, vjp = attention_vjp(Q, K, V, Rotary(4))
+    >>> vjp(O).dK.shape
+    (50, 4)
+    """
+    _validate.check_values(V)
+    evaluation = Evaluation(prepare_for("attention_vjp", Q, K, V, R, options), grad=True)
+    # A copy, for gradients need O as it is and users subtract targets in place.
+    return evaluation.call.to_user(evaluation.o.copy()), VJP(evaluation)
+
+
+class VJP:
+    """dO -> the gradients of <dO, O>; made by `attention_vjp`.
+
+    Attributes
+    ----------
+    certificate : Certificate
+        Of O.
+    """
+
+    __slots__ = ("_evaluation", "certificate")
+
+    def __init__(self, evaluation: Evaluation) -> None:
+        self._evaluation = evaluation
+        self.certificate: Certificate = evaluation.certificate
+
+    def __call__(self, dO: ArrayLike) -> Gradients:
+        """The gradients for this dO, which has the shape and dtype of O.
+
+        Raises
+        ------
+        TypeError, ValueError
+            dO has another dtype or shape, or NaN or Inf.
+        """
+        call = self._evaluation.call
+        dO = _validate.check_like("dO", dO, call.dtype, call.shape)
+        largest = _validate.check_finite("dO", dO)
+        return Gradients(**self._evaluation.gradients(dO, largest), certificate=self._evaluation.gradient_certificate)
+
+
+class Gradients(SimpleNamespace):
+    """Gradients by name: dQ, dK, dV, those of what else was given, and what they are certified to be."""
+
+    def __repr__(self) -> str:
+        entries = (f"{k}: {v.dtype} {v.shape}" if isinstance(v, np.ndarray) else k for k, v in vars(self).items())
+        return f"Gradients({', '.join(entries)})"
+
+
+class Evaluation:
+    """One call's forward pass, and its backward pass as often as asked. Empty calls never reach an engine."""
+
+    def __init__(self, call: Call, *, grad: bool = False, want_lse: bool = False) -> None:
+        self.call = call
+        problem = call.problem
+        self._plan = self._forward = None
+        if problem.empty:
+            self.o = np.zeros(problem.q.shape[:3] + problem.v.shape[2:], problem.q.dtype)
+            lse = np.full(problem.q.shape[:3], -np.inf) if want_lse else None
+            self.certificate = self.gradient_certificate = nothing_to_do()
+        else:
+            self._plan = make_plan(problem, **call.how, grad=grad)
+            self._forward = self._plan.forward(problem, want_lse=want_lse)
+            self.o, lse = self._forward.o, self._forward.lse
+            self.certificate = self._forward.certificate
+            self.gradient_certificate = self._plan.gradient_certificate if grad else None
+        self.lse = call.lse_to_user(lse) if want_lse else None
+
+    def gradients(self, dO: np.ndarray, largest: float) -> dict[str, np.ndarray]:
+        """{"dQ": ..., ...} for dO in the shape of O, max |dO| = largest."""
+        problem = self.call.problem
+        if self._plan is None:
+            zeros = (np.zeros_like(X) for X in (problem.q, problem.k, problem.v))
+            return self.call.gradients(*zeros, None)
+        do = self.call.from_user(dO)
+        # Gradients are linear in dO. A power of two keeps <dO, V> from overflow, where Inf - Inf would be NaN.
+        exponent = math.frexp(largest)[1]
+        exponent = exponent if exponent > np.finfo(do.dtype).maxexp // 3 else 0
+        if exponent:
+            do = np.ldexp(do, -exponent)
+        return self.call.gradients(*self._plan.backward(problem, self._forward, do), exponent=exponent)
+
+
+class AttentionMatrix:
+    """A_ij = exp(scale Q_i W R_{j-i} K_j^T + b_{j-i}), implicit and not normalised: ``A @ X``, ``A.T @ X``, ``A.D``.
+
+    Parameters
+    ----------
+    Q, K, R, **options
+        As in `attention`, without V, `W_V` and what says what to return.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        (..., n, n_k).
+    dtype : numpy.dtype
+        Of Q.
+
+    Notes
+    -----
+    ``A @ X`` is within e sum_j A_ij |X_jc| of the truth, e = 2 eps / (1 + eps^2), beside rounding. Nothing is shifted:
+    where a sum is past the largest number, it is inf. Each product costs what `attention` does with values X.
+
+    Examples
+    --------
+    >>> Q, K = np.random.default_rng(0).uniform(-1, 1, (2, 50, 4))
+    >>> A = AttentionMatrix(Q, K, causal=True)
+    >>> bool(np.allclose(A.D, (A @ np.ones((50, 1)))[:, 0]))
+    True
+    """
+
+    # NumPy leaves X @ A to this class, which has no product from the left, instead of taking A for an object array.
+    __array_ufunc__ = None
+
+    def __init__(self, Q: ArrayLike, K: ArrayLike, R: Rotary | RelativeFamily | None = None, **options: Any) -> None:
+        if "W_V" in options:
+            raise TypeError("AttentionMatrix() got an unexpected keyword argument 'W_V'")
+        self._call = prepare_for("AttentionMatrix", Q, K, None, R, options)
+        self._transposed = False
+        self.dtype: np.dtype = self._call.dtype
+        self.shape: tuple[int, ...] = self._call.lead + (self._call.shape[-2], self._call.problem.k.shape[1])
+
+    def __repr__(self) -> str:
+        return f"AttentionMatrix(shape={self.shape}, dtype={self.dtype})"
+
+    @property
+    def T(self) -> AttentionMatrix:
+        """A^T, with queries and keys in each other's place."""
+        other = object.__new__(AttentionMatrix)
+        other._call, other._transposed, other.dtype = self._call, not self._transposed, self.dtype
+        other.shape = self.shape[:-2] + (self.shape[-1], self.shape[-2])
+        return other
+
+    @property
+    def D(self) -> np.ndarray:
+        """The row sums, (..., n), in the dtype of Q."""
+        return self @ np.ones(self.shape[-1], self.dtype)
+
+    def __matmul__(self, X: ArrayLike) -> np.ndarray:
+        """A X for X (..., n_k, m) or (n_k,), in the dtype of Q.
+
+        Raises
+        ------
+        TypeError, ValueError, BoundedEntryError, NotImplementedError, MemoryError
+            As `attention` does.
+        """
+        X = _validate.check_columns(X, self.dtype, self.shape[:-2], self.shape[-1])
+        columns = X[:, None] if X.ndim == 1 else X
+        shape = self.shape[:-1] + columns.shape[-1:]
+        product = np.zeros(shape, self.dtype)
+        if product.size:
+            columns = columns.astype(self._call.problem.q.dtype, copy=False)
+            with np.errstate(over="ignore"):
+                product[...] = self._product(columns).reshape(shape)
+        return product[..., 0] if X.ndim == 1 else product
+
+    def toarray(self) -> np.ndarray:
+        """A as a dense array, for small n: the product with the identity."""
+        return self @ np.eye(self.shape[-1], dtype=self.dtype)
+
+    def _product(self, X: np.ndarray) -> np.ndarray:
+        """A X or A^T X in float64, slot by slot: exp(lse) times the normalised result."""
+        call = self._call
+        if not self._transposed:
+            # Columns that differ between the heads of a group end the sharing of keys.
+            grouped = X.ndim < 3 or X.shape[-3] == 1
+            problem = call.problem if grouped else call.problem.ungrouped()
+            return self._evaluate(problem, spread_columns(X, call, call.key_heads if grouped else call.heads))
+        problem = call.problem.transposed(spread_columns(X, call, call.heads))
+        product = self._evaluate(problem, problem.v)[:, 0, ::-1]
+        mask = call.problem.key_mask
+        if mask is None:
+            return product
+        return np.where(np.repeat(mask, call.problem.q.shape[1], axis=0)[..., None], product, 0)
+
+    def _evaluate(self, problem: Problem, v: np.ndarray) -> np.ndarray:
+        problem = problem.with_values(v)
+        if problem.empty:
+            return np.zeros(problem.q.shape[:3] + v.shape[2:])
+        forward = make_plan(problem, **self._call.how, grad=False).forward(problem, want_lse=True)
+        with np.errstate(over="ignore", invalid="ignore"):
+            # 0 stays 0 where the sum of the row is past the largest number.
+            return np.where(forward.o == 0, 0, np.exp(forward.lse)[..., None] * forward.o)

@@ -1,0 +1,77 @@
+"""What is measured of q and k to bound the scores: ``|scale <q_i, k_j - c>| <= |scale| max ||q_i|| max ||k_j - c||``.
+
+Softmax ignores a constant added to a row, so keys may be centred on any c; rotations keep norms.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from .problem import Problem
+
+
+@dataclass(slots=True)
+class Scores:
+    """Bounds of the scores.
+
+    Attributes
+    ----------
+    plain : float
+        Bound of ``|scale <q_i, k_j>|``; inf where it is past the largest number.
+    bound : float
+        B, bound of ``|scale <q_i, k_j - centre>|``, the smaller of that for centre 0 and for the mean of the keys.
+    centre : (H, d) array or None
+        None is 0.
+    q_factor, k_factor : float
+        ``scale <q, k - c> = <q_factor q, k_factor (k - c)>``, both factors of size at most sqrt(B).
+    """
+
+    plain: float
+    bound: float
+    centre: np.ndarray | None
+    q_factor: float
+    k_factor: float
+
+
+def measure(problem: Problem) -> Scores:
+    """Bounds by Cauchy-Schwarz, from all queries and from the keys that key_mask keeps; the worst slot's.
+
+    Notes
+    -----
+    Time O(n d), memory one array of n_k x d. Rounding of the norms is on the safe side.
+    """
+    q, k = problem.q, problem.k
+    scale = abs(problem.scale)
+    room = 1 + 4 * (q.shape[-1] + 8) * float(np.finfo(q.dtype).eps)
+    with np.errstate(all="ignore"):
+        q_norm = _largest_norm(q).max(axis=1)
+        plain_norm = _largest_norm(k)
+        plain = float((q_norm * plain_norm).max()) * scale * room
+        kept = k.shape[1] if problem.key_mask is None else np.maximum(problem.key_mask.sum(axis=1), 1)[:, None]
+        mean = k.mean(axis=1) if problem.key_mask is None else (k.sum(axis=1) / kept).astype(k.dtype)
+        centred = k - mean[:, None]
+        if problem.key_mask is not None:
+            centred[~problem.key_mask] = 0
+        mean_norm = _largest_norm(centred)
+        shifted = float((q_norm * mean_norm).max()) * scale * room
+    if not math.isfinite(plain):
+        return Scores(math.inf, math.inf, None, 1.0, 1.0)
+    if shifted < plain:
+        return Scores(plain, shifted, mean, *_factors(problem.scale, float(q_norm.max()), float(mean_norm.max())))
+    return Scores(plain, plain, None, *_factors(problem.scale, float(q_norm.max()), float(plain_norm.max())))
+
+
+def _largest_norm(x: np.ndarray) -> np.ndarray:
+    """max over rows of ||x_i||, in float64; inf past float32's squares."""
+    return np.sqrt(np.einsum("...ia,...ia->...i", x, x).max(axis=-1).astype(np.float64))
+
+
+def _factors(scale: float, q_norm: float, k_norm: float) -> tuple[float, float]:
+    if not (q_norm and k_norm and scale):
+        return scale, 1.0
+    # Equal sizes: monomials of either then stay below B^(degree/2), far from overflow and underflow.
+    balance = math.sqrt(abs(scale)) * math.sqrt(q_norm) * math.sqrt(k_norm)
+    return math.copysign(balance / q_norm, scale), balance / k_norm

@@ -1,0 +1,164 @@
+"""``O = D^-1 A V`` and its gradient by blocked streaming softmax: always right, ``n n_k`` work, never an n x n array."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..kernels import _exact
+from ..problem import Problem
+
+LOG2E = 1 / math.log(2)
+# Below this, in units of log2, exp needs no running maximum: 2^60 and 2^-60 are far inside float32.
+BOUNDED = 60.0
+
+
+@dataclass(slots=True)
+class Tables:
+    """What the kernels are told about scores beside q and k (see c/exact.h)."""
+
+    lo: int
+    hi: int
+    scale: float
+    gain: float
+    bounded: bool
+    everywhere: bool
+    masked: bool
+    grad_scale: float
+    symbol: np.ndarray | None
+    factor: np.ndarray | None
+    key_shift: np.ndarray
+
+
+@dataclass(slots=True)
+class Saved:
+    """What backward needs of forward: O, and maximum and inverse sum of every row (so no exp is taken twice)."""
+
+    q: np.ndarray
+    k: np.ndarray
+    tables: Tables
+    o: np.ndarray
+    maximum: np.ndarray
+    inverse: np.ndarray
+    q_factor: float
+    k_factor: float
+
+
+def forward(problem: Problem, bound: float, want_lse: bool) -> tuple[np.ndarray, np.ndarray | None, Saved]:
+    """O (H, G, n, d_v), lse float64 (H, G, n) or None, and what backward needs.
+
+    Parameters
+    ----------
+    problem : Problem
+    bound : float
+        A bound on ``|scale <q, k>|``, or inf; where it is small no running maximum is kept.
+    want_lse : bool
+
+    Notes
+    -----
+    Time ``n n_k (2 d + 2 d_v + exp)`` for each query head; memory: packed keys (n_k d) and a tile a thread.
+    """
+    q, k, q_factor, k_factor = _without_overflow(problem)
+    tables = _tables(problem, bound, 1 / (q_factor * k_factor))
+    o, maximum, inverse, lse = _exact.forward(q, k, problem.v, tables, want_lse, problem.threads)
+    return o, lse, Saved(q, k, tables, o, maximum, inverse, q_factor, k_factor)
+
+
+def backward(problem: Problem, saved: Saved, do: np.ndarray):
+    """dq, dk, dv of ``<do, O>`` and the gradient of the symbol (H, G, n + n_k - 1), or None where there is no bias.
+
+    Notes
+    -----
+    With P = D^-1 A: dv = P^T do, dS = P * (do V^T - rowsum(do * O)), dq = scale dS k, dk = scale dS^T q, and the
+    symbol's gradient sums dS along diagonals. Five products in one pass over the keys.
+    """
+    want = problem.bias is not None
+    tables = saved.tables
+    dq, dk, dv, diagonals = _exact.backward(
+        saved.q, saved.k, problem.v, tables, saved.o, saved.maximum, saved.inverse, do, want, problem.threads
+    )
+    if saved.q_factor != 1 or saved.k_factor != 1:
+        dq /= saved.k_factor
+        dk /= saved.q_factor
+    if not want:
+        return dq, dk, dv, None
+    _, block, _ = _exact.blocking(problem.q.dtype)
+    length = problem.q.shape[2] + problem.k.shape[1] - 1
+    return dq, dk, dv, diagonals[..., block : block + length][..., ::-1]
+
+
+def pairs(problem: Problem) -> float:
+    """How many pairs of a query and a key the band lets a head see, the work of exact attention."""
+    n, n_k = problem.q.shape[2], problem.k.shape[1]
+    rows = np.arange(n) + problem.q_offset
+    first = 0 if problem.lo is None else np.clip(rows + problem.lo, 0, n_k)
+    last = n_k if problem.hi is None else np.clip(rows + problem.hi + 1, 0, n_k)
+    return float(np.sum(np.maximum(np.broadcast_to(last - first, n) + 0.0, 0.0)))
+
+
+def segments(problem: Problem) -> int:
+    """Into how many parts backward cuts the keys."""
+    return _exact.segments_of(problem.k.shape[0], problem.k.shape[1], problem.q.dtype)
+
+
+def _without_overflow(problem: Problem):
+    """q and k, divided by powers of two where a score could overflow the dtype (entries of 1e155 in float64)."""
+    q, k = problem.q, problem.k
+    largest = float(np.finfo(q.dtype).max) / 16
+    top_q, top_k = (float(max(abs(x.max(initial=0)), abs(x.min(initial=0)))) for x in (q, k))
+    scale = max(1.0, abs(problem.scale), abs(problem.near[1]) if problem.near else 0)
+    room = math.log2(largest) - math.log2(scale * q.shape[-1]) - 1
+    over = math.log2(top_q or 1) + math.log2(top_k or 1) - room
+    if over <= 0:
+        return q, k, 1.0, 1.0
+    # An exponent each, proportional to its own size; the gain must itself be a finite number of the dtype.
+    over = min(math.ceil(over), int(math.log2(largest)))
+    part_q = min(over, max(0, math.ceil(over / 2 + (math.log2(top_q or 1) - math.log2(top_k or 1)) / 2)))
+    q_factor, k_factor = 2.0**-part_q, 2.0 ** -(over - part_q)
+    return q * q.dtype.type(q_factor), k * k.dtype.type(k_factor), q_factor, k_factor
+
+
+def _tables(problem: Problem, bound: float, gain: float) -> Tables:
+    dtype = problem.q.dtype
+    tile, block, _ = _exact.blocking(dtype)
+    heads, n_k = problem.k.shape[:2]
+    n = problem.q.shape[2]
+    far = n + n_k  # past every j - i
+    lo = -far if problem.lo is None else max(-far, problem.lo + problem.q_offset)
+    hi = far if problem.hi is None else min(far, problem.hi + problem.q_offset)
+    offset = (n_k - 1) - np.arange(n + n_k - 1)  # j - i at u = i - j + n_k - 1
+
+    symbol = None
+    reach = bound
+    if problem.bias is not None or problem.lo is not None or problem.hi is not None:
+        bias = np.zeros((1, 1, 1)) if problem.bias is None else problem.bias[..., ::-1]
+        allowed = (offset >= lo) & (offset <= hi)
+        values = np.where(allowed, bias * (LOG2E / gain), -np.inf)
+        symbol = np.pad(values, ((0, 0), (0, 0), (block, tile)), constant_values=-np.inf).astype(dtype)
+        if problem.bias is not None:
+            reach += float(np.abs(np.where(allowed, bias, 0)).max(initial=0))
+    factor = None
+    if problem.near is not None:
+        width, scale_near = problem.near
+        near = np.abs(offset - problem.q_offset) < width
+        factor = np.pad(np.where(near, scale_near, problem.scale) * LOG2E, (block, tile)).astype(dtype)
+        reach = math.inf
+    key_shift = np.full((heads, -(-n_k // block) * block), -np.inf, dtype)
+    key_shift[:, :n_k] = 0 if problem.key_mask is None else np.where(problem.key_mask, 0, -np.inf)
+    top_v = float(max(problem.v.max(initial=0), -problem.v.min(initial=0)))
+    bounded = gain == 1 and reach * LOG2E <= BOUNDED and top_v * 2**BOUNDED * max(n_k, 1) < float(np.finfo(dtype).max)
+    return Tables(
+        lo=lo,
+        hi=hi,
+        scale=problem.scale,
+        gain=gain,
+        bounded=bounded,
+        everywhere=problem.bias is not None or problem.near is not None,
+        masked=problem.key_mask is not None,
+        grad_scale=math.log(2) if problem.near is not None else problem.scale,
+        symbol=symbol,
+        factor=factor,
+        key_shift=key_shift,
+    )

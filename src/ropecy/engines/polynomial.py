@@ -1,0 +1,209 @@
+"""Polynomial attention: ``exp(s) ~ p(s) = phi(q) diag(w) phi(k)^T``, so that n n_k pairs become n F features, twice.
+
+The algorithm of arXiv:2412.17316 and arXiv:2505.11892 for positions that factor, ``R_{j-i} = R_i^T R_j``: rotated rows
+meet in an inner product, and no FFT is needed. The gradient is not the papers': differentiating the features, instead
+of forming n x (d d_v) matrices, saves a factor d.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from ..bounds import Scores
+from ..kernels import _monomials
+from ..polynomial import Polynomial, antiderivative, n_features
+from ..problem import Problem
+
+# What keeps many threads busy; more segments cost a causal problem up to half a pass more over the keys.
+_SEGMENTS = 16
+_STATE_BYTES = 256 * 2**20
+
+
+@dataclass(slots=True)
+class Monomials:
+    """Which monomials there are, where they stand in a state, and their weights (c/monomials.h)."""
+
+    degree: int
+    grad_degree: int
+    state_degree: int
+    offset: np.ndarray
+    count: np.ndarray
+    pitch: int
+    weights: np.ndarray
+    grad_weights: np.ndarray | None
+
+
+@dataclass(slots=True)
+class Saved:
+    """What backward needs of forward."""
+
+    scan: _monomials.Scan
+    o: np.ndarray
+    inverse: np.ndarray
+
+
+def unsupported(problem: Problem) -> str | None:
+    """What of the problem this engine doesn't do, or None: no mask, causal and key_mask it does."""
+    if problem.bias is not None:
+        return "a bias"
+    if problem.near is not None:
+        return "a near field"
+    if problem.lo is not None or problem.hi not in (None, 0):
+        return "a window"
+    return None
+
+
+def forward(
+    problem: Problem, scores: Scores, p: Polynomial, grad: bool, want_lse: bool
+) -> tuple[np.ndarray, np.ndarray | None, Saved]:
+    """O (H, G, n, d_v), lse float64 or None, and what backward needs.
+
+    Parameters
+    ----------
+    problem : Problem
+    scores : Scores
+        Centre and sizes of q and k, so that all scores are within ``[-p.B, p.B]``.
+    p : Polynomial
+    grad : bool
+        Whether states hold the degree more that backward needs.
+    want_lse : bool
+
+    Notes
+    -----
+    Time ``4 n F (d_v + 1)`` operations for each query head, F = C(d + g, g), grouped queries sharing the key side;
+    causal, pairs in chunks of a few hundred tokens are exact and a first pass sums up the keys of each segment.
+    Memory: some states of ``F (d_v + 1)`` float64.
+    """
+    monomials = _monomials_for(problem, p, grad)
+    scan = _monomials.Scan(
+        problem.q,
+        problem.k,
+        problem.v,
+        problem.key_mask,
+        problem.hi is not None,
+        problem.q_offset,
+        monomials,
+        scores.centre,
+        _value_centre(problem),
+        scores.q_factor,
+        scores.k_factor,
+        segments(problem, monomials.state_degree),
+        problem.threads,
+    )
+    o, inverse, lse = scan.forward(want_lse)
+    return o, lse, Saved(scan, o, inverse)
+
+
+def backward(problem: Problem, saved: Saved, do: np.ndarray):
+    """dq, dk, dv of ``<do, O>``, and None, for there is no bias.
+
+    Notes
+    -----
+    With S = phi(k)^T [v 1], dN = [do, -<do, o>] / den: dphi(q) = dN (w S)^T, dS = phi(q)^T dN, dphi(k) = [v 1] (w dS)^T,
+    dv = phi(k) dS, then the features' own derivatives. The features of dq and dk are those of an antiderivative of p,
+    one degree more, so that the pairs have the weights p(s_ij) / den_i there too: a softmax gradient of positive
+    weights. Four products of forward's size at that degree, five where causal.
+    """
+    return *saved.scan.backward(saved.o, saved.inverse, do), None
+
+
+def operations(problem: Problem, degree: int, grad: bool) -> float:
+    """Multiply-adds times 2 of forward, and of backward where grad, with what is not a product counted by its time."""
+    H, G, n, d = problem.q.shape
+    n_k, columns = problem.k.shape[1], problem.v.shape[2] + 1
+    causal = problem.hi is not None
+    low, top = n_features(d, degree) * columns, n_features(d, degree + 1) * columns
+    keys, queries = 2.0 * H * n_k, 2.0 * H * G * n
+    state = top if grad else low
+    total = (2 if causal else 1) * keys * state + queries * low
+    if grad:
+        total += queries * top + keys * (top + low) + (2 if causal else 1) * queries * top + causal * keys * top
+    # Features, transposes and exact pairs inside chunks, in units of the products' operations.
+    per_token = 60 * (d + columns) + 2 * n_features(d, degree)
+    return total + (keys + queries) * per_token * (4 if grad else 1) + queries * causal * 200 * (d + columns)
+
+
+def memory(problem: Problem, degree: int, grad: bool) -> float:
+    """Bytes beyond inputs and outputs."""
+    H, G, n, d = problem.q.shape
+    state = n_features(d, degree + grad) * (problem.v.shape[2] + 1)
+    item = problem.q.itemsize
+    states = state * 8 * H * segments(problem, degree + grad) * (2 if grad else 1)
+    workspaces = problem.threads * state * (8 + (4 if grad else 3) * item)
+    return states + workspaces + (2 if grad else 1) * H * state * item + H * G * n * (8 + item)
+
+
+def segments(problem: Problem, state_degree: int) -> int:
+    """Into how many parts the sequence is cut, each with a state: by shapes, never by the number of threads."""
+    H, _, n, d = problem.q.shape
+    tokens = max(n, problem.k.shape[1])
+    features = n_features(d, state_degree)
+    state = 8 * H * features * (problem.v.shape[2] + 1)
+    return max(1, min(-(-_SEGMENTS // H), tokens // max(1024, 2 * features), _STATE_BYTES // state))
+
+
+def _value_centre(problem: Problem) -> np.ndarray | None:
+    """The middle of each column's values: an offset of V far past its range must not drown it in rounding."""
+    v = problem.v
+    if problem.key_mask is None:
+        low, high = v.min(axis=1), v.max(axis=1)
+    else:
+        keep = problem.key_mask[..., None]
+        low, high = v.min(axis=1, where=keep, initial=np.inf), v.max(axis=1, where=keep, initial=-np.inf)
+    with np.errstate(all="ignore"):
+        middle = 0.5 * low + 0.5 * high
+        return np.where(np.isfinite(middle), middle, 0).astype(v.dtype)
+
+
+def _monomials_for(problem: Problem, p: Polynomial, grad: bool) -> Monomials:
+    d = problem.q.shape[-1]
+    lanes, _ = _monomials.blocking(problem.q.dtype)
+    degree = max(1, p.degree)
+    grad_degree = degree + 1 if grad else 0
+    state_degree = max(degree, grad_degree)
+    offset, count, pitch, multinomials = _layout(d, state_degree, lanes)
+    degrees = np.repeat(np.arange(state_degree + 1), np.diff(np.append(offset, pitch)))
+
+    def weigh(coefficients):
+        padded = np.zeros(state_degree + 1)
+        padded[: len(coefficients)] = coefficients
+        return (multinomials * padded[degrees]).astype(problem.q.dtype)
+
+    return Monomials(
+        degree=degree,
+        grad_degree=grad_degree,
+        state_degree=state_degree,
+        offset=offset,
+        count=count,
+        pitch=pitch,
+        weights=weigh(p.coefficients),
+        grad_weights=weigh(antiderivative(p)) if grad else None,
+    )
+
+
+@lru_cache(maxsize=16)
+def _layout(d: int, degree: int, lanes: int):
+    """offset [s], count [s, m], pitch, and |a|! / a! of every monomial (0 in padding) (c/monomials.h)."""
+    count = np.array([[math.comb(m - 1 + s, s) if m else int(s == 0) for m in range(d + 1)] for s in range(degree + 1)])
+    offset = np.zeros(degree + 1, np.intp)
+    offset[1:] = np.cumsum(count[:-1, d])
+    offset[degree] = -(-offset[degree] // lanes) * lanes
+    # A whole number of vectors, and an odd one, so that columns don't fall on the same cache sets.
+    vectors = -(-(offset[degree] + count[degree, d]) // lanes)
+    pitch = int(vectors | 1) * lanes
+    multinomials = np.zeros(pitch)
+    multinomials[0] = 1
+    # The power of the last variable in each monomial: x_m^k has |a|! / a! = that of x_m^(k-1) times |a| / k.
+    power, last = np.zeros(pitch, int), np.full(pitch, -1)
+    for s in range(1, degree + 1):
+        for m in range(d):
+            source = slice(offset[s - 1], offset[s - 1] + count[s - 1, m + 1])
+            target = slice(offset[s] + count[s, m], offset[s] + count[s, m] + count[s - 1, m + 1])
+            power[target] = np.where(last[source] == m, power[source] + 1, 1)
+            last[target] = m
+            multinomials[target] = multinomials[source] * s / power[target]
+    return offset.astype(np.intp), np.ascontiguousarray(count, np.intp), pitch, multinomials

@@ -1,0 +1,22 @@
+# What other kernels may cimport. Plans are opaque here, so that fftw3.h is included, and the library linked, by
+# _fftw alone.
+
+cdef class RealFFT:
+    cdef readonly Py_ssize_t n          # length of a row
+    cdef readonly Py_ssize_t howmany    # rows in a batch
+    cdef readonly Py_ssize_t n_freq     # n // 2 + 1, length of a row's spectrum
+    cdef readonly object dtype          # of the rows: float32 or float64
+    cdef bint single
+    cdef void *forward_plan
+    cdef void *inverse_plan
+
+    # Workspaces with the alignment that plans ask for: (howmany, n) reals, (howmany, n_freq) complex numbers.
+    # NULL where memory is lacking. Whoever takes one gives it back to release.
+    cdef void *new_rows(self) noexcept nogil
+    cdef void *new_spectra(self) noexcept nogil
+    cdef void release(self, void *workspace) noexcept nogil
+
+    # Both arrays must be workspaces of this plan (or share their alignment). The inverse is not normalised and
+    # overwrites the spectra. Any number of threads may run one plan at once, each on its own workspaces.
+    cdef void run_forward(self, void *rows, void *spectra) noexcept nogil
+    cdef void run_inverse(self, void *spectra, void *rows) noexcept nogil

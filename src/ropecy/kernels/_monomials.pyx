@@ -1,0 +1,234 @@
+"""Polynomial attention: threads, memory and interrupts around the serial C kernels of ``c/monomials.h``.
+
+The sequence is cut into segments, each with a state of its own, and these are added (no mask) or summed up to each
+segment (causal): by shapes alone, so that results are bitwise the same for every thread count.
+"""
+
+import numpy as np
+
+cimport numpy as cnp
+from cpython.exc cimport PyErr_CheckSignals
+from cython.parallel cimport prange, threadid
+
+cnp.import_array()
+
+cdef extern from "c/monomials.h" nogil:
+    ctypedef struct rc_monomials_problem:
+        ptrdiff_t heads, groups, n, n_k, d, d_v, q_offset
+        const void *q
+        const void *k
+        const void *v
+        const unsigned char *key_mask
+        const void *centre
+        const void *value_centre
+        double q_factor, k_factor
+        int degree, grad_degree, state_degree
+        ptrdiff_t pitch
+        const ptrdiff_t *offset
+        const ptrdiff_t *count
+        const void *weights
+        const void *grad_weights
+        ptrdiff_t chunk, segments, chunks_per_segment
+        double *states
+        double *grad_states
+        void *packed
+        void *grad_packed
+        size_t packed_size, grad_packed_size
+        void *o
+        void *inverse
+        double *lse
+        const void *grad
+        void *dq
+        void *dk
+        void *dv
+
+    ctypedef void (*segment_function "rc_segment_function")(const rc_monomials_problem *, ptrdiff_t, ptrdiff_t,
+                                                            void *) noexcept nogil
+    ctypedef void (*chunk_function "rc_chunk_function")(const rc_monomials_problem *, ptrdiff_t, ptrdiff_t, ptrdiff_t,
+                                                        void *) noexcept nogil
+
+    ctypedef struct rc_monomials_functions:
+        int tile, lanes, chunk
+        size_t (*workspace)(const rc_monomials_problem *) noexcept nogil
+        size_t (*packed_size)(const rc_monomials_problem *) noexcept nogil
+        size_t (*grad_packed_size)(const rc_monomials_problem *) noexcept nogil
+        segment_function sum_keys, sum_queries
+        void (*pack)(const rc_monomials_problem *, const double *, void *, void *, void *) noexcept nogil
+        chunk_function forward, grad_queries
+        segment_function grad_keys, scan_forward, scan_grad_queries, scan_grad_keys
+
+    ctypedef struct rc_monomials_kernels:
+        const rc_monomials_functions *f32
+        const rc_monomials_functions *f64
+
+    const rc_monomials_kernels *rc_monomials_select(int level)
+
+cdef extern from "c/isa.h" nogil:
+    int rc_level()
+
+cdef const rc_monomials_kernels *kernels = rc_monomials_select(rc_level())
+
+
+cdef const rc_monomials_functions *functions_of(dtype):
+    return kernels.f32 if dtype == np.float32 else kernels.f64
+
+
+cdef ptrdiff_t pieces(ptrdiff_t whole, ptrdiff_t part) noexcept:
+    """How many parts cover the whole; the last may be short."""
+    return (whole + part - 1) // part
+
+
+cdef void *pointer(array):
+    return NULL if array is None else cnp.PyArray_DATA(array)
+
+
+def blocking(dtype):
+    """(lanes of a vector, rows that a chunk is a multiple of) for a dtype."""
+    cdef const rc_monomials_functions *f = functions_of(dtype)
+    return f.lanes, f.chunk
+
+
+cdef class Scan:
+    """One polynomial attention problem: forward, then backward as often as wanted.
+
+    Parameters
+    ----------
+    q, k, v : (H, G, n, d), (H, n_k, d), (H, n_k, d_v), C-contiguous, one dtype
+    key_mask : (H, n_k) bool or None
+    causal : bool
+        Row i sees keys j <= i + q_offset; else every row sees every key that key_mask keeps.
+    q_offset : int
+    monomials : engines.polynomial.Monomials
+    centre : (H, d) of q's dtype, or None
+    value_centre : (H, d_v)
+    q_factor, k_factor : float
+        Scores are q_factor k_factor <q, k - centre>.
+    segments : int
+        Into how many parts the sequence is cut.
+    threads : int
+    """
+
+    cdef rc_monomials_problem p
+    cdef const rc_monomials_functions *f
+    cdef int threads
+    cdef bint causal
+    cdef ptrdiff_t chunks
+    cdef size_t size
+    cdef object arrays, workspace, states
+
+    def __init__(self, q, k, v, key_mask, bint causal, ptrdiff_t q_offset, monomials, centre, value_centre, double q_factor, double k_factor,
+                 ptrdiff_t segments, int threads):
+        cdef rc_monomials_problem *p = &self.p
+        self.f = functions_of(q.dtype)
+        self.threads, self.causal = threads, causal
+        self.arrays = [q, k, v, key_mask, centre, value_centre, monomials]
+        p.heads, p.groups, p.n, p.d = q.shape
+        p.n_k, p.d_v = v.shape[1:]
+        p.q_offset = q_offset if causal else 0
+        p.q, p.k, p.v = pointer(q), pointer(k), pointer(v)
+        p.centre, p.value_centre = pointer(centre), pointer(value_centre)
+        p.key_mask = <const unsigned char *>pointer(key_mask)
+        p.q_factor, p.k_factor = q_factor, k_factor
+        p.degree, p.grad_degree, p.state_degree = monomials.degree, monomials.grad_degree, monomials.state_degree
+        p.pitch = monomials.pitch
+        p.offset, p.count = <const ptrdiff_t *>pointer(monomials.offset), <const ptrdiff_t *>pointer(monomials.count)
+        p.weights, p.grad_weights = pointer(monomials.weights), pointer(monomials.grad_weights)
+        p.chunk = self.f.chunk
+        self.chunks = max(<ptrdiff_t>1, pieces(max(p.n_k, p.n + p.q_offset), p.chunk))
+        p.chunks_per_segment = pieces(self.chunks, segments)
+        p.segments = pieces(self.chunks, p.chunks_per_segment)
+        p.packed_size = self.f.packed_size(p)
+        p.grad_packed_size = self.f.grad_packed_size(p) if p.grad_degree else 0
+        self.size = (self.f.workspace(p) + 127) // 64 * 64
+        self.workspace = None
+        self.states = None
+
+    cdef void run(self, segment_function piece, ptrdiff_t count):
+        """piece(head, i) for every head and i < count; Ctrl-C is looked at between rounds of one a thread."""
+        cdef ptrdiff_t task, first, last, tasks = self.p.heads * count
+        cdef ptrdiff_t each = self.threads * max(<ptrdiff_t>1, count // 64)
+        cdef char *work = <char *>pointer(self.workspace)
+        for first in range(0, tasks, each):
+            last = min(tasks, first + each)
+            for task in prange(first, last, nogil=True, num_threads=self.threads, schedule="dynamic"):
+                piece(&self.p, task // count, task % count, work + threadid() * self.size)
+            PyErr_CheckSignals()
+
+    cdef void run_rows(self, chunk_function piece):
+        """piece(head, group, chunk) for every chunk of query rows."""
+        cdef ptrdiff_t chunks = pieces(self.p.n, self.p.chunk)
+        cdef ptrdiff_t task, first, last, tasks = self.p.heads * self.p.groups * chunks
+        cdef ptrdiff_t each = self.threads * max(<ptrdiff_t>16, chunks // 64)
+        cdef char *work = <char *>pointer(self.workspace)
+        for first in range(0, tasks, each):
+            last = min(tasks, first + each)
+            for task in prange(first, last, nogil=True, num_threads=self.threads, schedule="dynamic"):
+                piece(&self.p, task // chunks // self.p.groups, task // chunks % self.p.groups, task % chunks,
+                      work + threadid() * self.size)
+            PyErr_CheckSignals()
+
+    cdef void pack(self, totals, packed, grad_packed):
+        """Every head's state (H, columns, pitch) with its weights, as forward, grad_queries and grad_keys read it."""
+        cdef ptrdiff_t head
+        for head in range(self.p.heads):
+            self.f.pack(&self.p, <const double *>pointer(totals[head]), NULL if packed is None else pointer(packed[head]),
+                        NULL if grad_packed is None else pointer(grad_packed[head]), pointer(self.workspace))
+        self.p.packed, self.p.grad_packed = pointer(packed), pointer(grad_packed)
+
+    cdef object empty_states(self):
+        return np.empty((self.p.heads, self.p.segments, self.p.d_v + 1, self.p.pitch))
+
+    def forward(self, bint want_lse):
+        """o (H, G, n, d_v), inverse denominators (H, G, n), lse float64 or None."""
+        q = self.arrays[0]
+        shape = q.shape[:3]
+        o, inverse = np.zeros(shape + (self.p.d_v,), q.dtype), np.zeros(shape, q.dtype)
+        lse = np.full(shape, -np.inf) if want_lse else None
+        self.workspace = np.empty(self.threads * self.size, np.uint8)
+        self.p.o, self.p.inverse, self.p.lse = pointer(o), pointer(inverse), <double *>pointer(lse)
+        self.states = self.empty_states()
+        self.p.states = <double *>pointer(self.states)
+        self.run(self.f.sum_keys, self.p.segments)
+        if self.causal:
+            exclusive_sum(self.states)
+            self.run(self.f.scan_forward, self.p.segments)
+        else:
+            self.states = self.states.sum(axis=1)
+            packed = np.empty((self.p.heads, self.p.packed_size), q.dtype)
+            self.pack(self.states, packed, None)
+            self.run_rows(self.f.forward)
+        self.workspace = None
+        return o, inverse, lse
+
+    def backward(self, o, inverse, grad):
+        """dq, dk, dv for do = grad, o and inverse being forward's."""
+        q, k, v = self.arrays[:3]
+        dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
+        self.workspace = np.empty(self.threads * self.size, np.uint8)
+        self.p.o, self.p.inverse, self.p.grad = pointer(o), pointer(inverse), pointer(grad)
+        self.p.dq, self.p.dk, self.p.dv = pointer(dq), pointer(dk), pointer(dv)
+        grad_states = self.empty_states()
+        self.p.states, self.p.grad_states = <double *>pointer(self.states), <double *>pointer(grad_states)
+        self.run(self.f.sum_queries, self.p.segments)
+        if self.causal:
+            exclusive_sum(grad_states[:, ::-1])
+            self.run(self.f.scan_grad_queries, self.p.segments)
+            self.run(self.f.scan_grad_keys, self.p.segments)
+        else:
+            packed = np.empty((self.p.heads, self.p.packed_size), q.dtype)
+            grad_packed = np.empty((self.p.heads, self.p.grad_packed_size), q.dtype)
+            self.pack(self.states, None, grad_packed)
+            self.run_rows(self.f.grad_queries)
+            self.pack(grad_states.sum(axis=1), packed, grad_packed)
+            self.run(self.f.grad_keys, pieces(self.p.n_k, self.p.chunk))
+        self.workspace = None
+        return dq, dk, dv
+
+
+def exclusive_sum(states):
+    """states[:, s] becomes the sum of those before it, in place."""
+    total = np.zeros_like(states[:, 0])
+    for s in range(states.shape[1]):
+        part = states[:, s].copy()
+        states[:, s] = total
+        total += part

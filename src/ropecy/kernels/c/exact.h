@@ -1,0 +1,75 @@
+/* Exact attention by blocks, never an n x n array: forward by query tiles, backward by key blocks.
+ *
+ * Every function does one piece of work of one head, serially; pieces of a phase may run at once on different
+ * workspaces, and what each writes does not depend on the others.
+ *
+ *   pack_keys, pack_values   keys as [register block][a][key]; padding keys are 0
+ *   forward                  one tile of queries: o, maximum, inverse, lse
+ *   prepare                  one tile of queries for backward: transposed q and do, <o, do>
+ *   backward                 key blocks [first, last) of one segment, all queries: dk, dv, the segment's dq
+ *   collect                  dq of one tile: the segments' parts added in order
+ */
+#ifndef RC_EXACT_H
+#define RC_EXACT_H
+#include <stddef.h>
+#include "isa.h"
+
+typedef struct {
+    ptrdiff_t heads, groups, n, n_k, d, d_v; /* q (heads, groups, n, d), k (heads, n_k, d), v (heads, n_k, d_v) */
+    ptrdiff_t lo, hi;                        /* row i sees key j when lo <= j - i <= hi */
+    double scale;                            /* score = scale <q, k>; with `factor`, the factor of <q, k> is there */
+    double gain;    /* a power of two that q and k were divided by, so that no score overflows; else 1 */
+    int bounded;    /* scores are so small that no running maximum is needed */
+    int everywhere; /* symbol or factor say more than the band: every block reads them */
+    const void *q, *k, *v;
+    /* Toeplitz tables read at u = i - j + n_k - 1, padded on both sides so that whole tiles and blocks may be
+     * read (`block` elements before u = 0, `tile` after u = n + n_k - 2), in units of log2; symbol is -inf where the band forbids. */
+    const void *symbol;                    /* NULL, or a table per (head, group), or shared where the stride is 0 */
+    ptrdiff_t symbol_head, symbol_group;   /* strides in elements */
+    const void *factor;                    /* NULL, or a table that multiplies <q, k> */
+    const void *key_shift;                 /* (heads, padded n_k): 0, or -inf for a key that is masked or padding */
+    int masked;                            /* whether key_shift masks more than the padding */
+    void *key_pack, *value_pack;           /* (heads, padded n_k, d), (heads, padded n_k, d_v) */
+    void *o;                               /* (heads, groups, n, d_v) */
+    void *maximum, *inverse;               /* (heads, groups, n): in log2; 1 / sum, 0 for a row without keys */
+    double *lse;                           /* NULL or (heads, groups, n): natural log, -inf for a row without keys */
+    /* backward */
+    const void *grad;                      /* do (heads, groups, n, d_v) */
+    const void *q_rows, *grad_rows;        /* rows padded to whole vectors: (heads, groups, n, padded d or d_v) */
+    void *q_tiles, *grad_tiles;            /* (heads, groups, tiles, d or d_v, tile) */
+    void *row_stats;                       /* (heads, groups, tiles, 3, tile): maximum, inverse, <o, do> */
+    void *dq_segments;                     /* (segments, heads, groups, tiles, d, tile), zeroed */
+    double *dsymbol;                       /* NULL or (segments, heads, groups, table), zeroed */
+    ptrdiff_t segments;
+    double grad_scale;                     /* of dq and dk */
+    void *dq, *dk, *dv;
+} rc_exact_problem;
+
+typedef struct {
+    int tile, block;          /* queries in a tile, keys in a block */
+    int lanes;                /* rows for backward are padded to a multiple of this */
+    size_t (*forward_workspace)(const rc_exact_problem *);
+    size_t (*backward_workspace)(const rc_exact_problem *);
+    void (*pack_keys)(const rc_exact_problem *, ptrdiff_t head, ptrdiff_t block);
+    void (*pack_values)(const rc_exact_problem *, ptrdiff_t head, ptrdiff_t block);
+    void (*forward)(const rc_exact_problem *, ptrdiff_t head, ptrdiff_t group, ptrdiff_t tile, void *workspace);
+    void (*prepare)(const rc_exact_problem *, ptrdiff_t head, ptrdiff_t group, ptrdiff_t tile);
+    void (*backward)(const rc_exact_problem *, ptrdiff_t head, ptrdiff_t segment, ptrdiff_t first, ptrdiff_t last,
+                     void *workspace);
+    void (*collect)(const rc_exact_problem *, ptrdiff_t head, ptrdiff_t group, ptrdiff_t tile);
+} rc_exact_functions;
+
+typedef struct {
+    const rc_exact_functions *f32, *f64;
+} rc_exact_kernels;
+
+extern const rc_exact_kernels rc_exact_baseline;
+#if RC_X86
+extern const rc_exact_kernels rc_exact_v3, rc_exact_v4;
+#endif
+
+static inline const rc_exact_kernels *rc_exact_select(int level) {
+    (void)level;
+    return RC_SELECT(rc_exact, level);
+}
+#endif

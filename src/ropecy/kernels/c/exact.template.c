@@ -1,0 +1,320 @@
+#include "simd.h"
+#include "product.template.h"
+#include "exp2.template.h"
+#include "scores.template.h"
+
+/* Exact attention, for one precision. Lanes are queries, keys are broadcast; scores, exp and P V of a block stay
+ * in the L1 cache.
+ *
+ * What bounds it: the multiply-adds of scores and P V, 2 (d + d_v) a pair, and about 14 operations of exp a pair,
+ * which is 15% of the whole at d = 64 and a third at d = 16. */
+
+typedef struct {
+    const REAL *symbol, *factor, *key_shift; /* at u = 0; at key 0 */
+    ptrdiff_t lo, hi, n_k;
+    int everywhere, masked;
+} RC_NAME(masking);
+
+static RC_NAME(masking) RC_NAME(masking_of)(const rc_exact_problem *p, ptrdiff_t head, ptrdiff_t group) {
+    RC_NAME(masking) m = {0, 0, 0, p->lo, p->hi, p->n_k, p->everywhere, p->masked};
+    if (p->symbol)
+        m.symbol = (const REAL *)p->symbol + head * p->symbol_head + group * p->symbol_group + BLOCK;
+    if (p->factor)
+        m.factor = (const REAL *)p->factor + BLOCK;
+    m.key_shift = (const REAL *)p->key_shift + head * rc_round_up(p->n_k, BLOCK);
+    return m;
+}
+
+/* Whether the tile at row0 and the keys [j0, j0 + BLOCK) need the tables; if not, every pair is allowed, unbiased. */
+static int RC_NAME(needs_tables)(const RC_NAME(masking) * m, ptrdiff_t row0, ptrdiff_t j0) {
+    if (m->everywhere || m->masked || j0 + BLOCK > m->n_k)
+        return 1;
+    return j0 - (row0 + TILE - 1) < m->lo || j0 + BLOCK - 1 - row0 > m->hi;
+}
+
+/* The keys [*first, *last) that some row of [row0, row1) sees. */
+static void RC_NAME(visible_keys)(const rc_exact_problem *p, ptrdiff_t row0, ptrdiff_t row1, ptrdiff_t *first, ptrdiff_t *last) {
+    *first = p->lo > -row0 ? rc_min(row0 + p->lo, p->n_k) : 0;
+    *last = p->hi < p->n_k - row1 ? rc_max(row1 + p->hi, 0) : p->n_k;
+}
+
+/* Biases and masks of KEYS keys from j on, rows from row0 on. */
+RC_INLINE void RC_NAME(apply_tables)(vreal acc[KEYS][VECTORS], const RC_NAME(masking) * m, ptrdiff_t row0, ptrdiff_t j) {
+    const ptrdiff_t u = row0 - j + m->n_k - 1;
+    if (m->factor)
+        RC_UNROLL for (int r = 0; r < KEYS; r++) RC_UNROLL for (int v = 0; v < VECTORS; v++)
+            acc[r][v] *= LOAD(m->factor + u - r + v * LANES);
+    if (m->symbol)
+        RC_UNROLL for (int r = 0; r < KEYS; r++) RC_UNROLL for (int v = 0; v < VECTORS; v++)
+            acc[r][v] += LOAD(m->symbol + u - r + v * LANES);
+    RC_UNROLL for (int r = 0; r < KEYS; r++) {
+        vreal s = SPLAT(m->key_shift[j + r]);
+        RC_UNROLL for (int v = 0; v < VECTORS; v++) acc[r][v] += s;
+    }
+}
+
+/* P = 2^scores and sum += P, no maximum. */
+RC_INLINE void RC_NAME(weights_bounded)(ptrdiff_t d, const REAL *queries, const REAL *keys, REAL *P, vreal sum[VECTORS],
+                                        const RC_NAME(masking) * m, ptrdiff_t row0, ptrdiff_t j) {
+    vreal acc[KEYS][VECTORS];
+    RC_NAME(dots)(acc, d, queries, keys);
+    if (m)
+        RC_NAME(apply_tables)(acc, m, row0, j);
+    RC_UNROLL for (int r = 0; r < KEYS; r++) RC_UNROLL for (int v = 0; v < VECTORS; v++) {
+        vreal e = RC_NAME(exp2)(acc[r][v]);
+        sum[v] += e;
+        STORE(P + r * TILE + v * LANES, e);
+    }
+}
+RC_NOINLINE void RC_NAME(weights_plain)(ptrdiff_t d, const REAL *queries, const REAL *keys, REAL *P, vreal sum[VECTORS]) {
+    RC_NAME(weights_bounded)(d, queries, keys, P, sum, 0, 0, 0);
+}
+RC_NOINLINE void RC_NAME(weights_masked)(ptrdiff_t d, const REAL *queries, const REAL *keys, REAL *P, vreal sum[VECTORS],
+                                         const RC_NAME(masking) * m, ptrdiff_t row0, ptrdiff_t j) {
+    RC_NAME(weights_bounded)(d, queries, keys, P, sum, m, row0, j);
+}
+
+/* S = scores, largest = max(largest, scores). */
+RC_NOINLINE void RC_NAME(scores)(ptrdiff_t d, const REAL *queries, const REAL *keys, REAL *S, vreal largest[VECTORS],
+                                 const RC_NAME(masking) * m, ptrdiff_t row0, ptrdiff_t j) {
+    vreal acc[KEYS][VECTORS];
+    RC_NAME(dots)(acc, d, queries, keys);
+    if (m)
+        RC_NAME(apply_tables)(acc, m, row0, j);
+    RC_UNROLL for (int r = 0; r < KEYS; r++) RC_UNROLL for (int v = 0; v < VECTORS; v++) {
+        largest[v] = RC_NAME(vector_max)(largest[v], acc[r][v]);
+        STORE(S + r * TILE + v * LANES, acc[r][v]);
+    }
+}
+
+static size_t RC_NAME(forward_workspace)(const rc_exact_problem *p) {
+    return sizeof(REAL) * TILE * (p->d + p->d_v + BLOCK);
+}
+
+static void RC_NAME(pack_keys)(const rc_exact_problem *p, ptrdiff_t head, ptrdiff_t block) {
+    const ptrdiff_t j0 = block * BLOCK, padded = rc_round_up(p->n_k, BLOCK);
+    RC_NAME(pack_rows)((const REAL *)p->k + (head * p->n_k + j0) * p->d, p->d, p->n_k - j0, BLOCK,
+                  (REAL *)p->key_pack + (head * padded + j0) * p->d);
+}
+
+static void RC_NAME(pack_values)(const rc_exact_problem *p, ptrdiff_t head, ptrdiff_t block) {
+    const ptrdiff_t j0 = block * BLOCK, padded = rc_round_up(p->n_k, BLOCK);
+    RC_NAME(pack_rows)((const REAL *)p->v + (head * p->n_k + j0) * p->d_v, p->d_v, p->n_k - j0, BLOCK,
+                  (REAL *)p->value_pack + (head * padded + j0) * p->d_v);
+}
+
+static void RC_NAME(forward)(const rc_exact_problem *p, ptrdiff_t head, ptrdiff_t group, ptrdiff_t tile, void *workspace) {
+    const ptrdiff_t d = p->d, d_v = p->d_v, row0 = tile * TILE, rows = rc_min(TILE, p->n - row0);
+    const ptrdiff_t slot = (head * p->groups + group) * p->n + row0, padded = rc_round_up(p->n_k, BLOCK);
+    const RC_NAME(masking) masking = RC_NAME(masking_of)(p, head, group);
+    REAL *queries = workspace, *P = queries + d * TILE, *N = P + BLOCK * TILE;
+    REAL maximum[TILE];
+    double sum[TILE];
+    RC_NAME(tile_load)((const REAL *)p->q + slot * d, d, rows, d, p->factor ? 1 : (REAL)(p->scale * LOG2E), 0, queries, TILE);
+    for (ptrdiff_t i = 0; i < d_v * TILE; i++)
+        N[i] = 0;
+    /* A finite start, so that a masked score minus the maximum is -inf and not NaN. */
+    for (int i = 0; i < TILE; i++) {
+        maximum[i] = p->bounded ? 0 : RC_BITS == 32 ? (REAL)-1e38 : (REAL)-1e307;
+        sum[i] = 0;
+    }
+    ptrdiff_t first, last;
+    RC_NAME(visible_keys)(p, row0, row0 + rows, &first, &last);
+    for (ptrdiff_t j0 = first / BLOCK * BLOCK; j0 < last; j0 += BLOCK) {
+        const ptrdiff_t keys = rc_min(BLOCK, last - j0);
+        const RC_NAME(masking) *m = RC_NAME(needs_tables)(&masking, row0, j0) || keys % KEYS ? &masking : 0;
+        const REAL *pack = (const REAL *)p->key_pack + (head * padded + j0) * d;
+        vreal part[VECTORS];
+        for (int v = 0; v < VECTORS; v++)
+            part[v] = (vreal){0};
+        if (p->bounded) {
+            for (ptrdiff_t j = 0; j < keys; j += KEYS)
+                if (m)
+                    RC_NAME(weights_masked)(d, queries, pack + j * d, P + j * TILE, part, m, row0, j0 + j);
+                else
+                    RC_NAME(weights_plain)(d, queries, pack + j * d, P + j * TILE, part);
+        } else {
+            vreal largest[VECTORS];
+            for (int v = 0; v < VECTORS; v++)
+                largest[v] = LOAD(maximum + v * LANES);
+            for (ptrdiff_t j = 0; j < keys; j += KEYS)
+                RC_NAME(scores)(d, queries, pack + j * d, P + j * TILE, largest, m, row0, j0 + j);
+            const REAL gain = (REAL)p->gain;
+            for (int v = 0; v < VECTORS; v++) {
+                vreal before = LOAD(maximum + v * LANES), now = largest[v];
+                vint grew = (vint)(now > before);
+                int any = 0;
+                for (int i = 0; i < LANES; i++)
+                    any |= grew[i] != 0;
+                if (any) {
+                    REAL shrink[LANES];
+                    STORE(shrink, RC_NAME(exp2)((before - now) * gain));
+                    for (ptrdiff_t c = 0; c < d_v; c++)
+                        STORE(N + c * TILE + v * LANES, LOAD(N + c * TILE + v * LANES) * LOAD(shrink));
+                    for (int i = 0; i < LANES; i++)
+                        sum[v * LANES + i] *= shrink[i];
+                    STORE(maximum + v * LANES, now);
+                }
+                for (ptrdiff_t j = 0; j < rc_round_up(keys, KEYS); j++) {
+                    vreal e = RC_NAME(exp2)((LOAD(P + j * TILE + v * LANES) - now) * gain);
+                    part[v] += e;
+                    STORE(P + j * TILE + v * LANES, e);
+                }
+            }
+        }
+        REAL flat[TILE];
+        for (int v = 0; v < VECTORS; v++)
+            STORE(flat + v * LANES, part[v]);
+        for (int i = 0; i < TILE; i++)
+            sum[i] += flat[i];
+        RC_NAME(product_tile)((int)d_v, keys, P, (const REAL *)p->v + (head * p->n_k + j0) * d_v, d_v, N);
+    }
+    REAL *o = (REAL *)p->o + slot * d_v;
+    for (ptrdiff_t i = 0; i < rows; i++) {
+        const REAL inverse = sum[i] > 0 ? (REAL)(1 / sum[i]) : 0;
+        for (ptrdiff_t c = 0; c < d_v; c++)
+            o[i * d_v + c] = N[c * TILE + i] * inverse;
+        ((REAL *)p->maximum)[slot + i] = maximum[i];
+        ((REAL *)p->inverse)[slot + i] = inverse;
+        if (p->lse)
+            p->lse[slot + i] = sum[i] > 0 ? LN2 * (maximum[i] * p->gain + __builtin_log2(sum[i])) : -__builtin_inf();
+    }
+}
+
+static void RC_NAME(prepare)(const rc_exact_problem *p, ptrdiff_t head, ptrdiff_t group, ptrdiff_t tile) {
+    const ptrdiff_t d = p->d, d_v = p->d_v, row0 = tile * TILE, rows = rc_min(TILE, p->n - row0);
+    const ptrdiff_t lane = head * p->groups + group, slot = lane * p->n + row0, tiles = (p->n + TILE - 1) / TILE;
+    const REAL *grad = (const REAL *)p->grad + slot * d_v, *o = (const REAL *)p->o + slot * d_v;
+    REAL *stats = (REAL *)p->row_stats + (lane * tiles + tile) * 3 * TILE;
+    RC_NAME(tile_load)((const REAL *)p->q + slot * d, d, rows, d, p->factor ? 1 : (REAL)(p->scale * LOG2E), 0,
+                       (REAL *)p->q_tiles + (lane * tiles + tile) * d * TILE, TILE);
+    RC_NAME(tile_load)(grad, d_v, rows, d_v, 1, 0, (REAL *)p->grad_tiles + (lane * tiles + tile) * d_v * TILE, TILE);
+    for (ptrdiff_t i = 0; i < TILE; i++) {
+        REAL dot = 0;
+        for (ptrdiff_t c = 0; i < rows && c < d_v; c++)
+            dot += grad[i * d_v + c] * o[i * d_v + c];
+        stats[i] = i < rows ? ((const REAL *)p->maximum)[slot + i] : 0;
+        stats[TILE + i] = i < rows ? ((const REAL *)p->inverse)[slot + i] : 0;
+        stats[2 * TILE + i] = dot;
+    }
+}
+
+/* P = the normalised weights of KEYS keys. */
+RC_NOINLINE void RC_NAME(weights_known)(ptrdiff_t d, const REAL *queries, const REAL *keys, REAL *P, const REAL *stats,
+                                        REAL gain, const RC_NAME(masking) * m, ptrdiff_t row0, ptrdiff_t j) {
+    vreal acc[KEYS][VECTORS];
+    RC_NAME(dots)(acc, d, queries, keys);
+    if (m)
+        RC_NAME(apply_tables)(acc, m, row0, j);
+    RC_UNROLL for (int v = 0; v < VECTORS; v++) {
+        vreal maximum = LOAD(stats + v * LANES), inverse = LOAD(stats + TILE + v * LANES);
+        RC_UNROLL for (int r = 0; r < KEYS; r++)
+            STORE(P + r * TILE + v * LANES, RC_NAME(exp2)((acc[r][v] - maximum) * gain) * inverse);
+    }
+}
+
+/* dS = P (<do, v> - <o, do>). */
+RC_NOINLINE void RC_NAME(score_gradients)(ptrdiff_t d_v, const REAL *grads, const REAL *values, const REAL *P, REAL *dS,
+                                          const REAL *dots) {
+    vreal acc[KEYS][VECTORS];
+    RC_NAME(dots)(acc, d_v, grads, values);
+    RC_UNROLL for (int v = 0; v < VECTORS; v++) {
+        vreal mean = LOAD(dots + v * LANES);
+        RC_UNROLL for (int r = 0; r < KEYS; r++)
+            STORE(dS + r * TILE + v * LANES, LOAD(P + r * TILE + v * LANES) * (acc[r][v] - mean));
+    }
+}
+
+static size_t RC_NAME(backward_workspace)(const rc_exact_problem *p) {
+    return sizeof(REAL) * BLOCK * (2 * TILE + rc_round_up(p->d, LANES) + rc_round_up(p->d_v, LANES));
+}
+
+/* dS summed along diagonals, and multiplied by the near factor for what follows. */
+static void RC_NAME(diagonals)(const RC_NAME(masking) * m, double *dsymbol, REAL *dS, ptrdiff_t keys, ptrdiff_t row0, ptrdiff_t j0) {
+    for (ptrdiff_t j = 0; j < keys; j++, dS += TILE) {
+        const ptrdiff_t u = row0 - (j0 + j) + m->n_k - 1;
+        if (dsymbol)
+            for (int i = 0; i < TILE; i++)
+                dsymbol[u + i] += dS[i];
+        if (m->factor)
+            for (int i = 0; i < TILE; i++)
+                dS[i] *= m->factor[u + i];
+    }
+}
+
+static void RC_NAME(backward)(const rc_exact_problem *p, ptrdiff_t head, ptrdiff_t segment, ptrdiff_t first, ptrdiff_t last,
+                              void *workspace) {
+    const ptrdiff_t d = p->d, d_v = p->d_v, n = p->n, tiles = (n + TILE - 1) / TILE, padded = rc_round_up(p->n_k, BLOCK);
+    const ptrdiff_t wide = rc_round_up(d, LANES), wide_v = rc_round_up(d_v, LANES);
+    const ptrdiff_t table = BLOCK + n + p->n_k - 1 + TILE;
+    REAL *P = workspace, *dS = P + BLOCK * TILE, *dk = dS + BLOCK * TILE, *dv = dk + BLOCK * wide;
+    for (ptrdiff_t block = segment + first * p->segments; block < segment + last * p->segments; block += p->segments) {
+        const ptrdiff_t j0 = block * BLOCK;
+        if (j0 >= p->n_k)
+            break;
+        const ptrdiff_t keys = rc_min(BLOCK, p->n_k - j0), keys_up = rc_round_up(keys, KEYS);
+        const REAL *k_pack = (const REAL *)p->key_pack + (head * padded + j0) * d;
+        const REAL *v_pack = (const REAL *)p->value_pack + (head * padded + j0) * d_v;
+        for (ptrdiff_t i = 0; i < BLOCK * (wide + wide_v); i++)
+            dk[i] = 0;
+        for (ptrdiff_t i = keys_up * TILE; i < BLOCK * TILE; i++)
+            P[i] = dS[i] = 0;
+        const ptrdiff_t row_first = p->hi < j0 ? rc_min(n, j0 - p->hi) : 0;
+        const ptrdiff_t row_last = p->lo > j0 + keys - n ? rc_max(0, j0 + keys - p->lo) : n;
+        for (ptrdiff_t group = 0; group < p->groups; group++) {
+            const ptrdiff_t lane = head * p->groups + group;
+            const RC_NAME(masking) masking = RC_NAME(masking_of)(p, head, group);
+            double *dsymbol = p->dsymbol ? p->dsymbol + (segment * p->heads * p->groups + lane) * table + BLOCK : 0;
+            for (ptrdiff_t tile = row_first / TILE; tile * TILE < row_last; tile++) {
+                const ptrdiff_t row0 = tile * TILE, rows = rc_min(TILE, n - row0), at = lane * tiles + tile;
+                const REAL *q = (const REAL *)p->q_tiles + at * d * TILE, *g = (const REAL *)p->grad_tiles + at * d_v * TILE;
+                const REAL *stats = (const REAL *)p->row_stats + at * 3 * TILE;
+                const RC_NAME(masking) *m = RC_NAME(needs_tables)(&masking, row0, j0) ? &masking : 0;
+                for (ptrdiff_t j = 0; j < keys_up; j += KEYS)
+                    RC_NAME(weights_known)(d, q, k_pack + j * d, P + j * TILE, stats, (REAL)p->gain, m, row0, j0 + j);
+                for (ptrdiff_t j = 0; j < keys_up; j += KEYS)
+                    RC_NAME(score_gradients)(d_v, g, v_pack + j * d_v, P + j * TILE, dS + j * TILE, stats + 2 * TILE);
+                RC_NAME(columns)(wide_v, rows, (const REAL *)p->grad_rows + (lane * n + row0) * wide_v, P, dv);
+                if (dsymbol || p->factor)
+                    RC_NAME(diagonals)(&masking, dsymbol, dS, keys, row0, j0);
+                RC_NAME(columns)(wide, rows, (const REAL *)p->q_rows + (lane * n + row0) * wide, dS, dk);
+                RC_NAME(product_tile)((int)d, keys, dS, (const REAL *)p->k + (head * p->n_k + j0) * d, d,
+                                      (REAL *)p->dq_segments + ((segment * p->heads * p->groups + lane) * tiles + tile) * d * TILE);
+            }
+        }
+        for (ptrdiff_t j = 0; j < keys; j++) {
+            REAL *dk_out = (REAL *)p->dk + (head * p->n_k + j0 + j) * d, *dv_out = (REAL *)p->dv + (head * p->n_k + j0 + j) * d_v;
+            for (ptrdiff_t a = 0; a < d; a++)
+                dk_out[a] = (REAL)p->grad_scale * dk[j * wide + a];
+            for (ptrdiff_t c = 0; c < d_v; c++)
+                dv_out[c] = dv[j * wide_v + c];
+        }
+    }
+}
+
+static void RC_NAME(collect)(const rc_exact_problem *p, ptrdiff_t head, ptrdiff_t group, ptrdiff_t tile) {
+    const ptrdiff_t d = p->d, row0 = tile * TILE, rows = rc_min(TILE, p->n - row0), tiles = (p->n + TILE - 1) / TILE;
+    const ptrdiff_t lanes = p->heads * p->groups, lane = head * p->groups + group, size = lanes * tiles * d * TILE;
+    REAL *sum = (REAL *)p->dq_segments + (lane * tiles + tile) * d * TILE;
+    for (ptrdiff_t s = 1; s < p->segments; s++)
+        for (ptrdiff_t i = 0; i < d * TILE; i++)
+            sum[i] += sum[s * size + i];
+    REAL *dq = (REAL *)p->dq + (lane * p->n + row0) * d;
+    for (ptrdiff_t i = 0; i < rows; i++)
+        for (ptrdiff_t a = 0; a < d; a++)
+            dq[i * d + a] = (REAL)p->grad_scale * sum[a * TILE + i];
+}
+
+static const rc_exact_functions RC_NAME(functions) = {
+    TILE,
+    BLOCK,
+    LANES,
+    RC_NAME(forward_workspace),
+    RC_NAME(backward_workspace),
+    RC_NAME(pack_keys),
+    RC_NAME(pack_values),
+    RC_NAME(forward),
+    RC_NAME(prepare),
+    RC_NAME(backward),
+    RC_NAME(collect),
+};

@@ -1,0 +1,316 @@
+/* Monomials of a tile of tokens and the three products with a state, for one precision (include after
+ * product.template.h; monomials.h has the order of monomials).
+ *
+ *   update         state += phi^T columns          lanes are features; the top degree is made a panel at a time
+ *   evaluate       N = state^T phi                 lanes are tokens; the top degree is never formed: its sum over a
+ *                                                  prefix is a product, multiplied by x_m as it leaves the registers
+ *   differentiate  dx of <dN, state^T phi(x)>      lanes are tokens; dphi of a block of monomials stays in registers
+ *                                                  over all m while dx_m and dphi are reduced from it
+ *
+ * What bounds them: the multiply-adds. evaluate reads each packed weight once for TILE tokens (4 bytes for VECTORS
+ * multiply-adds of LANES), update each feature once for every block of ROWS columns; phi stays in L1 by prefix blocks.
+ */
+#undef WIDE
+#undef GRAD_ROWS
+#undef PANEL
+#define WIDE (2 * LANES)     /* tokens side by side in differentiate */
+#if RC_REGISTERS == 32
+#define GRAD_ROWS 6          /* monomials whose dphi is kept in registers */
+#else
+#define GRAD_ROWS 3
+#endif
+#define PANEL (4 * VECTORS * LANES) /* top-degree features made at a time */
+#define PREFIX 64            /* features of a prefix block: PREFIX * TILE of them stay in L1 */
+
+/* The part of the problem that says which monomials there are; degrees are at least 1. */
+typedef struct {
+    ptrdiff_t d, columns, pitch;
+    const ptrdiff_t *offset, *count;
+} RC_NAME(monomials);
+
+RC_INLINE ptrdiff_t RC_NAME(count)(const RC_NAME(monomials) * y, int s, ptrdiff_t m) { return y->count[s * (y->d + 1) + m]; }
+
+/* Where the monomials of degrees below s end. */
+RC_INLINE ptrdiff_t RC_NAME(below)(const RC_NAME(monomials) * y, int s) {
+    return y->offset[s - 1] + RC_NAME(count)(y, s - 1, y->d);
+}
+
+/* Rows of features: dst[t][i] = src[t][i] x[t] for i < length; the last vector may run over. */
+RC_INLINE void RC_NAME(scaled_copy)(int tokens, const REAL *x, ptrdiff_t ldx, const REAL *src, ptrdiff_t lds, ptrdiff_t length,
+                                    REAL *dst, ptrdiff_t ldd) {
+    if (length <= LANES)
+        for (int t = 0; t < tokens; t++)
+            STORE(dst + t * ldd, LOAD(src + t * lds) * x[t * ldx]);
+    else
+        for (int t = 0; t < tokens; t++)
+            for (ptrdiff_t i = 0; i < length; i += LANES)
+                STORE(dst + t * ldd + i, LOAD(src + t * lds + i) * x[t * ldx]);
+}
+
+/* state[c][f] += sum_t phi_f(x_t) columns[t][c] over all monomials of degree <= `degree`, the state's own degree.
+ * `low` is [token][low_pitch], `panel` [token][PANEL + LANES]. */
+static void RC_NAME(update)(const RC_NAME(monomials) * y, int degree, int tokens, const REAL *x, const REAL *columns,
+                            ptrdiff_t ld, REAL *low, ptrdiff_t low_pitch, REAL *panel, REAL *state) {
+    const ptrdiff_t d = y->d, low_end = RC_NAME(below)(y, degree), top = RC_NAME(count)(y, degree, d);
+    const int blocks = rc_blocks((int)y->columns, ROWS);
+    const ptrdiff_t panel_pitch = PANEL + LANES;
+    for (int t0 = 0; t0 < tokens; t0 += 16) {
+        const int t1 = (int)rc_min(16, tokens - t0);
+        REAL *rows = low + t0 * low_pitch;
+        for (int t = 0; t < t1; t++)
+            rows[t * low_pitch] = 1;
+        for (int s = 1; s < degree; s++)
+            for (ptrdiff_t m = 0; m < d; m++)
+                RC_NAME(scaled_copy)(t1, x + t0 * d + m, d, rows + y->offset[s - 1], low_pitch, RC_NAME(count)(y, s - 1, m + 1),
+                                     rows + y->offset[s] + RC_NAME(count)(y, s, m), low_pitch);
+        for (int t = 0; t < t1; t++)
+            for (ptrdiff_t f = low_end; f < rc_round_up(low_end, LANES); f++)
+                rows[t * low_pitch + f] = 0;
+    }
+    for (ptrdiff_t f = 0; f < low_end; f += VECTORS * LANES) {
+        const ptrdiff_t vectors = rc_min(VECTORS, (low_end - f + LANES - 1) / LANES);
+        for (int b = 0; b < blocks; b++) {
+            const int c0 = rc_block_start((int)y->columns, blocks, b), c1 = rc_block_start((int)y->columns, blocks, b + 1);
+            RC_NAME(product)[c1 - c0][vectors](tokens, low + f, low_pitch, columns + c0, ld, state + c0 * y->pitch + f, y->pitch,
+                                               RC_ADD, 0);
+        }
+    }
+    ptrdiff_t m = 0, i = 0; /* the next monomial: x_m times number i of degree - 1 */
+    for (ptrdiff_t f0 = 0; f0 < top; f0 += PANEL) {
+        const ptrdiff_t width = rc_min(PANEL, top - f0);
+        ptrdiff_t m1 = m, i1 = i;
+        for (int t0 = 0; t0 < tokens; t0 += 16) {
+            const int t1 = (int)rc_min(16, tokens - t0);
+            m1 = m, i1 = i;
+            for (ptrdiff_t f = 0; f < width;) {
+                const ptrdiff_t run = RC_NAME(count)(y, degree - 1, m1 + 1) - i1, length = rc_min(run, width - f);
+                RC_NAME(scaled_copy)(t1, x + t0 * d + m1, d, low + t0 * low_pitch + y->offset[degree - 1] + i1, low_pitch, length,
+                                     panel + t0 * panel_pitch + f, panel_pitch);
+                f += length;
+                i1 += length;
+                if (length == run)
+                    m1++, i1 = 0;
+            }
+        }
+        m = m1, i = i1;
+        for (int t = 0; t < tokens; t++)
+            for (ptrdiff_t f = width; f < rc_round_up(width, LANES); f++)
+                panel[t * panel_pitch + f] = 0;
+        for (ptrdiff_t f = 0; f < width; f += VECTORS * LANES) {
+            const ptrdiff_t vectors = rc_min(VECTORS, (width - f + LANES - 1) / LANES);
+            for (int b = 0; b < blocks; b++) {
+                const int c0 = rc_block_start((int)y->columns, blocks, b), c1 = rc_block_start((int)y->columns, blocks, b + 1);
+                RC_NAME(product)[c1 - c0][vectors](tokens, panel + f, panel_pitch, columns + c0, ld,
+                                                   state + c0 * y->pitch + y->offset[degree] + f0 + f, y->pitch, RC_ADD, 0);
+            }
+        }
+    }
+}
+
+/* phi[f][token] for monomials of degree < `degree`, `vectors` vectors of tokens. */
+RC_INLINE void RC_NAME(token_features)(const RC_NAME(monomials) * y, int degree, const REAL *xt, REAL *phi, const int vectors) {
+    const int width = vectors * LANES;
+    RC_UNROLL for (int v = 0; v < vectors; v++) STORE(phi + v * LANES, SPLAT((REAL)1));
+    for (int s = 1; s < degree; s++)
+        for (ptrdiff_t m = 0; m < y->d; m++) {
+            const ptrdiff_t length = RC_NAME(count)(y, s - 1, m + 1);
+            const REAL *src = phi + y->offset[s - 1] * width;
+            REAL *dst = phi + (y->offset[s] + RC_NAME(count)(y, s, m)) * width;
+            vreal x[VECTORS];
+            RC_UNROLL for (int v = 0; v < vectors; v++) x[v] = LOAD(xt + m * width + v * LANES);
+            for (ptrdiff_t i = 0; i < length; i++)
+                RC_UNROLL for (int v = 0; v < vectors; v++)
+                    STORE(dst + i * width + v * LANES, LOAD(src + i * width + v * LANES) * x[v]);
+        }
+}
+
+/* Elements of a state packed for evaluate: its monomials, [block of columns][monomial][column]. */
+static size_t RC_NAME(evaluate_size)(const RC_NAME(monomials) * y, int degree) {
+    return (size_t)(y->columns * (RC_NAME(below)(y, degree) + RC_NAME(count)(y, degree, y->d)));
+}
+
+/* (base + part) * weights for evaluate. */
+static void RC_NAME(evaluate_pack)(const RC_NAME(monomials) * y, int degree, const REAL *base, const REAL *part,
+                                   const REAL *weights, REAL *packed) {
+    const ptrdiff_t low_end = RC_NAME(below)(y, degree), top = RC_NAME(count)(y, degree, y->d);
+    const int blocks = rc_blocks((int)y->columns, ROWS);
+    for (int b = 0; b < blocks; b++) {
+        const int c0 = rc_block_start((int)y->columns, blocks, b), R = rc_block_start((int)y->columns, blocks, b + 1) - c0;
+        for (int half = 0; half < 2; half++) {
+            const ptrdiff_t start = half ? y->offset[degree] : 0, length = half ? top : low_end;
+            for (int r = 0; r < R; r++) {
+                const REAL *from = base + (c0 + r) * y->pitch + start, *more = part + (c0 + r) * y->pitch + start;
+                for (ptrdiff_t f = 0; f < length; f++)
+                    packed[f * R + r] = (from[f] + more[f]) * weights[start + f];
+            }
+            packed += length * R;
+        }
+    }
+}
+
+/* N[c][token] = sum_f packed[f][c] phi_f(token) for a tile; phi holds TILE * below(degree). */
+static void RC_NAME(evaluate)(const RC_NAME(monomials) * y, int degree, const REAL *xt, const REAL *packed, REAL *phi, REAL *N) {
+    const ptrdiff_t low_end = RC_NAME(below)(y, degree), d = y->d;
+    const int blocks = rc_blocks((int)y->columns, ROWS);
+    RC_NAME(token_features)(y, degree, xt, phi, VECTORS);
+    for (ptrdiff_t i = 0; i < y->columns * TILE; i++)
+        N[i] = 0;
+    for (int b = 0; b < blocks; b++) {
+        const int c0 = rc_block_start((int)y->columns, blocks, b), R = rc_block_start((int)y->columns, blocks, b + 1) - c0;
+        const RC_NAME(product_function) product = RC_NAME(product)[R][VECTORS];
+        REAL *C = N + c0 * TILE;
+        for (ptrdiff_t f = 0; f < low_end; f += 4 * PREFIX)
+            product(rc_min(4 * PREFIX, low_end - f), phi + f * TILE, TILE, packed + f * R, R, C, TILE, RC_ADD, 0);
+        const REAL *top = packed + low_end * R;
+        const ptrdiff_t before = RC_NAME(count)(y, degree - 1, d);
+        const REAL *prefix = phi + y->offset[degree - 1] * TILE;
+        for (ptrdiff_t i = 0; i < before; i += PREFIX)
+            for (ptrdiff_t m = 0; m < d; m++) {
+                const ptrdiff_t length = rc_min(PREFIX, RC_NAME(count)(y, degree - 1, m + 1) - i);
+                if (length > 0)
+                    product(length, prefix + i * TILE, TILE, top + (RC_NAME(count)(y, degree, m) + i) * R, R, C, TILE,
+                            RC_ADD_SCALED, xt + m * TILE);
+            }
+        packed = top + RC_NAME(count)(y, degree, d) * R;
+    }
+}
+
+/* Elements of a state packed for differentiate: [degree, from the top][block of monomials one degree lower][m][column][row];
+ * degree 1 as [block of m][column][row]. */
+static size_t RC_NAME(differentiate_size)(const RC_NAME(monomials) * y, int degree) {
+    ptrdiff_t size = y->d * y->columns;
+    for (int s = degree; s >= 2; s--)
+        for (ptrdiff_t m = 0; m < y->d; m++)
+            size += rc_round_up(RC_NAME(count)(y, s - 1, m + 1), GRAD_ROWS) * y->columns;
+    return (size_t)size;
+}
+
+static void RC_NAME(differentiate_pack)(const RC_NAME(monomials) * y, int degree, const REAL *base, const REAL *part,
+                                        const REAL *weights, REAL *packed) {
+    const ptrdiff_t d = y->d, pitch = y->pitch;
+    for (int s = degree; s >= 2; s--) {
+        ptrdiff_t first = 0; /* the first m whose prefix reaches i */
+        for (ptrdiff_t i = 0; i < RC_NAME(count)(y, s - 1, d); i += GRAD_ROWS) {
+            while (RC_NAME(count)(y, s - 1, first + 1) <= i)
+                first++;
+            for (ptrdiff_t m = first; m < d; m++) {
+                const ptrdiff_t rows = rc_min(GRAD_ROWS, RC_NAME(count)(y, s - 1, m + 1) - i);
+                const ptrdiff_t f = y->offset[s] + RC_NAME(count)(y, s, m) + i;
+                for (ptrdiff_t c = 0; c < y->columns; c++, packed += GRAD_ROWS) {
+                    for (ptrdiff_t r = 0; r < rows; r++)
+                        packed[r] = (base[c * pitch + f + r] + part[c * pitch + f + r]) * weights[f + r];
+                    for (ptrdiff_t r = rows; r < GRAD_ROWS; r++)
+                        packed[r] = 0;
+                }
+            }
+        }
+    }
+    const int blocks = rc_blocks((int)d, ROWS);
+    for (int b = 0; b < blocks; b++) {
+        const int m0 = rc_block_start((int)d, blocks, b), R = rc_block_start((int)d, blocks, b + 1) - m0;
+        for (ptrdiff_t c = 0; c < y->columns; c++, packed += R)
+            for (int r = 0; r < R; r++) {
+                const ptrdiff_t f = y->offset[1] + m0 + r;
+                packed[r] = (base[c * pitch + f] + part[c * pitch + f]) * weights[f];
+            }
+    }
+}
+
+/* One block of monomials of degree s - 1 against every m: dx_m += dphi_s(m, i) phi_i, dphi_i += dphi_s(m, i) x_m, where
+ * dphi_s = <dN, state> + (what degree s + 1 left there, unless s is the top). `rows` monomials are in the block; the
+ * prefix of m may end inside it. Returns where the packed state goes on. */
+RC_INLINE const REAL *RC_NAME(reverse_block)(const RC_NAME(monomials) * y, int s, const int is_top, ptrdiff_t i, ptrdiff_t rows,
+                                             ptrdiff_t first, const REAL *xt, const REAL *dN, const REAL *packed, const REAL *phi,
+                                             REAL *dphi, REAL *dx) {
+    vreal reduced[GRAD_ROWS][2];
+    RC_UNROLL for (int r = 0; r < GRAD_ROWS; r++) reduced[r][0] = reduced[r][1] = (vreal){0};
+    const REAL *phi_i = phi + (y->offset[s - 1] + i) * WIDE;
+    for (ptrdiff_t m = first; m < y->d; m++) {
+        vreal acc[GRAD_ROWS][2];
+        RC_UNROLL for (int r = 0; r < GRAD_ROWS; r++) acc[r][0] = acc[r][1] = (vreal){0};
+        const REAL *grads = dN;
+        for (ptrdiff_t c = 0; c < y->columns; c++, grads += WIDE, packed += GRAD_ROWS) {
+            vreal a0 = LOAD(grads), a1 = LOAD(grads + LANES);
+            RC_UNROLL for (int r = 0; r < GRAD_ROWS; r++) {
+                vreal b = SPLAT(packed[r]);
+                acc[r][0] += a0 * b;
+                acc[r][1] += a1 * b;
+            }
+        }
+        vreal x0 = LOAD(xt + m * WIDE), x1 = LOAD(xt + m * WIDE + LANES);
+        vreal e0 = LOAD(dx + m * WIDE), e1 = LOAD(dx + m * WIDE + LANES);
+        const ptrdiff_t inside = rc_min(rows, RC_NAME(count)(y, s - 1, m + 1) - i);
+        const REAL *above = dphi + (y->offset[s] + RC_NAME(count)(y, s, m) + i) * WIDE;
+        if (inside == GRAD_ROWS) {
+            RC_UNROLL for (int r = 0; r < GRAD_ROWS; r++) {
+                if (!is_top) {
+                    acc[r][0] += LOAD(above + r * WIDE);
+                    acc[r][1] += LOAD(above + r * WIDE + LANES);
+                }
+                e0 += acc[r][0] * LOAD(phi_i + r * WIDE);
+                e1 += acc[r][1] * LOAD(phi_i + r * WIDE + LANES);
+                reduced[r][0] += acc[r][0] * x0;
+                reduced[r][1] += acc[r][1] * x1;
+            }
+        } else {
+            RC_UNROLL for (int r = 0; r < GRAD_ROWS; r++) if (r < inside) {
+                if (!is_top) {
+                    acc[r][0] += LOAD(above + r * WIDE);
+                    acc[r][1] += LOAD(above + r * WIDE + LANES);
+                }
+                e0 += acc[r][0] * LOAD(phi_i + r * WIDE);
+                e1 += acc[r][1] * LOAD(phi_i + r * WIDE + LANES);
+                reduced[r][0] += acc[r][0] * x0;
+                reduced[r][1] += acc[r][1] * x1;
+            }
+        }
+        STORE(dx + m * WIDE, e0);
+        STORE(dx + m * WIDE + LANES, e1);
+    }
+    REAL *out = dphi + (y->offset[s - 1] + i) * WIDE;
+    RC_UNROLL for (int r = 0; r < GRAD_ROWS; r++) if (r < rows) {
+        STORE(out + r * WIDE, reduced[r][0]);
+        STORE(out + r * WIDE + LANES, reduced[r][1]);
+    }
+    return packed;
+}
+
+RC_NOINLINE const REAL *RC_NAME(reverse_top)(const RC_NAME(monomials) * y, int s, ptrdiff_t i, ptrdiff_t rows, ptrdiff_t first,
+                                             const REAL *xt, const REAL *dN, const REAL *packed, const REAL *phi, REAL *dphi,
+                                             REAL *dx) {
+    return RC_NAME(reverse_block)(y, s, 1, i, rows, first, xt, dN, packed, phi, dphi, dx);
+}
+RC_NOINLINE const REAL *RC_NAME(reverse_low)(const RC_NAME(monomials) * y, int s, ptrdiff_t i, ptrdiff_t rows, ptrdiff_t first,
+                                             const REAL *xt, const REAL *dN, const REAL *packed, const REAL *phi, REAL *dphi,
+                                             REAL *dx) {
+    return RC_NAME(reverse_block)(y, s, 0, i, rows, first, xt, dN, packed, phi, dphi, dx);
+}
+
+/* dx[m][token] for WIDE tokens; phi and dphi hold WIDE * below(degree). */
+static void RC_NAME(differentiate)(const RC_NAME(monomials) * y, int degree, const REAL *xt, const REAL *dN, const REAL *packed,
+                                   REAL *phi, REAL *dphi, REAL *dx) {
+    const ptrdiff_t d = y->d;
+    for (ptrdiff_t i = 0; i < d * WIDE; i++)
+        dx[i] = 0;
+    RC_NAME(token_features)(y, degree, xt, phi, 2);
+    for (int s = degree; s >= 2; s--) {
+        ptrdiff_t first = 0;
+        const ptrdiff_t before = RC_NAME(count)(y, s - 1, d);
+        for (ptrdiff_t i = 0; i < before; i += GRAD_ROWS) {
+            while (RC_NAME(count)(y, s - 1, first + 1) <= i)
+                first++;
+            const ptrdiff_t rows = rc_min(GRAD_ROWS, before - i);
+            packed = s == degree ? RC_NAME(reverse_top)(y, s, i, rows, first, xt, dN, packed, phi, dphi, dx)
+                                 : RC_NAME(reverse_low)(y, s, i, rows, first, xt, dN, packed, phi, dphi, dx);
+        }
+    }
+    const int blocks = rc_blocks((int)d, ROWS);
+    for (int b = 0; b < blocks; b++) {
+        const int m0 = rc_block_start((int)d, blocks, b), R = rc_block_start((int)d, blocks, b + 1) - m0;
+        RC_NAME(product)[R][2](y->columns, dN, WIDE, packed, R, dx + m0 * WIDE, WIDE, RC_ADD, 0);
+        packed += y->columns * R;
+    }
+    if (degree > 1)
+        for (ptrdiff_t i = 0; i < d * WIDE; i++)
+            dx[i] += dphi[y->offset[1] * WIDE + i];
+}

@@ -1,0 +1,82 @@
+/* Attention through monomials: exp(x . y) ~ sum_a w_a x^a y^a over multi-indices |a| <= degree.
+ *
+ * Order of monomials: degree by degree, inside a degree by largest index. The monomials of degree s whose largest
+ * index is m are x_m times a contiguous prefix of those of degree s - 1, so features are scaled copies, with no index
+ * table. A state is sum_j phi(y_j) [v_j 1], stored [column][feature].
+ *
+ * x = q_factor q, y = k_factor (k - centre): every score is x . y, and no larger than the bound of the polynomial.
+ *
+ * Every function does one piece of work of one head, serially. Pieces of a phase may run at once on different
+ * workspaces. The split into segments and chunks is the caller's, and depends on shapes alone.
+ *
+ *   sum_keys, sum_queries    the state of one segment: sum phi(k) [v 1], or sum phi(q) [dn dden]
+ *   pack                     a state with weights, as the other pieces read it
+ *   forward, grad_queries, grad_keys                   no mask: one chunk of rows against a packed state
+ *   scan_forward, scan_grad_queries, scan_grad_keys    causal: one segment, chunk by chunk from its first state (from
+ *                                                      its last, backwards); pairs inside a chunk by exp itself
+ */
+#ifndef RC_MONOMIALS_H
+#define RC_MONOMIALS_H
+#include <stddef.h>
+#include "isa.h"
+
+typedef struct {
+    ptrdiff_t heads, groups, n, n_k, d, d_v; /* q (heads, groups, n, d), k (heads, n_k, d), v (heads, n_k, d_v) */
+    ptrdiff_t q_offset;                      /* causal: row i sees keys j <= i + q_offset */
+    const void *q, *k, *v;
+    const unsigned char *key_mask; /* NULL or (heads, n_k); rows of k and v that it hides are finite */
+    const void *centre;            /* of keys: NULL or (heads, d) */
+    const void *value_centre;      /* (heads, d_v): taken from v, given back to o */
+    double q_factor, k_factor;
+
+    int degree, grad_degree, state_degree; /* of the forward polynomial, of backward's features, of states (the most) */
+    ptrdiff_t pitch;                       /* of a state's columns */
+    const ptrdiff_t *offset;               /* [s]: where degree s starts; the top one at a whole vector */
+    const ptrdiff_t *count;                /* [s * (d + 1) + m]: monomials of degree s in the first m variables */
+    const void *weights, *grad_weights;    /* (pitch): of the polynomial, of the antiderivative of backward's weights */
+
+    ptrdiff_t chunk, segments, chunks_per_segment;
+    double *states, *grad_states; /* (heads, segments, d_v + 1, pitch) */
+    void *packed, *grad_packed;   /* (heads, packed_size), (heads, grad_packed_size), in elements */
+    size_t packed_size, grad_packed_size;
+
+    void *o, *inverse; /* (heads, groups, n, d_v), (heads, groups, n): 1 / denominator */
+    double *lse;       /* NULL or (heads, groups, n), of the scores without centre */
+    const void *grad;  /* do (heads, groups, n, d_v) */
+    void *dq, *dk, *dv;
+} rc_monomials_problem;
+
+typedef void (*rc_segment_function)(const rc_monomials_problem *, ptrdiff_t head, ptrdiff_t segment, void *workspace);
+typedef void (*rc_chunk_function)(const rc_monomials_problem *, ptrdiff_t head, ptrdiff_t group, ptrdiff_t chunk, void *workspace);
+
+typedef struct {
+    int tile, lanes, chunk; /* chunk: what chunks are multiples of */
+    size_t (*workspace)(const rc_monomials_problem *);
+    size_t (*packed_size)(const rc_monomials_problem *);      /* elements */
+    size_t (*grad_packed_size)(const rc_monomials_problem *); /* elements */
+    rc_segment_function sum_keys;
+    rc_segment_function sum_queries;
+    /* state (d_v + 1, pitch) float64 to packed (with weights) and grad_packed; either may be NULL */
+    void (*pack)(const rc_monomials_problem *, const double *state, void *packed, void *grad_packed, void *workspace);
+    rc_chunk_function forward;
+    rc_chunk_function grad_queries;
+    rc_segment_function grad_keys;
+    rc_segment_function scan_forward;
+    rc_segment_function scan_grad_queries;
+    rc_segment_function scan_grad_keys;
+} rc_monomials_functions;
+
+typedef struct {
+    const rc_monomials_functions *f32, *f64;
+} rc_monomials_kernels;
+
+extern const rc_monomials_kernels rc_monomials_baseline;
+#if RC_X86
+extern const rc_monomials_kernels rc_monomials_v3, rc_monomials_v4;
+#endif
+
+static inline const rc_monomials_kernels *rc_monomials_select(int level) {
+    (void)level;
+    return RC_SELECT(rc_monomials, level);
+}
+#endif

@@ -1,0 +1,532 @@
+#include "simd.h"
+#include "product.template.h"
+#include "exp2.template.h"
+#include "scores.template.h"
+#include "features.template.h"
+
+/* The pieces of polynomial attention, for one precision: what monomials.h names, made of features.template.h's three
+ * products and, inside a causal chunk, of the exact scores of scores.template.h.
+ *
+ * Sums over tokens start from zero in every product and are gathered in a `part` of the data's precision, which is
+ * folded into a float64 `master` every FOLD updates: a sum of a million tokens is never longer than a few hundred. */
+
+#define UPDATE_TOKENS 96
+#define LOW_BYTES (256 * 1024) /* of low-degree features of an update's tokens: they stay in L2 */
+#define FOLD 32
+#define CHUNK 192 /* a multiple of UPDATE_TOKENS, BLOCK, TILE and WIDE at every level */
+
+/* What one task works in; lay_out cuts it from the task's workspace. */
+typedef struct {
+    RC_NAME(monomials) y;
+    int update_tokens;
+    ptrdiff_t low_pitch, wide, wide_columns;
+    REAL *x, *columns, *low, *panel;                  /* update: [token][d], [token][wide_columns], features */
+    REAL *part, *base;                                /* (columns, pitch): since the last fold; the master, rounded */
+    double *master;                                   /* (columns, pitch) */
+    REAL *packed, *grad_packed;                       /* the scan's own */
+    REAL *xt, *scaled, *phi, *N, *dN, *dphi, *dx;     /* tiles by token lanes */
+    REAL *keys, *key_columns, *key_pack, *column_pack; /* a chunk's keys: [key][d], [key][wide_columns], packed */
+    REAL *E, *dE, *dk, *dv;                           /* exact pairs: [BLOCK][TILE]; [CHUNK][wide], [CHUNK][wide_columns] */
+} RC_NAME(room);
+
+static REAL *RC_NAME(take)(char *base, size_t *used, ptrdiff_t count) {
+    REAL *p = base ? (REAL *)(base + *used) : 0;
+    *used += (size_t)rc_round_up((count + LANES) * (ptrdiff_t)sizeof(REAL), 64); /* stores may run over by a vector */
+    return p;
+}
+
+static RC_NAME(monomials) RC_NAME(monomials_of)(const rc_monomials_problem *p) {
+    return (RC_NAME(monomials)){p->d, p->d_v + 1, p->pitch, p->offset, p->count};
+}
+
+static size_t RC_NAME(lay_out)(const rc_monomials_problem *p, char *base, RC_NAME(room) * w) {
+    const ptrdiff_t d = p->d;
+    w->y = RC_NAME(monomials_of)(p);
+    const ptrdiff_t columns = w->y.columns, state = columns * p->pitch;
+    const ptrdiff_t low = RC_NAME(below)(&w->y, p->state_degree);
+    w->low_pitch = rc_round_up(low + LANES, LANES);
+    w->update_tokens = (int)rc_max(16, rc_min(UPDATE_TOKENS, LOW_BYTES / (ptrdiff_t)sizeof(REAL) / w->low_pitch / 16 * 16));
+    w->wide = rc_round_up(d, LANES);
+    w->wide_columns = rc_round_up(columns, LANES);
+    size_t used = 0;
+    w->master = (double *)RC_NAME(take)(base, &used, state * (ptrdiff_t)(sizeof(double) / sizeof(REAL)));
+    w->part = RC_NAME(take)(base, &used, state);
+    w->base = RC_NAME(take)(base, &used, state);
+    w->packed = RC_NAME(take)(base, &used, (ptrdiff_t)p->packed_size);
+    w->grad_packed = RC_NAME(take)(base, &used, (ptrdiff_t)p->grad_packed_size);
+    w->x = RC_NAME(take)(base, &used, UPDATE_TOKENS * w->wide);
+    w->columns = RC_NAME(take)(base, &used, UPDATE_TOKENS * w->wide_columns);
+    w->low = RC_NAME(take)(base, &used, w->update_tokens * w->low_pitch);
+    w->panel = RC_NAME(take)(base, &used, w->update_tokens * (PANEL + LANES));
+    w->xt = RC_NAME(take)(base, &used, d * TILE);
+    w->scaled = RC_NAME(take)(base, &used, d * TILE);
+    w->phi = RC_NAME(take)(base, &used, low * TILE);
+    w->N = RC_NAME(take)(base, &used, columns * TILE);
+    w->dN = RC_NAME(take)(base, &used, columns * TILE);
+    w->dphi = RC_NAME(take)(base, &used, (low + GRAD_ROWS) * WIDE);
+    w->dx = RC_NAME(take)(base, &used, d * TILE);
+    w->keys = RC_NAME(take)(base, &used, CHUNK * d);
+    w->key_columns = RC_NAME(take)(base, &used, CHUNK * w->wide_columns);
+    w->key_pack = RC_NAME(take)(base, &used, CHUNK * d);
+    w->column_pack = RC_NAME(take)(base, &used, CHUNK * columns);
+    w->E = RC_NAME(take)(base, &used, BLOCK * TILE);
+    w->dE = RC_NAME(take)(base, &used, BLOCK * TILE);
+    w->dk = RC_NAME(take)(base, &used, CHUNK * w->wide);
+    w->dv = RC_NAME(take)(base, &used, CHUNK * w->wide_columns);
+    return used;
+}
+
+static size_t RC_NAME(workspace)(const rc_monomials_problem *p) {
+    RC_NAME(room) w;
+    return RC_NAME(lay_out)(p, 0, &w);
+}
+
+static size_t RC_NAME(packed_size)(const rc_monomials_problem *p) {
+    const RC_NAME(monomials) y = RC_NAME(monomials_of)(p);
+    return RC_NAME(evaluate_size)(&y, p->degree);
+}
+
+static size_t RC_NAME(grad_packed_size)(const rc_monomials_problem *p) {
+    const RC_NAME(monomials) y = RC_NAME(monomials_of)(p);
+    return RC_NAME(differentiate_size)(&y, p->grad_degree);
+}
+
+/* ---- rows of the problem ---- */
+
+static const REAL *RC_NAME(queries)(const rc_monomials_problem *p, ptrdiff_t lane, ptrdiff_t row) {
+    return (const REAL *)p->q + (lane * p->n + row) * p->d;
+}
+static const REAL *RC_NAME(keys)(const rc_monomials_problem *p, ptrdiff_t head, ptrdiff_t row) {
+    return (const REAL *)p->k + (head * p->n_k + row) * p->d;
+}
+static const REAL *RC_NAME(centre)(const rc_monomials_problem *p, ptrdiff_t head) {
+    return p->centre ? (const REAL *)p->centre + head * p->d : 0;
+}
+
+/* x[t][a] = factor (row[t][a] - shift[a]), row pitch `pitch`, zeros past d */
+static void RC_NAME(load_rows)(const REAL *rows, ptrdiff_t count, ptrdiff_t d, REAL factor, const REAL *shift, REAL *x, ptrdiff_t pitch) {
+    for (ptrdiff_t t = 0; t < count; t++) {
+        for (ptrdiff_t a = 0; a < d; a++)
+            x[t * pitch + a] = factor * (rows[t * d + a] - (shift ? shift[a] : 0));
+        for (ptrdiff_t a = d; a < pitch; a++)
+            x[t * pitch + a] = 0;
+    }
+}
+
+/* [v - value_centre, 1] of keys, 0 where the key is masked, zeros past the columns */
+static void RC_NAME(load_key_columns)(const rc_monomials_problem *p, const RC_NAME(room) * w, ptrdiff_t head, ptrdiff_t row,
+                                      ptrdiff_t count, REAL *out) {
+    const REAL *v = (const REAL *)p->v + (head * p->n_k + row) * p->d_v;
+    const REAL *middle = (const REAL *)p->value_centre + head * p->d_v;
+    const unsigned char *mask = p->key_mask ? p->key_mask + head * p->n_k + row : 0;
+    for (ptrdiff_t t = 0; t < count; t++, out += w->wide_columns) {
+        const REAL kept = !mask || mask[t] ? 1 : 0;
+        for (ptrdiff_t c = 0; c < p->d_v; c++)
+            out[c] = kept * (v[t * p->d_v + c] - middle[c]);
+        out[p->d_v] = kept;
+        for (ptrdiff_t c = w->y.columns; c < w->wide_columns; c++)
+            out[c] = 0;
+    }
+}
+
+/* [dn dden] of queries: do / den and -<do, o - value_centre> / den, zeros past the columns */
+static void RC_NAME(load_query_columns)(const rc_monomials_problem *p, const RC_NAME(room) * w, ptrdiff_t lane, ptrdiff_t row,
+                                        ptrdiff_t count, REAL *out) {
+    const REAL *grad = (const REAL *)p->grad + (lane * p->n + row) * p->d_v, *o = (const REAL *)p->o + (lane * p->n + row) * p->d_v;
+    const REAL *inverse = (const REAL *)p->inverse + lane * p->n + row;
+    const REAL *middle = (const REAL *)p->value_centre + lane / p->groups * p->d_v;
+    for (ptrdiff_t t = 0; t < count; t++, out += w->wide_columns) {
+        REAL dot = 0;
+        for (ptrdiff_t c = 0; c < p->d_v; c++) {
+            dot += grad[t * p->d_v + c] * (o[t * p->d_v + c] - middle[c]);
+            out[c] = grad[t * p->d_v + c] * inverse[t];
+        }
+        out[p->d_v] = -dot * inverse[t];
+        for (ptrdiff_t c = w->y.columns; c < w->wide_columns; c++)
+            out[c] = 0;
+    }
+}
+
+/* ---- states ---- */
+
+static void RC_NAME(start_state)(RC_NAME(room) * w, const double *from) {
+    const ptrdiff_t size = w->y.columns * w->y.pitch;
+    for (ptrdiff_t i = 0; i < size; i++) {
+        w->master[i] = from ? from[i] : 0;
+        w->base[i] = (REAL)w->master[i];
+        w->part[i] = 0;
+    }
+}
+
+static void RC_NAME(fold)(RC_NAME(room) * w) {
+    const ptrdiff_t size = w->y.columns * w->y.pitch;
+    for (ptrdiff_t i = 0; i < size; i++) {
+        w->master[i] += w->part[i];
+        w->base[i] = (REAL)w->master[i];
+        w->part[i] = 0;
+    }
+}
+
+/* Adds rows to the state, folding by the count of updates so far. */
+static void RC_NAME(add_keys)(const rc_monomials_problem *p, RC_NAME(room) * w, ptrdiff_t head, ptrdiff_t row, ptrdiff_t end,
+                              int *updates) {
+    for (; row < end; row += w->update_tokens) {
+        const ptrdiff_t count = rc_min(w->update_tokens, end - row);
+        RC_NAME(load_rows)(RC_NAME(keys)(p, head, row), count, p->d, (REAL)p->k_factor, RC_NAME(centre)(p, head), w->x, p->d);
+        RC_NAME(load_key_columns)(p, w, head, row, count, w->columns);
+        RC_NAME(update)(&w->y, p->state_degree, (int)count, w->x, w->columns, w->wide_columns, w->low, w->low_pitch, w->panel, w->part);
+        if (++*updates % FOLD == 0)
+            RC_NAME(fold)(w);
+    }
+}
+static void RC_NAME(add_queries)(const rc_monomials_problem *p, RC_NAME(room) * w, ptrdiff_t lane, ptrdiff_t row, ptrdiff_t end,
+                                 int *updates) {
+    for (; row < end; row += w->update_tokens) {
+        const ptrdiff_t count = rc_min(w->update_tokens, end - row);
+        RC_NAME(load_rows)(RC_NAME(queries)(p, lane, row), count, p->d, (REAL)p->q_factor, 0, w->x, p->d);
+        RC_NAME(load_query_columns)(p, w, lane, row, count, w->columns);
+        RC_NAME(update)(&w->y, p->state_degree, (int)count, w->x, w->columns, w->wide_columns, w->low, w->low_pitch, w->panel, w->part);
+        if (++*updates % FOLD == 0)
+            RC_NAME(fold)(w);
+    }
+}
+
+/* Rows of `count` that chunk `chunk` holds, when row r sits at index r + offset: causal queries are chunked with the
+ * keys they see. Rows before the first key are in no chunk; chunks go on past the last key while there are rows. */
+static ptrdiff_t RC_NAME(chunk_row)(const rc_monomials_problem *p, ptrdiff_t chunk, ptrdiff_t offset, ptrdiff_t count) {
+    return rc_max(0, rc_min(count, chunk * p->chunk - offset));
+}
+
+static void RC_NAME(sum_keys)(const rc_monomials_problem *p, ptrdiff_t head, ptrdiff_t segment, void *workspace) {
+    RC_NAME(room) w;
+    int updates = 0;
+    RC_NAME(lay_out)(p, workspace, &w);
+    RC_NAME(start_state)(&w, 0);
+    RC_NAME(add_keys)(p, &w, head, RC_NAME(chunk_row)(p, segment * p->chunks_per_segment, 0, p->n_k),
+                      RC_NAME(chunk_row)(p, (segment + 1) * p->chunks_per_segment, 0, p->n_k), &updates);
+    RC_NAME(fold)(&w);
+    const ptrdiff_t size = w.y.columns * p->pitch;
+    for (ptrdiff_t i = 0; i < size; i++)
+        p->states[(head * p->segments + segment) * size + i] = w.master[i];
+}
+
+static void RC_NAME(sum_queries)(const rc_monomials_problem *p, ptrdiff_t head, ptrdiff_t segment, void *workspace) {
+    RC_NAME(room) w;
+    int updates = 0;
+    RC_NAME(lay_out)(p, workspace, &w);
+    RC_NAME(start_state)(&w, 0);
+    for (ptrdiff_t group = 0; group < p->groups; group++)
+        RC_NAME(add_queries)(p, &w, head * p->groups + group,
+                             RC_NAME(chunk_row)(p, segment * p->chunks_per_segment, p->q_offset, p->n),
+                             RC_NAME(chunk_row)(p, (segment + 1) * p->chunks_per_segment, p->q_offset, p->n), &updates);
+    RC_NAME(fold)(&w);
+    const ptrdiff_t size = w.y.columns * p->pitch;
+    for (ptrdiff_t i = 0; i < size; i++)
+        p->grad_states[(head * p->segments + segment) * size + i] = w.master[i];
+}
+
+static void RC_NAME(pack)(const rc_monomials_problem *p, const double *state, void *packed, void *grad_packed, void *workspace) {
+    RC_NAME(room) w;
+    RC_NAME(lay_out)(p, workspace, &w);
+    RC_NAME(start_state)(&w, state);
+    if (packed)
+        RC_NAME(evaluate_pack)(&w.y, p->degree, w.base, w.part, p->weights, packed);
+    if (grad_packed)
+        RC_NAME(differentiate_pack)(&w.y, p->grad_degree, w.base, w.part, p->grad_weights, grad_packed);
+}
+
+/* ---- pairs inside a causal chunk, by exp itself ---- */
+
+/* Keys [row, row + count) of a chunk, as the exact pairs read them. */
+static void RC_NAME(load_chunk)(const rc_monomials_problem *p, RC_NAME(room) * w, ptrdiff_t head, ptrdiff_t row, ptrdiff_t count) {
+    RC_NAME(load_rows)(RC_NAME(keys)(p, head, row), count, p->d, (REAL)p->k_factor, RC_NAME(centre)(p, head), w->keys, p->d);
+    RC_NAME(load_key_columns)(p, w, head, row, count, w->key_columns);
+    RC_NAME(pack_rows)(w->keys, p->d, count, rc_round_up(count, KEYS), w->key_pack);
+}
+
+static void RC_NAME(pack_columns)(RC_NAME(room) * w, ptrdiff_t keys) {
+    const ptrdiff_t columns = w->y.columns;
+    for (ptrdiff_t j = 0; j < keys; j += KEYS)
+        RC_NAME(tile_load)(w->key_columns + j * w->wide_columns, w->wide_columns, rc_min(KEYS, keys - j), columns, 1, 0,
+                           w->column_pack + j * columns, KEYS);
+}
+
+/* E[key][lane] = exp(score) for keys [j0, j0 + count) of the chunk, 0 where key j > limit + lane. */
+static void RC_NAME(exact_pairs)(const rc_monomials_problem *p, RC_NAME(room) * w, ptrdiff_t j0, ptrdiff_t count, ptrdiff_t limit) {
+    for (ptrdiff_t j = 0; j < count; j += KEYS) {
+        vreal acc[KEYS][VECTORS];
+        REAL *E = w->E + j * TILE;
+        RC_NAME(dots)(acc, p->d, w->scaled, w->key_pack + (j0 + j) * p->d);
+        RC_UNROLL for (int r = 0; r < KEYS; r++) RC_UNROLL for (int v = 0; v < VECTORS; v++)
+            STORE(E + r * TILE + v * LANES, RC_NAME(exp2)(acc[r][v]));
+        for (ptrdiff_t r = 0; r < KEYS; r++)
+            for (ptrdiff_t lane = 0; lane < rc_min(TILE, j0 + j + r - limit); lane++)
+                E[r * TILE + lane] = 0;
+    }
+}
+
+/* dE[key][lane] = E <dN, columns of key>. */
+static void RC_NAME(exact_gradients)(RC_NAME(room) * w, ptrdiff_t j0, ptrdiff_t count) {
+    for (ptrdiff_t j = 0; j < count; j += KEYS) {
+        vreal acc[KEYS][VECTORS];
+        RC_NAME(dots)(acc, w->y.columns, w->dN, w->column_pack + (j0 + j) * w->y.columns);
+        RC_UNROLL for (int r = 0; r < KEYS; r++) RC_UNROLL for (int v = 0; v < VECTORS; v++)
+            STORE(w->dE + (j + r) * TILE + v * LANES, LOAD(w->E + (j + r) * TILE + v * LANES) * acc[r][v]);
+    }
+}
+
+/* xt and scaled = log2(e) xt of a tile of queries. */
+static void RC_NAME(load_query_tile)(const rc_monomials_problem *p, RC_NAME(room) * w, ptrdiff_t lane, ptrdiff_t row, ptrdiff_t rows,
+                                     const int tile) {
+    RC_NAME(tile_load)(RC_NAME(queries)(p, lane, row), p->d, rows, p->d, (REAL)p->q_factor, 0, w->xt, tile);
+    for (ptrdiff_t i = 0; i < p->d * tile; i++)
+        w->scaled[i] = (REAL)LOG2E * w->xt[i];
+}
+
+/* ---- forward ---- */
+
+/* o, inverse and lse of a tile from N; <x, k_factor centre> is what centring took from the scores of a row. */
+static void RC_NAME(finish)(const rc_monomials_problem *p, const RC_NAME(room) * w, ptrdiff_t head, ptrdiff_t lane, ptrdiff_t row,
+                            ptrdiff_t rows) {
+    const REAL *N = w->N, *den = N + p->d_v * TILE, *centre = RC_NAME(centre)(p, head);
+    const REAL *middle = (const REAL *)p->value_centre + head * p->d_v;
+    REAL *o = (REAL *)p->o + (lane * p->n + row) * p->d_v, *inverse = (REAL *)p->inverse + lane * p->n + row;
+    for (ptrdiff_t i = 0; i < rows; i++)
+        inverse[i] = den[i] > 0 ? 1 / den[i] : 0;
+    for (ptrdiff_t i = 0; i < rows; i++)
+        for (ptrdiff_t c = 0; c < p->d_v; c++)
+            o[i * p->d_v + c] = den[i] > 0 ? middle[c] + N[c * TILE + i] * inverse[i] : 0;
+    if (p->lse)
+        for (ptrdiff_t i = 0; i < rows; i++) {
+            double shift = 0;
+            for (ptrdiff_t a = 0; centre && a < p->d; a++)
+                shift += (double)w->xt[a * TILE + i] * p->k_factor * centre[a];
+            p->lse[lane * p->n + row + i] = den[i] > 0 ? shift + __builtin_log(den[i]) : -__builtin_inf();
+        }
+}
+
+static void RC_NAME(forward)(const rc_monomials_problem *p, ptrdiff_t head, ptrdiff_t group, ptrdiff_t chunk, void *workspace) {
+    RC_NAME(room) w;
+    RC_NAME(lay_out)(p, workspace, &w);
+    const ptrdiff_t lane = head * p->groups + group, end = rc_min(p->n, (chunk + 1) * p->chunk);
+    for (ptrdiff_t row = chunk * p->chunk; row < end; row += TILE) {
+        const ptrdiff_t rows = rc_min(TILE, end - row);
+        RC_NAME(tile_load)(RC_NAME(queries)(p, lane, row), p->d, rows, p->d, (REAL)p->q_factor, 0, w.xt, TILE);
+        RC_NAME(evaluate)(&w.y, p->degree, w.xt, (const REAL *)p->packed + head * p->packed_size, w.phi, w.N);
+        RC_NAME(finish)(p, &w, head, lane, row, rows);
+    }
+}
+
+static void RC_NAME(scan_forward)(const rc_monomials_problem *p, ptrdiff_t head, ptrdiff_t segment, void *workspace) {
+    RC_NAME(room) w;
+    int updates = 0;
+    RC_NAME(lay_out)(p, workspace, &w);
+    RC_NAME(start_state)(&w, p->states + (head * p->segments + segment) * w.y.columns * p->pitch);
+    for (ptrdiff_t chunk = segment * p->chunks_per_segment; chunk < (segment + 1) * p->chunks_per_segment; chunk++) {
+        const ptrdiff_t first = rc_min(p->n_k, chunk * p->chunk), keys = rc_min(p->chunk, p->n_k - first);
+        const ptrdiff_t begin = RC_NAME(chunk_row)(p, chunk, p->q_offset, p->n);
+        const ptrdiff_t end = RC_NAME(chunk_row)(p, chunk + 1, p->q_offset, p->n);
+        if (begin < end) {
+            if (first > 0)
+                RC_NAME(evaluate_pack)(&w.y, p->degree, w.base, w.part, p->weights, w.packed);
+            RC_NAME(load_chunk)(p, &w, head, first, keys);
+        }
+        for (ptrdiff_t group = 0; group < p->groups; group++)
+            for (ptrdiff_t row = begin; row < end; row += TILE) {
+                const ptrdiff_t lane = head * p->groups + group, rows = rc_min(TILE, end - row);
+                const ptrdiff_t limit = row + p->q_offset - chunk * p->chunk, seen = rc_min(keys, limit + rows);
+                RC_NAME(load_query_tile)(p, &w, lane, row, rows, TILE);
+                if (first > 0)
+                    RC_NAME(evaluate)(&w.y, p->degree, w.xt, w.packed, w.phi, w.N);
+                else
+                    for (ptrdiff_t i = 0; i < w.y.columns * TILE; i++)
+                        w.N[i] = 0;
+                for (ptrdiff_t j = 0; j < seen; j += BLOCK) {
+                    RC_NAME(exact_pairs)(p, &w, j, rc_min(BLOCK, seen - j), limit);
+                    RC_NAME(product_tile)((int)w.y.columns, rc_min(BLOCK, seen - j), w.E, w.key_columns + j * w.wide_columns,
+                                          w.wide_columns, w.N);
+                }
+                RC_NAME(finish)(p, &w, head, lane, row, rows);
+            }
+        if (chunk + 1 < (segment + 1) * p->chunks_per_segment)
+            RC_NAME(add_keys)(p, &w, head, first, first + keys, &updates);
+    }
+}
+
+/* ---- backward ---- */
+
+/* dq of rows [row, end) += q_factor dx from a packed state. */
+static void RC_NAME(differentiate_queries)(const rc_monomials_problem *p, RC_NAME(room) * w, ptrdiff_t lane, ptrdiff_t row,
+                                           ptrdiff_t end, const REAL *packed) {
+    for (; row < end; row += WIDE) {
+        const ptrdiff_t rows = rc_min(WIDE, end - row);
+        REAL *dq = (REAL *)p->dq + (lane * p->n + row) * p->d;
+        RC_NAME(tile_load)(RC_NAME(queries)(p, lane, row), p->d, rows, p->d, (REAL)p->q_factor, 0, w->xt, WIDE);
+        RC_NAME(load_query_columns)(p, w, lane, row, rows, w->columns);
+        RC_NAME(tile_load)(w->columns, w->wide_columns, rows, w->y.columns, 1, 0, w->dN, WIDE);
+        RC_NAME(differentiate)(&w->y, p->grad_degree, w->xt, w->dN, packed, w->phi, w->dphi, w->dx);
+        for (ptrdiff_t i = 0; i < rows; i++)
+            for (ptrdiff_t a = 0; a < p->d; a++)
+                dq[i * p->d + a] += (REAL)p->q_factor * w->dx[a * WIDE + i];
+    }
+}
+
+/* dk and dv of rows [row, end) += from a packed gradient state. */
+static void RC_NAME(differentiate_keys)(const rc_monomials_problem *p, RC_NAME(room) * w, ptrdiff_t head, ptrdiff_t row, ptrdiff_t end,
+                                        const REAL *packed, const REAL *grad_packed) {
+    const REAL *centre = RC_NAME(centre)(p, head);
+    REAL *dk = (REAL *)p->dk + head * p->n_k * p->d, *dv = (REAL *)p->dv + head * p->n_k * p->d_v;
+    for (ptrdiff_t j = row; j < end; j += WIDE) {
+        const ptrdiff_t rows = rc_min(WIDE, end - j);
+        RC_NAME(tile_load)(RC_NAME(keys)(p, head, j), p->d, rows, p->d, (REAL)p->k_factor, centre, w->xt, WIDE);
+        RC_NAME(load_key_columns)(p, w, head, j, rows, w->columns);
+        RC_NAME(tile_load)(w->columns, w->wide_columns, rows, w->y.columns, 1, 0, w->dN, WIDE);
+        RC_NAME(differentiate)(&w->y, p->grad_degree, w->xt, w->dN, grad_packed, w->phi, w->dphi, w->dx);
+        for (ptrdiff_t i = 0; i < rows; i++)
+            for (ptrdiff_t a = 0; a < p->d; a++)
+                dk[(j + i) * p->d + a] += (REAL)p->k_factor * w->dx[a * WIDE + i];
+    }
+    for (ptrdiff_t j = row; j < end; j += TILE) {
+        const ptrdiff_t rows = rc_min(TILE, end - j);
+        RC_NAME(tile_load)(RC_NAME(keys)(p, head, j), p->d, rows, p->d, (REAL)p->k_factor, centre, w->xt, TILE);
+        RC_NAME(evaluate)(&w->y, p->degree, w->xt, packed, w->phi, w->N);
+        for (ptrdiff_t i = 0; i < rows; i++)
+            for (ptrdiff_t c = 0; c < p->d_v; c++)
+                dv[(j + i) * p->d_v + c] += w->N[c * TILE + i];
+    }
+}
+
+static void RC_NAME(grad_queries)(const rc_monomials_problem *p, ptrdiff_t head, ptrdiff_t group, ptrdiff_t chunk, void *workspace) {
+    RC_NAME(room) w;
+    RC_NAME(lay_out)(p, workspace, &w);
+    RC_NAME(differentiate_queries)(p, &w, head * p->groups + group, chunk * p->chunk, rc_min(p->n, (chunk + 1) * p->chunk),
+                                   (const REAL *)p->grad_packed + head * p->grad_packed_size);
+}
+
+static void RC_NAME(grad_keys)(const rc_monomials_problem *p, ptrdiff_t head, ptrdiff_t chunk, void *workspace) {
+    RC_NAME(room) w;
+    RC_NAME(lay_out)(p, workspace, &w);
+    RC_NAME(differentiate_keys)(p, &w, head, chunk * p->chunk, rc_min(p->n_k, (chunk + 1) * p->chunk),
+                                (const REAL *)p->packed + head * p->packed_size,
+                                (const REAL *)p->grad_packed + head * p->grad_packed_size);
+}
+
+/* A tile of queries with the gradients of its numerators and denominators, by lanes and by rows. */
+static void RC_NAME(load_gradient_tile)(const rc_monomials_problem *p, RC_NAME(room) * w, ptrdiff_t lane, ptrdiff_t row, ptrdiff_t rows) {
+    RC_NAME(load_query_tile)(p, w, lane, row, rows, TILE);
+    RC_NAME(load_query_columns)(p, w, lane, row, rows, w->columns);
+    RC_NAME(tile_load)(w->columns, w->wide_columns, rows, w->y.columns, 1, 0, w->dN, TILE);
+}
+
+static void RC_NAME(scan_grad_queries)(const rc_monomials_problem *p, ptrdiff_t head, ptrdiff_t segment, void *workspace) {
+    RC_NAME(room) w;
+    int updates = 0;
+    RC_NAME(lay_out)(p, workspace, &w);
+    RC_NAME(start_state)(&w, p->states + (head * p->segments + segment) * w.y.columns * p->pitch);
+    for (ptrdiff_t chunk = segment * p->chunks_per_segment; chunk < (segment + 1) * p->chunks_per_segment; chunk++) {
+        const ptrdiff_t first = rc_min(p->n_k, chunk * p->chunk), keys = rc_min(p->chunk, p->n_k - first);
+        const ptrdiff_t begin = RC_NAME(chunk_row)(p, chunk, p->q_offset, p->n);
+        const ptrdiff_t end = RC_NAME(chunk_row)(p, chunk + 1, p->q_offset, p->n);
+        if (begin < end) {
+            if (first > 0)
+                RC_NAME(differentiate_pack)(&w.y, p->grad_degree, w.base, w.part, p->grad_weights, w.grad_packed);
+            RC_NAME(load_chunk)(p, &w, head, first, keys);
+            RC_NAME(pack_columns)(&w, keys);
+        }
+        for (ptrdiff_t group = 0; group < p->groups; group++) {
+            const ptrdiff_t lane = head * p->groups + group;
+            for (ptrdiff_t row = begin; row < end; row += TILE) {
+                const ptrdiff_t rows = rc_min(TILE, end - row);
+                const ptrdiff_t limit = row + p->q_offset - chunk * p->chunk, seen = rc_min(keys, limit + rows);
+                REAL *dq = (REAL *)p->dq + (lane * p->n + row) * p->d;
+                RC_NAME(load_gradient_tile)(p, &w, lane, row, rows);
+                for (ptrdiff_t i = 0; i < p->d * TILE; i++)
+                    w.dx[i] = 0;
+                for (ptrdiff_t j = 0; j < seen; j += BLOCK) {
+                    const ptrdiff_t count = rc_min(BLOCK, seen - j);
+                    RC_NAME(exact_pairs)(p, &w, j, count, limit);
+                    RC_NAME(exact_gradients)(&w, j, count);
+                    RC_NAME(product_tile)((int)p->d, count, w.dE, w.keys + j * p->d, p->d, w.dx);
+                }
+                for (ptrdiff_t i = 0; i < rows; i++)
+                    for (ptrdiff_t a = 0; a < p->d; a++)
+                        dq[i * p->d + a] += (REAL)p->q_factor * w.dx[a * TILE + i];
+            }
+            if (first > 0)
+                RC_NAME(differentiate_queries)(p, &w, lane, begin, end, w.grad_packed);
+        }
+        if (chunk + 1 < (segment + 1) * p->chunks_per_segment)
+            RC_NAME(add_keys)(p, &w, head, first, first + keys, &updates);
+    }
+}
+
+static void RC_NAME(scan_grad_keys)(const rc_monomials_problem *p, ptrdiff_t head, ptrdiff_t segment, void *workspace) {
+    RC_NAME(room) w;
+    int updates = 0;
+    RC_NAME(lay_out)(p, workspace, &w);
+    const ptrdiff_t d = p->d, wide = w.wide, wide_columns = w.wide_columns;
+    RC_NAME(start_state)(&w, p->grad_states + (head * p->segments + segment) * w.y.columns * p->pitch);
+    for (ptrdiff_t chunk = (segment + 1) * p->chunks_per_segment - 1; chunk >= segment * p->chunks_per_segment; chunk--) {
+        const ptrdiff_t first = rc_min(p->n_k, chunk * p->chunk), keys = rc_min(p->chunk, p->n_k - first);
+        const ptrdiff_t begin = RC_NAME(chunk_row)(p, chunk, p->q_offset, p->n);
+        const ptrdiff_t end = RC_NAME(chunk_row)(p, chunk + 1, p->q_offset, p->n);
+        if (keys > 0) {
+            RC_NAME(evaluate_pack)(&w.y, p->degree, w.base, w.part, p->weights, w.packed);
+            RC_NAME(differentiate_pack)(&w.y, p->grad_degree, w.base, w.part, p->grad_weights, w.grad_packed);
+            RC_NAME(load_chunk)(p, &w, head, first, keys);
+            RC_NAME(pack_columns)(&w, keys);
+            for (ptrdiff_t i = 0; i < CHUNK * wide; i++)
+                w.dk[i] = 0;
+            for (ptrdiff_t i = 0; i < CHUNK * wide_columns; i++)
+                w.dv[i] = 0;
+        }
+        for (ptrdiff_t group = 0; group < p->groups; group++) {
+            const ptrdiff_t lane = head * p->groups + group;
+            for (ptrdiff_t row = begin; row < end && keys > 0; row += TILE) {
+                const ptrdiff_t rows = rc_min(TILE, end - row);
+                const ptrdiff_t limit = row + p->q_offset - chunk * p->chunk, seen = rc_min(keys, limit + rows);
+                RC_NAME(load_gradient_tile)(p, &w, lane, row, rows);
+                RC_NAME(load_rows)(RC_NAME(queries)(p, lane, row), rows, d, (REAL)p->q_factor, 0, w.x, wide);
+                for (ptrdiff_t j = 0; j < seen; j += BLOCK) {
+                    const ptrdiff_t count = rc_min(BLOCK, seen - j);
+                    RC_NAME(exact_pairs)(p, &w, j, count, limit);
+                    RC_NAME(exact_gradients)(&w, j, count);
+                    for (ptrdiff_t i = rc_round_up(count, KEYS) * TILE; i < BLOCK * TILE; i++)
+                        w.E[i] = w.dE[i] = 0;
+                    RC_NAME(columns)(wide_columns, rows, w.columns, w.E, w.dv + j * wide_columns);
+                    RC_NAME(columns)(wide, rows, w.x, w.dE, w.dk + j * wide);
+                }
+            }
+        }
+        if (keys > 0) {
+            REAL *dk = (REAL *)p->dk + (head * p->n_k + first) * d, *dv = (REAL *)p->dv + (head * p->n_k + first) * p->d_v;
+            for (ptrdiff_t j = 0; j < keys; j++) {
+                for (ptrdiff_t a = 0; a < d; a++)
+                    dk[j * d + a] += (REAL)p->k_factor * w.dk[j * wide + a];
+                for (ptrdiff_t c = 0; c < p->d_v; c++)
+                    dv[j * p->d_v + c] += w.dv[j * wide_columns + c];
+            }
+            RC_NAME(differentiate_keys)(p, &w, head, first, first + keys, w.packed, w.grad_packed);
+        }
+        for (ptrdiff_t group = 0; group < p->groups && chunk > segment * p->chunks_per_segment; group++)
+            RC_NAME(add_queries)(p, &w, head * p->groups + group, begin, end, &updates);
+    }
+}
+
+static const rc_monomials_functions RC_NAME(functions) = {
+    TILE,
+    LANES,
+    CHUNK,
+    RC_NAME(workspace),
+    RC_NAME(packed_size),
+    RC_NAME(grad_packed_size),
+    RC_NAME(sum_keys),
+    RC_NAME(sum_queries),
+    RC_NAME(pack),
+    RC_NAME(forward),
+    RC_NAME(grad_queries),
+    RC_NAME(grad_keys),
+    RC_NAME(scan_forward),
+    RC_NAME(scan_grad_queries),
+    RC_NAME(scan_grad_keys),
+};

@@ -1,0 +1,127 @@
+"""The loss L = 1/2 || D^-1 A V - E ||_F^2 and its gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from . import _validate
+from .attention import Evaluation, Gradients
+from .problem import prepare_for
+from .relative import RelativeFamily
+from .rotary import Rotary
+
+
+def loss(
+    Q: ArrayLike,
+    K: ArrayLike,
+    V: ArrayLike,
+    E: ArrayLike,
+    R: Rotary | RelativeFamily | None = None,
+    **options: Any,
+) -> float:
+    """L = 1/2 || D^-1 A V - E ||_F^2, summed over all axes.
+
+    Parameters
+    ----------
+    Q, K, V, R, **options
+        As in `attention`, without ``return_certificate`` and ``return_lse``.
+    E : (..., n, d_v) array
+        The target, of Q's dtype; leading axes broadcast.
+
+    Returns
+    -------
+    float
+
+    Raises
+    ------
+    TypeError, ValueError, BoundedEntryError, NotImplementedError, MemoryError
+        As `attention` does.
+
+    Notes
+    -----
+    The loss of arXiv:2412.17316, with the papers' A_1, A_2, A_3 for Q, K, V. Squares are summed in float64.
+
+    Examples
+    --------
+    >>> Q, K, V = np.random.default_rng(0).uniform(-1, 1, (3, 50, 4))
+    >>> loss(Q, K, V, np.zeros((50, 4)), Rotary(4)) < 0.5 * float((V * V).sum())
+    True
+    """
+    evaluation, E = _evaluation("loss", Q, K, V, E, R, options, grad=False)
+    return _half_square(_difference(evaluation, E))
+
+
+def loss_grad(
+    Q: ArrayLike,
+    K: ArrayLike,
+    V: ArrayLike,
+    E: ArrayLike,
+    R: Rotary | RelativeFamily | None = None,
+    **options: Any,
+) -> Gradients:
+    """The gradients of L = 1/2 || D^-1 A V - E ||_F^2 by everything that was given.
+
+    Parameters
+    ----------
+    Q, K, V, R, **options
+        As in `attention`, without ``return_certificate`` and ``return_lse``.
+    E : (..., n, d_v) array
+        The target, of Q's dtype; leading axes broadcast.
+
+    Returns
+    -------
+    Gradients
+        ``g.loss`` and ``g.O``; ``g.dQ``, ``g.dK``, ``g.dV``, and ``g.dW``, ``g.dW_Q``, ``g.dW_K``, ``g.dW_V``,
+        ``g.dbias`` of what was given; ``g.certificate`` of the gradients.
+
+    Raises
+    ------
+    TypeError, ValueError, BoundedEntryError, NotImplementedError, MemoryError
+        As `attention_vjp` does.
+
+    Notes
+    -----
+    The vector-Jacobian product of attention with dO = D^-1 A V - E, so that dL/dW takes almost linear time
+    (arXiv:2412.17316).
+
+    Examples
+    --------
+    >>> A_1 = np.random.default_rng(0).uniform(-1, 1, (50, 4))
+    >>> g = loss_grad(A_1, A_1, A_1, np.zeros((50, 4)), Rotary(4), W=np.eye(4), causal=True)
+    >>> g.dW.shape
+    (4, 4)
+    """
+    evaluation, E = _evaluation("loss_grad", Q, K, V, E, R, options, grad=True)
+    dO = _difference(evaluation, E)
+    return Gradients(
+        loss=_half_square(dO),
+        O=evaluation.call.to_user(evaluation.o),
+        **evaluation.gradients(dO, _validate.check_finite("O - E", dO)),
+        certificate=evaluation.gradient_certificate,
+    )
+
+
+def _evaluation(
+    function: str, Q: Any, K: Any, V: Any, E: Any, R: Any, options: dict[str, Any], *, grad: bool
+) -> tuple[Evaluation, np.ndarray]:
+    _validate.check_values(V)
+    call = prepare_for(function, Q, K, V, R, options)
+    E = _validate.check_like("E", E, call.dtype, call.shape, broadcast=True)
+    _validate.check_finite("E", E)
+    return Evaluation(call, grad=grad), E
+
+
+def _difference(evaluation: Evaluation, E: np.ndarray) -> np.ndarray:
+    """O - E in the dtype computed in."""
+    call = evaluation.call
+    with np.errstate(over="ignore"):
+        return evaluation.o[..., : call.shape[-1]].reshape(call.shape) - E.astype(evaluation.o.dtype, copy=False)
+
+
+def _half_square(X: np.ndarray) -> float:
+    X = X.reshape(-1)
+    with np.errstate(over="ignore"):
+        return 0.5 * float(np.einsum("i,i->", X, X, dtype=np.float64))

@@ -1,0 +1,398 @@
+"""The numeric problem that engines solve, and the way from a user's arguments to it and back.
+
+Everything that has a meaning for the user and none for an engine ends here: projections, rotations, leading axes,
+grouped heads, dtypes. An engine sees slots (batch element times key head), each with its keys and the G query heads
+that share them, contiguous and of one dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial, reduce
+from typing import Any
+
+import numpy as np
+
+from . import _validate
+from .rotary import rotate_rows
+
+
+@dataclass(slots=True)
+class Problem:
+    """O_i = sum_j A_ij V_j / sum_j A_ij with A_ij = exp(scale <q_i, k_j> + b_{j-i}) where key j is seen by row i.
+
+    Attributes
+    ----------
+    q : (H, G, n, d) float32 or float64
+        Projected, rotated queries: slot, query head that shares the slot's keys, row.
+    k : (H, n_k, d)
+        Projected, rotated keys; rows that `key_mask` hides are 0.
+    v : (H, n_k, d_v)
+        Values, likewise.
+    scale : float
+        Multiplies the inner products.
+    lo, hi : int or None
+        The band: key j is seen by row i when lo <= t <= hi, t = j - i - q_offset; None is no bound.
+    q_offset : int
+        Index of the first query among the keys.
+    near : (int, float) or None
+        (w, scale_near): where |t| < w the score has scale_near in the place of scale.
+    bias : (H or 1, G or 1, n + n_k - 1) float64 or None
+        b_t at index t - t_min, t_min = -(n - 1) - q_offset.
+    key_mask : (H, n_k) bool or None
+        True for keys that are kept.
+    threads : int
+        How many threads may work.
+    """
+
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    scale: float
+    lo: int | None = None
+    hi: int | None = None
+    q_offset: int = 0
+    near: tuple[int, float] | None = None
+    bias: np.ndarray | None = None
+    key_mask: np.ndarray | None = None
+    threads: int = 1
+
+    @property
+    def empty(self) -> bool:
+        """Whether no row sees a key, or there are no rows: the result is 0 and engines have nothing to do."""
+        n, n_k = self.q.shape[2], self.k.shape[1]
+        if 0 in self.q.shape or 0 in self.k.shape or (self.key_mask is not None and not self.key_mask.any()):
+            return True
+        last, first = n_k - 1 - self.q_offset, -(n - 1) - self.q_offset
+        return (self.hi is not None and self.hi < first) or (self.lo is not None and self.lo > last)
+
+    def with_values(self, v: np.ndarray) -> Problem:
+        """The same scores over other values, (H, n_k, m)."""
+        return replace(self, v=_masked(v, self.key_mask))
+
+    def ungrouped(self) -> Problem:
+        """The same problem with every query head in a slot of its own: keys are repeated."""
+        H, G, n, d = self.q.shape
+        if G == 1:
+            return self
+        bias = self.bias
+        if bias is not None and bias.shape[:2] != (1, 1):
+            bias = np.broadcast_to(bias, (H, G, bias.shape[-1])).reshape(H * G, 1, -1)
+        return replace(
+            self,
+            q=self.q.reshape(H * G, 1, n, d),
+            k=np.repeat(self.k, G, axis=0),
+            v=np.repeat(self.v, G, axis=0),
+            bias=bias,
+            key_mask=None if self.key_mask is None else np.repeat(self.key_mask, G, axis=0),
+        )
+
+    def transposed(self, v: np.ndarray) -> Problem:
+        """The problem of A^T, both sequences reversed: row n_k - 1 - j of its result belongs to key j.
+
+        `v` (H G, n, m) are the values, one row for each query, not reversed. With both sequences reversed the offset
+        t is what it was, since (n - 1 - i) - (n_k - 1 - j) = j - i + (n - n_k): band, bias and near field stay, a
+        causal matrix stays causal, and only the index of the first row moves. Rows of keys that `key_mask` hides are
+        meaningless.
+        """
+        one = self.ungrouped()
+        n, n_k = one.q.shape[2], one.k.shape[1]
+        return replace(
+            one,
+            q=np.ascontiguousarray(one.k[:, None, ::-1]),
+            k=np.ascontiguousarray(one.q[:, 0, ::-1]),
+            v=np.ascontiguousarray(v[:, ::-1]),
+            q_offset=self.q_offset + n - n_k,
+            key_mask=None,
+        )
+
+
+@dataclass(slots=True)
+class _Rows:
+    """One of q, k, v: a product of the user's arrays, rotated and laid out in slots; and the adjoint of that."""
+
+    factors: dict[str, np.ndarray]
+    batch: tuple[int, ...]
+    heads: int
+    positions: np.ndarray | None = None
+    rotate: Callable[..., np.ndarray] | None = None
+    shape: tuple[int, ...] = field(init=False)
+
+    def slots(self) -> np.ndarray:
+        """(batch * heads, rows, width), C-contiguous; the user's own memory where nothing has to be done."""
+        with np.errstate(all="ignore"):
+            X = reduce(np.matmul, self.factors.values())
+        if len(self.factors) > 1:
+            _validate.check_finite(" @ ".join(self.factors), X)
+        self.shape = X.shape
+        if self.positions is None:
+            X = _spread(X, self.batch, self.heads)
+        elif self.positions.ndim == 1:
+            # Rotated before it is repeated for heads and batch elements.
+            X = _spread(self.rotate(X, self.positions), self.batch, self.heads)
+        else:
+            X = _spread(X, self.batch, self.heads)
+            X = self.rotate(X, self._slot_positions())
+        return np.require(X, requirements=["C", "A"])
+
+    def gradients(self, dX: np.ndarray) -> dict[str, np.ndarray]:
+        """The gradient of each factor from that of the slots, which is overwritten."""
+        if self.positions is not None and self.positions.ndim > 1:
+            dX = self._rotate_back(dX, self._slot_positions())
+        dX = _gather(dX, self.batch, self.heads, self.shape)
+        if self.positions is not None and self.positions.ndim == 1:
+            dX = self._rotate_back(dX, self.positions)
+        names, factors = list(self.factors), list(self.factors.values())
+        gradients = {}
+        for place in range(len(factors) - 1, 0, -1):
+            left = reduce(np.matmul, factors[:place])
+            gradients[names[place]] = _sum_to(np.matmul(left.swapaxes(-1, -2), dX), factors[place].shape)
+            dX = np.matmul(dX, factors[place].swapaxes(-1, -2))
+        gradients[names[0]] = _sum_to(dX, factors[0].shape)
+        return gradients
+
+    def _rotate_back(self, dX: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        dX = np.require(dX, requirements=["C", "A", "W"])
+        return self.rotate(dX, positions, adjoint=True, out=dX)
+
+    def _slot_positions(self) -> np.ndarray:
+        return _spread(self.positions[..., None], self.batch, self.heads)[..., 0]
+
+
+class Call:
+    """A call's arguments after validation: `problem`, `how` to compute it, and the way back to the user's arrays.
+
+    ``shape`` is that of the result, ``dtype`` the user's, ``how`` the keyword arguments of ``plan.make_plan``;
+    `problem` has ``key_heads`` slots for each batch element, which ``heads`` query heads share.
+    """
+
+    def __init__(self, arguments: _validate.Arguments, how: dict[str, Any]) -> None:
+        a = self._arguments = arguments
+        self.how = how
+        self.dtype = a.dtype
+        self.shape = a.lead + (a.n, a.d_v)
+        # What differs between the heads of a group ends the sharing.
+        self.heads = a.heads
+        self.key_heads = math.lcm(
+            *(_head_count(X, 2) for X in (a.K, a.W_K, a.V, a.W_V) if X is not None),
+            *(_head_count(X, 1) for X in (a.key_mask, a.k_positions) if X is not None),
+        )
+        rotate = None
+        if a.R is not None:
+            highest = (int(p.max()) for p in (a.q_positions, a.k_positions) if p.size)
+            theta, factor = a.R._frequencies(max(1, 1 + max(highest, default=0)))
+            rotate = partial(rotate_rows, theta=theta, factor=factor, pairing=a.R.pairing, threads=a.threads)
+        self._q = _Rows(_given(a, "Q", "W_Q", "W"), a.batch, a.heads, a.q_positions, rotate)
+        self._k = _Rows(_given(a, "K", "W_K"), a.batch, self.key_heads, a.k_positions, rotate)
+        self._v = _Rows(_given(a, "V", "W_V"), a.batch, self.key_heads)
+        self.problem = self._problem()
+
+    def _problem(self) -> Problem:
+        a = self._arguments
+        q, k = self._q.slots(), self._k.slots()
+        slots = k.shape[0]
+        group = a.heads // max(self.key_heads, 1)
+        mask = a.key_mask
+        if mask is not None:
+            mask = mask if mask.ndim > 1 else np.broadcast_to(mask, a.lead + mask.shape)
+            mask = _spread(mask[..., None], a.batch, self.key_heads)[..., 0]
+        v = None if a.V is None else self._v.slots()
+        if v is None or a.d_v == 0:
+            # Engines have a column to work on.
+            v = _masked(np.ones((slots, a.n_k, 1), q.dtype), mask)
+        if a.key_mask is not None and a.key_mask.ndim > 1:
+            # Keys that several masks share are hidden by some and kept by others.
+            k, v = _masked(k, mask), _masked(v, mask)
+        first, last = -(a.n - 1) - a.q_offset, a.n_k - 1 - a.q_offset
+        return Problem(
+            q=q.reshape(slots, group, a.n, a.d),
+            k=k,
+            v=v,
+            scale=a.scale,
+            # A band that hides nothing is no band.
+            lo=None if a.lo is not None and a.lo <= first else a.lo,
+            hi=None if a.hi is not None and a.hi >= last else a.hi,
+            q_offset=a.q_offset,
+            near=a.near,
+            bias=None if a.bias is None or 0 in (a.n, a.n_k) else self._symbol(first, last, slots, group),
+            key_mask=mask,
+            threads=a.threads,
+        )
+
+    def _symbol(self, first: int, last: int, slots: int, group: int) -> np.ndarray:
+        a = self._arguments
+        symbol = a.bias._symbol(first, last)
+        if len(symbol) == 1:
+            return symbol[None]
+        symbol = np.broadcast_to(symbol, (math.prod(a.batch),) + symbol.shape)
+        return symbol.reshape(slots, group, symbol.shape[-1])
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """The leading axes of the result."""
+        return self._arguments.lead
+
+    def to_user(self, o: np.ndarray) -> np.ndarray:
+        """(H, G, n, d_v or 1) of an engine as the user's O."""
+        return self._cast(o[..., : self.shape[-1]].reshape(self.shape))
+
+    def lse_to_user(self, lse: np.ndarray) -> np.ndarray:
+        """(H, G, n) float64 as (..., n)."""
+        return lse.reshape(self.shape[:-1])
+
+    def from_user(self, dO: np.ndarray) -> np.ndarray:
+        """What has the shape of O as (H, G, n, d_v or 1), contiguous, in the dtype computed in."""
+        problem = self.problem
+        if self.shape[-1] == 0:
+            return np.zeros(problem.q.shape[:3] + (1,), problem.q.dtype)
+        dO = np.require(dO, problem.q.dtype, ["C", "A"])
+        return dO.reshape(problem.q.shape[:3] + self.shape[-1:])
+
+    def gradients(
+        self,
+        dq: np.ndarray,
+        dk: np.ndarray,
+        dv: np.ndarray,
+        dsymbol: np.ndarray | None,
+        *,
+        exponent: int = 0,
+    ) -> dict[str, np.ndarray]:
+        """{"dQ": ..., "dW_Q": ...}: an engine's gradients, which are overwritten, times 2^exponent.
+
+        Every argument that was given has its gradient, in its shape and dtype.
+        """
+        a = self._arguments
+        H, G, n, d = dq.shape
+        with np.errstate(all="ignore"):
+            found = self._q.gradients(dq.reshape(H * G, n, d))
+            found |= self._k.gradients(dk)
+            found |= self._v.gradients(dv[..., : self.shape[-1]])
+            if exponent:
+                found = {name: np.ldexp(X, exponent) for name, X in found.items()}
+                dsymbol = None if dsymbol is None else np.ldexp(dsymbol, exponent)
+        gradients = {"d" + name: self._cast(X) for name, X in found.items()}
+        if a.bias is not None:
+            gradients["dbias"] = self._bias_gradient(dsymbol)
+        return gradients
+
+    def _bias_gradient(self, dsymbol: np.ndarray | None) -> np.ndarray:
+        a = self._arguments
+        if dsymbol is None:
+            # No pair of a query and a key: nothing was added anywhere.
+            dsymbol = np.zeros((a.bias.heads or 1, 1))
+        else:
+            heads = 1 if self.problem.bias.shape[:2] == (1, 1) else a.heads
+            dsymbol = dsymbol.reshape(-1, heads, dsymbol.shape[-1]).sum(axis=0)
+        return a.bias._gradient(dsymbol, -(a.n - 1) - a.q_offset)
+
+    def _cast(self, X: np.ndarray) -> np.ndarray:
+        with np.errstate(over="ignore"):
+            return X.astype(self.dtype, copy=False)
+
+
+def prepare(
+    Q: Any,
+    K: Any,
+    V: Any,
+    R: Any = None,
+    *,
+    W: Any = None,
+    W_Q: Any = None,
+    W_K: Any = None,
+    W_V: Any = None,
+    scale: Any = None,
+    causal: Any = False,
+    window: Any = None,
+    near: Any = None,
+    bias: Any = None,
+    key_mask: Any = None,
+    q_positions: Any = None,
+    k_positions: Any = None,
+    q_offset: Any = 0,
+    eps: Any = 1e-3,
+    certify: Any = "proof",
+    method: Any = "auto",
+    degree: Any = None,
+    seed: Any = None,
+    threads: Any = None,
+) -> Call:
+    """Check the arguments of `attention`, project, rotate and lay out: everything before the choice of an engine."""
+    how = _validate.check_method(eps=eps, certify=certify, method=method, degree=degree, seed=seed)
+    arguments = _validate.check_arguments(
+        Q,
+        K,
+        V,
+        R,
+        W=W,
+        W_Q=W_Q,
+        W_K=W_K,
+        W_V=W_V,
+        scale=scale,
+        causal=causal,
+        window=window,
+        near=near,
+        bias=bias,
+        key_mask=key_mask,
+        q_positions=q_positions,
+        k_positions=k_positions,
+        q_offset=q_offset,
+        threads=threads,
+    )
+    return Call(arguments, how)
+
+
+def prepare_for(function: str, Q: Any, K: Any, V: Any, R: Any, options: dict[str, Any]) -> Call:
+    """`prepare` for a function that takes **options, at whose door a wrong keyword is laid."""
+    unknown = [name for name in options if name not in prepare.__kwdefaults__]
+    if unknown:
+        raise TypeError(f"{function}() got an unexpected keyword argument {unknown[0]!r}")
+    return prepare(Q, K, V, R, **options)
+
+
+def _head_count(X: np.ndarray, inner: int) -> int:
+    """The size of the head axis, the last but `inner`; 1 where there is none."""
+    return X.shape[-1 - inner] if X.ndim > inner else 1
+
+
+def spread_columns(X: np.ndarray, call: Call, heads: int) -> np.ndarray:
+    """X (..., rows, m) as one contiguous (rows, m) for each slot of `heads` heads."""
+    return np.require(_spread(X, call.lead[:-1], heads), requirements=["C", "A"])
+
+
+def _given(arguments: _validate.Arguments, *names: str) -> dict[str, np.ndarray]:
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    if len(given) < 2:
+        return given
+    # Products are then bitwise the same for every memory layout.
+    return {name: np.require(X, requirements=["C", "A"]) for name, X in given.items()}
+
+
+def _masked(X: np.ndarray, key_mask: np.ndarray | None) -> np.ndarray:
+    """X (H, n_k, m) where the rows of hidden keys are 0."""
+    return X if key_mask is None else np.where(key_mask[..., None], X, X.dtype.type(0))
+
+
+def _spread(X: np.ndarray, batch: tuple[int, ...], heads: int) -> np.ndarray:
+    """(..., h, a, b) to (batch * heads, a, b): each of the h heads serves heads // h consecutive ones."""
+    tail = X.shape[-2:]
+    own = _head_count(X, 2)
+    X = X.reshape(X.shape[:-3] + (own, 1) + tail)
+    X = np.broadcast_to(X, batch + (own, heads // max(own, 1)) + tail)
+    return X.reshape((math.prod(batch) * heads,) + tail)
+
+
+def _gather(dX: np.ndarray, batch: tuple[int, ...], heads: int, shape: tuple[int, ...]) -> np.ndarray:
+    """The adjoint of `_spread` of an array of this shape."""
+    own = shape[-3] if len(shape) > 2 else 1
+    dX = dX.reshape(batch + (own, heads // max(own, 1)) + dX.shape[-2:])
+    dX = dX.sum(axis=-3) if dX.shape[-3] != 1 else dX[..., 0, :, :]
+    return _sum_to(dX, shape)
+
+
+def _sum_to(X: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The adjoint of broadcasting `shape` to the shape of X."""
+    own = (1,) * (X.ndim - len(shape)) + shape
+    repeated = tuple(a for a, size in enumerate(own) if size == 1 != X.shape[a])
+    return (X.sum(axis=repeated) if repeated else X).reshape(shape)

@@ -1,0 +1,61 @@
+"""Fixtures that every test file may use."""
+
+import numpy as np
+import pytest
+from oracle import Alibi, Rope, Table
+
+
+@pytest.fixture
+def rng():
+    """Random numbers, the same on every run."""
+    return np.random.default_rng(20241222)
+
+
+@pytest.fixture(params=[1, 2, 3], ids="threads={}".format)
+def threads(request):
+    """One, two and three threads: three splits the work unevenly on most machines."""
+    return request.param
+
+
+def rotary(rope):
+    """The package's Rotary that stands for the oracle's Rope."""
+    import ropecy
+
+    scaling = None
+    if rope.attention_factor != 1.0:
+        # Factors of one leave the frequencies as they are, so this is the attention factor alone.
+        pairs = (rope.rotary_dim or rope.d) // 2
+        ones = [1.0] * pairs
+        scaling = {
+            "rope_type": "longrope",
+            "short_factor": ones,
+            "long_factor": ones,
+            "factor": 1.0,
+            "original_max_position_embeddings": 64,
+            "attention_factor": rope.attention_factor,
+        }
+    return ropecy.Rotary(
+        rope.d, base=rope.base, pairing=rope.pairing, rotary_dim=rope.rotary_dim, scaling=scaling
+    )
+
+
+def relative_bias(bias):
+    """The package's RelativeBias that stands for the oracle's Table or Alibi."""
+    import ropecy
+
+    return ropecy.RelativeBias(bias.values) if isinstance(bias, Table) else ropecy.RelativeBias.alibi(bias.slope)
+
+
+@pytest.fixture
+def ours():
+    """A case's arguments with the oracle's R and bias replaced by the package's."""
+
+    def translate(case, **more):
+        case = {**case, **more}
+        if isinstance(case.get("R"), Rope):
+            case["R"] = rotary(case["R"])
+        if isinstance(case.get("bias"), Table | Alibi):
+            case["bias"] = relative_bias(case["bias"])
+        return case
+
+    return translate

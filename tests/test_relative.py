@@ -1,0 +1,132 @@
+"""RelativeBias: b_t for every offset, its gradient against finite differences, and what is refused."""
+
+import pickle
+
+import numpy as np
+import pytest
+
+from ropecy import RelativeBias, RelativeFamily
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(3)
+
+
+def biases(rng):
+    return {
+        "table": (RelativeBias, rng.standard_normal(7)),
+        "one entry": (RelativeBias, rng.standard_normal(1)),
+        "table a head": (RelativeBias, rng.standard_normal((3, 5))),
+        "slope": (RelativeBias.alibi, rng.standard_normal(())),
+        "slope a head": (RelativeBias.alibi, rng.standard_normal(3)),
+    }
+
+
+NAMES = ["table", "one entry", "table a head", "slope", "slope a head"]
+
+
+def test_table_is_clipped_past_its_ends():
+    bias = RelativeBias([10.0, 11.0, 12.0, 13.0, 14.0])
+    np.testing.assert_array_equal(bias._symbol(-4, 3), [[10.0, 10.0, 10.0, 11.0, 12.0, 13.0, 14.0, 14.0]])
+    np.testing.assert_array_equal(bias._symbol(50, 51), [[14.0, 14.0]])
+    assert bias._symbol(-2, 2).dtype == np.float64 and bias.heads is None
+
+
+def test_table_a_head(rng):
+    table = rng.standard_normal((2, 3)).astype(np.float32)
+    bias = RelativeBias(table)
+    assert bias.heads == 2
+    np.testing.assert_array_equal(bias._symbol(-1, 2), table[:, [0, 1, 2, 2]].astype(np.float64))
+
+
+def test_alibi():
+    np.testing.assert_array_equal(RelativeBias.alibi(0.5)._symbol(-2, 1), [[-1.0, -0.5, 0.0, -0.5]])
+    bias = RelativeBias.alibi(np.array([1.0, 0.25], np.float32))
+    assert bias.heads == 2
+    np.testing.assert_array_equal(bias._symbol(-2, 1), [[-2.0, -1.0, 0.0, -1.0], [-0.5, -0.25, 0.0, -0.25]])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_offsets(rng, name):
+    build, values = biases(rng)[name]
+    heads = build(values).heads or 1
+    symbol = build(values)._symbol(0, -1)
+    assert symbol.shape == (heads, 0)
+    np.testing.assert_array_equal(build(values)._gradient(symbol, 0), np.zeros(values.shape))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("t_min, t_max", [(-9, 12), (-1, 1), (2, 6), (-30, -25)])
+def test_gradient_against_finite_differences(rng, name, t_min, t_max):
+    build, values = biases(rng)[name]
+    bias = build(values)
+    weights = rng.standard_normal(bias._symbol(t_min, t_max).shape)
+    # The symbol is linear in what built it, so a step of 1 is exact but for rounding.
+    expected = np.empty(values.shape)
+    for index in np.ndindex(values.shape):
+        moved = values.copy()
+        moved[index] += 1.0
+        expected[index] = (weights * (build(moved)._symbol(t_min, t_max) - bias._symbol(t_min, t_max))).sum()
+    gradient = bias._gradient(weights, t_min)
+    assert gradient.shape == values.shape and gradient.dtype == np.float64
+    np.testing.assert_allclose(gradient, expected, rtol=0, atol=1e-12 * (1 + np.abs(weights).sum() * 30))
+
+
+@pytest.mark.parametrize("build, shape", [(RelativeBias, (3,)), (RelativeBias, (2, 3)), (RelativeBias.alibi, (2,))])
+def test_gradient_has_the_dtype_of_what_built_it(build, shape):
+    bias = build(np.zeros(shape, np.float32))
+    gradient = bias._gradient(np.ones(((bias.heads or 1), 9)), -4)
+    assert gradient.dtype == np.float32 and gradient.shape == shape
+
+
+def test_gradient_of_a_plain_number():
+    gradient = RelativeBias.alibi(0.5)._gradient(np.ones((1, 5)), -2)
+    assert gradient.shape == () and gradient.dtype == np.float64 and gradient == -6.0
+
+
+def test_is_a_value(rng):
+    table = rng.standard_normal(5)
+    kept = table.copy()
+    bias = RelativeBias(table)
+    table[:] = 0.0
+    np.testing.assert_array_equal(bias._symbol(-2, 2)[0], kept)
+    with pytest.raises(AttributeError, match="immutable"):
+        bias.heads = 4
+    for one in (bias, RelativeBias.alibi([0.5, 0.25])):
+        np.testing.assert_array_equal(pickle.loads(pickle.dumps(one))._symbol(-3, 3), one._symbol(-3, 3))
+    assert repr(bias) == "RelativeBias(table of float64 (5,))"
+    assert repr(RelativeBias.alibi(0.5)) == "RelativeBias(slope of float64 ())"
+
+
+@pytest.mark.parametrize(
+    "build, values, error, message",
+    [
+        (RelativeBias, np.zeros(4), ValueError, "table: got length 4, wants an odd one"),
+        (RelativeBias, np.zeros((2, 4)), ValueError, "table: got length 4, wants an odd one"),
+        (RelativeBias, [], ValueError, "table: got length 0, wants an odd one"),
+        (RelativeBias, np.zeros((0, 3)), ValueError, "table: got shape \\(0, 3\\), wants"),
+        (RelativeBias, 1.0, ValueError, "table: got shape \\(\\), wants \\(2T-1,\\) or \\(h, 2T-1\\)"),
+        (RelativeBias, np.zeros((1, 1, 3)), ValueError, "table: got shape \\(1, 1, 3\\), wants"),
+        (RelativeBias, [0.0, np.nan, 0.0], ValueError, "table: got nan at \\(1,\\), wants finite"),
+        (RelativeBias, [[0.0], [np.inf]], ValueError, "table: got inf at \\(1, 0\\), wants finite"),
+        (RelativeBias, [0, 1, 2], TypeError, "table: got dtype int64, wants float32 or float64"),
+        (RelativeBias, [0j, 1j, 2j], TypeError, "table: got dtype complex128, wants"),
+        (RelativeBias, [None], TypeError, "table: got dtype object, wants"),
+        (RelativeBias, np.zeros(3, np.float16), TypeError, "table: got dtype float16, wants"),
+        (RelativeBias.alibi, np.nan, ValueError, "slope: got nan, wants finite"),
+        (RelativeBias.alibi, [1.0, -np.inf], ValueError, "slope: got -inf at \\(1,\\), wants finite"),
+        (RelativeBias.alibi, 1, TypeError, "slope: got dtype int64, wants"),
+        (RelativeBias.alibi, 1j, TypeError, "slope: got dtype complex128, wants"),
+        (RelativeBias.alibi, np.zeros((2, 2)), ValueError, "slope: got shape \\(2, 2\\), wants a number or \\(h,\\)"),
+        (RelativeBias.alibi, [], ValueError, "slope: got shape \\(0,\\), wants"),
+    ],
+)
+def test_refused(build, values, error, message):
+    with pytest.raises(error, match=message):
+        build(values)
+
+
+def test_family_says_that_it_comes_later():
+    with pytest.raises(NotImplementedError, match="RelativeFamily comes with the fft engine"):
+        RelativeFamily(np.zeros((3, 2, 2)), n_k=2)
