@@ -196,8 +196,8 @@ class Call:
         group = a.heads // max(self.key_heads, 1)
         mask = a.key_mask
         if mask is not None:
-            mask = mask if mask.ndim > 1 else np.broadcast_to(mask, a.lead + mask.shape)
-            mask = _spread(mask[..., None], a.batch, self.key_heads)[..., 0]
+            mask = mask if mask.ndim > 1 else mask[None]
+            mask = np.ascontiguousarray(_spread(mask[..., None], a.batch, self.key_heads)[..., 0])
         v = None if a.V is None else self._v.slots()
         if v is None or a.d_v == 0:
             # Engines have a column to work on.

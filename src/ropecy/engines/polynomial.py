@@ -108,7 +108,11 @@ def backward(problem: Problem, saved: Saved, do: np.ndarray):
     one degree more, so that the pairs have the weights p(s_ij) / den_i there too: a softmax gradient of positive
     weights. Four products of forward's size at that degree, five where causal.
     """
-    return *saved.scan.backward(saved.o, saved.inverse, do), None
+    dq, dk, dv = saved.scan.backward(saved.o, saved.inverse, do)
+    if problem.key_mask is not None:
+        # phi(k) dS is there for every key; a masked one has no weight.
+        dv[~problem.key_mask] = 0
+    return dq, dk, dv, None
 
 
 def operations(problem: Problem, degree: int, grad: bool) -> float:
