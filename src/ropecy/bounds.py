@@ -1,4 +1,4 @@
-"""What is measured of q and k to bound the scores: ``|scale <q_i, k_j - c>| <= |scale| max ||q_i|| max ||k_j - c||``.
+"""What is measured of q, k and v: ``|scale <q_i, k_j - c>| <= |scale| max ||q_i|| max ||k_j - c||``, and the range of v.
 
 Softmax ignores a constant added to a row, so keys may be centred on any c; rotations keep norms.
 """
@@ -34,6 +34,38 @@ class Scores:
     centre: np.ndarray | None
     q_factor: float
     k_factor: float
+
+
+@dataclass(slots=True)
+class Values:
+    """Where the values of kept keys lie.
+
+    Attributes
+    ----------
+    middle : (H, d_v) array
+        Halfway between the least and the largest of a column.
+    offset : float
+        max |v| in units of max_c range_j(v_jc); 1 where all columns are constant.
+    """
+
+    middle: np.ndarray
+    offset: float
+
+
+def measure_values(problem: Problem) -> Values:
+    """Middle and offset of the values. Time O(n_k d_v)."""
+    v = problem.v
+    if problem.key_mask is None:
+        low, high = v.min(axis=1), v.max(axis=1)
+    else:
+        keep = problem.key_mask[..., None]
+        low, high = v.min(axis=1, where=keep, initial=np.inf), v.max(axis=1, where=keep, initial=-np.inf)
+        empty = low > high
+        low, high = np.where(empty, 0, low), np.where(empty, 0, high)
+    middle = (0.5 * low + 0.5 * high).astype(v.dtype)
+    spread = float((0.5 * high - 0.5 * low).max())
+    largest = float(np.maximum(np.abs(low), np.abs(high)).max())
+    return Values(middle, 0.5 * largest / spread if spread else 1.0)
 
 
 def measure(problem: Problem) -> Scores:

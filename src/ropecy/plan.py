@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from . import polynomial as poly
-from .bounds import Scores, measure
+from .bounds import Scores, Values, measure, measure_values
 from .engines import exact as exact_engine
 from .engines import polynomial as polynomial_engine
 from .problem import Problem, prepare_for
@@ -55,8 +55,8 @@ class Certificate:
 
     Notes
     -----
-    Of a result O, ``|O_ic - Attn_ic| <= error * range_j(V_jc)``. Of gradients, with e = error, omega_i the range over j of
-    <dO_i, V_j>, P the softmax weights, zeta = 2 e / (1 - e) and c = \\|scale\\|: dQ_i is within
+    Of a result O, ``|O_ic - Attn_ic| <= error * range_j(V_jc)``. Of gradients, with e = error, omega_i the range over j
+    of <dO_i, V_j>, P the softmax weights, zeta = 2 e / (1 - e) and c = abs(scale): dQ_i is within
     ``c artanh(e) / 4 omega_i diam(K)``, dK_j within ``c zeta sum_i P_ij omega_i ||Q_i||``, and dV_jc within
     ``zeta sum_i P_ij |dO_ic|``.
     """
@@ -127,6 +127,7 @@ class Plan:
     shape: tuple[int, ...]
     eps: float
     _scores: Scores = field(repr=False)
+    _values: Values | None = field(repr=False)
     _polynomial: poly.Polynomial | None = field(repr=False)
 
     def forward(self, problem: Problem, want_lse: bool) -> Forward:
@@ -135,7 +136,9 @@ class Plan:
             o, lse, saved = exact_engine.forward(problem, self._scores.plain, want_lse)
         else:
             grad = self.gradient_certificate is not None
-            o, lse, saved = polynomial_engine.forward(problem, self._scores, self._polynomial, grad, want_lse)
+            o, lse, saved = polynomial_engine.forward(
+                problem, self._scores, self._values, self._polynomial, grad, want_lse
+            )
         return Forward(o, lse, self.certificate, saved)
 
     def backward(self, problem: Problem, forward: Forward, do: np.ndarray):
@@ -226,15 +229,15 @@ def make_plan(
     if problem.empty:
         scores = Scores(0.0, 0.0, None, 1.0, 1.0)
         certificate = nothing_to_do()
-        return _plan(problem, "exact", scores, certificate, grad, "no query sees a key", {}, {}, eps)
+        return _plan(problem, "exact", scores, None, certificate, grad, "no query sees a key", {}, {}, eps)
 
-    scores = measure(problem)
+    scores, values = measure(problem), measure_values(problem)
     seconds = {"exact": _exact_operations(problem, grad) / _rate(problem.q.dtype.name) / problem.threads}
     sizes = {"exact": _exact_bytes(problem, grad)}
     p = None
     refusal = f"the polynomial engine does not do {missing}" if missing else None
     if not missing and method != "exact":
-        p, refusal = _certified(problem, scores, eps, degree)
+        p, refusal = _certified(problem, scores, values, eps, degree)
         if p is None and (method == "polynomial" or degree is not None):
             raise BoundedEntryError(refusal)
     if p is not None:
@@ -245,7 +248,7 @@ def make_plan(
 
     if p is not None and (method == "polynomial" or _cheaper(seconds, sizes)):
         engine = "polynomial"
-        rounding = _polynomial_rounding(problem, scores.bound)
+        rounding = _polynomial_rounding(problem, scores.bound, values)
         certificate = Certificate(
             engine,
             degree,
@@ -258,9 +261,10 @@ def make_plan(
         reason = "method='polynomial'" if method == "polynomial" else "the cheapest engine that certifies eps"
     else:
         engine, p = "exact", None
-        certificate = Certificate(engine, None, None, scores.plain, "exact", 0.0, _exact_rounding(problem, scores.plain))
+        rounding = _exact_rounding(problem, scores.plain, values)
+        certificate = Certificate(engine, None, None, scores.plain, "exact", 0.0, rounding)
         reason = "method='exact'" if method == "exact" else refusal or "the cheapest engine that certifies eps"
-    made = _plan(problem, engine, scores, certificate, grad, reason, seconds, sizes, eps)
+    made = _plan(problem, engine, scores, values, certificate, grad, reason, seconds, sizes, eps)
     made._polynomial = p
     if grad and p is not None:
         made.gradient_certificate = replace(
@@ -283,20 +287,21 @@ def make_plan(
     return made
 
 
-def _plan(problem, engine, scores, certificate, grad, reason, seconds, sizes, eps) -> Plan:
+def _plan(problem, engine, scores, values, certificate, grad, reason, seconds, sizes, eps) -> Plan:
     shape = (*problem.q.shape, problem.k.shape[1], problem.v.shape[2], problem.q.dtype.name)
     gradient = replace(certificate, rounding=4 * certificate.rounding) if grad else None
-    return Plan(engine, certificate, gradient, reason, seconds, sizes, shape, eps, scores, None)
+    return Plan(engine, certificate, gradient, reason, seconds, sizes, shape, eps, scores, values, None)
 
 
-def _certified(problem: Problem, scores: Scores, eps: float, degree: int | None):
+def _certified(problem: Problem, scores: Scores, values: Values, eps: float, degree: int | None):
     """The polynomial of the smallest degree (or of `degree`) that certifies eps, and None; or None, and why not."""
     B, d = scores.bound, problem.q.shape[-1]
-    rounding = _polynomial_rounding(problem, B)
+    rounding = _polynomial_rounding(problem, B, values)
     where = f"scores are bounded by B = {B:.4g} only (|scale| max ||q|| max ||k||)"
     cure = "scale=1/d, or q and k normalised, make B smaller; method='exact' has no bound"
     if rounding >= eps:
-        return None, f"{where}: rounding in {problem.q.dtype.name} alone is {rounding:.2g}, eps = {eps:g}; {cure}"
+        lost = f"rounding in {problem.q.dtype.name} alone is {rounding:.2g}"
+        return None, f"{where}: no degree certifies eps = {eps:g}, {lost}; {cure}"
     e = poly.relative_error_for(eps - rounding)
     needed = poly.smallest_degree(B, e)
     takes = (
@@ -311,7 +316,7 @@ def _certified(problem: Problem, scores: Scores, eps: float, degree: int | None)
                 return p, None
         return None, f"{where}: degree {degree} does not certify eps = {eps:g}; {takes}; {cure}"
     if needed is None:
-        return None, f"{where}: {takes} certify eps = {eps:g}; {cure}"
+        return None, f"{where}: no degree certifies eps = {eps:g}; {cure}"
     if needed > 1:
         # smallest_degree speaks of a slightly larger bound, whose polynomial is in its cache.
         p = poly.minimax(B, needed - 1)
@@ -324,21 +329,27 @@ def _cheaper(seconds: dict[str, float], sizes: dict[str, float]) -> bool:
     return seconds["polynomial"] < seconds["exact"] and sizes["polynomial"] <= _available_memory()
 
 
-def _polynomial_rounding(problem: Problem, B: float) -> float:
-    """Monomial sums cancel for negative scores: a few units times e^{2B}, measured (0.3 to 4, 11 where B is small)."""
+def _polynomial_rounding(problem: Problem, B: float, values: Values) -> float:
+    """Monomial sums cancel for negative scores: a few units times e^{2B}, measured (0.3 to 4, 11 where B is small).
+
+    Values are centred, so that their offset costs no more than storing O does.
+    """
     unit = float(np.finfo(problem.q.dtype).eps) / 2
-    return unit * (12 + 4 * math.exp(min(2 * B, 700)))
+    return unit * (12 + 4 * math.exp(min(2 * B, 700)) + 2 * values.offset)
 
 
-def _exact_rounding(problem: Problem, bound: float) -> float:
-    """Scores of size S carry (2 + sqrt(d) / 2) S units; sums over blocks of keys the square root of their number."""
+def _exact_rounding(problem: Problem, bound: float, values: Values) -> float:
+    """Scores of size S carry (2 + sqrt(d) / 2) S units; sums over blocks of keys the square root of their number.
+
+    Weights that are off by that move O by as much of the range; sums are off in units of max |V|.
+    """
     unit = float(np.finfo(problem.q.dtype).eps) / 2
     d, n_k = problem.q.shape[-1], problem.k.shape[1]
     if problem.bias is not None:
         bound += float(np.abs(problem.bias).max())
     if problem.near is not None and problem.scale:
         bound *= max(1.0, abs(problem.near[1] / problem.scale))
-    return min(1.0, unit * (16 + math.sqrt(n_k / 96) + (2 + math.sqrt(d) / 2) * bound))
+    return min(1.0, unit * ((16 + math.sqrt(n_k / 96)) * max(1.0, values.offset) + (2 + math.sqrt(d) / 2) * bound))
 
 
 def _exact_operations(problem: Problem, grad: bool) -> float:

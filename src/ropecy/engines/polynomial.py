@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from ..bounds import Scores
+from ..bounds import Scores, Values
 from ..kernels import _monomials
 from ..polynomial import Polynomial, antiderivative, n_features
 from ..problem import Problem
@@ -58,7 +58,7 @@ def unsupported(problem: Problem) -> str | None:
 
 
 def forward(
-    problem: Problem, scores: Scores, p: Polynomial, grad: bool, want_lse: bool
+    problem: Problem, scores: Scores, values: Values, p: Polynomial, grad: bool, want_lse: bool
 ) -> tuple[np.ndarray, np.ndarray | None, Saved]:
     """O (H, G, n, d_v), lse float64 or None, and what backward needs.
 
@@ -67,6 +67,8 @@ def forward(
     problem : Problem
     scores : Scores
         Centre and sizes of q and k, so that all scores are within ``[-p.B, p.B]``.
+    values : Values
+        Whose middle is taken from v and given back to O: an offset far past the range must not drown it in rounding.
     p : Polynomial
     grad : bool
         Whether states hold the degree more that backward needs.
@@ -88,7 +90,7 @@ def forward(
         problem.q_offset,
         monomials,
         scores.centre,
-        _value_centre(problem),
+        values.middle,
         scores.q_factor,
         scores.k_factor,
         segments(problem, monomials.state_degree),
@@ -148,19 +150,6 @@ def segments(problem: Problem, state_degree: int) -> int:
     features = n_features(d, state_degree)
     state = 8 * H * features * (problem.v.shape[2] + 1)
     return max(1, min(-(-_SEGMENTS // H), tokens // max(1024, 2 * features), _STATE_BYTES // state))
-
-
-def _value_centre(problem: Problem) -> np.ndarray | None:
-    """The middle of each column's values: an offset of V far past its range must not drown it in rounding."""
-    v = problem.v
-    if problem.key_mask is None:
-        low, high = v.min(axis=1), v.max(axis=1)
-    else:
-        keep = problem.key_mask[..., None]
-        low, high = v.min(axis=1, where=keep, initial=np.inf), v.max(axis=1, where=keep, initial=-np.inf)
-    with np.errstate(all="ignore"):
-        middle = 0.5 * low + 0.5 * high
-        return np.where(np.isfinite(middle), middle, 0).astype(v.dtype)
 
 
 def _monomials_for(problem: Problem, p: Polynomial, grad: bool) -> Monomials:
