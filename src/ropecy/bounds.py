@@ -1,4 +1,4 @@
-"""What is measured of q, k and v: ``|scale <q_i, k_j - c>| <= |scale| max ||q_i|| max ||k_j - c||``, and the range of v.
+"""What is measured of q, k, v: ``|scale <q_i, k_j - c>| <= |scale| max ||q_i|| max ||k_j - c||``, and the range of v.
 
 Softmax ignores a constant added to a row, so keys may be centred on any c; rotations keep norms.
 """

@@ -1,4 +1,4 @@
-"""``O = D^-1 A V`` and its gradient by blocked streaming softmax: always right, ``n n_k`` work, never an n x n array."""
+"""``O = D^-1 A V`` and its gradient by blocked streaming softmax: always right, never an n x n array."""
 
 from __future__ import annotations
 
