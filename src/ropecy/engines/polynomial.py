@@ -106,9 +106,9 @@ def backward(problem: Problem, saved: Saved, do: np.ndarray):
     Notes
     -----
     With S = phi(k)^T [v 1], dN = [do, -<do, o>] / den: dphi(q) = dN (w S)^T, dS = phi(q)^T dN,
-    dphi(k) = [v 1] (w dS)^T, dv = phi(k) dS, then the features' own derivatives. The features of dq and dk are those of an antiderivative of p,
-    one degree more, so that the pairs have the weights p(s_ij) / den_i there too: a softmax gradient of positive
-    weights. Four products of forward's size at that degree, five where causal.
+    dphi(k) = [v 1] (w dS)^T, dv = phi(k) dS, then the features' own derivatives. The features of dq and dk are those of
+    an antiderivative of p, one degree more, so that the pairs have the weights p(s_ij) / den_i there too: a softmax
+    gradient of positive weights. Four products of forward's size at that degree, five where causal.
     """
     dq, dk, dv = saved.scan.backward(saved.o, saved.inverse, do)
     if problem.key_mask is not None:
