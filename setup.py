@@ -18,6 +18,7 @@ KERNELS = Path("src/ropecy/kernels")
 # Each extension and the C kernel files that it links: c/<name>.c, compiled once per instruction set level.
 EXTENSIONS = {
     "_rotary": ["rotary"],
+    "_rows": ["rows"],
     "_exact": ["exact"],
     "_monomials": ["monomials"],
     "_fftw": [],

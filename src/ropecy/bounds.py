@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .kernels import _rows
 from .problem import Problem
 
 
@@ -55,13 +56,9 @@ class Values:
 def measure_values(problem: Problem) -> Values:
     """Middle and offset of the values. Time O(n_k d_v)."""
     v = problem.v
-    if problem.key_mask is None:
-        low, high = v.min(axis=1), v.max(axis=1)
-    else:
-        keep = problem.key_mask[..., None]
-        low, high = v.min(axis=1, where=keep, initial=np.inf), v.max(axis=1, where=keep, initial=-np.inf)
-        empty = low > high
-        low, high = np.where(empty, 0, low), np.where(empty, 0, high)
+    _, low, high = _rows.columns(v, problem.key_mask, problem.threads)
+    empty = low > high
+    low[empty], high[empty] = 0, 0
     middle = (0.5 * low + 0.5 * high).astype(v.dtype)
     spread = float((0.5 * high - 0.5 * low).max())
     largest = float(np.maximum(np.abs(low), np.abs(high)).max())
@@ -73,32 +70,25 @@ def measure(problem: Problem) -> Scores:
 
     Notes
     -----
-    Time O(n d), memory one array of n_k x d. Rounding of the norms is on the safe side.
+    Time O(n d): three reads of k, one of q. Rounding of the norms is on the safe side.
     """
-    q, k = problem.q, problem.k
+    q, k, keep = problem.q, problem.k, problem.key_mask
+    H, G, n, d = q.shape
     scale = abs(problem.scale)
-    room = 1 + 4 * (q.shape[-1] + 8) * float(np.finfo(q.dtype).eps)
+    room = 1 + 4 * (d + 8) * float(np.finfo(q.dtype).eps)
     with np.errstate(all="ignore"):
-        q_norm = _largest_norm(q).max(axis=1)
-        plain_norm = _largest_norm(k)
+        q_norm = _rows.largest_norms(q.reshape(H, G * n, d), None, None, problem.threads)
+        plain_norm = _rows.largest_norms(k, keep, None, problem.threads)
         plain = float((q_norm * plain_norm).max()) * scale * room
-        kept = k.shape[1] if problem.key_mask is None else np.maximum(problem.key_mask.sum(axis=1), 1)[:, None]
-        mean = k.mean(axis=1) if problem.key_mask is None else (k.sum(axis=1) / kept).astype(k.dtype)
-        centred = k - mean[:, None]
-        if problem.key_mask is not None:
-            centred[~problem.key_mask] = 0
-        mean_norm = _largest_norm(centred)
+        kept = k.shape[1] if keep is None else np.maximum(keep.sum(axis=1), 1)[:, None]
+        mean = (_rows.columns(k, keep, problem.threads)[0] / kept).astype(k.dtype)
+        mean_norm = _rows.largest_norms(k, keep, mean, problem.threads)
         shifted = float((q_norm * mean_norm).max()) * scale * room
     if not math.isfinite(plain):
         return Scores(math.inf, math.inf, None, 1.0, 1.0)
     if shifted < plain:
         return Scores(plain, shifted, mean, *_factors(problem.scale, float(q_norm.max()), float(mean_norm.max())))
     return Scores(plain, plain, None, *_factors(problem.scale, float(q_norm.max()), float(plain_norm.max())))
-
-
-def _largest_norm(x: np.ndarray) -> np.ndarray:
-    """max over rows of ||x_i||, in float64; inf past float32's squares."""
-    return np.sqrt(np.einsum("...ia,...ia->...i", x, x).max(axis=-1).astype(np.float64))
 
 
 def _factors(scale: float, q_norm: float, k_norm: float) -> tuple[float, float]:

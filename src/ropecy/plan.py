@@ -274,8 +274,8 @@ def make_plan(
             truncation=p.error,
             rounding=4 * certificate.rounding,
         )
-    available = _available_memory()
-    if sizes[engine] > available:
+    if not _fits(sizes[engine]):
+        available = _available_memory()
         raise MemoryError(
             f"the {engine} engine needs {sizes[engine] / 2**30:.3g} GiB beyond inputs and outputs, "
             f"and {available / 2**30:.3g} GiB are available"
@@ -326,7 +326,7 @@ def _certified(problem: Problem, scores: Scores, values: Values, eps: float, deg
 
 
 def _cheaper(seconds: dict[str, float], sizes: dict[str, float]) -> bool:
-    return seconds["polynomial"] < seconds["exact"] and sizes["polynomial"] <= _available_memory()
+    return seconds["polynomial"] < seconds["exact"] and _fits(sizes["polynomial"])
 
 
 def _polynomial_rounding(problem: Problem, B: float, values: Values) -> float:
@@ -386,6 +386,11 @@ def _rate(dtype: str) -> float:
         exact_engine.forward(problem, 1.0, False)
         best = min(best, time.perf_counter() - start)
     return _exact_operations(problem, False) / best
+
+
+def _fits(size: float) -> bool:
+    # Asking the system costs as much as a small call.
+    return size < 2**26 or size <= _available_memory()
 
 
 def _available_memory() -> float:

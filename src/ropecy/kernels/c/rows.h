@@ -1,0 +1,30 @@
+/* What planning measures of rows: norms, and sums, minima and maxima of columns.
+ *
+ * Bound by memory: one read of x. Rows whose keep is 0 are passed over.
+ */
+#ifndef RC_ROWS_H
+#define RC_ROWS_H
+#include <stddef.h>
+#include "isa.h"
+
+/* norm2 = max_i ||x_i - shift||^2, or 0; shift may be NULL. */
+typedef double (*rc_norm_function)(const void *x, ptrdiff_t n, ptrdiff_t d, const unsigned char *keep, const void *shift);
+/* sum, low and high (d each) over the kept rows: 0, +inf and -inf where there are none. */
+typedef void (*rc_columns_function)(const void *x, ptrdiff_t n, ptrdiff_t d, const unsigned char *keep, double *sum, void *low,
+                                    void *high);
+
+typedef struct {
+    rc_norm_function norm_f32, norm_f64;
+    rc_columns_function columns_f32, columns_f64;
+} rc_rows_kernels;
+
+extern const rc_rows_kernels rc_rows_baseline;
+#if RC_X86
+extern const rc_rows_kernels rc_rows_v3, rc_rows_v4;
+#endif
+
+static inline const rc_rows_kernels *rc_rows_select(int level) {
+    (void)level;
+    return RC_SELECT(rc_rows, level);
+}
+#endif
