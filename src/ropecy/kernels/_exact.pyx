@@ -10,6 +10,8 @@ cimport numpy as cnp
 from cpython.exc cimport PyErr_CheckSignals
 from cython.parallel cimport prange, threadid
 
+from ._arrays cimport pieces, pointer
+
 cnp.import_array()
 
 cdef extern from "c/exact.h" nogil:
@@ -74,15 +76,6 @@ cdef double PAIR_RATE = 2e10  # operations a second, low: a bound on a round's t
 
 cdef const rc_exact_functions *functions_of(dtype):
     return kernels.f32 if dtype == np.float32 else kernels.f64
-
-
-cdef ptrdiff_t pieces(ptrdiff_t whole, ptrdiff_t part) noexcept:
-    """How many parts cover the whole; the last may be short."""
-    return (whole + part - 1) // part
-
-
-cdef void *pointer(array):
-    return NULL if array is None else cnp.PyArray_DATA(array)
 
 
 def blocking(dtype):

@@ -10,6 +10,8 @@ cimport numpy as cnp
 from cpython.exc cimport PyErr_CheckSignals
 from cython.parallel cimport prange, threadid
 
+from ._arrays cimport pieces, pointer
+
 cnp.import_array()
 
 cdef extern from "c/monomials.h" nogil:
@@ -73,15 +75,6 @@ cdef const rc_monomials_functions *functions_of(dtype):
     return kernels.f32 if dtype == np.float32 else kernels.f64
 
 
-cdef ptrdiff_t pieces(ptrdiff_t whole, ptrdiff_t part) noexcept:
-    """How many parts cover the whole; the last may be short."""
-    return (whole + part - 1) // part
-
-
-cdef void *pointer(array):
-    return NULL if array is None else cnp.PyArray_DATA(array)
-
-
 def blocking(dtype):
     """(lanes of a vector, rows that a chunk is a multiple of) for a dtype."""
     cdef const rc_monomials_functions *f = functions_of(dtype)
@@ -116,8 +109,8 @@ cdef class Scan:
     cdef size_t size
     cdef object arrays, workspace, states
 
-    def __init__(self, q, k, v, key_mask, bint causal, ptrdiff_t q_offset, monomials, centre, value_centre, double q_factor, double k_factor,
-                 ptrdiff_t segments, int threads):
+    def __init__(self, q, k, v, key_mask, bint causal, ptrdiff_t q_offset, monomials, centre, value_centre,
+                 double q_factor, double k_factor, ptrdiff_t segments, int threads):
         cdef rc_monomials_problem *p = &self.p
         self.f = functions_of(q.dtype)
         self.threads, self.causal = threads, causal
@@ -171,7 +164,8 @@ cdef class Scan:
         """Every head's state (H, columns, pitch) with its weights, as forward, grad_queries and grad_keys read it."""
         cdef ptrdiff_t head
         for head in range(self.p.heads):
-            self.f.pack(&self.p, <const double *>pointer(totals[head]), NULL if packed is None else pointer(packed[head]),
+            self.f.pack(&self.p, <const double *>pointer(totals[head]),
+                        NULL if packed is None else pointer(packed[head]),
                         NULL if grad_packed is None else pointer(grad_packed[head]), pointer(self.workspace))
         self.p.packed, self.p.grad_packed = pointer(packed), pointer(grad_packed)
 

@@ -5,13 +5,15 @@ import numpy as np
 cimport numpy as cnp
 from cython.parallel cimport prange
 
+from ._arrays cimport pieces, pointer
+
 cnp.import_array()
 
 cdef extern from "c/rows.h" nogil:
     ctypedef double (*norm_function "rc_norm_function")(const void *, ptrdiff_t, ptrdiff_t, const unsigned char *,
                                                         const void *) noexcept nogil
-    ctypedef void (*columns_function "rc_columns_function")(const void *, ptrdiff_t, ptrdiff_t, const unsigned char *, double *,
-                                                            void *, void *) noexcept nogil
+    ctypedef void (*columns_function "rc_columns_function")(const void *, ptrdiff_t, ptrdiff_t, const unsigned char *,
+                                                            double *, void *, void *) noexcept nogil
 
     ctypedef struct rc_rows_kernels:
         norm_function norm_f32, norm_f64
@@ -26,23 +28,19 @@ cdef const rc_rows_kernels *kernels = rc_rows_select(rc_level())
 cdef ptrdiff_t PIECE = 16384  # elements: fewer are not worth a thread
 
 
-cdef const char *pointer(array):
-    return NULL if array is None else <const char *>cnp.PyArray_DATA(array)
-
-
 def largest_norms(x, keep, shift, int threads):
     """max_i ||x_i - shift||, (H,) float64, of x (H, n, d) over the rows that keep (H, n) has; shift (H, d) or None."""
     cdef norm_function norm = kernels.norm_f32 if x.dtype == np.float32 else kernels.norm_f64
     cdef ptrdiff_t H = x.shape[0], n = x.shape[1], d = x.shape[2], item = x.itemsize
-    cdef ptrdiff_t rows = max(<ptrdiff_t>1, PIECE // d), pieces = max(<ptrdiff_t>1, (n + rows - 1) // rows), task, head, first
-    cdef const char *data = pointer(x)
-    cdef const char *kept = pointer(keep)
-    cdef const char *centre = pointer(shift)
-    found = np.empty((H, pieces))
-    cdef double *out = <double *>cnp.PyArray_DATA(found)
-    for task in prange(H * pieces, nogil=True, num_threads=threads, schedule="static", use_threads_if=H * pieces > 1):
-        head = task // pieces
-        first = task % pieces * rows
+    cdef ptrdiff_t rows = max(<ptrdiff_t>1, PIECE // d), count = max(<ptrdiff_t>1, pieces(n, rows)), task, head, first
+    cdef const char *data = <const char *>pointer(x)
+    cdef const char *kept = <const char *>pointer(keep)
+    cdef const char *centre = <const char *>pointer(shift)
+    found = np.empty((H, count))
+    cdef double *out = <double *>pointer(found)
+    for task in prange(H * count, nogil=True, num_threads=threads, schedule="static", use_threads_if=H * count > 1):
+        head = task // count
+        first = task % count * rows
         out[task] = norm(data + (head * n + first) * d * item, min(rows, n - first), d,
                          NULL if kept == NULL else <const unsigned char *>kept + head * n + first,
                          NULL if centre == NULL else centre + head * d * item)
@@ -53,17 +51,17 @@ def columns(x, keep, int threads):
     """Sums (H, d) float64, minima and maxima (H, d) of the columns of x (H, n, d) over kept rows."""
     cdef columns_function measure = kernels.columns_f32 if x.dtype == np.float32 else kernels.columns_f64
     cdef ptrdiff_t H = x.shape[0], n = x.shape[1], d = x.shape[2], item = x.itemsize
-    cdef ptrdiff_t rows = max(<ptrdiff_t>1, PIECE // d), pieces = max(<ptrdiff_t>1, (n + rows - 1) // rows), task, head, first
-    cdef const char *data = pointer(x)
-    cdef const char *kept = pointer(keep)
-    total = np.empty((H, pieces, d))
-    low, high = np.empty((H, pieces, d), x.dtype), np.empty((H, pieces, d), x.dtype)
-    cdef double *sums = <double *>cnp.PyArray_DATA(total)
-    cdef char *lows = <char *>cnp.PyArray_DATA(low)
-    cdef char *highs = <char *>cnp.PyArray_DATA(high)
-    for task in prange(H * pieces, nogil=True, num_threads=threads, schedule="static", use_threads_if=H * pieces > 1):
-        head = task // pieces
-        first = task % pieces * rows
+    cdef ptrdiff_t rows = max(<ptrdiff_t>1, PIECE // d), count = max(<ptrdiff_t>1, pieces(n, rows)), task, head, first
+    cdef const char *data = <const char *>pointer(x)
+    cdef const char *kept = <const char *>pointer(keep)
+    total = np.empty((H, count, d))
+    low, high = np.empty((H, count, d), x.dtype), np.empty((H, count, d), x.dtype)
+    cdef double *sums = <double *>pointer(total)
+    cdef char *lows = <char *>pointer(low)
+    cdef char *highs = <char *>pointer(high)
+    for task in prange(H * count, nogil=True, num_threads=threads, schedule="static", use_threads_if=H * count > 1):
+        head = task // count
+        first = task % count * rows
         measure(data + (head * n + first) * d * item, min(rows, n - first), d,
                 NULL if kept == NULL else <const unsigned char *>kept + head * n + first,
                 sums + task * d, lows + task * d * item, highs + task * d * item)

@@ -47,12 +47,25 @@ RC_INLINE void RC_NAME(scaled_copy)(int tokens, const REAL *x, ptrdiff_t ldx, co
                 STORE(dst + t * ldd + i, LOAD(src + t * lds + i) * x[t * ldx]);
 }
 
+/* state[c][f] += sum_t features[t][f] columns[t][c] for f < width; the last vector runs into zeros. */
+static void RC_NAME(add_product)(const RC_NAME(monomials) * y, int tokens, const REAL *features, ptrdiff_t pitch, ptrdiff_t width,
+                                 const REAL *columns, ptrdiff_t ld, REAL *state) {
+    const int blocks = rc_blocks((int)y->columns, ROWS);
+    for (ptrdiff_t f = 0; f < width; f += VECTORS * LANES) {
+        const ptrdiff_t vectors = rc_min(VECTORS, (width - f + LANES - 1) / LANES);
+        for (int b = 0; b < blocks; b++) {
+            const int c0 = rc_block_start((int)y->columns, blocks, b), c1 = rc_block_start((int)y->columns, blocks, b + 1);
+            RC_NAME(product)[c1 - c0][vectors](tokens, features + f, pitch, columns + c0, ld, state + c0 * y->pitch + f, y->pitch,
+                                               RC_ADD, 0);
+        }
+    }
+}
+
 /* state[c][f] += sum_t phi_f(x_t) columns[t][c] over all monomials of degree <= `degree`, the state's own degree.
  * `low` is [token][low_pitch], `panel` [token][PANEL + LANES]. */
 static void RC_NAME(update)(const RC_NAME(monomials) * y, int degree, int tokens, const REAL *x, const REAL *columns,
                             ptrdiff_t ld, REAL *low, ptrdiff_t low_pitch, REAL *panel, REAL *state) {
     const ptrdiff_t d = y->d, low_end = RC_NAME(below)(y, degree), top = RC_NAME(count)(y, degree, d);
-    const int blocks = rc_blocks((int)y->columns, ROWS);
     const ptrdiff_t panel_pitch = PANEL + LANES;
     for (int t0 = 0; t0 < tokens; t0 += 16) {
         const int t1 = (int)rc_min(16, tokens - t0);
@@ -67,14 +80,7 @@ static void RC_NAME(update)(const RC_NAME(monomials) * y, int degree, int tokens
             for (ptrdiff_t f = low_end; f < rc_round_up(low_end, LANES); f++)
                 rows[t * low_pitch + f] = 0;
     }
-    for (ptrdiff_t f = 0; f < low_end; f += VECTORS * LANES) {
-        const ptrdiff_t vectors = rc_min(VECTORS, (low_end - f + LANES - 1) / LANES);
-        for (int b = 0; b < blocks; b++) {
-            const int c0 = rc_block_start((int)y->columns, blocks, b), c1 = rc_block_start((int)y->columns, blocks, b + 1);
-            RC_NAME(product)[c1 - c0][vectors](tokens, low + f, low_pitch, columns + c0, ld, state + c0 * y->pitch + f, y->pitch,
-                                               RC_ADD, 0);
-        }
-    }
+    RC_NAME(add_product)(y, tokens, low, low_pitch, low_end, columns, ld, state);
     ptrdiff_t m = 0, i = 0; /* the next monomial: x_m times number i of degree - 1 */
     for (ptrdiff_t f0 = 0; f0 < top; f0 += PANEL) {
         const ptrdiff_t width = rc_min(PANEL, top - f0);
@@ -96,14 +102,7 @@ static void RC_NAME(update)(const RC_NAME(monomials) * y, int degree, int tokens
         for (int t = 0; t < tokens; t++)
             for (ptrdiff_t f = width; f < rc_round_up(width, LANES); f++)
                 panel[t * panel_pitch + f] = 0;
-        for (ptrdiff_t f = 0; f < width; f += VECTORS * LANES) {
-            const ptrdiff_t vectors = rc_min(VECTORS, (width - f + LANES - 1) / LANES);
-            for (int b = 0; b < blocks; b++) {
-                const int c0 = rc_block_start((int)y->columns, blocks, b), c1 = rc_block_start((int)y->columns, blocks, b + 1);
-                RC_NAME(product)[c1 - c0][vectors](tokens, panel + f, panel_pitch, columns + c0, ld,
-                                                   state + c0 * y->pitch + y->offset[degree] + f0 + f, y->pitch, RC_ADD, 0);
-            }
-        }
+        RC_NAME(add_product)(y, tokens, panel, panel_pitch, width, columns, ld, state + y->offset[degree] + f0);
     }
 }
 
