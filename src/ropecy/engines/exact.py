@@ -60,7 +60,7 @@ def forward(problem: Problem, bound: float, want_lse: bool) -> tuple[np.ndarray,
     -----
     Time ``n n_k (2 d + 2 d_v + exp)`` for each query head; memory: packed keys (n_k d) and a tile a thread.
     """
-    q, k, q_factor, k_factor = _without_overflow(problem)
+    q, k, q_factor, k_factor = _without_overflow(problem, bound)
     tables = _tables(problem, bound, 1 / (q_factor * k_factor))
     o, maximum, inverse, lse = _exact.forward(q, k, problem.v, tables, want_lse, problem.threads)
     return o, lse, Saved(q, k, tables, o, maximum, inverse, q_factor, k_factor)
@@ -92,6 +92,8 @@ def backward(problem: Problem, saved: Saved, do: np.ndarray):
 def pairs(problem: Problem) -> float:
     """How many pairs of a query and a key the band lets a head see, the work of exact attention."""
     n, n_k = problem.q.shape[2], problem.k.shape[1]
+    if problem.lo is None and problem.hi is None:
+        return float(n) * n_k
     rows = np.arange(n) + problem.q_offset
     first = 0 if problem.lo is None else np.clip(rows + problem.lo, 0, n_k)
     last = n_k if problem.hi is None else np.clip(rows + problem.hi + 1, 0, n_k)
@@ -103,9 +105,11 @@ def segments(problem: Problem) -> int:
     return _exact.segments_of(problem.k.shape[0], problem.k.shape[1], problem.q.dtype)
 
 
-def _without_overflow(problem: Problem):
+def _without_overflow(problem: Problem, bound: float):
     """q and k, divided by powers of two where a score could overflow the dtype (entries of 1e155 in float64)."""
     q, k = problem.q, problem.k
+    if bound < 1e30 and problem.near is None:
+        return q, k, 1.0, 1.0
     largest = float(np.finfo(q.dtype).max) / 16
     top_q, top_k = (float(max(abs(x.max(initial=0)), abs(x.min(initial=0)))) for x in (q, k))
     scale = max(1.0, abs(problem.scale), abs(problem.near[1]) if problem.near else 0)

@@ -136,15 +136,16 @@ cdef class Scan:
         self.workspace = None
         self.states = None
 
-    cdef void run(self, segment_function piece, ptrdiff_t count):
-        """piece(head, i) for every head and i < count; Ctrl-C is looked at between rounds of one a thread."""
+    cdef void run(self, segment_function piece, ptrdiff_t start, ptrdiff_t stop):
+        """piece(head, i) for every head and start <= i < stop; Ctrl-C is looked at between rounds."""
+        cdef ptrdiff_t count = stop - start
         cdef ptrdiff_t task, first, last, tasks = self.p.heads * count
         cdef ptrdiff_t each = self.threads * max(<ptrdiff_t>1, count // 64)
         cdef char *work = <char *>pointer(self.workspace)
         for first in range(0, tasks, each):
             last = min(tasks, first + each)
             for task in prange(first, last, nogil=True, num_threads=self.threads, schedule="dynamic"):
-                piece(&self.p, task // count, task % count, work + threadid() * self.size)
+                piece(&self.p, task // count, start + task % count, work + threadid() * self.size)
             PyErr_CheckSignals()
 
     cdef void run_rows(self, chunk_function piece):
@@ -182,11 +183,13 @@ cdef class Scan:
         self.p.o, self.p.inverse, self.p.lse = pointer(o), pointer(inverse), <double *>pointer(lse)
         self.states = self.empty_states()
         self.p.states = <double *>pointer(self.states)
-        self.run(self.f.sum_keys, self.p.segments)
         if self.causal:
+            # What the last segment adds, no segment sees.
+            self.run(self.f.sum_keys, 0, self.p.segments - 1)
             exclusive_sum(self.states)
-            self.run(self.f.scan_forward, self.p.segments)
+            self.run(self.f.scan_forward, 0, self.p.segments)
         else:
+            self.run(self.f.sum_keys, 0, self.p.segments)
             self.states = self.states.sum(axis=1)
             packed = np.empty((self.p.heads, self.p.packed_size), q.dtype)
             self.pack(self.states, packed, None)
@@ -203,26 +206,28 @@ cdef class Scan:
         self.p.dq, self.p.dk, self.p.dv = pointer(dq), pointer(dk), pointer(dv)
         grad_states = self.empty_states()
         self.p.states, self.p.grad_states = <double *>pointer(self.states), <double *>pointer(grad_states)
-        self.run(self.f.sum_queries, self.p.segments)
         if self.causal:
+            self.run(self.f.sum_queries, 1, self.p.segments)
             exclusive_sum(grad_states[:, ::-1])
-            self.run(self.f.scan_grad_queries, self.p.segments)
-            self.run(self.f.scan_grad_keys, self.p.segments)
+            self.run(self.f.scan_grad_queries, 0, self.p.segments)
+            self.run(self.f.scan_grad_keys, 0, self.p.segments)
         else:
+            self.run(self.f.sum_queries, 0, self.p.segments)
             packed = np.empty((self.p.heads, self.p.packed_size), q.dtype)
             grad_packed = np.empty((self.p.heads, self.p.grad_packed_size), q.dtype)
             self.pack(self.states, None, grad_packed)
             self.run_rows(self.f.grad_queries)
             self.pack(grad_states.sum(axis=1), packed, grad_packed)
-            self.run(self.f.grad_keys, pieces(self.p.n_k, self.p.chunk))
+            self.run(self.f.grad_keys, 0, pieces(self.p.n_k, self.p.chunk))
         self.workspace = None
         return dq, dk, dv
 
 
 def exclusive_sum(states):
-    """states[:, s] becomes the sum of those before it, in place."""
+    """states[:, s] becomes the sum of those before it, in place; the last one's own value is not read."""
     total = np.zeros_like(states[:, 0])
     for s in range(states.shape[1]):
         part = states[:, s].copy()
         states[:, s] = total
-        total += part
+        if s + 1 < states.shape[1]:
+            total += part
