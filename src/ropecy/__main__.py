@@ -1,0 +1,132 @@
+"""``python -m ropecy demo | plan | info``."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from . import demo
+from ._info import info
+from .plan import plan
+from .rotary import Rotary
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command that `arguments` (by default sys.argv[1:]) names; a bad one exits with status 2 and a line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ropecy", description="Softmax attention with rotary positions, certified, in almost linear time."
+    )
+    commands = parser.add_subparsers(dest="command", metavar="demo | plan | info", required=True)
+    shared = argparse.ArgumentParser(add_help=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    shared.add_argument("--d", type=_even, default=8, help="width of a head, even")
+    shared.add_argument("--eps", type=_between_0_and_1, default=1e-3, help="the error to certify, in units of range(V)")
+    shared.add_argument("--seed", type=_at_least(0), default=0, help="of the random numbers")
+
+    for name, run, add, about in (
+        ("demo", _demo, _demo_options, "certified attention and its gradient on a real text, then a few training steps"),
+        ("plan", _plan, _plan_options, "which engine would run on random rows of a given size, its cost and its error"),
+    ):
+        command = commands.add_parser(
+            name,
+            help=about,
+            description=about.capitalize() + ".",
+            parents=[shared],
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        add(command)
+        command.set_defaults(run=run, fail=command.error)
+    about = "versions, FFTW, the instruction set in use, threads"
+    commands.add_parser("info", help=about, description=about.capitalize() + ".").set_defaults(run=_info)
+
+    options = parser.parse_args(arguments)
+    options.run(options)
+
+
+def _demo_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--n", type=_at_least(2), help=f"number of tokens (default: {demo.TOKENS}, or what there is)")
+    command.add_argument("--steps", type=_at_least(1), default=40, help="number of optimisation steps")
+    command.add_argument("--file", type=Path, help="text to read (default: Python's language reference)")
+    command.add_argument("--plot", type=Path, metavar="FILE.png", help="draw errors, times and losses")
+
+
+def _demo(options: argparse.Namespace) -> None:
+    try:
+        if options.plot is not None:
+            demo.check_plot(options.plot)
+        text = demo.read_text(options.file, options.n)
+    except (ImportError, OSError, ValueError) as error:
+        options.fail(str(error))
+    demo.run(text, d=options.d, eps=options.eps, steps=options.steps, seed=options.seed, plot=options.plot)
+
+
+def _plan_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--n", type=_at_least(1), default=65536, help="number of queries and of keys")
+    command.add_argument("--d-v", type=_at_least(1), help="width of the values (default: d)")
+    command.add_argument("--heads", type=_at_least(1), default=1, help="number of heads")
+    command.add_argument("--bound", type=_positive, default=1.0, help="B, which no score exceeds")
+    command.add_argument("--dtype", choices=("float32", "float64"), default="float32")
+    command.add_argument("--causal", action="store_true", help="row i sees the keys j <= i")
+    command.add_argument("--grad", action="store_true", help="plan for the gradient too")
+
+
+def _plan(options: argparse.Namespace) -> None:
+    rng = np.random.default_rng(options.seed)
+
+    def normal(width: int) -> np.ndarray:
+        return rng.standard_normal((options.heads, options.n, width)).astype(options.dtype)
+
+    d, grad = options.d, options.grad
+    Q, K = demo.normalised(normal(d)), demo.normalised(normal(d))
+    V = normal(options.d_v or d)
+    # Rows of RMS 1 have scores within 1 at the default scale.
+    print(plan(Q, K, V, Rotary(d), scale=options.bound / d, causal=options.causal, eps=options.eps, grad=grad))
+
+
+def _info(options: argparse.Namespace) -> None:
+    print(info())
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def check(text: str) -> int:
+        number = _number(int, text)
+        if number is None or number < least:
+            raise argparse.ArgumentTypeError(f"wants an integer of at least {least}, got {text!r}")
+        return number
+
+    return check
+
+
+def _even(text: str) -> int:
+    number = _number(int, text)
+    if number is None or number < 2 or number % 2:
+        raise argparse.ArgumentTypeError(f"wants an even integer of at least 2, got {text!r}")
+    return number
+
+
+def _between_0_and_1(text: str) -> float:
+    number = _number(float, text)
+    if number is None or not 0 < number < 1:
+        raise argparse.ArgumentTypeError(f"wants a number between 0 and 1, got {text!r}")
+    return number
+
+
+def _positive(text: str) -> float:
+    number = _number(float, text)
+    if number is None or not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"wants a positive number, got {text!r}")
+    return number
+
+
+def _number(kind: type, text: str) -> float | None:
+    try:
+        return kind(text)
+    except ValueError:
+        return None
+
+
+if __name__ == "__main__":
+    main()

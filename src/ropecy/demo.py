@@ -1,0 +1,308 @@
+"""``python -m ropecy demo``: the loss of a text and its gradient, certified, checked, timed, and taken down."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ._info import info
+from .attention import Gradients, attention
+from .loss import loss, loss_grad
+from .plan import plan
+from .rotary import Rotary
+
+TOKENS = 65536  # unless the text is shorter
+_SAMPLED, _BLOCK = 512, 32  # rows of O that are checked, in blocks of neighbours
+_PREFIX = 8192  # tokens on which gradients are checked
+_PATIENCE = 1.0  # seconds: the exact engine is not timed on more tokens once a run took that long
+
+
+def read_text(file: Path | None, n: int | None) -> bytes:
+    """n + 1 bytes of a file, or of the language reference that Python's help() shows; by default min(n, TOKENS)."""
+    if file is None:
+        from pydoc_data.topics import topics
+
+        text, name = "\n".join(topics[name] for name in sorted(topics)).encode(), "the language reference"
+    else:
+        text, name = file.read_bytes(), str(file)
+    if len(text) < 3:
+        raise ValueError(f"--file wants at least 3 bytes, got {len(text)} in {name}")
+    if n is None:
+        n = min(TOKENS, len(text) - 1)
+    if n >= len(text):
+        raise ValueError(f"--n wants at most {len(text) - 1}, the length of {name} less one, got {n}")
+    return text[: n + 1]
+
+
+def normalised(X: np.ndarray) -> np.ndarray:
+    """Rows of root mean square 1, so that at scale 1/d no product of two of them is past 1."""
+    return X / np.sqrt(np.mean(X * X, axis=-1, keepdims=True))
+
+
+def run(text: bytes, *, d: int, eps: float, steps: int, seed: int, plot: Path | None = None) -> None:
+    """Print the plan, the loss and its gradient, what exact attention says of them, the times, and the descent.
+
+    Parameters
+    ----------
+    text : bytes
+        n + 1 tokens: every one but the first is what the one before it should predict.
+    d : int
+        Width of an embedding.
+    eps, steps, seed
+        As on the command line.
+    plot : Path, optional
+        Where to draw errors, times and losses.
+    """
+    rng = np.random.default_rng(seed)
+    task = Task.of(text, d, eps, rng)
+    weights = {name: _rotation(d, rng) for name in ("W_Q", "W_K", "W_V")}
+    n = len(task.A)
+
+    print(f"text      {n:,} bytes, embedded in {d} dimensions: {_excerpt(text)}")
+    print("machine   {machine}, {cpus} CPUs, {instruction set}, {threads} threads, {fftw}\n".format(**info()))
+    A = task.A
+    planned = plan(A, A, A, task.R, causal=True, eps=eps, grad=True, **weights)
+    print(planned, end="\n\n")
+
+    start = time.perf_counter()
+    g = task.gradient(weights)
+    print(f"loss      {g.loss:,.2f} and its gradient in {time.perf_counter() - start:.2f} s\n")
+    errors = _check_rows(task, weights, rng)
+    _check_gradient(task, weights, g.certificate.engine)
+    times = _time(task, weights, g.certificate.engine)
+    losses = _descend(task, weights, steps)
+    if plot is not None:
+        _draw(plot, errors, times, losses)
+        print(f"drawn to {plot}")
+    print(f"loss {losses[0]:.2f} -> {losses[-1]:.2f}")
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A_1 = A_2 = A_3 = A, the embeddings of n tokens, and E, those of the next ones: L = 1/2 || D^-1 A_ V - E ||_F^2.
+
+    Attributes
+    ----------
+    A, E : (n, d) arrays
+    R : Rotary
+    eps : float
+    """
+
+    A: np.ndarray
+    E: np.ndarray
+    R: Rotary
+    eps: float
+
+    @classmethod
+    def of(cls, text: bytes, d: int, eps: float, rng: np.random.Generator) -> Task:
+        """The task of n + 1 bytes, each byte embedded as a random row of root mean square 1."""
+        embedding = normalised(rng.standard_normal((256, d))).astype(np.float32)
+        X = embedding[np.frombuffer(text, np.uint8)]
+        return cls(X[:-1], X[1:], Rotary(d), eps)
+
+    def part(self, n: int, dtype: type = np.float32) -> Task:
+        """The first n tokens."""
+        return Task(self.A[:n].astype(dtype, copy=False), self.E[:n].astype(dtype, copy=False), self.R, self.eps)
+
+    def gradient(self, weights: dict[str, np.ndarray], method: str = "auto") -> Gradients:
+        """The loss and its gradient."""
+        A = self.A
+        return loss_grad(A, A, A, self.E, self.R, causal=True, eps=self.eps, method=method, **weights)
+
+
+def _rotation(d: int, rng: np.random.Generator) -> np.ndarray:
+    return np.linalg.qr(rng.standard_normal((d, d)))[0].astype(np.float32)
+
+
+def _excerpt(text: bytes) -> str:
+    return repr(text[:48].decode("latin-1")) + "..."
+
+
+def _double(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: W.astype(np.float64) for name, W in weights.items()}
+
+
+def _check_rows(task: Task, weights: dict[str, np.ndarray], rng: np.random.Generator) -> tuple[Any, Any, float]:
+    """Compare O with exact rows in float64; the rows, their errors, and what is certified."""
+    n, A = len(task.A), task.A
+    O, certificate = attention(
+        A, A, A, task.R, causal=True, eps=task.eps, return_certificate=True, **weights
+    )
+    exact_A, exact_weights = A.astype(np.float64), _double(weights)
+    V = exact_A @ exact_weights["W_V"]
+    unit = np.ptp(V, axis=0).max()
+    blocks = -(-n // _BLOCK)
+    starts = _BLOCK * np.sort(rng.choice(blocks, min(blocks, _SAMPLED // _BLOCK), replace=False))
+    rows, errors = [], []
+    for i in starts.tolist():
+        stop = min(i + _BLOCK, n)
+        # No later key is seen, so that the keys can end where the rows do.
+        keys = exact_A[:stop]
+        exact = attention(
+            exact_A[i:stop], keys, keys, task.R, causal=True, q_offset=i, method="exact", **exact_weights
+        )
+        rows.extend(range(i, stop))
+        errors.extend(np.abs(O[i:stop] - exact).max(axis=1) / unit)
+    print(
+        f"check     {len(rows)} rows of O, against exact attention in float64, in units of range(V): "
+        f"off by {max(errors):.1e}, certified {certificate.error:.1e}"
+    )
+    return rows, errors, certificate.error
+
+
+def _check_gradient(task: Task, weights: dict[str, np.ndarray], engine: str) -> None:
+    """Compare loss and gradient on the first tokens with exact ones in float64, beside what is certified."""
+    n = min(len(task.A), _PREFIX)
+    fast = task.part(n).gradient(weights, engine)
+    part = task.part(n, np.float64)
+    exact = part.gradient(_double(weights), "exact")
+    promised = _promised(part, _double(weights), fast)
+    where = "all" if n == len(task.A) else "the first"
+    print(f"          loss and gradient on {where} {n:,} tokens (norms of Frobenius):")
+    print(f"          {'':8}{'exact':>12}{'error':>12}{'certified':>12}")
+    values = {"L": (exact.loss, fast.loss)}
+    values |= {f"dL/d{name}": (getattr(exact, "d" + name), getattr(fast, "d" + name)) for name in weights}
+    for name, (truth, found) in values.items():
+        error = np.linalg.norm(np.subtract(found, truth))
+        print(f"          {name:8}{np.linalg.norm(truth):12.4g}{error:12.1e}{promised[name]:12.1e}")
+    print()
+
+
+def _promised(task: Task, weights: dict[str, np.ndarray], fast: Gradients) -> dict[str, float]:
+    """What the certificate of dQ, dK and dV says of dL/dW_Q, dL/dW_K and dL/dW_V, and of L.
+
+    Notes
+    -----
+    dL/dW_Q = A^T dQ is off by at most max ||A_i|| sum_i ||ddQ_i||, and so on. ddQ_i has two parts: U = O - E is off by
+    at most tau diam(V), and the weights that it meets are off by a factor of 1 + e at most.
+    """
+    e = fast.certificate.error
+    tau, zeta = e / (1 + np.sqrt(1 - e * e)), 2 * e / (1 - e)
+    Q, K, V = (task.A @ weights[name] for name in ("W_Q", "W_K", "W_V"))
+    n, d = Q.shape
+    U = np.linalg.norm(fast.O - task.E, axis=1)
+    diam_K, diam_V = (2 * np.linalg.norm(X - X.mean(axis=0), axis=1).max() for X in (K, V))
+    longest = np.linalg.norm(task.A, axis=1).max()
+    moved = tau * diam_V
+    return {
+        "L": float(np.sum(U * moved + moved**2 / 2)),
+        "dL/dW_Q": longest / d * diam_K / 4 * diam_V * float(np.sum(np.arctanh(e) * U + moved)),
+        "dL/dW_K": longest / d * diam_V * float(np.linalg.norm(Q, axis=1) @ (zeta * U + moved / 2)),
+        "dL/dW_V": longest * float(np.sum(zeta * U + moved)),
+    }
+
+
+def _time(task: Task, weights: dict[str, np.ndarray], engine: str) -> list[tuple[int, float, float, bool]]:
+    """Time loss and gradient by both engines on growing parts: (tokens, exact, fast, whether exact was measured)."""
+    n = len(task.A)
+    if engine == "exact":
+        print("time      the exact engine is the faster one here: there is nothing to compare\n")
+        return []
+    sizes = [n]
+    while sizes[0] > 4096:
+        sizes.insert(0, sizes[0] // 2)
+    times: list[tuple[int, float, float, bool]] = []
+    measured, exact = 0, 0.0
+    print(f"time      loss and gradient, float32\n          {'tokens':>8}{'exact':>12}{engine:>14}{'ratio':>10}")
+    for size in sizes:
+        part = task.part(size)
+        fast = _seconds(part, weights, engine)
+        if exact < _PATIENCE:
+            measured, exact = size, _seconds(part, weights, "exact")
+        scaled = exact * (size / measured) ** 2
+        mark = "" if size == measured else "~"
+        times.append((size, scaled, fast, size == measured))
+        print(f"          {size:8,}{f'{mark}{scaled:.3g} s':>12}{f'{fast:.3g} s':>14}{f'{mark}{scaled / fast:.3g}':>10}")
+    if sizes[-1] > measured:
+        print(f"          ~ extrapolated from {measured:,} tokens by the square of their number")
+    print()
+    return times
+
+
+def _seconds(task: Task, weights: dict[str, np.ndarray], method: str) -> float:
+    start = time.perf_counter()
+    task.gradient(weights, method)
+    return time.perf_counter() - start
+
+
+def _descend(task: Task, weights: dict[str, np.ndarray], steps: int) -> list[float]:
+    """Take steps of Adam on W_Q, W_K and W_V; the loss before each step and after the last.
+
+    W_Q and W_K are held to spectral norm 1, and with that every score to [-1, 1].
+    """
+    n, d = task.A.shape
+    # Adam moves every entry by about the rate, and with that a row of d entries of size 1 by d times as much.
+    rate, decay, decay_square = 0.8 / d, 0.9, 0.99
+    mean = dict.fromkeys(weights, 0.0)
+    square = dict.fromkeys(weights, 0.0)
+    losses = []
+    start = time.perf_counter()
+    for step in range(1, steps + 1):
+        g = task.gradient(weights)
+        losses.append(g.loss)
+        if step == 1 or step % max(1, steps // 10) == 0:
+            print(
+                f"step {step:>4}/{steps}   loss {g.loss:14,.2f}   {g.loss / n:.4f} a token   "
+                f"error <= {g.certificate.error:.1e}   {time.perf_counter() - start:6.2f} s",
+                flush=True,
+            )
+        for name in weights:
+            dW = getattr(g, "d" + name) / n
+            mean[name] = decay * mean[name] + (1 - decay) * dW
+            square[name] = decay_square * square[name] + (1 - decay_square) * dW * dW
+            # Both averages start at 0, which the divisors make up for.
+            first, second = mean[name] / (1 - decay**step), square[name] / (1 - decay_square**step)
+            W = weights[name] - rate * first / (np.sqrt(second) + 1e-12)
+            weights[name] = (W if name == "W_V" else _bounded(W)).astype(np.float32)
+    A = task.A
+    losses.append(loss(A, A, A, task.E, task.R, causal=True, eps=task.eps, **weights))
+    print(f"          the best constant answer has {0.5 * float(task.E.var(axis=0).sum()):.4f} a token")
+    return losses
+
+
+def _bounded(W: np.ndarray) -> np.ndarray:
+    """The nearest matrix of spectral norm at most 1."""
+    left, values, right = np.linalg.svd(W)
+    return left * np.minimum(values, 1) @ right
+
+
+def check_plot(path: Path) -> None:
+    """Raise before the work where there is no matplotlib, or nowhere to write to."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ImportError("--plot needs matplotlib: pip install matplotlib, or ropecy with its extra [plot]") from None
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"--plot wants a name that ends in .png, got {str(path)!r}")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"--plot wants a file in a directory that exists, got {str(path)!r}")
+
+
+def _draw(path: Path, errors: tuple[Any, Any, float], times: list[tuple[int, float, float, bool]], losses: list[float]):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    error, clock, descent = figure.subplots(1, 3)
+
+    rows, off, certified = errors
+    error.semilogy(rows, np.maximum(off, 1e-12), ".", markersize=3, label="error of a row")
+    error.axhline(certified, color="tab:red", label="certified")
+    error.set(title="Error, in units of range(V)", xlabel="row")
+    error.legend()
+
+    if times:
+        sizes, exact, fast, measured = map(np.array, zip(*times, strict=True))
+        last = np.flatnonzero(measured)[-1]
+        clock.loglog(sizes[last:], exact[last:], "--", color="tab:red", label="exact, extrapolated")
+        clock.loglog(sizes[measured], exact[measured], "o-", color="tab:red", label="exact")
+        clock.loglog(sizes, fast, "o-", color="tab:blue", label="polynomial")
+        clock.legend()
+    clock.set(title="Seconds of loss and gradient", xlabel="tokens")
+
+    descent.plot(losses)
+    descent.set(title="Loss", xlabel="step")
+    figure.savefig(path, dpi=110)
