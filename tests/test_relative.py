@@ -116,7 +116,7 @@ def test_is_a_value(rng):
         (RelativeBias, np.zeros(3, np.float16), TypeError, "table: got dtype float16, wants"),
         (RelativeBias.alibi, np.nan, ValueError, "slope: got nan, wants finite"),
         (RelativeBias.alibi, [1.0, -np.inf], ValueError, "slope: got -inf at \\(1,\\), wants finite"),
-        (RelativeBias.alibi, 1, TypeError, "slope: got dtype int64, wants"),
+        (RelativeBias.alibi, [1, 2], TypeError, "slope: got dtype int64, wants"),
         (RelativeBias.alibi, 1j, TypeError, "slope: got dtype complex128, wants"),
         (RelativeBias.alibi, np.zeros((2, 2)), ValueError, "slope: got shape \\(2, 2\\), wants a number or \\(h,\\)"),
         (RelativeBias.alibi, [], ValueError, "slope: got shape \\(0,\\), wants"),

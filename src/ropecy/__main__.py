@@ -18,7 +18,8 @@ from .rotary import Rotary
 def main(arguments: list[str] | None = None) -> None:
     """Run the command that `arguments` (by default sys.argv[1:]) names; a bad one exits with status 2 and a line."""
     parser = argparse.ArgumentParser(
-        prog="python -m ropecy", description="Softmax attention with rotary positions, certified, in almost linear time."
+        prog="python -m ropecy",
+        description="Softmax attention with rotary positions, certified, in almost linear time.",
     )
     commands = parser.add_subparsers(dest="command", metavar="demo | plan | info", required=True)
     shared = argparse.ArgumentParser(add_help=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -27,8 +28,8 @@ def main(arguments: list[str] | None = None) -> None:
     shared.add_argument("--seed", type=_at_least(0), default=0, help="of the random numbers")
 
     for name, run, add, about in (
-        ("demo", _demo, _demo_options, "certified attention and its gradient on a real text, then a few training steps"),
-        ("plan", _plan, _plan_options, "which engine would run on random rows of a given size, its cost and its error"),
+        ("demo", _demo, _demo_options, "the loss of a real text and its gradient, certified, and a few training steps"),
+        ("plan", _plan, _plan_options, "which engine would run on random rows of a given size, its cost, its error"),
     ):
         command = commands.add_parser(
             name,

@@ -76,7 +76,7 @@ class RelativeBias:
         >>> RelativeBias.alibi([0.5, 0.25]).heads
         2
         """
-        slope = _floats("slope", slope)
+        slope = _floats("slope", float(slope) if type(slope) is int else slope)
         if slope.ndim > 1 or slope.size == 0:
             raise ValueError(f"slope: got shape {slope.shape}, wants a number or (h,)")
         bias = cls.__new__(cls)

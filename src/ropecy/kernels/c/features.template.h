@@ -9,6 +9,9 @@
  *
  * What bounds them: the multiply-adds. evaluate reads each packed weight once for TILE tokens (4 bytes for VECTORS
  * multiply-adds of LANES), update each feature once for every block of ROWS columns; phi stays in L1 by prefix blocks.
+ *
+ * Share of the machine's multiply-add peak that a forward pass without mask reaches (float32, AVX-512, one core of a
+ * Zen 4, 116 GFLOP/s), d = d_v: 56% (d = 8, degree 4), 76% (16, 3), 78% (16, 4), 83% (64, 2), 82% (128, 2).
  */
 #undef WIDE
 #undef GRAD_ROWS
