@@ -83,11 +83,13 @@ def run(text: bytes, *, d: int, eps: float, steps: int, seed: int, plot: Path | 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A_1 = A_2 = A_3 = A, the embeddings of n tokens, and E, those of the next ones: L = 1/2 || D^-1 A_ V - E ||_F^2.
+    """The paper's problem with A_1 = A_2 = A_3 the embeddings of n tokens, and E those of the next ones.
 
     Attributes
     ----------
-    A, E : (n, d) arrays
+    A : (n, d) array
+        A_1, A_2 and A_3.
+    E : (n, d) array
     R : Rotary
     eps : float
     """

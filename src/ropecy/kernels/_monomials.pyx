@@ -68,6 +68,8 @@ cdef extern from "c/monomials.h" nogil:
 cdef extern from "c/isa.h" nogil:
     int rc_level()
 
+cdef double ROUND = 0.2  # seconds of one core between two looks at Ctrl-C
+cdef double RATE = 2e10  # operations a second, low: a bound on a round's time, not a prediction
 cdef const rc_monomials_kernels *kernels = rc_monomials_select(rc_level())
 
 
@@ -136,11 +138,15 @@ cdef class Scan:
         self.workspace = None
         self.states = None
 
-    cdef void run(self, segment_function piece, ptrdiff_t start, ptrdiff_t stop):
-        """piece(head, i) for every head and start <= i < stop; Ctrl-C is looked at between rounds."""
+    cdef ptrdiff_t in_round(self, ptrdiff_t rows):
+        """Pieces of so many rows in a round of a fraction of a second, at least one a thread."""
+        cdef double operations = 6.0 * rows * self.p.pitch * (self.p.d_v + 1)
+        return self.threads * max(<ptrdiff_t>1, <ptrdiff_t>(ROUND * RATE / operations))
+
+    cdef void run(self, segment_function piece, ptrdiff_t start, ptrdiff_t stop, ptrdiff_t rows):
+        """piece(head, i), of so many rows, for every head and start <= i < stop; Ctrl-C is looked at between rounds."""
         cdef ptrdiff_t count = stop - start
-        cdef ptrdiff_t task, first, last, tasks = self.p.heads * count
-        cdef ptrdiff_t each = self.threads * max(<ptrdiff_t>1, count // 64)
+        cdef ptrdiff_t task, first, last, tasks = self.p.heads * count, each = self.in_round(rows)
         cdef char *work = <char *>pointer(self.workspace)
         for first in range(0, tasks, each):
             last = min(tasks, first + each)
@@ -148,11 +154,14 @@ cdef class Scan:
                 piece(&self.p, task // count, start + task % count, work + threadid() * self.size)
             PyErr_CheckSignals()
 
+    cdef void run_segments(self, segment_function piece, ptrdiff_t start, ptrdiff_t stop):
+        self.run(piece, start, stop, self.p.chunk * self.p.chunks_per_segment * self.p.groups)
+
     cdef void run_rows(self, chunk_function piece):
         """piece(head, group, chunk) for every chunk of query rows."""
         cdef ptrdiff_t chunks = pieces(self.p.n, self.p.chunk)
         cdef ptrdiff_t task, first, last, tasks = self.p.heads * self.p.groups * chunks
-        cdef ptrdiff_t each = self.threads * max(<ptrdiff_t>16, chunks // 64)
+        cdef ptrdiff_t each = self.in_round(self.p.chunk)
         cdef char *work = <char *>pointer(self.workspace)
         for first in range(0, tasks, each):
             last = min(tasks, first + each)
@@ -185,11 +194,11 @@ cdef class Scan:
         self.p.states = <double *>pointer(self.states)
         if self.causal:
             # What the last segment adds, no segment sees.
-            self.run(self.f.sum_keys, 0, self.p.segments - 1)
+            self.run_segments(self.f.sum_keys, 0, self.p.segments - 1)
             exclusive_sum(self.states)
-            self.run(self.f.scan_forward, 0, self.p.segments)
+            self.run_segments(self.f.scan_forward, 0, self.p.segments)
         else:
-            self.run(self.f.sum_keys, 0, self.p.segments)
+            self.run_segments(self.f.sum_keys, 0, self.p.segments)
             self.states = self.states.sum(axis=1)
             packed = np.empty((self.p.heads, self.p.packed_size), q.dtype)
             self.pack(self.states, packed, None)
@@ -207,18 +216,18 @@ cdef class Scan:
         grad_states = self.empty_states()
         self.p.states, self.p.grad_states = <double *>pointer(self.states), <double *>pointer(grad_states)
         if self.causal:
-            self.run(self.f.sum_queries, 1, self.p.segments)
+            self.run_segments(self.f.sum_queries, 1, self.p.segments)
             exclusive_sum(grad_states[:, ::-1])
-            self.run(self.f.scan_grad_queries, 0, self.p.segments)
-            self.run(self.f.scan_grad_keys, 0, self.p.segments)
+            self.run_segments(self.f.scan_grad_queries, 0, self.p.segments)
+            self.run_segments(self.f.scan_grad_keys, 0, self.p.segments)
         else:
-            self.run(self.f.sum_queries, 0, self.p.segments)
+            self.run_segments(self.f.sum_queries, 0, self.p.segments)
             packed = np.empty((self.p.heads, self.p.packed_size), q.dtype)
             grad_packed = np.empty((self.p.heads, self.p.grad_packed_size), q.dtype)
             self.pack(self.states, None, grad_packed)
             self.run_rows(self.f.grad_queries)
             self.pack(grad_states.sum(axis=1), packed, grad_packed)
-            self.run(self.f.grad_keys, 0, pieces(self.p.n_k, self.p.chunk))
+            self.run(self.f.grad_keys, 0, pieces(self.p.n_k, self.p.chunk), self.p.chunk)
         self.workspace = None
         return dq, dk, dv
 
