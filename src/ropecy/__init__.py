@@ -15,6 +15,8 @@ The map of the package:
 `BoundedEntryError`, `PerformanceWarning`   what stands in the way of a certificate, or of speed
 `info`                                      versions and what the machine offers
 ==========================================  ================================================
+
+``ropecy.torch`` and ``ropecy.transformers`` are for those libraries, and imported by whoever wants them.
 """
 
 from ._info import info
