@@ -11,6 +11,7 @@ The map of the package:
 `attention`, `attention_vjp`                O, and its gradient
 `loss`, `loss_grad`                         L, and its gradient
 `AttentionMatrix`                           A itself, implicit: ``A @ X``, ``A.T @ X``, ``A.D``
+`DecodeState`                               token by token, on a state of fixed size
 `plan`, `Plan`, `Certificate`               which engine would run, why, and what error it promises
 `BoundedEntryError`, `PerformanceWarning`   what stands in the way of a certificate, or of speed
 `info`                                      versions and what the machine offers
@@ -21,6 +22,7 @@ The map of the package:
 
 from ._info import info
 from .attention import AttentionMatrix, attention, attention_vjp
+from .decode import DecodeState
 from .loss import loss, loss_grad
 from .plan import BoundedEntryError, Certificate, PerformanceWarning, Plan, plan
 from .relative import RelativeBias, RelativeFamily
@@ -30,6 +32,7 @@ __all__ = [
     "AttentionMatrix",
     "BoundedEntryError",
     "Certificate",
+    "DecodeState",
     "PerformanceWarning",
     "Plan",
     "RelativeBias",

@@ -117,6 +117,24 @@ def backward(problem: Problem, saved: Saved, do: np.ndarray):
     return dq, dk, dv, None
 
 
+def decoding_monomials(d: int, p: Polynomial) -> Monomials:
+    """The monomials of a state that is decoded from, which is float64 whatever the data are."""
+    rows = np.empty((1, 1, 0, d))
+    return _monomials_for(Problem(q=rows, k=rows[0], v=rows[0], scale=1.0), p, grad=False)
+
+
+def key_states(k: np.ndarray, v: np.ndarray, monomials: Monomials, middle: np.ndarray, threads: int) -> np.ndarray:
+    """sum_j phi(k_j) [v_j - middle, 1], (H, d_v + 1, pitch), of float64 rows k (H, n, d) and v (H, n, d_v).
+
+    Notes
+    -----
+    Time ``2 n F (d_v + 1)`` operations a head.
+    """
+    q = np.empty((k.shape[0], 1, 0, k.shape[2]))
+    parts = segments(Problem(q=q, k=k, v=v, scale=1.0), monomials.state_degree)
+    return _monomials.Scan(q, k, v, None, False, 0, monomials, None, middle, 1.0, 1.0, parts, threads).key_states()
+
+
 def operations(problem: Problem, degree: int, grad: bool) -> float:
     """Multiply-adds times 2 of forward, and of backward where grad, with what is not a product counted by its time."""
     H, G, n, d = problem.q.shape

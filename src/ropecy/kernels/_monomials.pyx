@@ -59,9 +59,28 @@ cdef extern from "c/monomials.h" nogil:
         chunk_function forward, grad_queries
         segment_function grad_keys, scan_forward, scan_grad_queries, scan_grad_keys
 
+    ctypedef struct rc_decode_problem:
+        ptrdiff_t heads, groups, d, d_v
+        int degree
+        ptrdiff_t pitch
+        const ptrdiff_t *offset
+        const ptrdiff_t *count
+        const double *weights
+        double *state
+        ptrdiff_t ring_pitch
+        double *ring_keys
+        double *ring
+        ptrdiff_t slot
+        const double *value_centre
+        const double *rows
+        const double *v
+        double *o
+
     ctypedef struct rc_monomials_kernels:
         const rc_monomials_functions *f32
         const rc_monomials_functions *f64
+        size_t (*step_workspace)(const rc_decode_problem *) noexcept nogil
+        void (*step)(const rc_decode_problem *, ptrdiff_t, void *) noexcept nogil
 
     const rc_monomials_kernels *rc_monomials_select(int level)
 
@@ -71,6 +90,7 @@ cdef extern from "c/isa.h" nogil:
 cdef double ROUND = 0.2  # seconds of one core between two looks at Ctrl-C
 cdef double RATE = 2e10  # operations a second, low: a bound on a round's time, not a prediction
 cdef const rc_monomials_kernels *kernels = rc_monomials_select(rc_level())
+cdef ptrdiff_t WORK = 4194304  # multiply-adds of a step, about a millisecond: fewer are not worth a second thread
 
 
 cdef const rc_monomials_functions *functions_of(dtype):
@@ -206,6 +226,15 @@ cdef class Scan:
         self.workspace = None
         return o, inverse, lse
 
+    def key_states(self):
+        """sum_j phi(k_j) [v_j - value_centre, 1] of every head, (H, d_v + 1, pitch) float64."""
+        self.workspace = np.empty(self.threads * self.size, np.uint8)
+        states = self.empty_states()
+        self.p.states = <double *>pointer(states)
+        self.run(self.f.sum_keys, 0, self.p.segments)
+        self.workspace = None
+        return states.sum(axis=1)
+
     def backward(self, o, inverse, grad):
         """dq, dk, dv for do = grad, o and inverse being forward's."""
         q, k, v = self.arrays[:3]
@@ -230,6 +259,52 @@ cdef class Scan:
             self.run(self.f.grad_keys, 0, pieces(self.p.n_k, self.p.chunk), self.p.chunk)
         self.workspace = None
         return dq, dk, dv
+
+
+cdef class Decoder:
+    """Decoding, a token at a time: what c/monomials.h says of a step, in float64, on arrays that are changed in place.
+
+    Parameters
+    ----------
+    monomials : engines.polynomial.Monomials, for float64
+    state : (H, d_v + 1, pitch)
+    ring_keys, ring : (H, d, ring_pitch), (H, d_v + 1, ring_pitch)
+        Recent tokens; ring_pitch is a whole number of vectors, or 0.
+    value_centre : (H, d_v)
+    """
+
+    cdef rc_decode_problem p
+    cdef object arrays, workspace
+
+    def __init__(self, monomials, state, ring_keys, ring, value_centre):
+        cdef rc_decode_problem *p = &self.p
+        self.arrays = [monomials, state, ring_keys, ring, value_centre]
+        p.heads, p.d, p.ring_pitch = ring_keys.shape
+        p.d_v, p.degree, p.pitch = state.shape[1] - 1, monomials.degree, monomials.pitch
+        p.offset, p.count = <const ptrdiff_t *>pointer(monomials.offset), <const ptrdiff_t *>pointer(monomials.count)
+        p.weights = <const double *>pointer(monomials.weights)
+        p.state, p.ring_keys, p.ring = <double *>pointer(state), <double *>pointer(ring_keys), <double *>pointer(ring)
+        p.value_centre = <const double *>pointer(value_centre)
+        self.workspace = np.empty(0, np.uint8)
+
+    def step(self, rows, v, ptrdiff_t slot, int threads):
+        """o (H, G, d_v) for rows (H, 1 + G, d), k before q, with v (H, d_v); for rows of q alone where v is None."""
+        cdef rc_decode_problem *p = &self.p
+        cdef ptrdiff_t size, head, work
+        cdef char *room
+        p.groups = rows.shape[1] - (v is not None)
+        size = (kernels.step_workspace(p) + 63) // 64 * 64
+        if self.workspace.size < threads * size:
+            self.workspace = np.empty(threads * size, np.uint8)
+        o = np.empty((p.heads, p.groups, p.d_v))
+        p.rows, p.v, p.o = <const double *>pointer(rows), <const double *>pointer(v), <double *>pointer(o)
+        p.slot = slot
+        room = <char *>pointer(self.workspace)
+        work = p.heads * (p.d_v + 1) * (p.pitch + p.ring_pitch) * (1 + p.groups)
+        for head in prange(p.heads, nogil=True, num_threads=threads, schedule="static",
+                           use_threads_if=p.heads > 1 and work > WORK):
+            kernels.step(p, head, room + threadid() * size)
+        return o
 
 
 def exclusive_sum(states):

@@ -14,6 +14,7 @@
  *   forward, grad_queries, grad_keys                   no mask: one chunk of rows against a packed state
  *   scan_forward, scan_grad_queries, scan_grad_keys    causal: one segment, chunk by chunk from its first state (from
  *                                                      its last, backwards); pairs inside a chunk by exp itself
+ *   step                     decoding: one token of one head (decode.template.h)
  */
 #ifndef RC_MONOMIALS_H
 #define RC_MONOMIALS_H
@@ -66,8 +67,28 @@ typedef struct {
     rc_segment_function scan_grad_keys;
 } rc_monomials_functions;
 
+/* Decoding, all in float64 and with both factors in q and k: a token's key enters the ring, what it drives out of the
+ * ring enters the state (the token itself where there is no ring), and queries see both under one sum. */
+typedef struct {
+    ptrdiff_t heads, groups, d, d_v;
+    int degree; /* of the polynomial and the state */
+    ptrdiff_t pitch;
+    const ptrdiff_t *offset, *count; /* as above */
+    const double *weights;
+    double *state;             /* (heads, d_v + 1, pitch) */
+    ptrdiff_t ring_pitch;      /* tokens in the ring, padded to whole vectors; 0 is no ring */
+    double *ring_keys, *ring;  /* (heads, d, ring_pitch), (heads, d_v + 1, ring_pitch): 0 where no token has been */
+    ptrdiff_t slot;            /* of the ring, for the token that comes */
+    const double *value_centre; /* (heads, d_v) */
+    const double *rows;        /* (heads, 1 + groups, d): k, then q; without v (heads, groups, d): q alone */
+    const double *v;           /* (heads, d_v), or NULL where no token comes */
+    double *o;                 /* (heads, groups, d_v) */
+} rc_decode_problem;
+
 typedef struct {
     const rc_monomials_functions *f32, *f64;
+    size_t (*step_workspace)(const rc_decode_problem *);
+    void (*step)(const rc_decode_problem *, ptrdiff_t head, void *workspace);
 } rc_monomials_kernels;
 
 extern const rc_monomials_kernels rc_monomials_baseline;

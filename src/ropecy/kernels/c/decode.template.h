@@ -1,0 +1,110 @@
+/* One token of decoding against a state of fixed size, for one precision (include after monomials.template.c).
+ *
+ * A single query leaves the lanes of evaluate empty, so lanes are features here: a query's features with their weights
+ * are a row of the state's pitch, and a numerator is one dot with a column of the state. Tokens of the ring are exact in
+ * the same way, their features being exp(q . k_j). What bounds a step: reading and writing the state once, at 42 to 49
+ * GB/s (AVX-512, one thread, states of 0.7 to 5 MB and a query a key head; small states half of that).
+ */
+
+/* phi[f] = all monomials of x up to `degree`, zeros elsewhere up to the pitch; stores run over by a vector. */
+static void RC_NAME(row_features)(const RC_NAME(monomials) * y, int degree, const REAL *x, REAL *phi) {
+    phi[0] = 1;
+    for (int s = 1; s <= degree; s++)
+        for (ptrdiff_t m = 0; m < y->d; m++)
+            RC_NAME(scaled_copy)(1, x + m, 0, phi + y->offset[s - 1], 0, RC_NAME(count)(y, s - 1, m + 1),
+                                 phi + y->offset[s] + RC_NAME(count)(y, s, m), 0);
+    for (ptrdiff_t f = RC_NAME(below)(y, degree); f < y->offset[degree]; f++)
+        phi[f] = 0;
+    for (ptrdiff_t f = y->offset[degree] + RC_NAME(count)(y, degree, y->d); f < y->pitch; f++)
+        phi[f] = 0;
+}
+
+/* sum_i a_i b_i over whole vectors. */
+static REAL RC_NAME(row_dot)(ptrdiff_t length, const REAL *a, const REAL *b) {
+    vreal acc[4] = {{0}, {0}, {0}, {0}};
+    ptrdiff_t i = 0;
+    for (; i + 4 * LANES <= length; i += 4 * LANES)
+        RC_UNROLL for (int u = 0; u < 4; u++) acc[u] += LOAD(a + i + u * LANES) * LOAD(b + i + u * LANES);
+    for (; i < length; i += LANES)
+        acc[0] += LOAD(a + i) * LOAD(b + i);
+    acc[0] += acc[1] + acc[2] + acc[3];
+    REAL sum = 0;
+    for (int lane = 0; lane < LANES; lane++)
+        sum += acc[0][lane];
+    return sum;
+}
+
+/* E[j] = exp(x . k_j) for keys [a][j]; scores are bounded. */
+static void RC_NAME(row_exponentials)(ptrdiff_t d, ptrdiff_t length, const REAL *x, const REAL *keys, REAL *E) {
+    for (ptrdiff_t j = 0; j < length; j += LANES) {
+        vreal acc = {0};
+        for (ptrdiff_t a = 0; a < d; a++)
+            acc += LOAD(keys + a * length + j) * x[a];
+        STORE(E + j, RC_NAME(exp2)(acc * (REAL)LOG2E));
+    }
+}
+
+/* The ring gets the coming token for the one that stood there w tokens ago, which comes out. */
+static void RC_NAME(exchange)(ptrdiff_t rows, ptrdiff_t pitch, REAL *ring, REAL *token) {
+    for (ptrdiff_t r = 0; r < rows; r++) {
+        const REAL leaving = ring[r * pitch];
+        ring[r * pitch] = token[r];
+        token[r] = leaving;
+    }
+}
+
+static size_t RC_NAME(step_workspace)(const rc_decode_problem *p) {
+    const ptrdiff_t columns = p->d_v + 1;
+    return sizeof(REAL) * (size_t)((1 + p->groups) * (p->pitch + LANES) + p->groups * p->ring_pitch + p->d + columns +
+                                   p->groups * columns);
+}
+
+static void RC_NAME(step)(const rc_decode_problem *p, ptrdiff_t head, void *workspace) {
+    const ptrdiff_t d = p->d, columns = p->d_v + 1, groups = p->groups, ring_pitch = p->ring_pitch;
+    const ptrdiff_t features = p->pitch + LANES;
+    const RC_NAME(monomials) y = {d, columns, p->pitch, p->offset, p->count};
+    const REAL *weights = p->weights, *middle = (const REAL *)p->value_centre + head * p->d_v;
+    const REAL *rows = (const REAL *)p->rows + head * (groups + (p->v != 0)) * d;
+    REAL *state = (REAL *)p->state + head * columns * p->pitch;
+    REAL *ring_keys = (REAL *)p->ring_keys + head * d * ring_pitch;
+    REAL *ring = (REAL *)p->ring + head * columns * ring_pitch;
+    REAL *phi_k = workspace, *phi = phi_k + features, *E = phi + groups * features;
+    REAL *x = E + groups * ring_pitch, *value = x + d, *N = value + columns;
+
+    int arrives = 0; /* whether the state gets a token */
+    if (p->v) {
+        const REAL *v = (const REAL *)p->v + head * p->d_v;
+        for (ptrdiff_t a = 0; a < d; a++)
+            x[a] = rows[a];
+        for (ptrdiff_t c = 0; c < p->d_v; c++)
+            value[c] = v[c] - middle[c];
+        value[p->d_v] = 1;
+        if (ring_pitch) {
+            RC_NAME(exchange)(d, ring_pitch, ring_keys + p->slot, x);
+            RC_NAME(exchange)(columns, ring_pitch, ring + p->slot, value);
+        }
+        arrives = value[p->d_v] != 0;
+        if (arrives)
+            RC_NAME(row_features)(&y, p->degree, x, phi_k);
+        rows += d;
+    }
+    for (ptrdiff_t g = 0; g < groups; g++) {
+        RC_NAME(row_features)(&y, p->degree, rows + g * d, phi + g * features);
+        for (ptrdiff_t f = 0; f < p->pitch; f += LANES)
+            STORE(phi + g * features + f, LOAD(phi + g * features + f) * LOAD(weights + f));
+        RC_NAME(row_exponentials)(d, ring_pitch, rows + g * d, ring_keys, E + g * ring_pitch);
+    }
+    for (ptrdiff_t c = 0; c < columns; c++) {
+        REAL *column = state + c * p->pitch;
+        if (arrives)
+            for (ptrdiff_t f = 0; f < p->pitch; f += LANES)
+                STORE(column + f, LOAD(column + f) + LOAD(phi_k + f) * value[c]);
+        for (ptrdiff_t g = 0; g < groups; g++)
+            N[g * columns + c] = RC_NAME(row_dot)(p->pitch, column, phi + g * features) +
+                                 RC_NAME(row_dot)(ring_pitch, ring + c * ring_pitch, E + g * ring_pitch);
+    }
+    REAL *o = (REAL *)p->o + head * groups * p->d_v;
+    for (ptrdiff_t g = 0; g < groups; g++)
+        for (ptrdiff_t c = 0; c < p->d_v; c++)
+            o[g * p->d_v + c] = middle[c] + N[g * columns + c] / N[g * columns + p->d_v];
+}
