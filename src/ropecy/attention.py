@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -260,9 +261,16 @@ class Evaluation:
             self._plan = make_plan(problem, **call.how, grad=grad)
             self._forward = self._plan.forward(problem, want_lse=want_lse)
             self.o, lse = self._forward.o, self._forward.lse
-            self.certificate = self._forward.certificate
+            self.certificate = self._certificate(self._forward.certificate)
             self.gradient_certificate = self._plan.gradient_certificate if grad else None
         self.lse = call.lse_to_user(lse) if want_lse else None
+
+    def _certificate(self, certificate: Certificate) -> Certificate:
+        """With rows_truncation in the user's shape."""
+        rows = certificate.rows_truncation
+        if rows is None:
+            rows = np.full(self._forward.o.shape[:3], certificate.truncation)
+        return replace(certificate, rows_truncation=self.call.lse_to_user(rows))
 
     def gradients(self, dO: np.ndarray, largest: float) -> dict[str, np.ndarray]:
         """{"dQ": ..., ...} for dO in the shape of O, max |dO| = largest."""
@@ -375,7 +383,7 @@ class AttentionMatrix:
         problem = problem.with_values(v)
         if problem.empty:
             return np.zeros(problem.q.shape[:3] + v.shape[2:])
-        forward = make_plan(problem, **self._call.how, grad=False).forward(problem, want_lse=True)
+        forward = make_plan(problem, **self._call.how, grad=False, each_weight=True).forward(problem, want_lse=True)
         with np.errstate(over="ignore", invalid="ignore"):
             # 0 stays 0 where the sum of the row is past the largest number.
             return np.where(forward.o == 0, 0, np.exp(forward.lse)[..., None] * forward.o)

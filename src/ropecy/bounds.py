@@ -47,22 +47,37 @@ class Values:
         Halfway between the least and the largest of a column.
     offset : float
         max |v| in units of max_c range_j(v_jc); 1 where all columns are constant.
+    low, high : (H, d_v) arrays
+        The least and the largest of a column.
+    mean : (H, d_v) float64 array
+        Of a column.
     """
 
     middle: np.ndarray
     offset: float
+    low: np.ndarray
+    high: np.ndarray
+    mean: np.ndarray
 
 
 def measure_values(problem: Problem) -> Values:
     """Middle and offset of the values. Time O(n_k d_v)."""
     v = problem.v
-    _, low, high = _rows.columns(v, problem.key_mask, problem.threads)
+    total, low, high = _rows.columns(v, problem.key_mask, problem.threads)
     empty = low > high
     low[empty], high[empty] = 0, 0
     middle = (0.5 * low + 0.5 * high).astype(v.dtype)
     spread = float((0.5 * high - 0.5 * low).max())
     largest = float(np.maximum(np.abs(low), np.abs(high)).max())
-    return Values(middle, 0.5 * largest / spread if spread else 1.0)
+    mean = total / kept_keys(problem)[:, None]
+    return Values(middle, 0.5 * largest / spread if spread else 1.0, low, high, mean)
+
+
+def kept_keys(problem: Problem) -> np.ndarray:
+    """How many keys of a slot key_mask keeps, and at least 1: (H,)."""
+    if problem.key_mask is None:
+        return np.full(problem.k.shape[0], max(1, problem.k.shape[1]))
+    return np.maximum(problem.key_mask.sum(axis=1), 1)
 
 
 def measure(problem: Problem) -> Scores:
@@ -80,8 +95,7 @@ def measure(problem: Problem) -> Scores:
         q_norm = _rows.largest_norms(q.reshape(H, G * n, d), None, None, problem.threads)
         plain_norm = _rows.largest_norms(k, keep, None, problem.threads)
         plain = float((q_norm * plain_norm).max()) * scale * room
-        kept = k.shape[1] if keep is None else np.maximum(keep.sum(axis=1), 1)[:, None]
-        mean = (_rows.columns(k, keep, problem.threads)[0] / kept).astype(k.dtype)
+        mean = (_rows.columns(k, keep, problem.threads)[0] / kept_keys(problem)[:, None]).astype(k.dtype)
         mean_norm = _rows.largest_norms(k, keep, mean, problem.threads)
         shifted = float((q_norm * mean_norm).max()) * scale * room
     if not math.isfinite(plain):

@@ -13,15 +13,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from . import moments
 from . import polynomial as poly
 from .bounds import Scores, Values, measure, measure_values
 from .engines import exact as exact_engine
 from .engines import polynomial as polynomial_engine
+from .moments import MomentRule
 from .problem import Problem, prepare_for
 from .relative import RelativeFamily
 from .rotary import Rotary
 
 _MINUTE = 60.0
+# Past this degree moments are not tried where the worst case has no degree at all.
+_MOST_BY_MOMENTS = 6
+# Of the rows may be expected to need exact work.
+_FEW = 0.03
+# Operations of exact attention below which looking at moments costs more than they save.
+_TOO_SMALL = 2e7
 
 
 class BoundedEntryError(ValueError):
@@ -45,13 +53,19 @@ class Certificate:
     bound : float
         B, a bound of every (centred) score.
     rule : str
-        What the bound of the truncation rests on: "exact" (there is none) or "worst case" (every score may be B).
+        What the bound of the truncation rests on: "exact" (there is none), "worst case" (every score may be B), or
+        "moments" (of the scores of each row; proved once the row is computed).
     truncation : float
         Error of the polynomial, in units of max_c range_j(V_jc).
     rounding : float
         Of floating point, in the same units: a model of its size, not a proof.
-    rows_truncation : (..., n) array or None
-        `truncation` row by row.
+    rows_truncation : (..., n) float64 array or None
+        `truncation` row by row, in units of the range over the keys that the row sees; None in a plan.
+    n_exact_rows : int
+        How many rows were computed exactly, the polynomial's certificate being too large there.
+    seed, failure : int or None, float
+        Of the coins behind the rule, where coins were used (fourth moments of degrees 2 and 3), and the probability
+        that they make it wrong.
 
     Notes
     -----
@@ -69,6 +83,9 @@ class Certificate:
     truncation: float
     rounding: float
     rows_truncation: np.ndarray | None = field(default=None, repr=False, compare=False)
+    n_exact_rows: int = 0
+    seed: int | None = None
+    failure: float = 0.0
 
     @property
     def error(self) -> float:
@@ -79,8 +96,10 @@ class Certificate:
         how = self.engine
         if self.degree is not None:
             how += f", degree {self.degree} ({self.n_features:,} features)"
+        coins = "" if self.seed is None else f" but for a probability of {self.failure:g} (seed {self.seed})"
+        rows = f", {self.n_exact_rows:,} rows exactly" if self.n_exact_rows else ""
         return (
-            f"{how}: error <= {self.error:.2g} ({self.rule}: truncation {self.truncation:.2g}, "
+            f"{how}{rows}: error <= {self.error:.2g}{coins} ({self.rule}: truncation {self.truncation:.2g}, "
             f"rounding {self.rounding:.2g}), scores within {self.bound:.4g}"
         )
 
@@ -98,6 +117,35 @@ class Forward:
     lse: np.ndarray | None
     certificate: Certificate
     saved: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A polynomial that may run.
+
+    Attributes
+    ----------
+    polynomial : Polynomial or MomentPolynomial
+    truncation : float
+        Proved ("worst case"), or expected of rows that are not computed exactly ("moments").
+    operations : float
+        As the exact engine counts them, of the rows computed exactly too.
+    rule : MomentRule or None
+        None is the worst case.
+    n_exact_rows : int
+        How many rows, all heads together, may be computed exactly where their certificate is too large.
+    """
+
+    polynomial: poly.Polynomial | poly.MomentPolynomial
+    truncation: float
+    operations: float
+    rule: MomentRule | None = None
+    n_exact_rows: int = 0
+
+    @property
+    def degree(self) -> int:
+        """Of the features."""
+        return max(1, self.polynomial.degree)
 
 
 @dataclass(slots=True)
@@ -128,18 +176,59 @@ class Plan:
     eps: float
     _scores: Scores = field(repr=False)
     _values: Values | None = field(repr=False)
-    _polynomial: poly.Polynomial | None = field(repr=False)
+    _choice: Choice | None = field(repr=False)
+    _second: Plan | None = field(repr=False)  # what runs where the moments' certificate fails for too many rows
 
     def forward(self, problem: Problem, want_lse: bool) -> Forward:
-        """O, and lse where it is wanted."""
+        """O, and lse where it is wanted.
+
+        Raises
+        ------
+        BoundedEntryError
+            More rows than planned are not certified by moments, and the polynomial engine was insisted on.
+        """
         if self.engine == "exact":
             o, lse, saved = exact_engine.forward(problem, self._scores.plain, want_lse)
-        else:
-            grad = self.gradient_certificate is not None
-            o, lse, saved = polynomial_engine.forward(
-                problem, self._scores, self._values, self._polynomial, grad, want_lse
-            )
+            return Forward(o, lse, self.certificate, saved)
+        if self._choice.rule is not None:
+            return self._forward_by_moments(problem, want_lse)
+        grad = self.gradient_certificate is not None
+        o, lse, saved = polynomial_engine.forward(
+            problem, self._scores, self._values, self._choice.polynomial, grad, want_lse
+        )
         return Forward(o, lse, self.certificate, saved)
+
+    def _forward_by_moments(self, problem: Problem, want_lse: bool) -> Forward:
+        """The polynomial's rows, those exactly whose certificate is too large; or all by the second choice."""
+        scores, rule, certificate = self._scores, self._choice.rule, self.certificate
+        reach = moments.reach(problem, self._values, polynomial_engine.chunk(problem))
+        o, lse, saved = polynomial_engine.forward(
+            problem, scores, self._values, rule.polynomial, False, want_lse, reach
+        )
+        rows = rule.truncation(problem, scores, saved.moment, saved.spread, saved.inverse)
+        failed = ~(rows <= self.eps - certificate.rounding)
+        n_failed = int(np.count_nonzero(failed))
+        if n_failed > self._choice.n_exact_rows:
+            if self._second is not None:
+                return self._second.forward(problem, want_lse)
+            raise BoundedEntryError(
+                f"degree {rule.polynomial.degree} does not certify eps = {self.eps:g} by moments for {n_failed:,} "
+                f"of {rows.size:,} rows, past the {self._choice.n_exact_rows:,} planned to be exact, and by the bound "
+                f"B = {scores.bound:.4g} of the scores no degree does; method='exact' has no bound"
+            )
+        rounding = certificate.rounding
+        if n_failed:
+            exact_engine.forward_rows(problem, scores.plain, failed, o, lse)
+            rows[failed] = 0.0
+            rounding = max(rounding, _exact_rounding(problem, scores.plain, self._values))
+        certificate = replace(
+            certificate,
+            truncation=float(rows.max()),
+            rounding=rounding,
+            rows_truncation=rows,
+            n_exact_rows=n_failed,
+        )
+        return Forward(o, lse, certificate, saved)
 
     def backward(self, problem: Problem, forward: Forward, do: np.ndarray):
         """dq, dk, dv and the gradient of the bias's symbol, or None."""
@@ -216,10 +305,12 @@ def make_plan(
     degree: int | None,
     seed: int | None,
     grad: bool,
+    each_weight: bool = False,
 ) -> Plan:
     """The cheapest engine that certifies eps, or the one that was insisted on.
 
-    A proof serves ``certify="sample"`` too, and takes no coins: `certify` and `seed` change nothing yet.
+    Gradients and products with A (`each_weight`) ask that every weight be near exp: moments, which speak of sums over
+    keys, do not serve them. A proof serves ``certify="sample"`` too, so `certify` changes nothing yet.
     """
     if method == "fft":
         raise NotImplementedError("method='fft' comes with the fft engine, which this version does not have")
@@ -232,65 +323,152 @@ def make_plan(
         return _plan(problem, "exact", scores, None, certificate, grad, "no query sees a key", {}, {}, eps)
 
     scores, values = measure(problem), measure_values(problem)
-    seconds = {"exact": _exact_operations(problem, grad) / _rate(problem.q.dtype.name) / problem.threads}
+    rate = _rate(problem.q.dtype.name) * problem.threads
+    seconds = {"exact": _exact_operations(problem, grad) / rate}
     sizes = {"exact": _exact_bytes(problem, grad)}
-    p = None
+    worst = chosen = None
     refusal = f"the polynomial engine does not do {missing}" if missing else None
     if not missing and method != "exact":
-        p, refusal = _certified(problem, scores, values, eps, degree)
-        if p is None and (method == "polynomial" or degree is not None):
+        worst, refusal = _by_worst_case(problem, scores, values, eps, degree, grad)
+        chosen = worst
+        if not (grad or each_weight):
+            chosen = _by_moments(problem, scores, values, eps, method, degree, seed, worst) or worst
+        if chosen is None and (method == "polynomial" or degree is not None):
             raise BoundedEntryError(refusal)
-    if p is not None:
-        degree = max(1, p.degree)
-        work = polynomial_engine.operations(problem, degree, grad)
-        seconds["polynomial"] = work / _rate(problem.q.dtype.name) / problem.threads
-        sizes["polynomial"] = polynomial_engine.memory(problem, degree, grad)
+    if chosen is not None:
+        seconds["polynomial"] = chosen.operations / rate
+        sizes["polynomial"] = polynomial_engine.memory(problem, chosen.degree, grad)
 
-    if p is not None and (method == "polynomial" or _cheaper(seconds, sizes)):
-        engine = "polynomial"
-        rounding = _polynomial_rounding(problem, scores.bound, values)
+    def exactly(reason):
         certificate = Certificate(
-            engine,
-            degree,
-            poly.n_features(problem.q.shape[-1], degree),
-            scores.bound,
-            "worst case",
-            poly.tau(p.error),
-            rounding,
+            "exact", None, None, scores.plain, "exact", 0.0, _exact_rounding(problem, scores.plain, values)
         )
-        reason = "method='polynomial'" if method == "polynomial" else "the cheapest engine that certifies eps"
+        return _plan(problem, "exact", scores, values, certificate, grad, reason, seconds, sizes, eps)
+
+    def by_polynomial(choice, reason):
+        made = _polynomial_plan(problem, scores, values, choice, grad, reason, seconds, sizes, eps)
+        if choice.rule is not None:
+            fits = worst is not None and _fits(polynomial_engine.memory(problem, worst.degree, grad))
+            if fits and (method == "polynomial" or worst.operations / rate < seconds["exact"]):
+                made._second = by_polynomial(worst, reason)
+            elif method == "auto":
+                made._second = exactly("moments certify too few rows")
+        return made
+
+    if chosen is not None and (method == "polynomial" or _cheaper(seconds, sizes)):
+        insisted = "method='polynomial'" if method == "polynomial" else "the cheapest engine that certifies eps"
+        made = by_polynomial(chosen, insisted)
     else:
-        engine, p = "exact", None
-        rounding = _exact_rounding(problem, scores.plain, values)
-        certificate = Certificate(engine, None, None, scores.plain, "exact", 0.0, rounding)
-        reason = "method='exact'" if method == "exact" else refusal or "the cheapest engine that certifies eps"
-    made = _plan(problem, engine, scores, values, certificate, grad, reason, seconds, sizes, eps)
-    made._polynomial = p
-    if grad and p is not None:
-        made.gradient_certificate = replace(
-            certificate,
-            degree=degree + 1,
-            n_features=poly.n_features(problem.q.shape[-1], degree + 1),
-            truncation=p.error,
-            rounding=4 * certificate.rounding,
-        )
-    if not _fits(sizes[engine]):
+        insisted = "method='exact'" if method == "exact" else refusal or "the cheapest engine that certifies eps"
+        made = exactly(insisted)
+    if not _fits(sizes[made.engine]):
         available = _available_memory()
         raise MemoryError(
-            f"the {engine} engine needs {sizes[engine] / 2**30:.3g} GiB beyond inputs and outputs, "
+            f"the {made.engine} engine needs {sizes[made.engine] / 2**30:.3g} GiB beyond inputs and outputs, "
             f"and {available / 2**30:.3g} GiB are available"
         )
-    if engine == "exact" and method == "auto" and seconds["exact"] > _MINUTE:
+    if made.engine == "exact" and method == "auto" and seconds["exact"] > _MINUTE:
         warnings.warn(
-            f"exact attention is predicted to take {seconds['exact']:.0f} s: {reason}", PerformanceWarning, stacklevel=5
+            f"exact attention is predicted to take {seconds['exact']:.0f} s: {made.reason}",
+            PerformanceWarning,
+            stacklevel=5,
         )
     return made
+
+
+def _polynomial_plan(problem, scores, values, choice, grad, reason, seconds, sizes, eps) -> Plan:
+    d, rule = problem.q.shape[-1], choice.rule
+    certificate = Certificate(
+        "polynomial",
+        choice.degree,
+        poly.n_features(d, choice.degree),
+        scores.bound,
+        "worst case" if rule is None else "moments",
+        choice.truncation,
+        _polynomial_rounding(problem, scores.bound, values),
+        seed=None if rule is None else rule.seed,
+        failure=0.0 if rule is None or rule.seed is None else moments.FAILURE,
+    )
+    made = _plan(problem, "polynomial", scores, values, certificate, grad, reason, seconds, sizes, eps)
+    made._choice = choice
+    if grad:
+        made.gradient_certificate = replace(
+            certificate,
+            degree=choice.degree + 1,
+            n_features=poly.n_features(d, choice.degree + 1),
+            truncation=choice.polynomial.error,
+            rounding=4 * certificate.rounding,
+        )
+    return made
+
+
+def _by_moments(
+    problem: Problem,
+    scores: Scores,
+    values: Values,
+    eps: float,
+    method: str,
+    degree: int | None,
+    seed: int | None,
+    worst: Choice | None,
+) -> Choice | None:
+    """The cheapest degree below that of the worst case that moments are expected to certify, or None."""
+    most = degree or (worst.degree - 1 if worst else _MOST_BY_MOMENTS)
+    allowed = eps - _polynomial_rounding(problem, scores.bound, values)
+    exact = _exact_operations(problem, False)
+    if most < 2 or allowed <= 0 or scores.bound > poly.MAX_BOUND or (degree and worst):
+        return None
+    if method == "auto" and exact < _TOO_SMALL:
+        return None
+    H, G, n, _ = problem.q.shape
+    sample = moments.Sample(problem, scores, values)
+    B = poly.B_grid(scores.bound)
+    best, fourth = None, None
+    for g in range(degree or 2, most + 1):
+        # Nothing dearer than what is already at hand.
+        limit = min([c.operations for c in (worst, best) if c is not None], default=math.inf)
+        base = polynomial_engine.operations(problem, g, False)
+        if base >= limit:
+            break
+        for kappa in (0.0, sample.kappa()) if g < 4 and problem.hi is None else (0.0,):
+            p = poly.fit_moments(B, g, kappa)
+            if p is None:
+                continue
+            operations, rule = base, MomentRule(p)
+            expected = sample.truncation(p, None)
+            if kappa:
+                operations += moments.fourth_operations(problem)
+                if operations >= limit or np.mean(expected > allowed) > _FEW:
+                    continue
+                fourth = fourth or moments.fourth_moments(problem, scores, seed)
+                rule = MomentRule(p, *fourth)
+                expected = sample.truncation(p, rule.fourth)
+            share = float(np.mean(expected > allowed))
+            if share > _FEW:
+                continue
+            rows = math.ceil(H * G * n * (1.5 * share + 1 / 512)) + 8
+            operations += rows * exact / (H * G * n)
+            if operations < limit:
+                truncation = float(np.max(expected, where=expected <= allowed, initial=0.0))
+                best, limit = Choice(p, truncation, operations, rule, rows), operations
+    return best
 
 
 def _plan(problem, engine, scores, values, certificate, grad, reason, seconds, sizes, eps) -> Plan:
     shape = (*problem.q.shape, problem.k.shape[1], problem.v.shape[2], problem.q.dtype.name)
     gradient = replace(certificate, rounding=4 * certificate.rounding) if grad else None
-    return Plan(engine, certificate, gradient, reason, seconds, sizes, shape, eps, scores, values, None)
+    return Plan(engine, certificate, gradient, reason, seconds, sizes, shape, eps, scores, values, None, None)
+
+
+def _by_worst_case(
+    problem: Problem, scores: Scores, values: Values, eps: float, degree: int | None, grad: bool
+) -> tuple[Choice | None, str | None]:
+    """The smallest degree (or `degree`) that certifies eps for scores of size B; or None, and why there is none."""
+    p, refusal = _certified(problem, scores, values, eps, degree)
+    if p is None:
+        return None, refusal
+    operations = polynomial_engine.operations(problem, max(1, p.degree), grad)
+    return Choice(p, poly.tau(p.error), operations), None
 
 
 def _certified(problem: Problem, scores: Scores, values: Values, eps: float, degree: int | None):

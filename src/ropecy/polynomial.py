@@ -31,8 +31,10 @@ __all__ = [
     "MAX_BOUND",
     "MAX_DEGREE",
     "B_grid",
+    "MomentPolynomial",
     "Polynomial",
     "antiderivative",
+    "fit_moments",
     "minimax",
     "n_features",
     "relative_error_for",
@@ -327,6 +329,130 @@ def minimax(B: float, degree: int) -> Polynomial:
     reach = (g + n_series) * (math.pi / (2 * n) + 4 * n * _UNIT)
     error = ((on_grid + tail) / math.cos(reach) + tail) * (1 + 8 * _UNIT)
     return Polynomial(B, g, coefficients, error, absolute_sum)
+
+
+@dataclass(frozen=True)
+class MomentPolynomial:
+    """p with |p(s) - e^s| <= radius[0] s^k + radius[1] s^(k+2), k = order even, and p(s) > 0, for |s| <= B.
+
+    The mean over keys of the right side, hence of the errors of their weights, is known from moments of the scores.
+
+    Attributes
+    ----------
+    B : float
+        Half-width of the interval.
+    degree : int
+        g, at least 2.
+    coefficients : tuple of float
+        c_0, ..., c_g. Those below `order` are Taylor's, but for their own rounding, which is the caller's to count.
+    order : int
+        k, the largest even number <= g.
+    radius : (float, float)
+        The second is 0 where no moment past k is used.
+    """
+
+    B: float
+    degree: int
+    coefficients: tuple[float, ...]
+    order: int
+    radius: tuple[float, float]
+
+
+@lru_cache(maxsize=1024)
+def fit_moments(B: float, degree: int, kappa: float = 0.0) -> MomentPolynomial | None:
+    """p = T_{k-1} + s^k q(s) for scores whose moments, not whose largest size, is what counts; q of degree g - k <= 1.
+
+    Parameters
+    ----------
+    B : float
+        Bound of the scores, in (0, 32].
+    degree : int
+        g, at least 2.
+    kappa : float
+        0: only moment k is known. For g = 2, 3: the second moment over the fourth, about; both are known.
+
+    Returns
+    -------
+    MomentPolynomial or None
+        None where p > 0 on [-B, B] is not proved: B is too large for an odd degree.
+
+    Notes
+    -----
+    phi_k(s) = (e^s - T_{k-1}(s)) / s^k = int_0^1 (1-u)^{k-1} e^{us} du / (k-1)! is positive, increasing and convex, so
+    its best constant is the middle of its ends, its best line has the slope of its chord, and 0 < phi_k'' <= phi_k(B)
+    bounds what happens between the points of a grid. Sums of one sign only: no digits are lost at small B. For even g,
+    p > 0 everywhere. With kappa, the constant for g = 2 is the best under the weight 1 + kappa s^2, and p = T_3 for
+    g = 3, where e^s - T_3 = s^4 phi_4(s).
+
+    Examples
+    --------
+    >>> p = fit_moments(1.0, 2)
+    >>> p.order, round(p.radius[0], 3), round(fit_moments(1.0, 4).radius[0], 4)
+    (2, 0.175, 0.0085)
+    """
+    k = degree - degree % 2
+    even, odd = _phi_ends(k, B)
+    largest = even + odd
+    taylor = [1 / math.factorial(t) for t in range(k)]
+    if kappa and degree == 3:
+        top, radius = [1 / 2, 1 / 6], (0.0, sum(_phi_ends(4, B)))
+    elif kappa:
+        constant, radius = _best_constant(k, B, kappa)
+        top = [constant]
+    elif degree == k:
+        top, radius = [even], (odd, 0.0)
+    else:
+        slope = odd / B
+        s, phi, gap = _phi_grid(k, B)
+        least = float(np.min(phi - slope * s)) - gap
+        top, radius = [0.5 * (even + least), slope], (0.5 * (even - least), 0.0)
+    # Rounding of the top coefficients and of all sums of positive terms.
+    radius = ((radius[0] + 16 * _UNIT * largest) * (1 + 64 * _UNIT), radius[1] * (1 + 64 * _UNIT))
+    if degree != k:
+        # Even degrees need no look: T_{g-1} + c s^g >= T_g > 0. Between points p leaves its polygon by at most this.
+        s = np.linspace(-B, 0, 1025)
+        bent = math.fsum(t * (t - 1) * abs(c) * B ** max(t - 2, 0) for t, c in enumerate([*taylor, *top]))
+        room = (B / 1024) ** 2 / 8 * bent + 64 * _UNIT * math.exp(B)
+        if np.min(_horner([*taylor, *top], s)) <= 1.001 * room:
+            return None
+    return MomentPolynomial(B, degree, (*taylor, *top), k, radius)
+
+
+def _phi_ends(k: int, B: float) -> tuple[float, float]:
+    """The even and the odd part of phi_k(s) = sum_j s^j / (j + k)! at s = B."""
+    terms = [1 / math.factorial(k)]
+    while terms[-1] > 1e-18 * terms[0] or len(terms) < 2 * B:
+        terms.append(terms[-1] * B / (k + len(terms)))
+    # What is left out is below the last term: its successors at least halve.
+    return math.fsum(terms[0::2]) + terms[-1], math.fsum(terms[1::2]) + terms[-1]
+
+
+def _phi_grid(k: int, B: float) -> tuple[np.ndarray, np.ndarray, float]:
+    """A grid on [-B, B], phi_k there, and what phi_k differs from its interpolating polygon at most, with rounding."""
+    s = np.linspace(-B, B, 2049)
+    terms = math.ceil(6 * B) + 24
+    phi = _horner([1 / math.factorial(k + j) for j in range(terms)], s)
+    largest = sum(_phi_ends(k, B))
+    step = 2 * B / (len(s) - 1)
+    return s, phi, (step * step / 8 * 1.001 + 4 * terms * _UNIT) * largest
+
+
+def _best_constant(k: int, B: float, kappa: float) -> tuple[float, tuple[float, float]]:
+    """c, and (a, b) with |phi_k(s) - c| <= a + b s^2, b = a kappa but for the grid: the least a, by bisection."""
+    s, phi, gap = _phi_grid(k, B)
+    weight = 1 + kappa * s * s
+    low, high = float(phi[0]), float(phi[-1])
+    for _ in range(60):
+        c = 0.5 * (low + high)
+        error = (phi - c) / weight
+        if error.max() > -error.min():
+            low = c
+        else:
+            high = c
+    a = float(np.max(np.abs(phi - c) / weight)) * (1 + 16 * _UNIT)
+    # Between points, phi and a kappa s^2 leave their polygons by at most gap and step^2 / 4 a kappa.
+    step = 2 * B / (len(s) - 1)
+    return c, (a + gap + step * step / 4 * 1.001 * a * kappa, a * kappa)
 
 
 def _exchange(B: float, x: np.ndarray, weight: np.ndarray, remainder: np.ndarray, degree: int) -> np.ndarray:

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..bounds import Scores, Values
 from ..kernels import _monomials
-from ..polynomial import Polynomial, antiderivative, n_features
+from ..polynomial import MomentPolynomial, Polynomial, antiderivative, n_features
 from ..problem import Problem
 
 # What keeps many threads busy; more segments cost a causal problem up to half a pass more over the keys.
@@ -39,11 +39,13 @@ class Monomials:
 
 @dataclass(slots=True)
 class Saved:
-    """What backward needs of forward."""
+    """What backward needs of forward, and what certifies its rows where that was measured (c/monomials.h)."""
 
     scan: _monomials.Scan
     o: np.ndarray
     inverse: np.ndarray
+    moment: np.ndarray | None
+    spread: np.ndarray | None
 
 
 def unsupported(problem: Problem) -> str | None:
@@ -58,7 +60,13 @@ def unsupported(problem: Problem) -> str | None:
 
 
 def forward(
-    problem: Problem, scores: Scores, values: Values, p: Polynomial, grad: bool, want_lse: bool
+    problem: Problem,
+    scores: Scores,
+    values: Values,
+    p: Polynomial | MomentPolynomial,
+    grad: bool,
+    want_lse: bool,
+    reach: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray | None, Saved]:
     """O (H, G, n, d_v), lse float64 or None, and what backward needs.
 
@@ -73,6 +81,8 @@ def forward(
     grad : bool
         Whether states hold the degree more that backward needs.
     want_lse : bool
+    reach : array, optional
+        As `moments.reach` makes it: moment and spread are measured too, p being a MomentPolynomial.
 
     Notes
     -----
@@ -96,8 +106,9 @@ def forward(
         segments(problem, monomials.state_degree),
         problem.threads,
     )
-    o, inverse, lse = scan.forward(want_lse)
-    return o, lse, Saved(scan, o, inverse)
+    order = 0 if reach is None else p.order
+    o, inverse, lse, moment, spread = scan.forward(want_lse, order, reach)
+    return o, lse, Saved(scan, o, inverse, moment, spread)
 
 
 def backward(problem: Problem, saved: Saved, do: np.ndarray):
@@ -161,6 +172,11 @@ def memory(problem: Problem, degree: int, grad: bool) -> float:
     return states + workspaces + (2 if grad else 1) * H * state * item + H * G * n * (8 + item)
 
 
+def chunk(problem: Problem) -> int:
+    """Rows of a causal chunk, inside which pairs are exact."""
+    return _monomials.blocking(problem.q.dtype)[1]
+
+
 def segments(problem: Problem, state_degree: int) -> int:
     """Into how many parts the sequence is cut, each with a state: by shapes, never by the number of threads."""
     H, _, n, d = problem.q.shape
@@ -170,7 +186,7 @@ def segments(problem: Problem, state_degree: int) -> int:
     return max(1, min(-(-_SEGMENTS // H), tokens // max(1024, 2 * features), _STATE_BYTES // state))
 
 
-def _monomials_for(problem: Problem, p: Polynomial, grad: bool) -> Monomials:
+def _monomials_for(problem: Problem, p: Polynomial | MomentPolynomial, grad: bool) -> Monomials:
     d = problem.q.shape[-1]
     lanes, _ = _monomials.blocking(problem.q.dtype)
     degree = max(1, p.degree)

@@ -39,6 +39,11 @@ cdef extern from "c/monomials.h" nogil:
         void *o
         void *inverse
         double *lse
+        int order
+        void *moment
+        void *spread
+        const void *reach
+        ptrdiff_t reaches
         const void *grad
         void *dq
         void *dk
@@ -202,14 +207,22 @@ cdef class Scan:
     cdef object empty_states(self):
         return np.empty((self.p.heads, self.p.segments, self.p.d_v + 1, self.p.pitch))
 
-    def forward(self, bint want_lse):
-        """o (H, G, n, d_v), inverse denominators (H, G, n), lse float64 or None."""
+    def forward(self, bint want_lse, int order=0, reach=None):
+        """o (H, G, n, d_v), inverse denominators (H, G, n), lse float64 or None, moment and spread (H, G, n) or None.
+
+        The last two, of what certifies rows (c/monomials.h), where `reach` (H, 1 or chunks, 3, d_v) is given.
+        """
         q = self.arrays[0]
         shape = q.shape[:3]
         o, inverse = np.zeros(shape + (self.p.d_v,), q.dtype), np.zeros(shape, q.dtype)
         lse = np.full(shape, -np.inf) if want_lse else None
         self.workspace = np.empty(self.threads * self.size, np.uint8)
         self.p.o, self.p.inverse, self.p.lse = pointer(o), pointer(inverse), <double *>pointer(lse)
+        moment = spread = None
+        if reach is not None:
+            moment, spread = np.zeros(shape, q.dtype), np.zeros(shape, q.dtype)
+            self.p.order, self.p.reaches = order, reach.shape[1]
+        self.p.moment, self.p.spread, self.p.reach = pointer(moment), pointer(spread), pointer(reach)
         self.states = self.empty_states()
         self.p.states = <double *>pointer(self.states)
         if self.causal:
@@ -224,7 +237,7 @@ cdef class Scan:
             self.pack(self.states, packed, None)
             self.run_rows(self.f.forward)
         self.workspace = None
-        return o, inverse, lse
+        return o, inverse, lse, moment, spread
 
     def key_states(self):
         """sum_j phi(k_j) [v_j - value_centre, 1] of every head, (H, d_v + 1, pitch) float64."""

@@ -150,9 +150,28 @@ static void RC_NAME(evaluate_pack)(const RC_NAME(monomials) * y, int degree, con
     }
 }
 
-/* N[c][token] = sum_f packed[f][c] phi_f(token) for a tile; phi holds TILE * below(degree). */
-static void RC_NAME(evaluate)(const RC_NAME(monomials) * y, int degree, const REAL *xt, const REAL *packed, REAL *phi, REAL *N) {
-    const ptrdiff_t low_end = RC_NAME(below)(y, degree), d = y->d;
+/* moment[token] = value[token], and back to 0: what the last column gains from here on is kept apart. */
+RC_INLINE void RC_NAME(set_aside)(REAL *value, REAL *moment) {
+    for (int i = 0; i < TILE; i++) {
+        moment[i] = value[i];
+        value[i] = 0;
+    }
+}
+
+/* value <- value + moment, moment <- value: the sum, and what was gained since set_aside. */
+RC_INLINE void RC_NAME(take_back)(REAL *value, REAL *moment) {
+    for (int i = 0; i < TILE; i++) {
+        const REAL gained = value[i];
+        value[i] += moment[i];
+        moment[i] = gained;
+    }
+}
+
+/* N[c][token] = sum_f packed[f][c] phi_f(token) for a tile; phi holds TILE * below(degree). moment[token], unless it is
+ * NULL, is the share of degree `order` (degree or degree - 1) in the last column. */
+static void RC_NAME(evaluate)(const RC_NAME(monomials) * y, int degree, int order, const REAL *xt, const REAL *packed, REAL *phi,
+                              REAL *N, REAL *moment) {
+    const ptrdiff_t low_end = RC_NAME(below)(y, degree), d = y->d, aside = order < degree ? y->offset[order] : low_end;
     const int blocks = rc_blocks((int)y->columns, ROWS);
     RC_NAME(token_features)(y, degree, xt, phi, VECTORS);
     for (ptrdiff_t i = 0; i < y->columns * TILE; i++)
@@ -160,9 +179,17 @@ static void RC_NAME(evaluate)(const RC_NAME(monomials) * y, int degree, const RE
     for (int b = 0; b < blocks; b++) {
         const int c0 = rc_block_start((int)y->columns, blocks, b), R = rc_block_start((int)y->columns, blocks, b + 1) - c0;
         const RC_NAME(product_function) product = RC_NAME(product)[R][VECTORS];
-        REAL *C = N + c0 * TILE;
-        for (ptrdiff_t f = 0; f < low_end; f += 4 * PREFIX)
+        REAL *C = N + c0 * TILE, *last = C + (R - 1) * TILE;
+        const int split = moment && b == blocks - 1;
+        const ptrdiff_t first_end = split ? aside : low_end;
+        for (ptrdiff_t f = 0; f < first_end; f += 4 * PREFIX)
+            product(rc_min(4 * PREFIX, first_end - f), phi + f * TILE, TILE, packed + f * R, R, C, TILE, RC_ADD, 0);
+        if (split)
+            RC_NAME(set_aside)(last, moment);
+        for (ptrdiff_t f = first_end; f < low_end; f += 4 * PREFIX)
             product(rc_min(4 * PREFIX, low_end - f), phi + f * TILE, TILE, packed + f * R, R, C, TILE, RC_ADD, 0);
+        if (split && order < degree)
+            RC_NAME(take_back)(last, moment);
         const REAL *top = packed + low_end * R;
         const ptrdiff_t before = RC_NAME(count)(y, degree - 1, d);
         const REAL *prefix = phi + y->offset[degree - 1] * TILE;
@@ -173,6 +200,8 @@ static void RC_NAME(evaluate)(const RC_NAME(monomials) * y, int degree, const RE
                     product(length, prefix + i * TILE, TILE, top + (RC_NAME(count)(y, degree, m) + i) * R, R, C, TILE,
                             RC_ADD_SCALED, xt + m * TILE);
             }
+        if (split && order == degree)
+            RC_NAME(take_back)(last, moment);
         packed = top + RC_NAME(count)(y, degree, d) * R;
     }
 }

@@ -43,6 +43,14 @@ typedef struct {
 
     void *o, *inverse; /* (heads, groups, n, d_v), (heads, groups, n): 1 / denominator */
     double *lse;       /* NULL or (heads, groups, n), of the scores without centre */
+
+    /* What certifies a row, or NULL. The share of degree `order` (degree or degree - 1) in its denominator, and
+     * max_c max_j |v_jc - o_c| / range_j(v_jc) over the keys it sees, from a table per chunk (causal) or for all:
+     * middle - value_centre, half, 1 / range of each column, with max_j |v_jc - x| <= half + |x - middle|. */
+    int order;
+    void *moment, *spread; /* (heads, groups, n) */
+    const void *reach;     /* (heads, reaches, 3, d_v) */
+    ptrdiff_t reaches;
     const void *grad;  /* do (heads, groups, n, d_v) */
     void *dq, *dk, *dv;
 } rc_monomials_problem;

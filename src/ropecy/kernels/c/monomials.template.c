@@ -24,7 +24,7 @@ typedef struct {
     REAL *part, *base;                                /* (columns, pitch): since the last fold; the master, rounded */
     double *master;                                   /* (columns, pitch) */
     REAL *packed, *grad_packed;                       /* the scan's own */
-    REAL *xt, *scaled, *phi, *N, *dN, *dphi, *dx;     /* tiles by token lanes */
+    REAL *xt, *scaled, *phi, *N, *dN, *dphi, *dx, *moment; /* tiles by token lanes */
     REAL *keys, *key_columns, *key_pack, *column_pack; /* a chunk's keys: [key][d], [key][wide_columns], packed */
     REAL *E, *dE, *dk, *dv;                           /* exact pairs: [BLOCK][TILE]; [CHUNK][wide], [CHUNK][wide_columns] */
 } RC_NAME(room);
@@ -65,6 +65,7 @@ static size_t RC_NAME(lay_out)(const rc_monomials_problem *p, char *base, RC_NAM
     w->dN = RC_NAME(take)(base, &used, columns * TILE);
     w->dphi = RC_NAME(take)(base, &used, (low + GRAD_ROWS) * WIDE);
     w->dx = RC_NAME(take)(base, &used, d * TILE);
+    w->moment = RC_NAME(take)(base, &used, TILE);
     w->keys = RC_NAME(take)(base, &used, CHUNK * d);
     w->key_columns = RC_NAME(take)(base, &used, CHUNK * w->wide_columns);
     w->key_pack = RC_NAME(take)(base, &used, CHUNK * d);
@@ -285,14 +286,36 @@ static void RC_NAME(load_query_tile)(const rc_monomials_problem *p, RC_NAME(room
 
 /* ---- forward ---- */
 
-/* o, inverse and lse of a tile from N; <x, k_factor centre> is what centring took from the scores of a row. */
+/* moment and spread of a tile, N being numerators and denominators of centred values. A denominator that is not above
+ * 0, though the row sees keys, makes moment inf. */
+static void RC_NAME(finish_certificate)(const rc_monomials_problem *p, const RC_NAME(room) * w, ptrdiff_t head, ptrdiff_t first,
+                                        ptrdiff_t rows, ptrdiff_t chunk) {
+    const REAL *reach = (const REAL *)p->reach + (head * p->reaches + rc_min(chunk, p->reaches - 1)) * 3 * p->d_v;
+    const REAL *middle = reach, *half = reach + p->d_v, *per_range = half + p->d_v;
+    const REAL *den = w->N + p->d_v * TILE, *inverse = (const REAL *)p->inverse + first;
+    REAL *moment = (REAL *)p->moment + first, *spread = (REAL *)p->spread + first;
+    for (ptrdiff_t i = 0; i < rows; i++) {
+        moment[i] = den[i] > 0 ? w->moment[i] * inverse[i] : den[i] == 0 ? 0 : (REAL)__builtin_inf();
+        spread[i] = 0;
+    }
+    for (ptrdiff_t c = 0; c < p->d_v; c++)
+        for (ptrdiff_t i = 0; i < rows; i++) {
+            const REAL off = w->N[c * TILE + i] * inverse[i] - middle[c];
+            const REAL reached = (half[c] + (off < 0 ? -off : off)) * per_range[c];
+            spread[i] = reached > spread[i] ? reached : spread[i];
+        }
+}
+
+/* o, inverse, lse and certificate of a tile from N; <x, k_factor centre> is what centring took from a row's scores. */
 static void RC_NAME(finish)(const rc_monomials_problem *p, const RC_NAME(room) * w, ptrdiff_t head, ptrdiff_t lane, ptrdiff_t row,
-                            ptrdiff_t rows) {
+                            ptrdiff_t rows, ptrdiff_t chunk) {
     const REAL *N = w->N, *den = N + p->d_v * TILE, *centre = RC_NAME(centre)(p, head);
     const REAL *middle = (const REAL *)p->value_centre + head * p->d_v;
     REAL *o = (REAL *)p->o + (lane * p->n + row) * p->d_v, *inverse = (REAL *)p->inverse + lane * p->n + row;
     for (ptrdiff_t i = 0; i < rows; i++)
         inverse[i] = den[i] > 0 ? 1 / den[i] : 0;
+    if (p->moment)
+        RC_NAME(finish_certificate)(p, w, head, lane * p->n + row, rows, chunk);
     for (ptrdiff_t i = 0; i < rows; i++)
         for (ptrdiff_t c = 0; c < p->d_v; c++)
             o[i * p->d_v + c] = den[i] > 0 ? middle[c] + N[c * TILE + i] * inverse[i] : 0;
@@ -312,8 +335,9 @@ static void RC_NAME(forward)(const rc_monomials_problem *p, ptrdiff_t head, ptrd
     for (ptrdiff_t row = chunk * p->chunk; row < end; row += TILE) {
         const ptrdiff_t rows = rc_min(TILE, end - row);
         RC_NAME(tile_load)(RC_NAME(queries)(p, lane, row), p->d, rows, p->d, (REAL)p->q_factor, 0, w.xt, TILE);
-        RC_NAME(evaluate)(&w.y, p->degree, w.xt, (const REAL *)p->packed + head * p->packed_size, w.phi, w.N);
-        RC_NAME(finish)(p, &w, head, lane, row, rows);
+        RC_NAME(evaluate)(&w.y, p->degree, p->order, w.xt, (const REAL *)p->packed + head * p->packed_size, w.phi, w.N,
+                          p->moment ? w.moment : 0);
+        RC_NAME(finish)(p, &w, head, lane, row, rows, 0);
     }
 }
 
@@ -337,16 +361,19 @@ static void RC_NAME(scan_forward)(const rc_monomials_problem *p, ptrdiff_t head,
                 const ptrdiff_t limit = row + p->q_offset - chunk * p->chunk, seen = rc_min(keys, limit + rows);
                 RC_NAME(load_query_tile)(p, &w, lane, row, rows, TILE);
                 if (first > 0)
-                    RC_NAME(evaluate)(&w.y, p->degree, w.xt, w.packed, w.phi, w.N);
-                else
+                    RC_NAME(evaluate)(&w.y, p->degree, p->order, w.xt, w.packed, w.phi, w.N, p->moment ? w.moment : 0);
+                else {
                     for (ptrdiff_t i = 0; i < w.y.columns * TILE; i++)
                         w.N[i] = 0;
+                    for (ptrdiff_t i = 0; i < TILE; i++)
+                        w.moment[i] = 0;
+                }
                 for (ptrdiff_t j = 0; j < seen; j += BLOCK) {
                     RC_NAME(exact_pairs)(p, &w, j, rc_min(BLOCK, seen - j), limit);
                     RC_NAME(product_tile)((int)w.y.columns, rc_min(BLOCK, seen - j), w.E, w.key_columns + j * w.wide_columns,
                                           w.wide_columns, w.N);
                 }
-                RC_NAME(finish)(p, &w, head, lane, row, rows);
+                RC_NAME(finish)(p, &w, head, lane, row, rows, chunk);
             }
         if (chunk + 1 < (segment + 1) * p->chunks_per_segment)
             RC_NAME(add_keys)(p, &w, head, first, first + keys, &updates);
@@ -389,7 +416,7 @@ static void RC_NAME(differentiate_keys)(const rc_monomials_problem *p, RC_NAME(r
     for (ptrdiff_t j = row; j < end; j += TILE) {
         const ptrdiff_t rows = rc_min(TILE, end - j);
         RC_NAME(tile_load)(RC_NAME(keys)(p, head, j), p->d, rows, p->d, (REAL)p->k_factor, centre, w->xt, TILE);
-        RC_NAME(evaluate)(&w->y, p->degree, w->xt, packed, w->phi, w->N);
+        RC_NAME(evaluate)(&w->y, p->degree, 0, w->xt, packed, w->phi, w->N, 0);
         for (ptrdiff_t i = 0; i < rows; i++)
             for (ptrdiff_t c = 0; c < p->d_v; c++)
                 dv[(j + i) * p->d_v + c] += w->N[c * TILE + i];
