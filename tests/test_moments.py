@@ -188,10 +188,16 @@ def test_causal_certificate_is_of_the_far_keys_that_a_row_sees(degree):
 
 
 @pytest.mark.parametrize("degree", [2, 3])
-def test_fourth_moments_are_attained_up_to_the_room_of_lanczos(degree, rng):
+@pytest.mark.parametrize("masked", [False, True])
+def test_fourth_moments_are_attained_up_to_the_room_of_lanczos(degree, masked, rng):
     k = rng.uniform(-1, 1, (1, 500, 1))
     k[0, :2] = [[-1.0], [1.0]]
-    problem = problem_of(np.ones((1, 1, 4, 1)), k, (k < -0.9) + 0.0)
+    problem = problem_of(np.ones((1, 1, 4, 1)), k, (k < -0.9) + 0.0, scale=0.6)
+    if masked:
+        mask = rng.random((1, 500)) < 0.5
+        mask[0, :2] = True
+        problem = problem_of(problem.q, k, problem.v, mask=mask, scale=0.6)
+        k = k[:, mask[0]]
     scores = measure(problem)
     p = poly.fit_moments(poly.B_grid(scores.bound), degree, 1.0)
     fourth, _ = moments.fourth_moments(problem, scores, 1)
@@ -221,6 +227,25 @@ def test_values_away_from_their_middle_are_charged_the_longer_way(rng):
     w = np.polyval(p.coefficients[::-1], s)
     h = p.radius[0] * np.sum(s**2, axis=1) / w.sum(axis=1)
     np.testing.assert_allclose(rows[0, 0], h / (1 - h) * np.maximum(1 - o, o)[0, 0, :, 0], rtol=1e-9)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_reach_holds_for_every_row_of_a_causal_chunk(masked, rng):
+    n = 3 * CHUNK + 17
+    v = np.cumsum(rng.standard_normal((2, n, 2)), axis=1) + 5
+    mask = rng.random((2, n)) < 0.5 if masked else None
+    problem = problem_of(np.zeros((2, 1, n, 1)), np.zeros((2, n, 1)), v, causal=True, mask=mask)
+    values = measure_values(problem)
+    table = moments.reach(problem, values, CHUNK)
+    assert table.shape == (2, 4, 3, 2)
+    for head in range(2):
+        for row in range(CHUNK, n, 7):
+            middle, half, per_range = table[head, row // CHUNK]
+            seen = problem.v[head, : row + 1] if mask is None else v[head, : row + 1][mask[head, : row + 1]]
+            spread = seen.max(axis=0) - seen.min(axis=0)
+            for o in (seen.min(axis=0), seen.max(axis=0), seen.mean(axis=0)):
+                allowed = (half + np.abs(o - values.middle[head] - middle)) * per_range
+                assert np.all(np.abs(seen - o).max(axis=0) <= allowed * spread * (1 + 1e-12))
 
 
 DATA = ("gauss", "one direction", "two clusters", "all negative", "heavy tails", "signs", "one far key")

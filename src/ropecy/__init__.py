@@ -13,6 +13,7 @@ The map of the package:
 `AttentionMatrix`                           A itself, implicit: ``A @ X``, ``A.T @ X``, ``A.D``
 `DecodeState`                               token by token, on a state of fixed size
 `plan`, `Plan`, `Certificate`               which engine would run, why, and what error it promises
+`check`, `Evidence`                         a finished result against rows computed exactly
 `BoundedEntryError`, `PerformanceWarning`   what stands in the way of a certificate, or of speed
 `info`                                      versions and what the machine offers
 ==========================================  ================================================
@@ -23,6 +24,7 @@ The map of the package:
 from ._info import info
 from .attention import AttentionMatrix, attention, attention_vjp
 from .decode import DecodeState
+from .evidence import Evidence, check
 from .loss import loss, loss_grad
 from .plan import BoundedEntryError, Certificate, PerformanceWarning, Plan, plan
 from .relative import RelativeBias, RelativeFamily
@@ -33,6 +35,7 @@ __all__ = [
     "BoundedEntryError",
     "Certificate",
     "DecodeState",
+    "Evidence",
     "PerformanceWarning",
     "Plan",
     "RelativeBias",
@@ -40,6 +43,7 @@ __all__ = [
     "Rotary",
     "attention",
     "attention_vjp",
+    "check",
     "info",
     "loss",
     "loss_grad",

@@ -308,6 +308,11 @@ def check_flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
+def check_count(name: str, value: Any) -> int:
+    """The integer if it is one of at least 1, else TypeError or ValueError."""
+    return _integer(name, value, least=1)
+
+
 def check_like(name: str, X: Any, dtype: np.dtype, shape: tuple[int, ...], *, broadcast: bool = False) -> np.ndarray:
     """X with the dtype and shape of the result it stands beside; ``broadcast`` lets leading axes be 1 or missing."""
     X = _array(name, X)

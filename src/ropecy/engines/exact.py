@@ -92,30 +92,39 @@ def backward(problem: Problem, saved: Saved, do: np.ndarray):
 
 
 def forward_rows(problem: Problem, bound: float, rows: np.ndarray, o: np.ndarray, lse: np.ndarray | None) -> None:
-    """Overwrites o, and lse unless None, in the rows that `rows` (H, G, n) marks; no bias, no near field.
+    """Overwrites o, and lse unless None, in the rows that `rows` (H, G, n) marks.
 
     Notes
     -----
-    Time ``n_k (2 d + 2 d_v + exp)`` a row. With a band, rows close to each other are one piece, with those between.
+    Time ``n_k (2 d + 2 d_v + exp)`` a row. Where j - i matters, rows close to each other are one piece with those
+    between, and a piece costs as much as a tile.
     """
+    n, n_k = problem.q.shape[2], problem.k.shape[1]
+    anywhere = problem.lo is None and problem.hi is None and problem.bias is None and problem.near is None
     for head, group in np.argwhere(rows.any(axis=2)):
         marked = np.flatnonzero(rows[head, group])
-        if problem.lo is None and problem.hi is None:
+        if anywhere:
             pieces = [marked]
         else:
             cuts = np.flatnonzero(np.diff(marked) > _CLOSE) + 1
             pieces = [np.arange(part[0], part[-1] + 1) for part in np.split(marked, cuts)]
         for piece in pieces:
             # What no row of the piece sees is left out.
-            end = problem.k.shape[1]
+            end = n_k
             if problem.hi is not None:
                 end = max(0, min(end, int(piece[-1]) + problem.q_offset + problem.hi + 1))
+            bias = problem.bias
+            if bias is not None:
+                start = n - 1 - int(piece[-1])
+                bias = bias[min(head, len(bias) - 1), min(group, bias.shape[1] - 1)]
+                bias = np.ascontiguousarray(bias[start : start + len(piece) + end - 1])[None, None]
             part = replace(
                 problem,
                 q=np.ascontiguousarray(problem.q[head, group, piece])[None, None],
                 k=problem.k[head : head + 1, :end],
                 v=problem.v[head : head + 1, :end],
                 q_offset=problem.q_offset + int(piece[0]),
+                bias=bias,
                 key_mask=None if problem.key_mask is None else problem.key_mask[head : head + 1, :end],
             )
             if part.empty:

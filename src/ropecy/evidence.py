@@ -1,0 +1,166 @@
+"""Rows computed exactly: what they say of a result, and what they do not."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from . import _validate
+from .bounds import measure
+from .engines import exact as exact_engine
+from .problem import Problem, prepare_for
+from .relative import RelativeFamily
+from .rotary import Rotary
+
+_CONFIDENCE = 0.99
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """How far rows of a result are from what they should be; ``print(evidence)`` says it in words.
+
+    Attributes
+    ----------
+    error : float
+        The largest ``|O_ic - Attn_ic| / range_j(V_jc)`` over the sampled rows i and all c, range over the keys that row
+        i sees. A column that is constant there counts 0 where O has its value, within rounding, and else inf.
+    index : tuple of int
+        The row where it is: O[index].
+    n_rows, n_rows_total : int
+        Rows sampled, uniformly and without replacement, and rows there are.
+    seed : int
+        Of the coins that chose the rows.
+    confidence, fraction : float
+        With this confidence, at most this fraction of all rows has a larger error.
+    """
+
+    error: float
+    index: tuple[int, ...]
+    n_rows: int
+    n_rows_total: int
+    seed: int
+    confidence: float
+    fraction: float
+
+    def __str__(self) -> str:
+        found = f"{self.n_rows:,} of {self.n_rows_total:,} rows: error <= {self.error:.2g} of the range of the values"
+        if self.n_rows == self.n_rows_total:
+            return found
+        return (
+            f"{found}, the largest at {self.index}; with confidence {self.confidence:.0%} (seed {self.seed}) at "
+            f"most {self.fraction:.2%} of all rows are further off, by how much is not said; sampled, not proved"
+        )
+
+
+def check(
+    O: ArrayLike,
+    Q: ArrayLike,
+    K: ArrayLike,
+    V: ArrayLike,
+    R: Rotary | RelativeFamily | None = None,
+    *,
+    rows: int = 459,
+    seed: int | None = None,
+    **options: Any,
+) -> Evidence:
+    """max_i max_c |O_ic - (D^-1 A V)_ic| / range_j(V_jc) over `rows` rows i drawn at random and computed exactly.
+
+    Parameters
+    ----------
+    O : (..., n, d_v) array
+        A result of `attention`, or of anything that should agree with it: its shape, Q's dtype.
+    Q, K, V, R, **options
+        As in `attention`, without ``return_certificate`` and ``return_lse``.
+    rows : int
+        How many rows, over all leading axes together; all of them where there are no more. 459 speak with confidence
+        0.99 of all rows but 1%.
+    seed : int, optional
+        By default fresh, and given back, so that the rows can be drawn again.
+
+    Returns
+    -------
+    Evidence
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `attention` does, and where O has another shape or dtype than its result, or NaN or Inf.
+
+    Notes
+    -----
+    Rows are computed in float64, whatever the dtype. Time ``rows n_k (d + d_v)``, several times that where a mask or
+    a bias goes by j - i. If more than a fraction b of all rows had a larger error than the sample, m rows would have
+    missed them with probability at most ``(1 - b)^m``.
+
+    Examples
+    --------
+    >>> from ropecy import attention
+    >>> Q, K, V = np.random.default_rng(0).uniform(-1, 1, (3, 100, 4))
+    >>> check(attention(Q, K, V, causal=True), Q, K, V, causal=True).error < 1e-3
+    True
+    """
+    _validate.check_values(V)
+    rows = _validate.check_count("rows", rows)
+    call = prepare_for("check", Q, K, V, R, {**options, "seed": seed})
+    O = _validate.check_like("O", O, call.dtype, call.shape)
+    _validate.check_finite("O", O)
+    seed = call.how["seed"]
+    seed = secrets.randbits(63) if seed is None else seed
+    problem = call.problem
+    total = int(np.prod(call.shape[:-1]))
+    count = min(rows, total)
+    fraction = 0.0 if count == total else 1 - (1 - _CONFIDENCE) ** (1 / count)
+    chosen = np.sort(np.random.default_rng(seed).choice(total, count, replace=False)) if total else np.empty(0, int)
+    error, worst = 0.0, 0
+    if count and call.shape[-1]:
+        found = row_errors(_in_float64(problem), call.from_user(O).astype(np.float64), chosen, _unit(call.dtype))
+        error, worst = float(found.max()), int(chosen[found.argmax()])
+    index = tuple(int(i) for i in np.unravel_index(worst, call.shape[:-1])) if total else ()
+    return Evidence(error, index, count, total, seed, _CONFIDENCE, fraction)
+
+
+def row_errors(problem: Problem, o: np.ndarray, chosen: np.ndarray, unit: float) -> np.ndarray:
+    """max_c |o_ic - Attn_ic| / range_j(v_jc) of the rows `chosen`, flat indices into (H, G, n), computed exactly.
+
+    Columns without range may be off by 64 `unit` of their value.
+    """
+    H, G, n = problem.q.shape[:3]
+    marked = np.zeros(H * G * n, bool)
+    marked[chosen] = True
+    exact = np.zeros_like(o)
+    if not problem.empty:
+        exact_engine.forward_rows(problem, measure(problem).plain, marked.reshape(H, G, n), exact, None)
+    found = np.empty(len(chosen))
+    for at, (head, group, row) in enumerate(zip(*np.unravel_index(chosen, (H, G, n)), strict=True)):
+        v = problem.v[head, slice(*_band(problem, row))]
+        if problem.key_mask is not None:
+            v = v[problem.key_mask[head, slice(*_band(problem, row))]]
+        off = np.abs(o[head, group, row] - exact[head, group, row])
+        low, high = (v.min(axis=0), v.max(axis=0)) if len(v) else (np.zeros_like(off),) * 2
+        constant = high == low
+        allowed = 64 * unit * np.abs(high[constant])
+        with np.errstate(over="ignore"):
+            ratio = np.max(off[~constant] / (high - low)[~constant], initial=0.0)
+        found[at] = np.inf if np.any(off[constant] > allowed) else ratio
+    return found
+
+
+def _band(problem: Problem, row: int) -> tuple[int, int]:
+    """The keys [first, last) that the band lets a row see."""
+    n_k, at = problem.k.shape[1], int(row) + problem.q_offset
+    first = 0 if problem.lo is None else min(max(at + problem.lo, 0), n_k)
+    last = n_k if problem.hi is None else min(max(at + problem.hi + 1, first), n_k)
+    return first, last
+
+
+def _unit(dtype: np.dtype) -> float:
+    """Of rounding in a dtype, known to NumPy or not (bfloat16)."""
+    return float(np.finfo(dtype).eps) / 2 if dtype.kind == "f" else 2.0**-8
+
+
+def _in_float64(problem: Problem) -> Problem:
+    return replace(problem, q=problem.q.astype(float), k=problem.k.astype(float), v=problem.v.astype(float))
