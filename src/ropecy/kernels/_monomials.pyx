@@ -244,7 +244,7 @@ cdef class Scan:
         self.workspace = np.empty(self.threads * self.size, np.uint8)
         states = self.empty_states()
         self.p.states = <double *>pointer(states)
-        self.run(self.f.sum_keys, 0, self.p.segments)
+        self.run_segments(self.f.sum_keys, 0, self.p.segments)
         self.workspace = None
         return states.sum(axis=1)
 
