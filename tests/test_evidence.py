@@ -91,3 +91,98 @@ def test_nothing_to_check():
     Q = np.ones((3, 2))
     assert ropecy.check(np.zeros((3, 2)), Q, empty, empty).error == 0
     assert ropecy.check(np.zeros((3, 0)), Q, Q, np.zeros((3, 0))).n_rows == 3
+
+
+def unit(rng, n, d, dtype=np.float32):
+    """Rows of norm sqrt(d), and values in [-1, 1]."""
+    Q, K = (cases.unit_rows(x).astype(dtype) for x in rng.standard_normal((2, n, d)))
+    return Q, K, rng.uniform(-1, 1, (n, 3)).astype(dtype)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("seed", [None, 1, 2])
+def test_sampled_degrees_are_small_and_their_error_within_eps_in_all_rows(causal, seed, rng):
+    Q, K, V = unit(rng, 16384, 64)
+    O, certificate = ropecy.attention(
+        Q, K, V, causal=causal, certify="sample", method="polynomial", seed=seed, return_certificate=True
+    )
+    assert certificate.rule == "sampled"
+    assert certificate.error <= 1e-3
+    assert "not proved" in str(certificate)
+    if not causal:
+        assert certificate.n_features < 200
+    assert seed is None or certificate.seed == seed
+    evidence = ropecy.check(O, Q, K, V, causal=causal, rows=300, seed=5)
+    assert evidence.error <= certificate.error
+
+
+def test_sampled_certificate_is_twice_the_error_of_its_rows(rng):
+    Q, K, V = unit(rng, 250, 8, np.float64)  # fewer rows than are drawn: all of them
+    O, certificate = ropecy.attention(
+        Q, K, V, certify="sample", method="polynomial", degree=1, eps=0.1, return_certificate=True
+    )
+    assert (certificate.rule, certificate.degree, certificate.n_sampled) == ("sampled", 1, 250)
+    exact = ropecy.attention(Q, K, V, method="exact")
+    error = np.max(np.abs(O - exact) / (V.max(axis=0) - V.min(axis=0)))
+    assert certificate.truncation == pytest.approx(2 * error, rel=1e-9)
+    assert np.all(certificate.rows_truncation == certificate.truncation)
+
+
+def test_sample_is_half_the_rows_at_most_risk(rng):
+    from ropecy.evidence import draw
+
+    risk = rng.permutation(1000.0 + np.arange(1000)).reshape(2, 5, 100)
+    chosen = draw(risk, 100, rng)
+    assert len(set(chosen)) == 100
+    assert np.all(np.diff(chosen) > 0)
+    assert np.count_nonzero(risk.reshape(-1)[chosen] >= 1950) == 50
+    counts = sum(np.isin(np.arange(1000), draw(risk, 100, rng)) for _ in range(300))
+    others = counts[risk.reshape(-1) < 1950]
+    assert others.max() < 45
+    assert others.min() > 1
+
+
+def test_rows_at_risk_are_those_of_large_certificates(rng):
+    Q, K, V = unit(rng, 4000, 8, np.float64)
+    Q[[17, 2900]] *= 3
+    eps = 0.05
+    _, certificate = ropecy.attention(
+        Q, K, V, certify="sample", method="polynomial", eps=eps, seed=1, return_certificate=True
+    )
+    O = ropecy.attention(Q, K, V, certify="sample", method="polynomial", eps=eps, seed=1)
+    evidence = ropecy.check(O, Q, K, V, rows=4000)
+    assert evidence.error <= 0.51 * certificate.truncation  # the two long queries were among the sampled
+
+
+def test_what_sampled_rows_refuse_falls_to_the_proof_or_is_refused(rng):
+    Q, K, V = unit(rng, 3000, 16)
+    K[:] = K[:1] + 0.3 * K  # the largest eigenvalue has most of the scores
+    K = cases.unit_rows(K)
+    _, certificate = ropecy.attention(Q, K, V, certify="sample", eps=1e-5, return_certificate=True)
+    assert certificate.error <= 1e-5
+    with pytest.raises(ropecy.BoundedEntryError, match="sampled rows"):
+        ropecy.attention(4 * Q, K, V, certify="sample", method="polynomial", degree=1, eps=1e-4)
+
+
+def test_samples_say_nothing_of_gradients_and_products(rng):
+    Q, K, V = unit(rng, 3000, 8)
+    _, vjp = ropecy.attention_vjp(Q, K, V, certify="sample", method="polynomial", eps=1e-2)
+    assert vjp.certificate.rule == "worst case"
+    A = ropecy.AttentionMatrix(Q[:50], K[:40], certify="sample", method="polynomial", eps=1e-2)
+    exact = np.exp(Q[:50].astype(float) @ K[:40].T / 8)
+    assert np.all(np.abs(A.toarray() - exact) <= 2.1e-2 * exact)
+
+
+def test_same_seed_same_bits(rng):
+    Q, K, V = unit(rng, 3000, 16)
+    options = {"certify": "sample", "method": "polynomial", "seed": 4, "return_certificate": True}
+    (one, first), (two, second) = (ropecy.attention(Q, K, V, threads=t, **options) for t in (1, 2))
+    np.testing.assert_array_equal(one, two)
+    assert first == second
+
+
+def test_plan_of_a_sample_names_its_rule(rng):
+    Q, K, V = unit(rng, 16384, 32)
+    plan = ropecy.plan(Q, K, V, certify="sample", method="polynomial")
+    assert plan.certificate.rule == "sampled"
+    assert "sampled rows" in str(plan)

@@ -23,10 +23,11 @@ The map of the package:
 
 from ._info import info
 from .attention import AttentionMatrix, attention, attention_vjp
+from .certificate import BoundedEntryError, Certificate, PerformanceWarning
 from .decode import DecodeState
 from .evidence import Evidence, check
 from .loss import loss, loss_grad
-from .plan import BoundedEntryError, Certificate, PerformanceWarning, Plan, plan
+from .plan import Plan, plan
 from .relative import RelativeBias, RelativeFamily
 from .rotary import Rotary
 

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from . import _validate
-from .plan import Certificate, make_plan, nothing_to_do
+from .certificate import Certificate, nothing_to_do
+from .plan import make_plan
 from .problem import Call, Problem, prepare, prepare_for, spread_columns
 from .relative import RelativeBias, RelativeFamily
 from .rotary import Rotary

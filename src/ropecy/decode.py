@@ -13,10 +13,11 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from . import _validate
 from . import polynomial as poly
+from .certificate import BoundedEntryError, Certificate
+from .costs import available_memory, fits
 from .engines import exact as exact_engine
 from .engines import polynomial as polynomial_engine
 from .kernels import _monomials
-from .plan import BoundedEntryError, Certificate, _available_memory, _fits
 from .problem import Problem
 from .rotary import Rotary, rotate_rows
 
@@ -454,10 +455,10 @@ class DecodeState:
     def _check_memory(self, heads: int) -> None:
         o, features = self._options, poly.n_features(self._options.d, self._polynomial.degree)
         size = 8.0 * heads * ((o.d_v + 1) * features + (o.window or 0) * (o.d + o.d_v + 1))
-        if not _fits(size):
+        if not fits(size):
             raise MemoryError(
                 f"the state needs {size / 2**30:.3g} GiB ({heads} x {features:,} features, degree "
-                f"{self._polynomial.degree}), and {_available_memory() / 2**30:.3g} GiB are available"
+                f"{self._polynomial.degree}), and {available_memory() / 2**30:.3g} GiB are available"
             )
 
     def _filled(self) -> np.ndarray:

@@ -135,18 +135,38 @@ def row_errors(problem: Problem, o: np.ndarray, chosen: np.ndarray, unit: float)
     if not problem.empty:
         exact_engine.forward_rows(problem, measure(problem).plain, marked.reshape(H, G, n), exact, None)
     found = np.empty(len(chosen))
+    seen, low, high = (-1, 0, 0), None, None
     for at, (head, group, row) in enumerate(zip(*np.unravel_index(chosen, (H, G, n)), strict=True)):
-        v = problem.v[head, slice(*_band(problem, row))]
+        first, last = _band(problem, row)
+        start = first
+        if seen[:2] == (head, first) and seen[2] <= last:
+            start = seen[2]  # rows come in order: only what is new is looked at
+        else:
+            low, high = np.full(o.shape[-1], np.inf), np.full(o.shape[-1], -np.inf)
+        v = problem.v[head, start:last]
         if problem.key_mask is not None:
-            v = v[problem.key_mask[head, slice(*_band(problem, row))]]
+            v = v[problem.key_mask[head, start:last]]
+        low, high = np.minimum(low, v.min(axis=0, initial=np.inf)), np.maximum(high, v.max(axis=0, initial=-np.inf))
+        seen = (head, first, last)
         off = np.abs(o[head, group, row] - exact[head, group, row])
-        low, high = (v.min(axis=0), v.max(axis=0)) if len(v) else (np.zeros_like(off),) * 2
-        constant = high == low
-        allowed = 64 * unit * np.abs(high[constant])
+        constant = high <= low
+        # A row that sees no key is 0.
+        allowed = 64 * unit * np.where(np.isfinite(high[constant]), np.abs(high[constant]), 0)
         with np.errstate(over="ignore"):
             ratio = np.max(off[~constant] / (high - low)[~constant], initial=0.0)
         found[at] = np.inf if np.any(off[constant] > allowed) else ratio
     return found
+
+
+def draw(risk: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Flat indices of `count` rows in order: the half of largest `risk`, the others uniformly from all that remain."""
+    flat = risk.reshape(-1)
+    if count >= flat.size:
+        return np.arange(flat.size)
+    half = count // 2
+    order = np.argpartition(flat, flat.size - half) if half else np.arange(flat.size)
+    rest = rng.choice(order[: flat.size - half], count - half, replace=False)
+    return np.sort(np.concatenate([order[flat.size - half :], rest]))
 
 
 def _band(problem: Problem, row: int) -> tuple[int, int]:

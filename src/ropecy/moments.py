@@ -129,13 +129,33 @@ class Sample:
             count = np.maximum(keep.sum(axis=1), 1)
         x = (problem.q[:, :, ::row_step].astype(np.float64) * scores.q_factor).reshape(H, -1, d)
         self._x, self._y, self._count = x, y, count
-        self.second = np.einsum("hrd,hrd->hr", x @ (y.swapaxes(1, 2) @ y / count[:, None, None]), x)
+        self._products = y.swapaxes(1, 2) @ y / count[:, None, None]
+        self.second = np.einsum("hrd,hrd->hr", x @ self._products, x)
         self.first = np.einsum("hrd,hd->hr", x, y.sum(axis=1) / count[:, None])
         self.size = np.einsum("hrd,hrd->hr", x, x)
         spread = (values.high - values.low).astype(np.float64)
         off = np.abs(values.mean - values.middle)
         self.share = 0.5 + float(np.divide(off, spread, out=np.zeros_like(off), where=spread > 0).max(initial=0))
         self._tails: dict[int, float] = {}
+
+    def risk(self, problem: Problem, scores: Scores, inverse: np.ndarray, chunk: int) -> np.ndarray:
+        """What the certificates of rows grow with, about: far keys times their second moment by the denominator.
+
+        (H, G, n). inf where the denominator is not positive though the row sees keys.
+        """
+        H, G, n, d = problem.q.shape
+        x = problem.q.reshape(H, G * n, d) * problem.q.dtype.type(scores.q_factor)
+        second = np.einsum("hrd,hrd->hr", x @ self._products.astype(x.dtype), x).reshape(H, G, n)
+        n_k = problem.k.shape[1]
+        ends = n_k if problem.hi is None else np.arange(n) + problem.q_offset + problem.hi + 1
+        far = n_k if problem.hi is None else np.clip((ends - 1) // chunk * chunk, 0, n_k)
+        if problem.key_mask is None:
+            sees = np.broadcast_to(ends > 0, (H, 1, n))
+        else:
+            kept = np.cumsum(problem.key_mask, axis=1)
+            sees = (np.broadcast_to(ends, n) > 0) & (kept[:, np.clip(ends, 1, n_k) * np.ones(n, int) - 1] > 0)
+            sees = sees[:, None]
+        return np.where(inverse > 0, far * second * inverse, np.where(sees, np.inf, 0.0))
 
     def _tail(self, k: int) -> float:
         """max_i m_k(i) / m_2(i)^(k/2) over a few rows and keys."""

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-import os
-import time
+import secrets
 import warnings
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from . import moments
+from . import evidence, moments
 from . import polynomial as poly
 from .bounds import Scores, Values, measure, measure_values
+from .certificate import BoundedEntryError, Certificate, PerformanceWarning, nothing_to_do
+from .costs import available_memory, exact_bytes, exact_operations, fits, rate
 from .engines import exact as exact_engine
 from .engines import polynomial as polynomial_engine
 from .moments import MomentRule
@@ -28,85 +28,11 @@ _MINUTE = 60.0
 _MOST_BY_MOMENTS = 6
 # Of the rows may be expected to need exact work.
 _FEW = 0.03
+# Rows that judge a degree by their error, and rows of a tile of the exact engine.
+_SAMPLED_ROWS = 256
+_TILE = 48
 # Operations of exact attention below which looking at moments costs more than they save.
 _TOO_SMALL = 2e7
-
-
-class BoundedEntryError(ValueError):
-    """A method or a degree that was insisted on can't certify eps for scores of this size."""
-
-
-class PerformanceWarning(UserWarning):
-    """Exact work that is predicted to take more than a minute."""
-
-
-@dataclass(frozen=True, slots=True)
-class Certificate:
-    """What is promised of a result.
-
-    Attributes
-    ----------
-    engine : str
-        "exact" or "polynomial".
-    degree, n_features : int or None
-        Of the polynomial.
-    bound : float
-        B, a bound of every (centred) score.
-    rule : str
-        What the bound of the truncation rests on: "exact" (there is none), "worst case" (every score may be B), or
-        "moments" (of the scores of each row; proved once the row is computed).
-    truncation : float
-        Error of the polynomial, in units of max_c range_j(V_jc).
-    rounding : float
-        Of floating point, in the same units: a model of its size, not a proof.
-    rows_truncation : (..., n) float64 array or None
-        `truncation` row by row, in units of the range over the keys that the row sees; None in a plan.
-    n_exact_rows : int
-        How many rows were computed exactly, the polynomial's certificate being too large there.
-    seed, failure : int or None, float
-        Of the coins behind the rule, where coins were used (fourth moments of degrees 2 and 3), and the probability
-        that they make it wrong.
-
-    Notes
-    -----
-    Of a result O, ``|O_ic - Attn_ic| <= error * range_j(V_jc)``. Of gradients, with e = error, omega_i the range over j
-    of <dO_i, V_j>, P the softmax weights, zeta = 2 e / (1 - e) and c = abs(scale): dQ_i is within
-    ``c artanh(e) / 4 omega_i diam(K)``, dK_j within ``c zeta sum_i P_ij omega_i ||Q_i||``, and dV_jc within
-    ``zeta sum_i P_ij |dO_ic|``.
-    """
-
-    engine: str
-    degree: int | None
-    n_features: int | None
-    bound: float
-    rule: str
-    truncation: float
-    rounding: float
-    rows_truncation: np.ndarray | None = field(default=None, repr=False, compare=False)
-    n_exact_rows: int = 0
-    seed: int | None = None
-    failure: float = 0.0
-
-    @property
-    def error(self) -> float:
-        """truncation + rounding."""
-        return self.truncation + self.rounding
-
-    def __str__(self) -> str:
-        how = self.engine
-        if self.degree is not None:
-            how += f", degree {self.degree} ({self.n_features:,} features)"
-        coins = "" if self.seed is None else f" but for a probability of {self.failure:g} (seed {self.seed})"
-        rows = f", {self.n_exact_rows:,} rows exactly" if self.n_exact_rows else ""
-        return (
-            f"{how}{rows}: error <= {self.error:.2g}{coins} ({self.rule}: truncation {self.truncation:.2g}, "
-            f"rounding {self.rounding:.2g}), scores within {self.bound:.4g}"
-        )
-
-
-def nothing_to_do() -> Certificate:
-    """The certificate of a result without a pair of a query and a key: exactly 0."""
-    return Certificate("exact", None, None, 0.0, "exact", 0.0, float(np.finfo(np.float64).eps))
 
 
 @dataclass(slots=True)
@@ -177,7 +103,8 @@ class Plan:
     _scores: Scores = field(repr=False)
     _values: Values | None = field(repr=False)
     _choice: Choice | None = field(repr=False)
-    _second: Plan | None = field(repr=False)  # what runs where the moments' certificate fails for too many rows
+    _second: Plan | None = field(repr=False)  # what runs where too many rows fail
+    _trials: list[poly.MomentPolynomial] | None = field(default=None, repr=False)  # to be judged by sampled rows
 
     def forward(self, problem: Problem, want_lse: bool) -> Forward:
         """O, and lse where it is wanted.
@@ -185,8 +112,11 @@ class Plan:
         Raises
         ------
         BoundedEntryError
-            More rows than planned are not certified by moments, and the polynomial engine was insisted on.
+            More rows than planned are not certified by moments, or sampled rows by no degree, and the polynomial engine
+            was insisted on.
         """
+        if self._trials is not None:
+            return self._forward_by_sample(problem, want_lse)
         if self.engine == "exact":
             o, lse, saved = exact_engine.forward(problem, self._scores.plain, want_lse)
             return Forward(o, lse, self.certificate, saved)
@@ -229,6 +159,29 @@ class Plan:
             n_exact_rows=n_failed,
         )
         return Forward(o, lse, certificate, saved)
+
+    def _forward_by_sample(self, problem: Problem, want_lse: bool) -> Forward:
+        """The first degree whose error in sampled rows, doubled, is within eps."""
+        scores, certificate = self._scores, self.certificate
+        rng = np.random.default_rng(certificate.seed)
+        unit = float(np.finfo(problem.q.dtype).eps) / 2
+        sample = moments.Sample(problem, scores, self._values)
+        for p in self._trials:
+            o, lse, saved = polynomial_engine.forward(problem, scores, self._values, p, False, want_lse)
+            risk = sample.risk(problem, scores, saved.inverse, polynomial_engine.chunk(problem))
+            errors = evidence.row_errors(problem, o, evidence.draw(risk, certificate.n_sampled, rng), unit)
+            truncation = 2 * float(errors.max())
+            if truncation <= self.eps - certificate.rounding:
+                n_features = poly.n_features(problem.q.shape[-1], p.degree)
+                found = replace(certificate, degree=p.degree, n_features=n_features, truncation=truncation)
+                return Forward(o, lse, found, saved)
+        if self._second is not None:
+            return self._second.forward(problem, want_lse)
+        raise BoundedEntryError(
+            f"twice the error of {certificate.n_sampled} sampled rows is {truncation:.2g} at degree {p.degree}, past "
+            f"eps = {self.eps:g}, and no proof certifies it for scores within B = {scores.bound:.4g}; method='exact' "
+            "has no bound"
+        )
 
     def backward(self, problem: Problem, forward: Forward, do: np.ndarray):
         """dq, dk, dv and the gradient of the bias's symbol, or None."""
@@ -309,9 +262,102 @@ def make_plan(
 ) -> Plan:
     """The cheapest engine that certifies eps, or the one that was insisted on.
 
-    Gradients and products with A (`each_weight`) ask that every weight be near exp: moments, which speak of sums over
-    keys, do not serve them. A proof serves ``certify="sample"`` too, so `certify` changes nothing yet.
+    Gradients and products with A (`each_weight`) ask that every weight be near exp: moments and samples, which speak of
+    sums over keys, do not serve them.
     """
+    how = {"eps": eps, "method": method, "degree": degree, "seed": seed, "grad": grad, "each_weight": each_weight}
+    sampling = certify == "sample" and method in ("auto", "polynomial") and not (grad or each_weight or problem.empty)
+    if sampling and polynomial_engine.unsupported(problem) is None:
+        try:
+            made = _by_proof(problem, **how)
+        except BoundedEntryError:
+            made = _by_sample(problem, None, eps, degree, seed)
+            if made is None:
+                raise
+        else:
+            made = _by_sample(problem, made, eps, degree, seed) or made
+    else:
+        made = _by_proof(problem, **how)
+    if not fits(made.bytes.get(made.engine, 0.0)):
+        raise MemoryError(
+            f"the {made.engine} engine needs {made.bytes[made.engine] / 2**30:.3g} GiB beyond inputs and outputs, "
+            f"and {available_memory() / 2**30:.3g} GiB are available"
+        )
+    if made.engine == "exact" and method == "auto" and made.seconds.get("exact", 0.0) > _MINUTE:
+        warnings.warn(
+            f"exact attention is predicted to take {made.seconds['exact']:.0f} s: {made.reason}",
+            PerformanceWarning,
+            stacklevel=5,
+        )
+    return made
+
+
+def _by_sample(
+    problem: Problem, proved: Plan | None, eps: float, degree: int | None, seed: int | None
+) -> Plan | None:
+    """Degrees to be tried whose work, all together, is below that of what is proved; None where there are none."""
+    if proved is None:
+        scores, values = measure(problem), measure_values(problem)
+        seconds, sizes = {}, {}
+    else:
+        scores, values, seconds, sizes = proved._scores, proved._values, dict(proved.seconds), dict(proved.bytes)
+    rounding = _polynomial_rounding(problem, scores.bound, values)
+    if rounding >= eps or scores.bound > poly.MAX_BOUND:
+        return None
+    H, G, n, d = problem.q.shape
+    exact = exact_operations(problem, False)
+    rows = min(_SAMPLED_ROWS, H * G * n)
+    # Where j - i matters, each row costs a tile.
+    sampling = exact * min(1.0, rows * (1 if problem.hi is None else _TILE) / (H * G * n))
+    limit = math.inf
+    if proved is not None:
+        limit = exact if proved.engine == "exact" else proved._choice.operations
+    if proved is not None and exact < _TOO_SMALL:
+        return None
+    B, trials, total = poly.B_grid(scores.bound), [], 0.0
+    kappa = moments.Sample(problem, scores, values).kappa()
+    for g in [degree] if degree else range(1, _MOST_BY_MOMENTS + 1):
+        line = poly.MomentPolynomial(B, 1, (1.0, 1.0), 0, (0.0, 0.0))
+        p = line if g == 1 else poly.fit_moments(B, g, kappa * (g == 2))
+        total += polynomial_engine.operations(problem, g, False) + sampling
+        if total >= limit or not fits(polynomial_engine.memory(problem, g, False)):
+            break
+        if p is not None:
+            trials.append(p)
+    if not trials:
+        return None
+    first = trials[0].degree
+    speed = rate(problem.q.dtype.name) * problem.threads
+    seconds["polynomial"] = (polynomial_engine.operations(problem, first, False) + sampling) / speed
+    sizes["polynomial"] = polynomial_engine.memory(problem, first, False)
+    certificate = Certificate(
+        "polynomial",
+        first,
+        poly.n_features(d, first),
+        scores.bound,
+        "sampled",
+        eps - rounding,
+        rounding,
+        seed=secrets.randbits(63) if seed is None else seed,
+        n_sampled=rows,
+    )
+    reason = "the smallest degree whose error in sampled rows, doubled, is within eps"
+    made = _plan(problem, "polynomial", scores, values, certificate, False, reason, seconds, sizes, eps)
+    made._trials, made._second = trials, proved
+    return made
+
+
+def _by_proof(
+    problem: Problem,
+    *,
+    eps: float,
+    method: str,
+    degree: int | None,
+    seed: int | None,
+    grad: bool,
+    each_weight: bool,
+) -> Plan:
+    """As `make_plan`, by proof."""
     if method == "fft":
         raise NotImplementedError("method='fft' comes with the fft engine, which this version does not have")
     missing = polynomial_engine.unsupported(problem)
@@ -323,9 +369,9 @@ def make_plan(
         return _plan(problem, "exact", scores, None, certificate, grad, "no query sees a key", {}, {}, eps)
 
     scores, values = measure(problem), measure_values(problem)
-    rate = _rate(problem.q.dtype.name) * problem.threads
-    seconds = {"exact": _exact_operations(problem, grad) / rate}
-    sizes = {"exact": _exact_bytes(problem, grad)}
+    speed = rate(problem.q.dtype.name) * problem.threads
+    seconds = {"exact": exact_operations(problem, grad) / speed}
+    sizes = {"exact": exact_bytes(problem, grad)}
     worst = chosen = None
     refusal = f"the polynomial engine does not do {missing}" if missing else None
     if not missing and method != "exact":
@@ -336,7 +382,7 @@ def make_plan(
         if chosen is None and (method == "polynomial" or degree is not None):
             raise BoundedEntryError(refusal)
     if chosen is not None:
-        seconds["polynomial"] = chosen.operations / rate
+        seconds["polynomial"] = chosen.operations / speed
         sizes["polynomial"] = polynomial_engine.memory(problem, chosen.degree, grad)
 
     def exactly(reason):
@@ -348,8 +394,8 @@ def make_plan(
     def by_polynomial(choice, reason):
         made = _polynomial_plan(problem, scores, values, choice, grad, reason, seconds, sizes, eps)
         if choice.rule is not None:
-            fits = worst is not None and _fits(polynomial_engine.memory(problem, worst.degree, grad))
-            if fits and (method == "polynomial" or worst.operations / rate < seconds["exact"]):
+            affordable = worst is not None and fits(polynomial_engine.memory(problem, worst.degree, grad))
+            if affordable and (method == "polynomial" or worst.operations / speed < seconds["exact"]):
                 made._second = by_polynomial(worst, reason)
             elif method == "auto":
                 made._second = exactly("moments certify too few rows")
@@ -361,18 +407,6 @@ def make_plan(
     else:
         insisted = "method='exact'" if method == "exact" else refusal or "the cheapest engine that certifies eps"
         made = exactly(insisted)
-    if not _fits(sizes[made.engine]):
-        available = _available_memory()
-        raise MemoryError(
-            f"the {made.engine} engine needs {sizes[made.engine] / 2**30:.3g} GiB beyond inputs and outputs, "
-            f"and {available / 2**30:.3g} GiB are available"
-        )
-    if made.engine == "exact" and method == "auto" and seconds["exact"] > _MINUTE:
-        warnings.warn(
-            f"exact attention is predicted to take {seconds['exact']:.0f} s: {made.reason}",
-            PerformanceWarning,
-            stacklevel=5,
-        )
     return made
 
 
@@ -415,7 +449,7 @@ def _by_moments(
     """The cheapest degree below that of the worst case that moments are expected to certify, or None."""
     most = degree or (worst.degree - 1 if worst else _MOST_BY_MOMENTS)
     allowed = eps - _polynomial_rounding(problem, scores.bound, values)
-    exact = _exact_operations(problem, False)
+    exact = exact_operations(problem, False)
     if most < 2 or allowed <= 0 or scores.bound > poly.MAX_BOUND or (degree and worst):
         return None
     if method == "auto" and exact < _TOO_SMALL:
@@ -504,7 +538,7 @@ def _certified(problem: Problem, scores: Scores, values: Values, eps: float, deg
 
 
 def _cheaper(seconds: dict[str, float], sizes: dict[str, float]) -> bool:
-    return seconds["polynomial"] < seconds["exact"] and _fits(sizes["polynomial"])
+    return seconds["polynomial"] < seconds["exact"] and fits(sizes["polynomial"])
 
 
 def _polynomial_rounding(problem: Problem, B: float, values: Values) -> float:
@@ -528,59 +562,3 @@ def _exact_rounding(problem: Problem, bound: float, values: Values) -> float:
     if problem.near is not None and problem.scale:
         bound *= max(1.0, abs(problem.near[1] / problem.scale))
     return min(1.0, unit * ((16 + math.sqrt(n_k / 96)) * max(1.0, values.offset) + (2 + math.sqrt(d) / 2) * bound))
-
-
-def _exact_operations(problem: Problem, grad: bool) -> float:
-    H, G, n, d = problem.q.shape
-    d_v = problem.v.shape[2]
-    exp = 60 if problem.q.dtype == np.float32 else 120
-    pairs = H * G * exact_engine.pairs(problem)
-    per_pair = 2 * (d + d_v) + exp
-    if grad:
-        per_pair += 2 * (3 * d + 2 * d_v) + 2 * exp
-    return pairs * per_pair + 60.0 * H * (G * n + problem.k.shape[1]) * (d + d_v)
-
-
-def _exact_bytes(problem: Problem, grad: bool) -> float:
-    H, G, n, d = problem.q.shape
-    n_k, d_v = problem.v.shape[1:]
-    item = problem.q.itemsize
-    size = H * n_k * d * item + H * G * n * 2 * item
-    if grad:
-        # Transposed and padded copies of q and do, and a dq for each segment of keys.
-        size += (H * G * n * (2 * (d + d_v) + d * exact_engine.segments(problem)) + H * n_k * d_v) * item
-    return size
-
-
-@lru_cache(maxsize=4)
-def _rate(dtype: str) -> float:
-    """Operations a second of one thread, measured once a process in about a millisecond."""
-    rng = np.random.default_rng(0)
-    q, k, v = rng.standard_normal((3, 1, 384, 32)).astype(dtype)
-    problem = Problem(q=q[None], k=k, v=v, scale=1 / 32, threads=1)
-    best = math.inf
-    for _ in range(4):
-        start = time.perf_counter()
-        exact_engine.forward(problem, 1.0, False)
-        best = min(best, time.perf_counter() - start)
-    return _exact_operations(problem, False) / best
-
-
-def _fits(size: float) -> bool:
-    # Asking the system costs as much as a small call.
-    return size < 2**26 or size <= _available_memory()
-
-
-def _available_memory() -> float:
-    """Bytes that can be had without swapping, where the system tells; else inf."""
-    try:
-        with open("/proc/meminfo") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return float(line.split()[1]) * 1024
-    except OSError:
-        pass
-    try:
-        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (ValueError, OSError, AttributeError):
-        return math.inf

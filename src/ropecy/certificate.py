@@ -1,0 +1,90 @@
+"""What is promised of a result, and what stands in the way of a promise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+class BoundedEntryError(ValueError):
+    """A method or a degree that was insisted on can't certify eps for scores of this size."""
+
+
+class PerformanceWarning(UserWarning):
+    """Exact work that is predicted to take more than a minute."""
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """What is promised of a result.
+
+    Attributes
+    ----------
+    engine : str
+        "exact" or "polynomial".
+    degree, n_features : int or None
+        Of the polynomial.
+    bound : float
+        B, a bound of every (centred) score.
+    rule : str
+        What the bound of the truncation rests on: "exact" (there is none), "worst case" (every score may be B),
+        "moments" (of the scores of each row; proved once the row is computed), or "sampled": not proved, but twice the
+        largest error of `n_sampled` rows, half of them those that have most to fear, half drawn from the others.
+    truncation : float
+        Error of the polynomial, in units of max_c range_j(V_jc).
+    rounding : float
+        Of floating point, in the same units: a model of its size, not a proof.
+    rows_truncation : (..., n) float64 array or None
+        `truncation` row by row, in units of the range over the keys that the row sees; None in a plan.
+    n_exact_rows : int
+        How many rows were computed exactly, the polynomial's certificate being too large there.
+    seed, failure : int or None, float
+        Of the coins behind the rule, where coins were used ("sampled", and the fourth moments of degrees 2 and 3), and
+        the probability that they make a proved rule wrong.
+    n_sampled : int
+        How many rows were computed exactly to be compared.
+
+    Notes
+    -----
+    Of a result O, ``|O_ic - Attn_ic| <= error * range_j(V_jc)``. Of gradients, with e = error, omega_i the range over j
+    of <dO_i, V_j>, P the softmax weights, zeta = 2 e / (1 - e) and c = abs(scale): dQ_i is within
+    ``c artanh(e) / 4 omega_i diam(K)``, dK_j within ``c zeta sum_i P_ij omega_i ||Q_i||``, and dV_jc within
+    ``zeta sum_i P_ij |dO_ic|``.
+    """
+
+    engine: str
+    degree: int | None
+    n_features: int | None
+    bound: float
+    rule: str
+    truncation: float
+    rounding: float
+    rows_truncation: np.ndarray | None = field(default=None, repr=False, compare=False)
+    n_exact_rows: int = 0
+    seed: int | None = None
+    failure: float = 0.0
+    n_sampled: int = 0
+
+    @property
+    def error(self) -> float:
+        """truncation + rounding."""
+        return self.truncation + self.rounding
+
+    def __str__(self) -> str:
+        how = self.engine
+        if self.degree is not None:
+            how += f", degree {self.degree} ({self.n_features:,} features)"
+        coins = f" but for a probability of {self.failure:g} (seed {self.seed})" if self.failure else ""
+        if self.rule == "sampled":
+            coins = f", twice that of {self.n_sampled} rows (seed {self.seed}), not proved"
+        rows = f", {self.n_exact_rows:,} rows exactly" if self.n_exact_rows else ""
+        return (
+            f"{how}{rows}: error <= {self.error:.2g}{coins} ({self.rule}: truncation {self.truncation:.2g}, "
+            f"rounding {self.rounding:.2g}), scores within {self.bound:.4g}"
+        )
+
+
+def nothing_to_do() -> Certificate:
+    """The certificate of a result without a pair of a query and a key: exactly 0."""
+    return Certificate("exact", None, None, 0.0, "exact", 0.0, float(np.finfo(np.float64).eps))
