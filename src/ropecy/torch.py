@@ -267,7 +267,7 @@ class RoPEAttention(nn.Module):
         return self.o_proj(o.transpose(-3, -2).flatten(-2))
 
     def plan(self, n: int) -> Plan:
-        """The plan, with certificates of forward and backward, that holds for every input of n tokens.
+        """The plan of one head, with certificates of forward and backward that hold for every input of n tokens.
 
         It is that of scores which attain the bound, in float32, and of values no larger than their range.
 
@@ -283,7 +283,7 @@ class RoPEAttention(nn.Module):
         rows = np.zeros((n, self.head_dim), np.float32)
         rows[:, 0] = np.where(np.arange(n) % 2, -1, 1)
         options = {"scale": self.bound, "causal": self.causal, "eps": self.eps, "method": self.method}
-        return make_plan(rows, rows, grad=True, threads=torch.get_num_threads(), **options)
+        return make_plan(rows, rows, np.maximum(rows, 0), grad=True, threads=torch.get_num_threads(), **options)
 
     def extra_repr(self) -> str:
         return f"rotary={self.rotary}, bound={self.bound}, causal={self.causal}, eps={self.eps}, method={self.method!r}"
