@@ -227,6 +227,29 @@ def test_error_after_131072_tokens(rng):
     assert_within(state.attend(Q[:, -1]), expected[:, 0], V, 1e-3)
 
 
+@pytest.mark.parametrize("window", [None, 4])
+def test_interrupted_extend_leaves_the_state_as_it_was(window, rng, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    Q, K, V = text(rng, 30)
+    state = ropecy.DecodeState(6, 5, ropecy.Rotary(6), window=window)
+    with monkeypatch.context() as patch:
+        patch.setattr("ropecy.decode.polynomial_engine.key_states", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            state.extend(K, V)
+    with pytest.raises(ValueError, match="attend: got a state without tokens"):
+        state.attend(Q[0])
+    state.extend(K, V)
+    before = state.attend(Q[0])
+    with monkeypatch.context() as patch:
+        patch.setattr("ropecy.decode.polynomial_engine.key_states", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            state.extend(K, V)
+    assert state.length == 30
+    np.testing.assert_array_equal(state.attend(Q[0]), before)
+
+
 def test_results_do_not_depend_on_threads(rng, monkeypatch):
     Q, K, V = text(rng, 5000, lead=(3,))
     found = []

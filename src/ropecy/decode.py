@@ -268,7 +268,7 @@ class DecodeState:
         -------
         (..., d_v) array
         """
-        if self._lead is None:
+        if self._length == 0:
             raise ValueError("attend: got a state without tokens, wants extend or step first")
         q = _validate.check_query(q, self._options.d, self._dtype, self._lead)
         largest = self._enforce("q", q)

@@ -1,9 +1,11 @@
 /* One token of decoding against a state of fixed size, for one precision (include after monomials.template.c).
  *
- * A single query leaves the lanes of evaluate empty, so lanes are features here: a query's features with their weights
- * are a row of the state's pitch, and a numerator is one dot with a column of the state. Tokens of the ring are exact in
- * the same way, their features being exp(q . k_j). What bounds a step: reading and writing the state once, at 42 to 49
- * GB/s (AVX-512, one thread, states of 0.7 to 5 MB and a query a key head; small states half of that).
+ * A single query leaves the lanes of evaluate empty, so lanes are features here: a query's features with their
+ * weights are a row of the state's pitch, and a numerator is one dot with a column of the state. Tokens of the ring
+ * are exact in the same way, their features being exp(q . k_j).
+ *
+ * What bounds a step: reading and writing the state once, at 42 to 49 GB/s (AVX-512, one thread, states of 0.7 to
+ * 5 MB and a query a key head; small states half of that).
  */
 
 /* phi[f] = all monomials of x up to `degree`, zeros elsewhere up to the pitch; stores run over by a vector. */

@@ -6,5 +6,9 @@
 #include "monomials.template.c"
 #include "decode.template.h" /* in float64 alone: a state has no end of tokens to sum */
 
-const rc_monomials_kernels RC_TABLE(rc_monomials) = {&RC_NAME_F32(functions), &RC_NAME_F64(functions), RC_NAME_F64(step_workspace),
-                                                       RC_NAME_F64(step)};
+const rc_monomials_kernels RC_TABLE(rc_monomials) = {
+    &RC_NAME_F32(functions),
+    &RC_NAME_F64(functions),
+    RC_NAME_F64(step_workspace),
+    RC_NAME_F64(step),
+};
