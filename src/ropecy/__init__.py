@@ -16,6 +16,7 @@ The map of the package:
 `check`, `Evidence`                         a finished result against rows computed exactly
 `BoundedEntryError`, `PerformanceWarning`   what stands in the way of a certificate, or of speed
 `info`                                      versions and what the machine offers
+`ropecy.mpi` (to be imported by name)       the same over the ranks of an MPI communicator
 ==========================================  ================================================
 
 ``ropecy.torch`` and ``ropecy.transformers`` are for those libraries, and imported by whoever wants them.

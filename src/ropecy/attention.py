@@ -279,13 +279,19 @@ class Evaluation:
         if self._plan is None:
             zeros = (np.zeros_like(X) for X in (problem.q, problem.k, problem.v))
             return self.call.gradients(*zeros, None)
-        do = self.call.from_user(dO)
-        # Gradients are linear in dO. A power of two keeps <dO, V> from overflow, where Inf - Inf would be NaN.
-        exponent = math.frexp(largest)[1]
-        exponent = exponent if exponent > np.finfo(do.dtype).maxexp // 3 else 0
-        if exponent:
-            do = np.ldexp(do, -exponent)
+        do, exponent = without_overflow(self.call.from_user(dO), largest)
         return self.call.gradients(*self._plan.backward(problem, self._forward, do), exponent=exponent)
+
+
+def without_overflow(do: np.ndarray, largest: float) -> tuple[np.ndarray, int]:
+    """do / 2^exponent and exponent, max |do| = largest.
+
+    Gradients are linear in dO. A power of two keeps <dO, V> from overflow, where Inf - Inf would be NaN.
+    """
+    exponent = math.frexp(largest)[1]
+    if exponent <= np.finfo(do.dtype).maxexp // 3:
+        return do, 0
+    return np.ldexp(do, -exponent), exponent
 
 
 class AttentionMatrix:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -60,27 +61,42 @@ class Values:
     mean: np.ndarray
 
 
-def measure_values(problem: Problem) -> Values:
+class Alone:
+    """What one process knows is all there is; `ropecy._ranks.Ranks` asks the others."""
+
+    @staticmethod
+    def largest(X: np.ndarray) -> np.ndarray:
+        """The largest of every rank's X, entry by entry."""
+        return X
+
+    @staticmethod
+    def total(X: np.ndarray) -> np.ndarray:
+        """The sum of every rank's X."""
+        return X
+
+
+def measure_values(problem: Problem, ranks: Any = Alone) -> Values:
     """Middle and offset of the values. Time O(n_k d_v)."""
     v = problem.v
     total, low, high = _rows.columns(v, problem.key_mask, problem.threads)
+    total, low, high = ranks.total(total), -ranks.largest(-low), ranks.largest(high)
     empty = low > high
     low[empty], high[empty] = 0, 0
     middle = (0.5 * low + 0.5 * high).astype(v.dtype)
     spread = float((0.5 * high - 0.5 * low).max())
     largest = float(np.maximum(np.abs(low), np.abs(high)).max())
-    mean = total / kept_keys(problem)[:, None]
+    mean = total / kept_keys(problem, ranks)[:, None]
     return Values(middle, 0.5 * largest / spread if spread else 1.0, low, high, mean)
 
 
-def kept_keys(problem: Problem) -> np.ndarray:
+def kept_keys(problem: Problem, ranks: Any = Alone) -> np.ndarray:
     """How many keys of a slot key_mask keeps, and at least 1: (H,)."""
-    if problem.key_mask is None:
-        return np.full(problem.k.shape[0], max(1, problem.k.shape[1]))
-    return np.maximum(problem.key_mask.sum(axis=1), 1)
+    H, n_k = problem.k.shape[:2]
+    kept = np.full(H, n_k) if problem.key_mask is None else problem.key_mask.sum(axis=1)
+    return np.maximum(ranks.total(kept), 1)
 
 
-def measure(problem: Problem) -> Scores:
+def measure(problem: Problem, ranks: Any = Alone) -> Scores:
     """Bounds by Cauchy-Schwarz, from all queries and from the keys that key_mask keeps; the worst slot's.
 
     Notes
@@ -92,11 +108,12 @@ def measure(problem: Problem) -> Scores:
     scale = abs(problem.scale)
     room = 1 + 4 * (d + 8) * float(np.finfo(q.dtype).eps)
     with np.errstate(all="ignore"):
-        q_norm = _rows.largest_norms(q.reshape(H, G * n, d), None, None, problem.threads)
-        plain_norm = _rows.largest_norms(k, keep, None, problem.threads)
+        q_norm = ranks.largest(_rows.largest_norms(q.reshape(H, G * n, d), None, None, problem.threads))
+        plain_norm = ranks.largest(_rows.largest_norms(k, keep, None, problem.threads))
         plain = float((q_norm * plain_norm).max()) * scale * room
-        mean = (_rows.columns(k, keep, problem.threads)[0] / kept_keys(problem)[:, None]).astype(k.dtype)
-        mean_norm = _rows.largest_norms(k, keep, mean, problem.threads)
+        total = ranks.total(_rows.columns(k, keep, problem.threads)[0])
+        mean = (total / kept_keys(problem, ranks)[:, None]).astype(k.dtype)
+        mean_norm = ranks.largest(_rows.largest_norms(k, keep, mean, problem.threads))
         shifted = float((q_norm * mean_norm).max()) * scale * room
     if not math.isfinite(plain):
         return Scores(math.inf, math.inf, None, 1.0, 1.0)

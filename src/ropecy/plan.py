@@ -259,13 +259,18 @@ def make_plan(
     seed: int | None,
     grad: bool,
     each_weight: bool = False,
+    measured: tuple[Scores, Values] | None = None,
+    piece: Problem | None = None,
 ) -> Plan:
     """The cheapest engine that certifies eps, or the one that was insisted on.
 
     Gradients and products with A (`each_weight`) ask that every weight be near exp: moments and samples, which speak of
     sums over keys, do not serve them.
+
+    A problem in pieces is planned as a whole, of which `measured` was found together; memory is that of a `piece`.
     """
     how = {"eps": eps, "method": method, "degree": degree, "seed": seed, "grad": grad, "each_weight": each_weight}
+    how |= {"measured": measured, "piece": piece}
     sampling = certify == "sample" and method in ("auto", "polynomial") and not (grad or each_weight or problem.empty)
     if sampling and polynomial_engine.unsupported(problem) is None:
         try:
@@ -356,6 +361,8 @@ def _by_proof(
     seed: int | None,
     grad: bool,
     each_weight: bool,
+    measured: tuple[Scores, Values] | None,
+    piece: Problem | None,
 ) -> Plan:
     """As `make_plan`, by proof."""
     if method == "fft":
@@ -368,10 +375,11 @@ def _by_proof(
         certificate = nothing_to_do()
         return _plan(problem, "exact", scores, None, certificate, grad, "no query sees a key", {}, {}, eps)
 
-    scores, values = measure(problem), measure_values(problem)
+    scores, values = measured or (measure(problem), measure_values(problem))
+    piece = piece or problem
     speed = rate(problem.q.dtype.name) * problem.threads
     seconds = {"exact": exact_operations(problem, grad) / speed}
-    sizes = {"exact": exact_bytes(problem, grad)}
+    sizes = {"exact": exact_bytes(piece, grad)}
     worst = chosen = None
     refusal = f"the polynomial engine does not do {missing}" if missing else None
     if not missing and method != "exact":
@@ -383,7 +391,7 @@ def _by_proof(
             raise BoundedEntryError(refusal)
     if chosen is not None:
         seconds["polynomial"] = chosen.operations / speed
-        sizes["polynomial"] = polynomial_engine.memory(problem, chosen.degree, grad)
+        sizes["polynomial"] = polynomial_engine.memory(piece, chosen.degree, grad)
 
     def exactly(reason):
         certificate = Certificate(

@@ -165,24 +165,23 @@ class Call:
     """A call's arguments after validation: `problem`, `how` to compute it, and the way back to the user's arrays.
 
     ``shape`` is that of the result, ``dtype`` the user's, ``how`` the keyword arguments of ``plan.make_plan``;
-    `problem` has ``key_heads`` slots for each batch element, which ``heads`` query heads share.
+    `problem` has ``key_heads`` slots for each batch element, which ``heads`` query heads share. Where the arguments are
+    a piece of a longer sequence, ``length`` and ``least_key_heads`` are what the pieces agree upon.
     """
 
-    def __init__(self, arguments: _validate.Arguments, how: dict[str, Any]) -> None:
+    def __init__(
+        self, arguments: _validate.Arguments, how: dict[str, Any], *, length: int = 1, least_key_heads: int = 1
+    ) -> None:
         a = self._arguments = arguments
         self.how = how
         self.dtype = a.dtype
         self.shape = a.lead + (a.n, a.d_v)
         # What differs between the heads of a group ends the sharing.
         self.heads = a.heads
-        self.key_heads = math.lcm(
-            *(_head_count(X, 2) for X in (a.K, a.W_K, a.V, a.W_V) if X is not None),
-            *(_head_count(X, 1) for X in (a.key_mask, a.k_positions) if X is not None),
-        )
+        self.key_heads = math.lcm(key_heads_of(a), least_key_heads)
         rotate = None
         if a.R is not None:
-            highest = (int(p.max()) for p in (a.q_positions, a.k_positions) if p.size)
-            theta, factor = a.R._frequencies(max(1, 1 + max(highest, default=0)))
+            theta, factor = a.R._frequencies(max(length, length_of(a)))
             rotate = partial(rotate_rows, theta=theta, factor=factor, pairing=a.R.pairing, threads=a.threads)
         self._q = _Rows(_given(a, "Q", "W_Q", "W"), a.batch, a.heads, a.q_positions, rotate)
         self._k = _Rows(_given(a, "K", "W_K"), a.batch, self.key_heads, a.k_positions, rotate)
@@ -216,18 +215,19 @@ class Call:
             hi=None if a.hi is not None and a.hi >= last else a.hi,
             q_offset=a.q_offset,
             near=a.near,
-            bias=None if a.bias is None or 0 in (a.n, a.n_k) else self._symbol(first, last, slots, group),
+            bias=None if a.bias is None or 0 in (a.n, a.n_k) else self.symbol(first, last),
             key_mask=mask,
             threads=a.threads,
         )
 
-    def _symbol(self, first: int, last: int, slots: int, group: int) -> np.ndarray:
+    def symbol(self, first: int, last: int) -> np.ndarray:
+        """The bias at offsets t from first to last, as `Problem.bias` holds it."""
         a = self._arguments
         symbol = a.bias._symbol(first, last)
         if len(symbol) == 1:
             return symbol[None]
         symbol = np.broadcast_to(symbol, (math.prod(a.batch),) + symbol.shape)
-        return symbol.reshape(slots, group, symbol.shape[-1])
+        return symbol.reshape(-1, a.heads // max(self.key_heads, 1), symbol.shape[-1])
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -258,10 +258,12 @@ class Call:
         dsymbol: np.ndarray | None,
         *,
         exponent: int = 0,
+        total: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> dict[str, np.ndarray]:
         """{"dQ": ..., "dW_Q": ...}: an engine's gradients, which are overwritten, times 2^exponent.
 
-        Every argument that was given has its gradient, in its shape and dtype.
+        Every argument that was given has its gradient, in its shape and dtype. `total` makes the gradient of what
+        pieces of a sequence share, projections, of a piece's part of it.
         """
         a = self._arguments
         H, G, n, d = dq.shape
@@ -269,30 +271,33 @@ class Call:
             found = self._q.gradients(dq.reshape(H * G, n, d))
             found |= self._k.gradients(dk)
             found |= self._v.gradients(dv[..., : self.shape[-1]])
+            if total:
+                found.update({name: total(X) for name, X in found.items() if name.startswith("W")})
             if exponent:
                 found = {name: np.ldexp(X, exponent) for name, X in found.items()}
                 dsymbol = None if dsymbol is None else np.ldexp(dsymbol, exponent)
         gradients = {"d" + name: self._cast(X) for name, X in found.items()}
         if a.bias is not None:
-            gradients["dbias"] = self._bias_gradient(dsymbol)
+            gradients["dbias"] = self.bias_gradient(dsymbol, -(a.n - 1) - a.q_offset)
         return gradients
 
-    def _bias_gradient(self, dsymbol: np.ndarray | None) -> np.ndarray:
+    def bias_gradient(self, dsymbol: np.ndarray | None, first: int) -> np.ndarray:
+        """The gradient of the bias from that of its symbol (H, G, _), at offsets t from `first` on."""
         a = self._arguments
         if dsymbol is None:
             # No pair of a query and a key: nothing was added anywhere.
             dsymbol = np.zeros((a.bias.heads or 1, 1))
         else:
-            heads = 1 if self.problem.bias.shape[:2] == (1, 1) else a.heads
+            heads = 1 if a.bias.heads in (None, 1) else a.heads
             dsymbol = dsymbol.reshape(-1, heads, dsymbol.shape[-1]).sum(axis=0)
-        return a.bias._gradient(dsymbol, -(a.n - 1) - a.q_offset)
+        return a.bias._gradient(dsymbol, first)
 
     def _cast(self, X: np.ndarray) -> np.ndarray:
         with np.errstate(over="ignore"):
             return X.astype(self.dtype, copy=False)
 
 
-def prepare(
+def check(
     Q: Any,
     K: Any,
     V: Any,
@@ -317,8 +322,8 @@ def prepare(
     degree: Any = None,
     seed: Any = None,
     threads: Any = None,
-) -> Call:
-    """Check the arguments of `attention`, project, rotate and lay out: everything before the choice of an engine."""
+) -> tuple[_validate.Arguments, dict[str, Any]]:
+    """The arguments of `attention`, checked: what they say of the numbers, and of how to compute."""
     how = _validate.check_method(eps=eps, certify=certify, method=method, degree=degree, seed=seed)
     arguments = _validate.check_arguments(
         Q,
@@ -340,15 +345,40 @@ def prepare(
         q_offset=q_offset,
         threads=threads,
     )
-    return Call(arguments, how)
+    return arguments, how
+
+
+def prepare(Q: Any, K: Any, V: Any, R: Any = None, **options: Any) -> Call:
+    """Check the arguments of `attention`, project, rotate and lay out: everything before the choice of an engine."""
+    return Call(*check(Q, K, V, R, **options))
 
 
 def prepare_for(function: str, Q: Any, K: Any, V: Any, R: Any, options: dict[str, Any]) -> Call:
     """`prepare` for a function that takes **options, at whose door a wrong keyword is laid."""
-    unknown = [name for name in options if name not in prepare.__kwdefaults__]
+    check_names(function, options)
+    return prepare(Q, K, V, R, **options)
+
+
+def check_names(function: str, options: dict[str, Any]) -> None:
+    """Refuse keywords that `attention` does not have."""
+    unknown = [name for name in options if name not in check.__kwdefaults__]
     if unknown:
         raise TypeError(f"{function}() got an unexpected keyword argument {unknown[0]!r}")
-    return prepare(Q, K, V, R, **options)
+
+
+def length_of(arguments: _validate.Arguments) -> int:
+    """The largest position + 1, which rules of scaling may depend on; at least 1."""
+    given = (p for p in (arguments.q_positions, arguments.k_positions) if p is not None and p.size)
+    return max(1, 1 + max((int(p.max()) for p in given), default=0))
+
+
+def key_heads_of(arguments: _validate.Arguments) -> int:
+    """How many heads differ in keys, values or masks, each of which query heads share."""
+    a = arguments
+    return math.lcm(
+        *(_head_count(X, 2) for X in (a.K, a.W_K, a.V, a.W_V) if X is not None),
+        *(_head_count(X, 1) for X in (a.key_mask, a.k_positions) if X is not None),
+    )
 
 
 def _head_count(X: np.ndarray, inner: int) -> int:

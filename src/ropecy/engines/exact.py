@@ -135,15 +135,31 @@ def forward_rows(problem: Problem, bound: float, rows: np.ndarray, o: np.ndarray
                 lse[head, group, piece] = exact_lse[0, 0]
 
 
+def resume(problem: Problem, bound: float, o: np.ndarray, lse: np.ndarray) -> Saved:
+    """What `backward` needs of a forward pass that had more keys than `problem`, of which o and lse are the results."""
+    q, k, q_factor, k_factor = _without_overflow(problem, bound)
+    gain = 1 / (q_factor * k_factor)
+    log2_sum = np.where(np.isfinite(lse), lse * LOG2E, 0)
+    # What rounding the maximum loses, its partner keeps.
+    maximum = (log2_sum / gain).astype(q.dtype)
+    inverse = np.where(np.isfinite(lse), np.exp2(maximum.astype(np.float64) * gain - log2_sum), 0).astype(q.dtype)
+    return Saved(q, k, _tables(problem, bound, gain), o, maximum, inverse, q_factor, k_factor)
+
+
 def pairs(problem: Problem) -> float:
     """How many pairs of a query and a key the band lets a head see, the work of exact attention."""
     n, n_k = problem.q.shape[2], problem.k.shape[1]
     if problem.lo is None and problem.hi is None:
         return float(n) * n_k
-    rows = np.arange(n) + problem.q_offset
-    first = 0 if problem.lo is None else np.clip(rows + problem.lo, 0, n_k)
-    last = n_k if problem.hi is None else np.clip(rows + problem.hi + 1, 0, n_k)
-    return float(np.sum(np.maximum(np.broadcast_to(last - first, n) + 0.0, 0.0)))
+    before = 0 if problem.lo is None else _clipped_sum(problem.q_offset + problem.lo, n, n_k)
+    upto = n * n_k if problem.hi is None else _clipped_sum(problem.q_offset + problem.hi + 1, n, n_k)
+    return float(upto - before)
+
+
+def _clipped_sum(start: int, n: int, most: int) -> int:
+    """The sum over 0 <= i < n of start + i clipped to [0, most]."""
+    rising, top = (min(max(edge, 0), n) for edge in (-start, most - start))
+    return (top - rising) * (2 * start + rising + top - 1) // 2 + (n - top) * most
 
 
 def segments(problem: Problem) -> int:

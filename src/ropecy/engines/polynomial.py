@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -67,6 +68,7 @@ def forward(
     grad: bool,
     want_lse: bool,
     reach: np.ndarray | None = None,
+    ranks: Any = None,
 ) -> tuple[np.ndarray, np.ndarray | None, Saved]:
     """O (H, G, n, d_v), lse float64 or None, and what backward needs.
 
@@ -83,6 +85,8 @@ def forward(
     want_lse : bool
     reach : array, optional
         As `moments.reach` makes it: moment and spread are measured too, p being a MomentPolynomial.
+    ranks : ropecy._ranks.Ranks, optional
+        Who hold other pieces of the sequence, where this is a piece of it; one state goes between them.
 
     Notes
     -----
@@ -107,11 +111,16 @@ def forward(
         problem.threads,
     )
     order = 0 if reach is None else p.order
-    o, inverse, lse, moment, spread = scan.forward(want_lse, order, reach)
+    if ranks is None:
+        o, inverse, lse, moment, spread = scan.forward(want_lse, order, reach)
+    else:
+        own = ranks.together(scan.key_states)
+        start = ranks.before(own) if problem.hi is not None else ranks.total(own)
+        o, inverse, lse, moment, spread = ranks.together(scan.forward, want_lse, order, reach, start)
     return o, lse, Saved(scan, o, inverse, moment, spread)
 
 
-def backward(problem: Problem, saved: Saved, do: np.ndarray):
+def backward(problem: Problem, saved: Saved, do: np.ndarray, ranks: Any = None):
     """dq, dk, dv of ``<do, O>``, and None, for there is no bias.
 
     Notes
@@ -121,7 +130,13 @@ def backward(problem: Problem, saved: Saved, do: np.ndarray):
     an antiderivative of p, one degree more, so that the pairs have the weights p(s_ij) / den_i there too: a softmax
     gradient of positive weights. Four products of forward's size at that degree, five where causal.
     """
-    dq, dk, dv = saved.scan.backward(saved.o, saved.inverse, do)
+    scan, results = saved.scan, (saved.o, saved.inverse, do)
+    if ranks is None:
+        dq, dk, dv = scan.backward(*results)
+    else:
+        own = ranks.together(scan.query_states, *results)
+        start = ranks.after(own) if problem.hi is not None else ranks.total(own)
+        dq, dk, dv = ranks.together(scan.backward, *results, start)
     if problem.key_mask is not None:
         # phi(k) dS is there for every key; a masked one has no weight.
         dv[~problem.key_mask] = 0

@@ -20,6 +20,7 @@ cdef extern from "c/monomials.h" nogil:
         const void *q
         const void *k
         const void *v
+        int earlier
         const unsigned char *key_mask
         const void *centre
         const void *value_centre
@@ -134,7 +135,7 @@ cdef class Scan:
     cdef bint causal
     cdef ptrdiff_t chunks
     cdef size_t size
-    cdef object arrays, workspace, states
+    cdef object arrays, workspace, states, grad_states
 
     def __init__(self, q, k, v, key_mask, bint causal, ptrdiff_t q_offset, monomials, centre, value_centre,
                  double q_factor, double k_factor, ptrdiff_t segments, int threads):
@@ -144,7 +145,7 @@ cdef class Scan:
         self.arrays = [q, k, v, key_mask, centre, value_centre, monomials]
         p.heads, p.groups, p.n, p.d = q.shape
         p.n_k, p.d_v = v.shape[1:]
-        p.q_offset = q_offset if causal else 0
+        p.q_offset, p.earlier = q_offset if causal else 0, False
         p.q, p.k, p.v = pointer(q), pointer(k), pointer(v)
         p.centre, p.value_centre = pointer(centre), pointer(value_centre)
         p.key_mask = <const unsigned char *>pointer(key_mask)
@@ -161,7 +162,7 @@ cdef class Scan:
         p.grad_packed_size = self.f.grad_packed_size(p) if p.grad_degree else 0
         self.size = (self.f.workspace(p) + 127) // 64 * 64
         self.workspace = None
-        self.states = None
+        self.states = self.grad_states = None
 
     cdef ptrdiff_t in_round(self, ptrdiff_t rows):
         """Pieces of so many rows in a round of a fraction of a second, at least one a thread."""
@@ -207,15 +208,45 @@ cdef class Scan:
     cdef object empty_states(self):
         return np.empty((self.p.heads, self.p.segments, self.p.d_v + 1, self.p.pitch))
 
-    def forward(self, bint want_lse, int order=0, reach=None):
+    cdef void sum_keys(self, ptrdiff_t segments):
+        self.workspace = np.empty(self.threads * self.size, np.uint8)
+        self.states = self.empty_states()
+        self.p.states = <double *>pointer(self.states)
+        self.run_segments(self.f.sum_keys, 0, segments)
+
+    cdef void sum_queries(self, ptrdiff_t first, o, inverse, grad):
+        self.workspace = np.empty(self.threads * self.size, np.uint8)
+        self.p.o, self.p.inverse, self.p.grad = pointer(o), pointer(inverse), pointer(grad)
+        self.grad_states = self.empty_states()
+        self.p.grad_states = <double *>pointer(self.grad_states)
+        self.run_segments(self.f.sum_queries, first, self.p.segments)
+
+    def key_states(self):
+        """sum_j phi(k_j) [v_j - value_centre, 1] of every head, (H, d_v + 1, pitch) float64."""
+        self.sum_keys(self.p.segments)
+        self.workspace = None
+        return self.states.sum(axis=1)
+
+    def query_states(self, o, inverse, grad):
+        """The same sum of queries and the gradients of their numerators and denominators."""
+        self.sum_queries(0, o, inverse, grad)
+        self.workspace = None
+        return self.grad_states.sum(axis=1)
+
+    def forward(self, bint want_lse, int order=0, reach=None, start=None):
         """o (H, G, n, d_v), inverse denominators (H, G, n), lse float64 or None, moment and spread (H, G, n) or None.
 
-        The last two, of what certifies rows (c/monomials.h), where `reach` (H, 1 or chunks, 3, d_v) is given.
+        The last two, of what certifies rows (c/monomials.h), where `reach` (H, 1 or chunks, 3, d_v) is given. `start`
+        (H, d_v + 1, pitch) is the state of keys that lie elsewhere, after `key_states` has summed those here: of what
+        comes before where causal, else of all keys there are.
         """
         q = self.arrays[0]
         shape = q.shape[:3]
         o, inverse = np.zeros(shape + (self.p.d_v,), q.dtype), np.zeros(shape, q.dtype)
         lse = np.full(shape, -np.inf) if want_lse else None
+        if start is None:
+            # Causal: what the last segment adds, no segment sees.
+            self.sum_keys(self.p.segments - 1 if self.causal else self.p.segments)
         self.workspace = np.empty(self.threads * self.size, np.uint8)
         self.p.o, self.p.inverse, self.p.lse = pointer(o), pointer(inverse), <double *>pointer(lse)
         moment = spread = None
@@ -223,54 +254,45 @@ cdef class Scan:
             moment, spread = np.zeros(shape, q.dtype), np.zeros(shape, q.dtype)
             self.p.order, self.p.reaches = order, reach.shape[1]
         self.p.moment, self.p.spread, self.p.reach = pointer(moment), pointer(spread), pointer(reach)
-        self.states = self.empty_states()
-        self.p.states = <double *>pointer(self.states)
         if self.causal:
-            # What the last segment adds, no segment sees.
-            self.run_segments(self.f.sum_keys, 0, self.p.segments - 1)
-            exclusive_sum(self.states)
+            self.p.earlier = start is not None
+            exclusive_sum(self.states, start)
             self.run_segments(self.f.scan_forward, 0, self.p.segments)
         else:
-            self.run_segments(self.f.sum_keys, 0, self.p.segments)
-            self.states = self.states.sum(axis=1)
+            self.states = self.states.sum(axis=1) if start is None else start
             packed = np.empty((self.p.heads, self.p.packed_size), q.dtype)
             self.pack(self.states, packed, None)
             self.run_rows(self.f.forward)
         self.workspace = None
         return o, inverse, lse, moment, spread
 
-    def key_states(self):
-        """sum_j phi(k_j) [v_j - value_centre, 1] of every head, (H, d_v + 1, pitch) float64."""
-        self.workspace = np.empty(self.threads * self.size, np.uint8)
-        states = self.empty_states()
-        self.p.states = <double *>pointer(states)
-        self.run_segments(self.f.sum_keys, 0, self.p.segments)
-        self.workspace = None
-        return states.sum(axis=1)
+    def backward(self, o, inverse, grad, start=None):
+        """dq, dk, dv for do = grad, o and inverse being forward's.
 
-    def backward(self, o, inverse, grad):
-        """dq, dk, dv for do = grad, o and inverse being forward's."""
+        `start` (H, d_v + 1, pitch) is the gradient state of queries that lie elsewhere, after `query_states` has summed
+        those here: of what comes after where causal, else of all queries there are.
+        """
         q, k, v = self.arrays[:3]
         dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
+        if start is None:
+            # Causal: what the first segment adds, no segment sees.
+            self.sum_queries(1 if self.causal else 0, o, inverse, grad)
         self.workspace = np.empty(self.threads * self.size, np.uint8)
         self.p.o, self.p.inverse, self.p.grad = pointer(o), pointer(inverse), pointer(grad)
         self.p.dq, self.p.dk, self.p.dv = pointer(dq), pointer(dk), pointer(dv)
-        grad_states = self.empty_states()
-        self.p.states, self.p.grad_states = <double *>pointer(self.states), <double *>pointer(grad_states)
+        self.p.states = <double *>pointer(self.states)
         if self.causal:
-            self.run_segments(self.f.sum_queries, 1, self.p.segments)
-            exclusive_sum(grad_states[:, ::-1])
+            exclusive_sum(self.grad_states[:, ::-1], start)
             self.run_segments(self.f.scan_grad_queries, 0, self.p.segments)
             self.run_segments(self.f.scan_grad_keys, 0, self.p.segments)
         else:
-            self.run_segments(self.f.sum_queries, 0, self.p.segments)
             packed = np.empty((self.p.heads, self.p.packed_size), q.dtype)
             grad_packed = np.empty((self.p.heads, self.p.grad_packed_size), q.dtype)
             self.pack(self.states, None, grad_packed)
             self.run_rows(self.f.grad_queries)
-            self.pack(grad_states.sum(axis=1), packed, grad_packed)
+            self.pack(self.grad_states.sum(axis=1) if start is None else start, packed, grad_packed)
             self.run(self.f.grad_keys, 0, pieces(self.p.n_k, self.p.chunk), self.p.chunk)
-        self.workspace = None
+        self.workspace = self.grad_states = None
         return dq, dk, dv
 
 
@@ -320,9 +342,9 @@ cdef class Decoder:
         return o
 
 
-def exclusive_sum(states):
-    """states[:, s] becomes the sum of those before it, in place; the last one's own value is not read."""
-    total = np.zeros_like(states[:, 0])
+def exclusive_sum(states, start):
+    """states[:, s] becomes start (None is 0) + the sum of those before it, in place; the last one is not read."""
+    total = np.zeros_like(states[:, 0]) if start is None else start.copy()
     for s in range(states.shape[1]):
         part = states[:, s].copy()
         states[:, s] = total

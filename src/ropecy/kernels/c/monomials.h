@@ -24,6 +24,7 @@
 typedef struct {
     ptrdiff_t heads, groups, n, n_k, d, d_v; /* q (heads, groups, n, d), k (heads, n_k, d), v (heads, n_k, d_v) */
     ptrdiff_t q_offset;                      /* causal: row i sees keys j <= i + q_offset */
+    int earlier;                             /* causal: states start with keys before the first, that every row sees */
     const void *q, *k, *v;
     const unsigned char *key_mask; /* NULL or (heads, n_k); rows of k and v that it hides are finite */
     const void *centre;            /* of keys: NULL or (heads, d) */

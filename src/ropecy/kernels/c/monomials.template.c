@@ -351,7 +351,7 @@ static void RC_NAME(scan_forward)(const rc_monomials_problem *p, ptrdiff_t head,
         const ptrdiff_t begin = RC_NAME(chunk_row)(p, chunk, p->q_offset, p->n);
         const ptrdiff_t end = RC_NAME(chunk_row)(p, chunk + 1, p->q_offset, p->n);
         if (begin < end) {
-            if (first > 0)
+            if (first > 0 || p->earlier)
                 RC_NAME(evaluate_pack)(&w.y, p->degree, w.base, w.part, p->weights, w.packed);
             RC_NAME(load_chunk)(p, &w, head, first, keys);
         }
@@ -360,7 +360,7 @@ static void RC_NAME(scan_forward)(const rc_monomials_problem *p, ptrdiff_t head,
                 const ptrdiff_t lane = head * p->groups + group, rows = rc_min(TILE, end - row);
                 const ptrdiff_t limit = row + p->q_offset - chunk * p->chunk, seen = rc_min(keys, limit + rows);
                 RC_NAME(load_query_tile)(p, &w, lane, row, rows, TILE);
-                if (first > 0)
+                if (first > 0 || p->earlier)
                     RC_NAME(evaluate)(&w.y, p->degree, p->order, w.xt, w.packed, w.phi, w.N, p->moment ? w.moment : 0);
                 else {
                     for (ptrdiff_t i = 0; i < w.y.columns * TILE; i++)
@@ -455,7 +455,7 @@ static void RC_NAME(scan_grad_queries)(const rc_monomials_problem *p, ptrdiff_t 
         const ptrdiff_t begin = RC_NAME(chunk_row)(p, chunk, p->q_offset, p->n);
         const ptrdiff_t end = RC_NAME(chunk_row)(p, chunk + 1, p->q_offset, p->n);
         if (begin < end) {
-            if (first > 0)
+            if (first > 0 || p->earlier)
                 RC_NAME(differentiate_pack)(&w.y, p->grad_degree, w.base, w.part, p->grad_weights, w.grad_packed);
             RC_NAME(load_chunk)(p, &w, head, first, keys);
             RC_NAME(pack_columns)(&w, keys);
@@ -479,7 +479,7 @@ static void RC_NAME(scan_grad_queries)(const rc_monomials_problem *p, ptrdiff_t 
                     for (ptrdiff_t a = 0; a < p->d; a++)
                         dq[i * p->d + a] += (REAL)p->q_factor * w.dx[a * TILE + i];
             }
-            if (first > 0)
+            if (first > 0 || p->earlier)
                 RC_NAME(differentiate_queries)(p, &w, lane, begin, end, w.grad_packed);
         }
         if (chunk + 1 < (segment + 1) * p->chunks_per_segment)

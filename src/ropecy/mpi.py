@@ -1,0 +1,381 @@
+"""One sequence over the ranks of an MPI communicator: each holds a contiguous piece, in the order of ranks.
+
+Import it by name, ``import ropecy.mpi``; it needs mpi4py (``pip install "ropecy[mpi]"``). Every function is collective:
+all ranks call it, with the same options. Arguments and results are those of the functions of the same name in
+`ropecy`, where Q, K, V (and E, dO, key_mask, positions) are the rank's piece. Lengths may differ between ranks, pieces
+may be empty, and rows need not be cut where keys are. Indices and default positions count through all pieces.
+
+What is bad on one rank raises on all of them, with the rank named.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from . import _validate
+from ._ranks import Ranks
+from .attention import VJP, Gradients, without_overflow
+from .bounds import measure, measure_values
+from .engines import polynomial as polynomial_engine
+from .engines.ring import Layout, Ring
+from .plan import Certificate, Plan, make_plan, nothing_to_do
+from .problem import Call, Problem, check, check_names, key_heads_of, length_of
+from .relative import RelativeFamily
+from .rotary import Rotary
+
+__all__ = ["attention", "attention_vjp", "loss_grad"]
+
+
+def attention(
+    comm: Any,
+    Q: ArrayLike,
+    K: ArrayLike,
+    V: ArrayLike,
+    R: Rotary | RelativeFamily | None = None,
+    *,
+    return_certificate: bool = False,
+    return_lse: bool = False,
+    **options: Any,
+) -> Any:
+    """The rank's rows of D^-1 A V, the sequence being that of all ranks.
+
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Intracomm
+        Whose ranks hold the pieces.
+    Q, K, V : (..., n, d), (..., n_k, d), (..., n_k, d_v) arrays
+        The rank's piece; leading axes, widths and dtype are those of all ranks.
+    R, return_certificate, return_lse, **options
+        As in `ropecy.attention`, the same on all ranks; `key_mask`, `q_positions` and `k_positions` speak of the
+        piece, `threads` of the rank. `q_offset` is the index of the first row of all among all keys.
+
+    Returns
+    -------
+    O, certificate, lse
+        As `ropecy.attention` gives them: the rank's rows, and the certificate of the whole.
+
+    Raises
+    ------
+    TypeError, ValueError, BoundedEntryError, NotImplementedError, MemoryError
+        As `ropecy.attention` does, on every rank, and ValueError where ranks disagree.
+
+    Notes
+    -----
+    The polynomial engine moves one state of F (d_v + 1) float64 whatever the length is, F = C(d + g, g); under a causal
+    mask it wants rows on the rank that has the keys of their indices. The exact engine moves half of all pieces through
+    every rank, with each pair of ranks at work once. The same ranks give the same bits.
+    Certificates are those of the worst case.
+    """
+    flags = {"return_certificate": return_certificate, "return_lse": return_lse}
+    evaluation = _Evaluation(Ranks(comm), "attention", Q, K, V, R, options, flags=flags)
+    extra = ([evaluation.certificate] if return_certificate else []) + ([evaluation.lse] if return_lse else [])
+    O = evaluation.call.to_user(evaluation.o)
+    return (O, *extra) if extra else O
+
+
+def attention_vjp(
+    comm: Any,
+    Q: ArrayLike,
+    K: ArrayLike,
+    V: ArrayLike,
+    R: Rotary | RelativeFamily | None = None,
+    **options: Any,
+) -> tuple[np.ndarray, VJP]:
+    """The rank's rows of D^-1 A V, and the map from its rows of dO to gradients.
+
+    Parameters
+    ----------
+    comm, Q, K, V, R, **options
+        As in `attention`.
+
+    Returns
+    -------
+    O : (..., n, d_v) array
+    vjp : VJP
+        As in `ropecy.attention_vjp`, and collective: ``g.dQ``, ``g.dK``, ``g.dV`` are the rank's piece of the gradient
+        of ``<dO, O>`` summed over all ranks; ``g.dW``, ``g.dW_Q``, ``g.dW_K``, ``g.dW_V``, ``g.dbias`` are whole on
+        every rank.
+
+    Raises
+    ------
+    TypeError, ValueError, BoundedEntryError, NotImplementedError, MemoryError
+        As `attention` does.
+    """
+    evaluation = _Evaluation(Ranks(comm), "attention_vjp", Q, K, V, R, options, grad=True)
+    return evaluation.call.to_user(evaluation.o.copy()), _VJP(evaluation)
+
+
+def loss_grad(
+    comm: Any,
+    Q: ArrayLike,
+    K: ArrayLike,
+    V: ArrayLike,
+    E: ArrayLike,
+    R: Rotary | RelativeFamily | None = None,
+    **options: Any,
+) -> Gradients:
+    """The gradients of L = 1/2 || D^-1 A V - E ||_F^2 over all ranks' rows.
+
+    Parameters
+    ----------
+    comm, Q, K, V, R, **options
+        As in `attention`.
+    E : (..., n, d_v) array
+        The rank's rows of the target.
+
+    Returns
+    -------
+    Gradients
+        As `ropecy.loss_grad` gives them: ``g.loss`` and the gradients of projections and biases are whole on every
+        rank, ``g.O``, ``g.dQ``, ``g.dK``, ``g.dV`` the rank's piece.
+
+    Raises
+    ------
+    TypeError, ValueError, BoundedEntryError, NotImplementedError, MemoryError
+        As `attention` does.
+    """
+    ranks = Ranks(comm)
+    evaluation = _Evaluation(ranks, "loss_grad", Q, K, V, R, options, grad=True, target=E)
+    dO, largest = ranks.together(evaluation.difference)
+    loss = 0.5 * ranks.total(np.einsum("i,i->", dO.reshape(-1), dO.reshape(-1), dtype=np.float64))
+    return Gradients(
+        loss=float(loss),
+        O=evaluation.call.to_user(evaluation.o),
+        **evaluation.gradients(dO, largest),
+        certificate=evaluation.gradient_certificate,
+    )
+
+
+class _VJP(VJP):
+    """The rank's dO -> its gradients; all ranks call it together."""
+
+    __slots__ = ()
+
+    def __call__(self, dO: ArrayLike) -> Gradients:
+        evaluation = self._evaluation
+        call = evaluation.call
+
+        def checked() -> tuple[np.ndarray, float]:
+            X = _validate.check_like("dO", dO, call.dtype, call.shape)
+            return X, _validate.check_finite("dO", X)
+
+        gradients = evaluation.gradients(*evaluation.ranks.together(checked))
+        return Gradients(**gradients, certificate=evaluation.gradient_certificate)
+
+
+class _Evaluation:
+    """One call's forward pass, and its backward pass as often as asked, on every rank."""
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        function: str,
+        Q: Any,
+        K: Any,
+        V: Any,
+        R: Any,
+        options: dict[str, Any],
+        *,
+        grad: bool = False,
+        flags: dict[str, Any] | None = None,
+        target: Any = None,
+    ) -> None:
+        self.ranks = ranks
+        self.call, layout = _prepare(ranks, function, Q, K, V, R, options, flags or {})
+        want_lse = bool(flags and flags["return_lse"])
+        self._target = None if target is None else ranks.together(self._checked_target, target)
+        whole, piece = _whole(ranks, self.call, layout)
+        problem = self._problem = replace(self.call.problem, lo=whole.lo, hi=whole.hi)
+        self._saved = self._ring = None
+        if whole.empty:
+            self.o = np.zeros(problem.q.shape[:3] + problem.v.shape[2:], problem.q.dtype)
+            lse = np.full(problem.q.shape[:3], -np.inf)
+            self.certificate = self.gradient_certificate = nothing_to_do()
+        else:
+            made = self._plan = _make_plan(ranks, self.call, problem, whole, piece, layout, grad)
+            self.certificate: Certificate = made.certificate
+            self.gradient_certificate = made.gradient_certificate
+            if made.engine == "polynomial":
+                self.o, lse, self._saved = polynomial_engine.forward(
+                    problem, made._scores, made._values, made._choice.polynomial, grad, want_lse, ranks=ranks
+                )
+            else:
+                masked = any(ranks.gather(problem.key_mask is not None))
+                symbol = None if whole.bias is None else self.call.symbol
+                self._ring = Ring(problem, layout, ranks, made._scores.plain, masked, symbol)
+                self.o, lse = self._ring.forward()
+        self.lse = self.call.lse_to_user(lse) if want_lse else None
+
+    def gradients(self, dO: np.ndarray, largest: float) -> dict[str, np.ndarray]:
+        """{"dQ": ..., ...} for the rank's dO, in the shape of its O, max |dO| = largest."""
+        ranks, call = self.ranks, self.call
+        largest = float(ranks.largest(np.array(largest)))
+        do, exponent = without_overflow(call.from_user(dO), largest)
+        dbias = _DiagonalSum(call)
+        if self._ring is not None:
+            dq, dk, dv = self._ring.backward(do, dbias.add)
+        elif self._saved is not None:
+            dq, dk, dv, _ = polynomial_engine.backward(self._problem, self._saved, do, ranks)
+        else:
+            dq, dk, dv = (np.zeros_like(X) for X in (self._problem.q, self._problem.k, self._problem.v))
+        gradients = call.gradients(dq, dk, dv, None, exponent=exponent, total=ranks.total)
+        if "dbias" in gradients:
+            gradients["dbias"] = dbias.whole(ranks, exponent)
+        return gradients
+
+    def difference(self) -> tuple[np.ndarray, float]:
+        """O - E in the dtype computed in, and its largest entry."""
+        call = self.call
+        with np.errstate(over="ignore"):
+            E = self._target.astype(self.o.dtype, copy=False)
+            dO = self.o[..., : call.shape[-1]].reshape(call.shape) - E
+        return dO, _validate.check_finite("O - E", dO)
+
+    def _checked_target(self, E: Any) -> np.ndarray:
+        E = _validate.check_like("E", E, self.call.dtype, self.call.shape, broadcast=True)
+        _validate.check_finite("E", E)
+        return E
+
+
+class _DiagonalSum:
+    """The gradient of a bias, gathered block by block in float64."""
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+        self._sum: Any = None
+
+    def add(self, dsymbol: np.ndarray, first: int) -> None:
+        part = self._call.bias_gradient(dsymbol, first)
+        self._sum = part.astype(np.float64) if self._sum is None else self._sum + part
+
+    def whole(self, ranks: Ranks, exponent: int) -> np.ndarray:
+        nothing = self._call.bias_gradient(None, 0)
+        own = nothing.astype(np.float64) if self._sum is None else self._sum
+        return np.ldexp(ranks.total(own), exponent).astype(nothing.dtype)
+
+
+def _prepare(
+    ranks: Ranks, function: str, Q: Any, K: Any, V: Any, R: Any, options: dict[str, Any], flags: dict[str, Any]
+) -> tuple[Call, Layout]:
+    """The rank's call, with indices and positions that go on where the rank before ends, and the layout of all."""
+
+    def checked():
+        for name, value in flags.items():
+            _validate.check_flag(name, value)
+        check_names(function, options)
+        _validate.check_values(V)
+        return check(Q, K, V, R, **options)
+
+    a, how = ranks.together(checked)
+    ranks.agree(_facts(function, a, how, options))
+    lengths = np.array(ranks.gather((a.n, a.n_k)))
+    starts = np.cumsum(lengths, axis=0) - lengths
+    layout = Layout(*lengths.T.tolist(), *starts.T.tolist(), a.q_offset)
+    q_start, k_start = layout.q_start[ranks.rank], layout.k_start[ranks.rank]
+    a.q_offset += q_start - k_start
+    if a.R is not None:
+        a.q_positions += q_start if options.get("q_positions") is None else 0
+        a.k_positions += k_start if options.get("k_positions") is None else 0
+    lengths, heads = zip(*ranks.gather((length_of(a), key_heads_of(a))), strict=True)
+    call = ranks.together(Call, a, how, length=max(lengths), least_key_heads=int(np.lcm.reduce(heads)))
+    return call, layout
+
+
+def _facts(function: str, a: _validate.Arguments, how: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """What all ranks must agree upon, by the names that the user knows."""
+
+    def rows(name: str) -> Any:
+        X = options.get(name)
+        return None if X is None else f"an array of leading axes {np.shape(X)[:-1]}"
+
+    return {
+        "function": function,
+        "dtype": str(a.dtype),
+        "d": a.d,
+        "d_v": a.d_v,
+        **{f"leading axes of {name}": getattr(a, name).shape[:-2] for name in "QKV"},
+        **{f"width of {name}": getattr(a, name).shape[-1] for name in "QKV"},
+        **{name: _digest(getattr(a, name)) for name in ("W", "W_Q", "W_K", "W_V")},
+        "R": repr(a.R),
+        "scale": a.scale,
+        "causal and window (as a band)": (a.lo, a.hi),
+        "near": a.near,
+        "bias": None if a.bias is None else (repr(a.bias), _digest(a.bias._values)),
+        "q_offset": a.q_offset,
+        **{name: rows(name) for name in ("key_mask", "q_positions", "k_positions")},
+        **how,
+    }
+
+
+def _digest(X: np.ndarray | None) -> str | None:
+    if X is None:
+        return None
+    content = hashlib.blake2b(np.ascontiguousarray(X), digest_size=8).hexdigest()
+    return f"an array {X.shape} of content {content}"
+
+
+def _whole(ranks: Ranks, call: Call, layout: Layout) -> tuple[Problem, Problem]:
+    """The problem of all ranks and the largest piece of it, of shapes and masks only: neither takes memory."""
+    own = call.problem
+    H, G, _, d = own.q.shape
+    a = call._arguments
+    everyone = ranks.gather((own.threads, own.key_mask is None or bool(own.key_mask.any())))
+    threads, kept = zip(*everyone, strict=True)
+
+    any_kept = any(k and n_k for k, n_k in zip(kept, layout.n_k, strict=True))
+
+    def shaped(n: int, n_k: int, threads: int) -> Problem:
+        zero = np.zeros((), own.q.dtype)
+        first, last = -(n - 1) - layout.q_offset, n_k - 1 - layout.q_offset
+        return Problem(
+            q=np.broadcast_to(zero, (H, G, n, d)),
+            k=np.broadcast_to(zero, (H, n_k, d)),
+            v=np.broadcast_to(zero, (H, n_k, own.v.shape[2])),
+            scale=own.scale,
+            lo=None if a.lo is not None and a.lo <= first else a.lo,
+            hi=None if a.hi is not None and a.hi >= last else a.hi,
+            q_offset=layout.q_offset,
+            near=own.near,
+            key_mask=None if any_kept else np.zeros((H, n_k), np.bool_),
+            threads=threads,
+        )
+
+    whole = shaped(sum(layout.n), sum(layout.n_k), sum(threads))
+    piece = shaped(max(layout.n), max(layout.n_k), max(threads))
+    if a.bias is not None and not whole.empty:
+        first, last = -(sum(layout.n) - 1) - layout.q_offset, sum(layout.n_k) - 1 - layout.q_offset
+        whole.bias = call.symbol(first, last)
+    return whole, piece
+
+
+def _make_plan(
+    ranks: Ranks, call: Call, problem: Problem, whole: Problem, piece: Problem, layout: Layout, grad: bool
+) -> Plan:
+    """The plan of the whole, made by rank 0 of what all have measured, so that every rank has the same.
+
+    The worst case certifies it: moments of scores are not measured over ranks.
+    """
+    measured = measure(problem, ranks), measure_values(problem, ranks)
+    how = dict(call.how)
+    if problem.hi is not None and not _aligned(layout):
+        apart = "a causal mask where rows lie on other ranks than the keys of their indices"
+        if how["method"] == "polynomial":
+            raise NotImplementedError(f"method='polynomial' does not do {apart}; method='exact' and 'auto' do")
+        if how["method"] == "auto":
+            how["method"] = "exact"
+    return ranks.first(make_plan, whole, **how, grad=grad, each_weight=True, measured=measured, piece=piece)
+
+
+def _aligned(layout: Layout) -> bool:
+    """Whether every row lies with the key of its index, or beyond all keys with the first or the last."""
+    keys = sum(layout.n_k)
+    for n, n_k, q_start, k_start in zip(layout.n, layout.n_k, layout.q_start, layout.k_start, strict=True):
+        offset = layout.q_offset + q_start - k_start
+        if n and not ((offset >= 0 or k_start == 0) and (offset + n <= n_k or k_start + n_k == keys)):
+            return False
+    return True

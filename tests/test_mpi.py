@@ -1,0 +1,39 @@
+"""One sequence over MPI ranks: the tests of tests/ranks.py, run by mpiexec on one to four ranks within a time limit."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("ranks.py")
+TESTS = re.findall(r"^def (test_\w+)", SCRIPT.read_text(), re.MULTILINE)
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("mpi4py") is None, reason="needs mpi4py: the extra [mpi]")
+
+
+def mpiexec(ranks, *command, limit=120, **environment):
+    """The output of a Python script on so many ranks; past the limit all are killed."""
+    # The extra's MPI library brings its own mpiexec, beside the interpreter.
+    launcher = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    assert launcher, "mpi4py is here and mpiexec is not"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent), **environment}
+    done = subprocess.run(
+        [launcher, "-n", str(ranks), sys.executable, "-m", "mpi4py", *map(str, command)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=limit,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("name", TESTS)
+def test_ranks(name, ranks):
+    assert "passed" in mpiexec(ranks, SCRIPT, name)
