@@ -202,7 +202,7 @@ def _tables(problem: Problem, bound: float, gain: float) -> Tables:
         bias = np.zeros((1, 1, 1)) if problem.bias is None else problem.bias[..., ::-1]
         allowed = (offset >= lo) & (offset <= hi)
         values = np.where(allowed, bias * (LOG2E / gain), -np.inf)
-        symbol = np.pad(values, ((0, 0), (0, 0), (block, tile)), constant_values=-np.inf).astype(dtype)
+        symbol = np.pad(values, ((0, 0), (0, 0), (block, tile)), constant_values=-np.inf).astype(dtype, order="C")
         if problem.bias is not None:
             reach += float(np.abs(np.where(allowed, bias, 0)).max(initial=0))
     factor = None
