@@ -9,7 +9,7 @@ import pytest
 
 import ropecy
 
-METHODS = ["exact", "polynomial"]
+METHODS = ["exact", "polynomial", "fft"]
 SOME = ["rope_half", "long_causal", "key_mask", "grouped_queries", "projections", "prime_lengths", "one_token"]
 FOR_METHOD = [(name, method) for name in SOME for method in METHODS]
 FOR_METHOD += [(name, "exact") for name in ("window", "bias_table_per_head", "near_causal", "wide", "everything")]

@@ -128,5 +128,5 @@ def test_refused(build, values, error, message):
 
 
 def test_family_says_that_it_comes_later():
-    with pytest.raises(NotImplementedError, match="RelativeFamily comes with the fft engine"):
+    with pytest.raises(NotImplementedError, match="no engine"):
         RelativeFamily(np.zeros((3, 2, 2)), n_k=2)

@@ -121,7 +121,7 @@ def check_arguments(
         near = _near(near)
     if R is not None and not isinstance(R, Rotary):
         if isinstance(R, RelativeFamily):
-            raise NotImplementedError("R: a RelativeFamily comes with the fft engine, which is not there yet")
+            raise NotImplementedError("R: got a RelativeFamily, and no engine of this version does one")
         raise TypeError(f"R: got {_kind(R)}, wants a ropecy.Rotary or None")
     if bias is not None and not isinstance(bias, RelativeBias):
         raise TypeError(f"bias: got {_kind(bias)}, wants a ropecy.RelativeBias or None")

@@ -88,7 +88,8 @@ def attention(
     certify : {"proof", "sample"}
         Whether eps must be proved, or whether evidence from sampled rows will do.
     method : {"auto", "exact", "polynomial", "fft"}
-        "auto" is the cheapest that certifies eps.
+        "auto" is the cheapest that certifies eps. "polynomial" takes causal and key_mask, no bias and no window; "fft"
+        takes all but `near`; "exact" takes all.
     degree : int, optional
         Fixes the degree of the polynomial.
     seed : int, optional

@@ -17,6 +17,7 @@ from .bounds import Scores, Values, measure, measure_values
 from .certificate import BoundedEntryError, Certificate, PerformanceWarning, nothing_to_do
 from .costs import available_memory, exact_bytes, exact_operations, fits, rate
 from .engines import exact as exact_engine
+from .engines import fft as fft_engine
 from .engines import polynomial as polynomial_engine
 from .moments import MomentRule
 from .problem import Problem, prepare_for
@@ -24,6 +25,9 @@ from .relative import RelativeFamily
 from .rotary import Rotary
 
 _MINUTE = 60.0
+_ENGINES = {"exact": exact_engine, "polynomial": polynomial_engine, "fft": fft_engine}
+# Seconds of exact work below which auto does not ask what transforms would cost.
+_WORTH_ASKING = 0.02
 # Past this degree moments are not tried where the worst case has no degree at all.
 _MOST_BY_MOMENTS = 6
 # Of the rows may be expected to need exact work.
@@ -105,6 +109,7 @@ class Plan:
     _choice: Choice | None = field(repr=False)
     _second: Plan | None = field(repr=False)  # what runs where too many rows fail
     _trials: list[poly.MomentPolynomial] | None = field(default=None, repr=False)  # to be judged by sampled rows
+    _symbol: fft_engine.Symbol | None = field(default=None, repr=False)
 
     def forward(self, problem: Problem, want_lse: bool) -> Forward:
         """O, and lse where it is wanted.
@@ -119,6 +124,9 @@ class Plan:
             return self._forward_by_sample(problem, want_lse)
         if self.engine == "exact":
             o, lse, saved = exact_engine.forward(problem, self._scores.plain, want_lse)
+            return Forward(o, lse, self.certificate, saved)
+        if self.engine == "fft":
+            o, lse, saved = fft_engine.forward(problem, self._scores, self._choice.polynomial, self._symbol, want_lse)
             return Forward(o, lse, self.certificate, saved)
         if self._choice.rule is not None:
             return self._forward_by_moments(problem, want_lse)
@@ -185,8 +193,7 @@ class Plan:
 
     def backward(self, problem: Problem, forward: Forward, do: np.ndarray):
         """dq, dk, dv and the gradient of the bias's symbol, or None."""
-        engine = exact_engine if self.engine == "exact" else polynomial_engine
-        return engine.backward(problem, forward.saved, do)
+        return _ENGINES[self.engine].backward(problem, forward.saved, do)
 
     def __str__(self) -> str:
         H, G, n, d, n_k, d_v, dtype = self.shape
@@ -365,8 +372,8 @@ def _by_proof(
     piece: Problem | None,
 ) -> Plan:
     """As `make_plan`, by proof."""
-    if method == "fft":
-        raise NotImplementedError("method='fft' comes with the fft engine, which this version does not have")
+    if method == "fft" and (lacking := fft_engine.unsupported(problem)):
+        raise NotImplementedError(f"method='fft' does not do {lacking}; method='exact' and 'auto' do")
     missing = polynomial_engine.unsupported(problem)
     if method == "polynomial" and missing:
         raise NotImplementedError(f"method='polynomial' does not do {missing}; method='exact' and 'auto' do")
@@ -382,7 +389,7 @@ def _by_proof(
     sizes = {"exact": exact_bytes(piece, grad)}
     worst = chosen = None
     refusal = f"the polynomial engine does not do {missing}" if missing else None
-    if not missing and method != "exact":
+    if not missing and method in ("auto", "polynomial"):
         worst, refusal = _by_worst_case(problem, scores, values, eps, degree, grad)
         chosen = worst
         if not (grad or each_weight):
@@ -392,6 +399,12 @@ def _by_proof(
     if chosen is not None:
         seconds["polynomial"] = chosen.operations / speed
         sizes["polynomial"] = polynomial_engine.memory(piece, chosen.degree, grad)
+
+    by_fft = None
+    if method == "fft" or (method == "auto" and chosen is None and seconds["exact"] > _WORTH_ASKING):
+        by_fft, no_fft = _fft_plan(problem, scores, values, eps, degree, grad, method, seconds, sizes)
+        if method == "fft" and by_fft is None:
+            raise BoundedEntryError(no_fft)
 
     def exactly(reason):
         certificate = Certificate(
@@ -409,7 +422,9 @@ def _by_proof(
                 made._second = exactly("moments certify too few rows")
         return made
 
-    if chosen is not None and (method == "polynomial" or _cheaper(seconds, sizes)):
+    if by_fft is not None and (method == "fft" or _cheaper("fft", seconds, sizes)):
+        made = by_fft
+    elif chosen is not None and (method == "polynomial" or _cheaper("polynomial", seconds, sizes)):
         insisted = "method='polynomial'" if method == "polynomial" else "the cheapest engine that certifies eps"
         made = by_polynomial(chosen, insisted)
     else:
@@ -442,6 +457,42 @@ def _polynomial_plan(problem, scores, values, choice, grad, reason, seconds, siz
             rounding=4 * certificate.rounding,
         )
     return made
+
+
+def _fft_plan(problem, scores, values, eps, degree, grad, method, seconds, sizes) -> tuple[Plan | None, str | None]:
+    """The plan of the fft engine; or None, and why there is none. Notes its seconds and bytes."""
+    if fft_engine.unsupported(problem):
+        return None, None
+    base = fft_engine.base_rounding(problem, scores.bound, values)
+    # Transforms have an eighth of eps; rows to which they do more are computed exactly.
+    p, refusal = _certified(problem, scores, values, eps, degree, base + eps / 8)
+    if p is None:
+        return None, refusal
+    degree, speed = max(1, p.degree), rate(problem.q.dtype.name) * problem.threads
+    work = fft_engine.operations(problem, degree, grad)
+    sizes["fft"] = fft_engine.memory(problem, degree, grad)
+    seconds["fft"] = work / speed
+    if method == "auto" and not _cheaper("fft", seconds, sizes):
+        return None, None
+    symbol = fft_engine.survey(problem, p, eps / 8)
+    n = problem.q.shape[2]
+    rows = sum(last - first for first, last in symbol.exact_rows)
+    seconds["fft"] = work * (1 + symbol.unseen) / 2 / speed + rows / n * seconds["exact"]
+    if rows > n / 2:
+        return None, (
+            f"the bias spreads so far that transforms lose {rows:,} of {n:,} rows in rounding "
+            f"(B = {scores.bound:.4g}, degree {degree}); method='exact' has no bound"
+        )
+    reason = "method='fft'" if method == "fft" else "the cheapest engine that certifies eps"
+    choice = Choice(p, poly.tau(p.error), work)
+    made = _polynomial_plan(problem, scores, values, choice, grad, reason, seconds, sizes, eps)
+    made.engine, made._symbol = "fft", symbol
+    made.certificate = replace(made.certificate, engine="fft", rounding=base + symbol.rounding)
+    if grad:
+        made.gradient_certificate = replace(
+            made.gradient_certificate, engine="fft", rounding=4 * made.certificate.rounding
+        )
+    return made, None
 
 
 def _by_moments(
@@ -513,10 +564,13 @@ def _by_worst_case(
     return Choice(p, poly.tau(p.error), operations), None
 
 
-def _certified(problem: Problem, scores: Scores, values: Values, eps: float, degree: int | None):
+def _certified(
+    problem: Problem, scores: Scores, values: Values, eps: float, degree: int | None, rounding: float | None = None
+):
     """The polynomial of the smallest degree (or of `degree`) that certifies eps, and None; or None, and why not."""
     B, d = scores.bound, problem.q.shape[-1]
-    rounding = _polynomial_rounding(problem, B, values)
+    if rounding is None:
+        rounding = _polynomial_rounding(problem, B, values)
     where = f"scores are bounded by B = {B:.4g} only (|scale| max ||q|| max ||k||)"
     cure = "scale=1/d, or q and k normalised, make B smaller; method='exact' has no bound"
     if rounding >= eps:
@@ -545,8 +599,9 @@ def _certified(problem: Problem, scores: Scores, values: Values, eps: float, deg
     return poly.minimax(poly.B_grid(B), max(1, needed)), None
 
 
-def _cheaper(seconds: dict[str, float], sizes: dict[str, float]) -> bool:
-    return seconds["polynomial"] < seconds["exact"] and fits(sizes["polynomial"])
+def _cheaper(engine: str, seconds: dict[str, float], sizes: dict[str, float]) -> bool:
+    """Than the exact engine."""
+    return seconds[engine] < seconds["exact"] and fits(sizes[engine])
 
 
 def _polynomial_rounding(problem: Problem, B: float, values: Values) -> float:

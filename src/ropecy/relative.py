@@ -137,11 +137,11 @@ class RelativeFamily:
     Raises
     ------
     NotImplementedError
-        Always, until the fft engine is here.
+        Always: no engine does a family yet.
     """
 
     def __init__(self, values: ArrayLike, n_k: int | None = None, support: ArrayLike | None = None) -> None:
-        raise NotImplementedError("RelativeFamily comes with the fft engine, which this version does not have")
+        raise NotImplementedError("RelativeFamily: no engine of this version does a general family")
 
 
 def _floats(name: str, values: ArrayLike) -> NDArray:

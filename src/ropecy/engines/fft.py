@@ -1,0 +1,486 @@
+"""Polynomial attention where positions don't factor: ``p(s) t_{j-i} = sum_a w_a q^a T k^a`` with T = (t_{j-i}), by FFT.
+
+The algorithm of arXiv:2412.17316 and arXiv:2505.11892 proper: each monomial is a Toeplitz matrix between two diagonal
+ones. Rotations factor, so with rotated rows all monomials share one T, which holds the band and the bias, ``t_m =
+exp(b_m)`` where a row may see the offset m. The gradient of the bias, not in the papers, is a correlation.
+
+The error of a transform is absolute, a few units times the norm of its whole input. Hence float64 for float32 data too;
+and a bias that spreads over many nats is cut into levels, so that rows which see none of the large weights are not
+drowned by what rounding makes of these. Rows for which even that is too little are computed by the exact engine.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+
+from ..bounds import Scores, Values
+from ..kernels import _toeplitz
+from ..kernels._fftw import RealFFT
+from ..polynomial import Polynomial, antiderivative, n_features
+from ..problem import Problem
+from . import exact
+
+# A bias of this spread, in nats, is one level; else a level spans LEVEL, and there are at most MOST_LEVELS.
+_SPREAD = 14.0
+_LEVEL = 12.0
+_MOST_LEVELS = 6
+# |error| <= _NOISE u log2(length) ||t||_2 ||x||_2 of a product by transforms; 0.33 was the largest seen.
+_NOISE = 0.5
+_UNIT = 2.0**-53
+_PARTS = 8
+_PART_BYTES = 512 * 2**20
+# Operations of a pass, for each number of a transform, from which a measured plan, about a third faster, saves in one
+# pass the time that measuring takes (a second at 2^15).
+_WORTH_MEASURING = 1e6
+# What an operation of a transform costs, in the operations of the exact engine's products.
+_SLOWNESS = {"float32": 7.0, "float64": 3.5}
+
+
+@dataclass(slots=True)
+class Symbol:
+    """T, cut into levels, and what its rows can be promised.
+
+    Attributes
+    ----------
+    peak : (H or 1, G or 1) array
+        max_m b_m; T is exp(b - peak).
+    levels : (H or 1, G or 1, levels, n + n_k - 1) array
+        t_m exp(12 l) at index m + n - 1, where level l holds m, else 0.
+    top : (H or 1, G or 1, n) int array
+        The first level of which a row sees an entry; `unseen` where there is no key.
+    exact_rows : list of (int, int)
+        Runs of rows that the exact engine computes.
+    rounding : float
+        What transforms do to all other rows at most, in units of range(V).
+    block : int
+        b, half the length of a transform.
+    """
+
+    peak: np.ndarray
+    levels: np.ndarray
+    top: np.ndarray
+    exact_rows: list[tuple[int, int]]
+    rounding: float
+    block: int
+
+    @property
+    def unseen(self) -> int:
+        """What `top` has where a row sees no key."""
+        return self.levels.shape[2]
+
+
+@dataclass(slots=True)
+class Saved:
+    """What backward needs of forward."""
+
+    operands: tuple
+    fft: RealFFT
+    symbol: Symbol
+    p: Polynomial
+    scores: Scores
+    centred: np.ndarray
+    inverse: np.ndarray
+    exact: list[tuple[Problem, exact.Saved]]
+
+
+def unsupported(problem: Problem) -> str | None:
+    """What of the problem this engine doesn't do, or None."""
+    return "a near field" if problem.near is not None else None
+
+
+def base_rounding(problem: Problem, B: float, values: Values) -> float:
+    """Rounding beside that of the transforms: monomials that cancel, in float64, and storing O in its dtype."""
+    stored = float(np.finfo(problem.q.dtype).eps) * (1 + values.offset)
+    return stored + _UNIT * (12 + 4 * math.exp(min(2 * B, 700)))
+
+
+def survey(problem: Problem, p: Polynomial, allowance: float) -> Symbol:
+    """Cut T into levels, and find the rows whose rounding passes the allowance.
+
+    Notes
+    -----
+    The error of a row's sums is at most ``K u log2(2b) sum_l exp(-12 l) ||t_l||_2 sqrt(n_k) sum_t |c_t| B^t``, over the
+    levels l from its first one on, and its denominator at least ``min p`` times what it sees of that level. Time
+    O(n log n) for each bias.
+    """
+    n, n_k = problem.q.shape[2], problem.k.shape[1]
+    offset = np.arange(n + n_k - 1) - (n - 1) - problem.q_offset
+    allowed = np.ones(n + n_k - 1, bool)
+    if problem.lo is not None:
+        allowed &= offset >= problem.lo
+    if problem.hi is not None:
+        allowed &= offset <= problem.hi
+    bias = np.zeros((1, 1, n + n_k - 1)) if problem.bias is None else problem.bias
+    peak = np.where(allowed, bias, -np.inf).max(axis=-1)
+    depth = np.where(allowed, peak[..., None] - bias, np.inf)
+    block = _block(n, n_k, int(allowed.sum()))
+
+    seen = _row_sums(np.broadcast_to(allowed.astype(float), depth.shape), problem.key_mask, n) > 0.5
+    spread = float(depth[np.isfinite(depth)].max())
+    levels, tops = [], np.full(seen.shape, -1)
+    floor = np.zeros(seen.shape)
+    for level in range(1 if spread <= _SPREAD else _MOST_LEVELS):
+        start = _LEVEL * level
+        end = start + (_SPREAD + 1 if spread <= _SPREAD else _LEVEL)
+        with np.errstate(under="ignore"):
+            t = np.where((depth >= start) & (depth < end), np.exp(np.minimum(start - depth, 0)), 0)
+        levels.append(t)
+        sums = _row_sums(t, problem.key_mask, n)
+        new = (tops < 0) & (sums > 0.5 * math.exp(start - end))
+        tops[new], floor[new] = level, sums[new]
+        if np.all((tops >= 0) | ~seen):
+            break
+    # Nothing lies deeper that a row needs by itself, so the last level takes all that is left.
+    start = _LEVEL * (len(levels) - 1)
+    with np.errstate(under="ignore"):
+        levels[-1] = np.where(depth >= start, np.exp(np.minimum(start - depth, 0)), 0)
+    t = np.stack(levels, axis=2)
+
+    keys = min(n_k, int(allowed.sum()) + 2 * block)
+    noise = _NOISE * _UNIT * math.log2(2 * block) * math.sqrt(keys) * p.absolute_sum
+    # In units of the level where a row begins, every later level counts exp(-12) of the one before.
+    norms = np.sqrt((t * t).sum(axis=-1))
+    for level in range(len(levels) - 2, -1, -1):
+        norms[..., level] += math.exp(-_LEVEL) * norms[..., level + 1]
+    reach = np.broadcast_to(norms[..., None, :], tops.shape + norms.shape[-1:])
+    error = noise * np.take_along_axis(reach, np.maximum(tops, 0)[..., None], axis=-1)[..., 0]
+    least = math.exp(-p.B) * (1 - min(p.error, 0.5))
+    error = np.divide(error, floor * least, out=np.full(tops.shape, np.inf), where=tops >= 0)
+    error[~seen] = 0
+    failing = error > allowance
+    runs = _runs(failing.any(axis=(0, 1)), max(16, n // 64))
+    for first, last in runs:
+        error[..., first:last] = 0
+    return Symbol(
+        peak=peak,
+        levels=t,
+        top=np.where(seen, np.maximum(tops, 0), len(levels)),
+        exact_rows=runs,
+        rounding=float(error.max(initial=0)),
+        block=block,
+    )
+
+
+def forward(
+    problem: Problem, scores: Scores, p: Polynomial, symbol: Symbol, want_lse: bool
+) -> tuple[np.ndarray, np.ndarray | None, Saved]:
+    """O (H, G, n, d_v), lse float64 or None, and what backward needs.
+
+    Parameters
+    ----------
+    problem : Problem
+    scores : Scores
+        Centre and sizes of q and k, so that all scores are within ``[-p.B, p.B]``.
+    p : Polynomial
+    symbol : Symbol
+        `survey` of the problem.
+    want_lse : bool
+
+    Notes
+    -----
+    Time: F (d_v + 1) pairs of real transforms of 2 n numbers, F = C(d + g, g). Memory: columns of q, k, v in float64,
+    the spectrum of T, and for each thread g + 1 columns and a spectrum of n; nothing of F n.
+    """
+    H, G, n, _ = problem.q.shape
+    degree = max(1, p.degree)
+    work = _transform_operations(problem, degree, symbol.block, False)
+    fft = _transform(2 * symbol.block, work > _WORTH_MEASURING * 2 * symbol.block)
+    middle = _middle(problem)
+    operands = _operands(problem, scores, middle, symbol, fft)
+    sums = _product(problem, fft, operands, degree).forward(_weigh(p.coefficients, problem.q.shape[-1], degree))
+    sums = sums[..., :n]
+    plain = np.broadcast_to(symbol.top < symbol.unseen, (H, G, n)).copy()
+    for first, last in symbol.exact_rows:
+        plain[..., first:last] = False
+    denominators = np.where(plain, sums[:, :, -1], 1)
+    inverse = np.where(plain, 1 / denominators, 0)
+    centred = sums[:, :, :-1] * inverse[:, :, None]
+    o = centred + middle[:, None, :, None] * plain[:, :, None]
+    o = np.ascontiguousarray(o.swapaxes(-1, -2).astype(problem.q.dtype))
+    lse = None
+    if want_lse:
+        shift = symbol.peak[..., None]
+        if scores.centre is not None:
+            shift = shift + problem.scale * np.einsum(
+                "hgna,ha->hgn", problem.q, scores.centre.astype(np.float64), dtype=np.float64
+            )
+        lse = np.where(plain, np.log(denominators) + shift, -np.inf)
+    saved = Saved(operands, fft, symbol, p, scores, centred, inverse, [])
+    for first, last in symbol.exact_rows:
+        part = _rows(problem, first, last)
+        o_part, lse_part, saved_part = exact.forward(part, scores.plain, want_lse)
+        o[:, :, first:last] = o_part
+        if want_lse:
+            lse[:, :, first:last] = lse_part
+        saved.exact.append((part, saved_part))
+    return o, lse, saved
+
+
+def backward(problem: Problem, saved: Saved, do: np.ndarray):
+    """dq, dk, dv of ``<do, O>``, and the gradient of the bias, (H, G, n + n_k - 1) or (H, 1, ...) where a group shares
+    it; None where there is none.
+
+    Notes
+    -----
+    With dN = [do, -<do, o>] / den: dphi_a(q) = sum_c dN_c T (k^a v_c), dphi_a(k) = sum_c v_c T^T (q^a dN_c),
+    dv_c = sum_a w_a k^a T^T (q^a dN_c), and the gradient of b_m is t_m times what correlation finds of q^a dN_c and
+    k^a v_c at the offset m. The features of dq and dk are those of an antiderivative of p, one degree more, so that
+    pairs have the weights p(s_ij) t_{j-i} / den_i there too. Two pairs of transforms for each monomial and column.
+    """
+    H, G, n, d = problem.q.shape
+    d_v, p, symbol = problem.v.shape[2], saved.p, saved.symbol
+    degree = max(1, p.degree) + 1
+    grad = np.zeros((H, G, d_v + 1, saved.operands[0].shape[-1]))
+    upstream = do.astype(np.float64).swapaxes(-1, -2)
+    grad[:, :, :-1, :n] = upstream * saved.inverse[:, :, None]
+    grad[:, :, -1, :n] = -(upstream * saved.centred).sum(axis=2) * saved.inverse
+    dq, dk, dv, correlations = _product(problem, saved.fft, saved.operands, degree).backward(
+        _weigh(p.coefficients, d, degree), _weigh(antiderivative(p), d, degree), grad, problem.bias is not None
+    )
+    n_k, dtype = problem.k.shape[1], problem.q.dtype
+    dq = np.ascontiguousarray((saved.scores.q_factor * dq[..., :n]).swapaxes(-1, -2).astype(dtype))
+    dk = np.ascontiguousarray((saved.scores.k_factor * dk[..., :n_k]).swapaxes(-1, -2).astype(dtype))
+    dv = np.ascontiguousarray(dv[:, :-1, :n_k].swapaxes(-1, -2).astype(dtype))
+    if problem.key_mask is not None:
+        dv[~problem.key_mask] = 0
+    dsymbol = None if correlations is None else _symbol_gradient(symbol, saved.fft, correlations, n, n_k)
+    for (first, last), (part, saved_part) in zip(symbol.exact_rows, saved.exact, strict=True):
+        dq_part, dk_part, dv_part, dsymbol_part = exact.backward(
+            part, saved_part, np.ascontiguousarray(do[:, :, first:last])
+        )
+        dq[:, :, first:last] = dq_part
+        dk += dk_part
+        dv += dv_part
+        if dsymbol is not None:
+            own = dsymbol_part if dsymbol.shape[1] > 1 else dsymbol_part.sum(axis=1, keepdims=True)
+            dsymbol[..., n - last : n - first + n_k - 1] += own
+    return dq, dk, dv, dsymbol
+
+
+def operations(problem: Problem, degree: int, grad: bool) -> float:
+    """Multiply-adds times 2 of forward, and of backward where grad, as the exact engine's products count them; without
+    rows that are computed exactly.
+    """
+    band = _band(problem)
+    block = _block(problem.q.shape[2], problem.k.shape[1], band)
+    return _SLOWNESS[problem.q.dtype.name] * _transform_operations(problem, degree, block, grad)
+
+
+def memory(problem: Problem, degree: int, grad: bool) -> float:
+    """Bytes beyond inputs and outputs."""
+    H, G, n, d = problem.q.shape
+    n_k, columns = problem.k.shape[1], problem.v.shape[2] + 1
+    block = _block(n, n_k, _band(problem))
+    rows, keys = _round_up(n, block), _round_up(n_k, block)
+    symbols = 1 if problem.bias is None else math.prod(problem.bias.shape[:2])
+    spectra = 2.0 * (rows + keys) * symbols
+    stacks = (degree + 1 + grad) * (G * rows + keys) * (2 if grad else 1)
+    workspaces = problem.threads * (stacks + 2.5 * keys + (2.5 * G * rows if grad else 0))
+    sums = _part_size(problem, rows, keys, grad) * _parts(problem, degree, rows, keys)
+    held = H * G * rows * (d + columns * (2 if grad else 1)) + H * keys * (d + columns)
+    return 8.0 * (held + spectra * (3 if grad else 2) + workspaces + sums)
+
+
+def _band(problem: Problem) -> int:
+    """How many offsets the band allows."""
+    n, n_k = problem.q.shape[2], problem.k.shape[1]
+    first, last = -(n - 1) - problem.q_offset, n_k - 1 - problem.q_offset
+    low = first if problem.lo is None else max(first, problem.lo)
+    high = last if problem.hi is None else min(last, problem.hi)
+    return max(1, high - low + 1)
+
+
+def _block(n: int, n_k: int, band: int) -> int:
+    """Half the length of a transform: powers of two, so that few plans are made. A narrow band takes short ones."""
+    longest = max(n, n_k)
+    block = 1 << max(5, (longest - 1).bit_length())
+    if longest > 2048:
+        block = min(max(1024, block // 8), 32768)
+    return min(block, max(256, 1 << (4 * band - 1).bit_length()))
+
+
+def _transform_operations(problem: Problem, degree: int, block: int, grad: bool) -> float:
+    """Operations of transforms, 2.5 N log2 N each, and of the products of spectra between them, for one level."""
+    H, G, n, d = problem.q.shape
+    columns = problem.v.shape[2] + 1
+    query_blocks, key_blocks = _round_up(n, block) // block, _round_up(problem.k.shape[1], block) // block
+    near = min(1.0, (_band(problem) / block + 1) / (query_blocks + key_blocks - 1))
+    one = 5.0 * block * math.log2(2 * block) + 6.0 * block
+    own = G if problem.bias is not None and problem.bias.shape[1] > 1 else 1
+    passes = (own * query_blocks + key_blocks) * one + own * query_blocks * key_blocks * near * 6 * block
+    total = n_features(d, degree) * columns * H * passes
+    if grad:
+        back = (key_blocks * 2 + (own + G) * query_blocks) * one
+        back += (own + G + (G if problem.bias is not None else 0)) * query_blocks * key_blocks * near * 6 * block
+        total += n_features(d, degree + 1) * columns * H * back
+    return total
+
+
+@lru_cache(maxsize=32)
+def _transform(length: int, measured: bool) -> RealFFT:
+    return RealFFT(length, flags="measure" if measured else "estimate")
+
+
+def _middle(problem: Problem) -> np.ndarray:
+    """(H, d_v): the median of a column of values, which a single huge one does not move; it is taken from v and given
+    back to O, for the error of a transform is as large as what it is given.
+    """
+    if problem.key_mask is None:
+        return np.median(problem.v, axis=1).astype(np.float64)
+    kept = zip(problem.v, problem.key_mask, strict=True)
+    return np.array([np.median(v[keep] if keep.any() else v, axis=0) for v, keep in kept], np.float64)
+
+
+def _operands(problem: Problem, scores: Scores, middle: np.ndarray, symbol: Symbol, fft: RealFFT) -> tuple:
+    """q, k, v as columns, the spectra of T with their mask, and the gain of levels: what `_toeplitz.Product` takes."""
+    H, G, n, d = problem.q.shape
+    n_k, d_v = problem.v.shape[1:]
+    rows, keys = _round_up(n, symbol.block), _round_up(n_k, symbol.block)
+    q, k, v = np.zeros((H, G, d, rows)), np.zeros((H, d, keys)), np.zeros((H, d_v + 1, keys))
+    np.multiply(problem.q.swapaxes(-1, -2), scores.q_factor, out=q[..., :n], dtype=np.float64)
+    centre = 0 if scores.centre is None else scores.centre.astype(np.float64)[:, :, None]
+    np.subtract(problem.k.swapaxes(-1, -2), centre, out=k[..., :n_k], dtype=np.float64)
+    k[..., :n_k] *= scores.k_factor
+    np.subtract(problem.v.swapaxes(-1, -2), middle[:, :, None], out=v[:, :-1, :n_k], dtype=np.float64)
+    v[:, -1, :n_k] = 1
+    if problem.key_mask is not None:
+        v[..., :n_k] *= problem.key_mask[:, None]
+        k[..., :n_k] *= problem.key_mask[:, None]
+
+    columns = _blocks_of(symbol, n, n_k)
+    lead = columns.shape[:3]
+    spectra = np.zeros((*columns.shape[:-1], _toeplitz.spectrum_pitch(fft.n)), complex)
+    for index in np.ndindex(*columns.shape[:-1]):
+        if columns[index].any():
+            spectra[index][: fft.n_freq] = fft.forward(columns[index]) / fft.n
+    nonzero = np.ascontiguousarray(columns.any(axis=(0, 1, -1)))
+    gain = None
+    if lead[2] > 1:
+        levels = np.arange(lead[2])
+        gain = np.zeros((H, G, lead[2], rows))
+        gain[..., :n] = np.where(levels[:, None] >= symbol.top[:, :, None], np.exp(-_LEVEL * levels)[:, None], 0)
+    return q, k, v, spectra, nonzero, gain
+
+
+def _offsets(block: int, n: int, n_k: int) -> np.ndarray:
+    """(blocks, 2 block): the index in a symbol of each entry of the blocks of T, as first columns of circulants.
+
+    Block I - J + (number of key blocks) - 1 has at place u, |u| < block and modulo its length, the pairs i - j = u
+    inside the block. Indices past either end are there too.
+    """
+    query_blocks, key_blocks = _round_up(n, block) // block, _round_up(n_k, block) // block
+    place = np.arange(2 * block)
+    within = np.where(place < block, place, place - 2 * block)
+    return (n - 1) - (np.arange(1 - key_blocks, query_blocks)[:, None] * block + within)
+
+
+def _blocks_of(symbol: Symbol, n: int, n_k: int) -> np.ndarray:
+    """(H or 1, G or 1, levels, blocks, 2 block): the blocks of T, each as the first column of a circulant."""
+    index = _offsets(symbol.block, n, n_k)
+    inside = (index >= 0) & (index < n + n_k - 1)
+    inside[:, symbol.block] = False
+    return np.where(inside, symbol.levels[..., np.where(inside, index, 0)], 0)
+
+
+def _symbol_gradient(symbol: Symbol, fft: RealFFT, correlations: np.ndarray, n: int, n_k: int) -> np.ndarray:
+    """t_m times the correlations at m, levels and blocks added."""
+    H, G, levels, blocks = correlations.shape[:4]
+    index = _offsets(symbol.block, n, n_k)
+    inside = (index >= 0) & (index < n + n_k - 1)
+    inside[:, symbol.block] = False
+    gradient = np.zeros((H, G, n + n_k - 1))
+    shared = np.broadcast_to(symbol.levels, (H, G, levels, n + n_k - 1))
+    for h, g, level, block in np.ndindex(H, G, levels, blocks):
+        spectrum = correlations[h, g, level, block, : fft.n_freq]
+        if spectrum.any():
+            kept = inside[block]
+            m = index[block][kept]
+            gradient[h, g, m] += shared[h, g, level, m] * fft.inverse(spectrum)[kept]
+    return gradient
+
+
+def _product(problem: Problem, fft: RealFFT, operands: tuple, degree: int) -> _toeplitz.Product:
+    depth, variable, _ = _walk(problem.q.shape[-1], degree)
+    parts = _parts(problem, degree, operands[0].shape[-1], operands[1].shape[-1])
+    return _toeplitz.Product(fft, *operands, depth, variable, parts, problem.threads)
+
+
+def _parts(problem: Problem, degree: int, rows: int, keys: int) -> int:
+    """Into how many parts the monomials are cut: by shapes, never by the number of threads."""
+    wanted = -(-_PARTS // problem.k.shape[0])
+    room = int(_PART_BYTES / (8 * _part_size(problem, rows, keys, True)))
+    return max(1, min(wanted, max(2, room), n_features(problem.q.shape[-1], degree)))
+
+
+def _part_size(problem: Problem, rows: int, keys: int, grad: bool) -> float:
+    """Numbers that the sums of a part take."""
+    H, G, _, d = problem.q.shape
+    columns = problem.v.shape[2] + 1
+    return float(H * (G * rows * d + keys * (d + columns)) if grad else H * G * rows * columns)
+
+
+def _weigh(coefficients: tuple[float, ...], d: int, degree: int) -> np.ndarray:
+    """w_a = c_|a| |a|! / a!, in the order of the walk."""
+    depth, _, multinomials = _walk(d, degree)
+    padded = np.zeros(degree + 1)
+    padded[: len(coefficients)] = coefficients
+    return padded[depth] * multinomials
+
+
+@lru_cache(maxsize=16)
+def _walk(d: int, degree: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Degree, last variable and |a|! / a! of all monomials, depth first, variables not falling along a path."""
+    found: list[tuple[int, int, float]] = []
+    # degree, last variable, its power, |a|! / a!
+    open_ends = [(0, 0, 0, 1.0)]
+    while open_ends:
+        s, last, power, multinomial = open_ends.pop()
+        found.append((s, last, multinomial))
+        if s < degree:
+            for variable in range(d - 1, last - 1, -1):
+                times = power + 1 if variable == last else 1
+                open_ends.append((s + 1, variable, times, multinomial * (s + 1) / times))
+    depth, variable, multinomials = zip(*found, strict=True)
+    return np.array(depth, np.intp), np.array(variable, np.intp), np.array(multinomials)
+
+
+def _row_sums(t: np.ndarray, key_mask: np.ndarray | None, n: int) -> np.ndarray:
+    """sum_j t_{j-i} over the keys that are kept: (H or 1, G or 1, n) of t (H or 1, G or 1, n + n_k - 1)."""
+    n_k = t.shape[-1] - n + 1
+    if key_mask is None:
+        total = np.zeros((*t.shape[:-1], t.shape[-1] + 1))
+        np.cumsum(t, axis=-1, out=total[..., 1:])
+        return (total[..., n_k:] - total[..., :n])[..., ::-1]
+    length = 1 << (t.shape[-1] + n_k - 1).bit_length()
+    kept = np.fft.rfft(key_mask[:, None, ::-1].astype(float), length)
+    return np.fft.irfft(np.fft.rfft(t, length) * kept, length)[..., n_k - 1 : n_k - 1 + n][..., ::-1]
+
+
+def _runs(rows: np.ndarray, gap: int) -> list[tuple[int, int]]:
+    """[first, last) of the runs of True, those less than a gap apart joined."""
+    where = np.flatnonzero(rows)
+    if where.size == 0:
+        return []
+    breaks = np.flatnonzero(np.diff(where) > gap)
+    firsts, lasts = where[np.append(0, breaks + 1)], where[np.append(breaks, where.size - 1)]
+    return [(int(a), int(b) + 1) for a, b in zip(firsts, lasts, strict=True)]
+
+
+def _rows(problem: Problem, first: int, last: int) -> Problem:
+    """The problem of the query rows [first, last)."""
+    n, n_k = problem.q.shape[2], problem.k.shape[1]
+    bias = problem.bias
+    return replace(
+        problem,
+        q=np.ascontiguousarray(problem.q[:, :, first:last]),
+        q_offset=problem.q_offset + first,
+        bias=None if bias is None else np.ascontiguousarray(bias[..., n - last : n - first + n_k - 1]),
+    )
+
+
+def _round_up(count: int, block: int) -> int:
+    return -(-count // block) * block
