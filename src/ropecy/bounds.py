@@ -1,6 +1,7 @@
 """What is measured of q, k, v: ``|scale <q_i, k_j - c>| <= |scale| max ||q_i|| max ||k_j - c||``, and the range of v.
 
-Softmax ignores a constant added to a row, so keys may be centred on any c; rotations keep norms.
+With it goes a model of what rounding costs. Softmax ignores a constant added to a row, so keys may be centred on any c;
+rotations keep norms.
 """
 
 from __future__ import annotations
@@ -128,3 +129,26 @@ def _factors(scale: float, q_norm: float, k_norm: float) -> tuple[float, float]:
     # Equal sizes: monomials of either then stay below B^(degree/2), far from overflow and underflow.
     balance = math.sqrt(abs(scale)) * math.sqrt(q_norm) * math.sqrt(k_norm)
     return math.copysign(balance / q_norm, scale), balance / k_norm
+
+
+def polynomial_rounding(problem: Problem, B: float, values: Values) -> float:
+    """Monomial sums cancel for negative scores: a few units times e^{2B}, measured (0.3 to 4, 11 where B is small).
+
+    Values are centred, so that their offset costs no more than storing O does.
+    """
+    unit = float(np.finfo(problem.q.dtype).eps) / 2
+    return unit * (12 + 4 * math.exp(min(2 * B, 700)) + 2 * values.offset)
+
+
+def exact_rounding(problem: Problem, bound: float, values: Values) -> float:
+    """Scores of size S carry (2 + sqrt(d) / 2) S units; sums over blocks of keys the square root of their number.
+
+    Weights that are off by that move O by as much of the range; sums are off in units of max |V|.
+    """
+    unit = float(np.finfo(problem.q.dtype).eps) / 2
+    d, n_k = problem.q.shape[-1], problem.k.shape[1]
+    if problem.bias is not None:
+        bound += float(np.abs(problem.bias).max())
+    if problem.near is not None and problem.scale:
+        bound *= max(1.0, abs(problem.near[1] / problem.scale))
+    return min(1.0, unit * ((16 + math.sqrt(n_k / 96)) * max(1.0, values.offset) + (2 + math.sqrt(d) / 2) * bound))

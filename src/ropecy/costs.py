@@ -70,3 +70,8 @@ def available_memory() -> float:
         return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     except (ValueError, OSError, AttributeError):
         return math.inf
+
+
+def cheaper(engine: str, seconds: dict[str, float], sizes: dict[str, float]) -> bool:
+    """Whether an engine is predicted to be faster than the exact one, in the memory there is."""
+    return seconds[engine] < seconds["exact"] and fits(sizes[engine])

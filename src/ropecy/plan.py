@@ -13,9 +13,9 @@ from numpy.typing import ArrayLike
 
 from . import evidence, moments
 from . import polynomial as poly
-from .bounds import Scores, Values, measure, measure_values
+from .bounds import Scores, Values, exact_rounding, measure, measure_values, polynomial_rounding
 from .certificate import BoundedEntryError, Certificate, PerformanceWarning, nothing_to_do
-from .costs import available_memory, exact_bytes, exact_operations, fits, rate
+from .costs import available_memory, cheaper, exact_bytes, exact_operations, fits, rate
 from .engines import exact as exact_engine
 from .engines import fft as fft_engine
 from .engines import polynomial as polynomial_engine
@@ -158,7 +158,7 @@ class Plan:
         if n_failed:
             exact_engine.forward_rows(problem, scores.plain, failed, o, lse)
             rows[failed] = 0.0
-            rounding = max(rounding, _exact_rounding(problem, scores.plain, self._values))
+            rounding = max(rounding, exact_rounding(problem, scores.plain, self._values))
         certificate = replace(
             certificate,
             truncation=float(rows.max()),
@@ -313,7 +313,7 @@ def _by_sample(
         seconds, sizes = {}, {}
     else:
         scores, values, seconds, sizes = proved._scores, proved._values, dict(proved.seconds), dict(proved.bytes)
-    rounding = _polynomial_rounding(problem, scores.bound, values)
+    rounding = polynomial_rounding(problem, scores.bound, values)
     if rounding >= eps or scores.bound > poly.MAX_BOUND:
         return None
     H, G, n, d = problem.q.shape
@@ -408,7 +408,7 @@ def _by_proof(
 
     def exactly(reason):
         certificate = Certificate(
-            "exact", None, None, scores.plain, "exact", 0.0, _exact_rounding(problem, scores.plain, values)
+            "exact", None, None, scores.plain, "exact", 0.0, exact_rounding(problem, scores.plain, values)
         )
         return _plan(problem, "exact", scores, values, certificate, grad, reason, seconds, sizes, eps)
 
@@ -422,9 +422,9 @@ def _by_proof(
                 made._second = exactly("moments certify too few rows")
         return made
 
-    if by_fft is not None and (method == "fft" or _cheaper("fft", seconds, sizes)):
+    if by_fft is not None and (method == "fft" or cheaper("fft", seconds, sizes)):
         made = by_fft
-    elif chosen is not None and (method == "polynomial" or _cheaper("polynomial", seconds, sizes)):
+    elif chosen is not None and (method == "polynomial" or cheaper("polynomial", seconds, sizes)):
         insisted = "method='polynomial'" if method == "polynomial" else "the cheapest engine that certifies eps"
         made = by_polynomial(chosen, insisted)
     else:
@@ -442,7 +442,7 @@ def _polynomial_plan(problem, scores, values, choice, grad, reason, seconds, siz
         scores.bound,
         "worst case" if rule is None else "moments",
         choice.truncation,
-        _polynomial_rounding(problem, scores.bound, values),
+        polynomial_rounding(problem, scores.bound, values),
         seed=None if rule is None else rule.seed,
         failure=0.0 if rule is None or rule.seed is None else moments.FAILURE,
     )
@@ -472,7 +472,7 @@ def _fft_plan(problem, scores, values, eps, degree, grad, method, seconds, sizes
     work = fft_engine.operations(problem, degree, grad)
     sizes["fft"] = fft_engine.memory(problem, degree, grad)
     seconds["fft"] = work / speed
-    if method == "auto" and not _cheaper("fft", seconds, sizes):
+    if method == "auto" and not cheaper("fft", seconds, sizes):
         return None, None
     symbol = fft_engine.survey(problem, p, eps / 8)
     n = problem.q.shape[2]
@@ -507,7 +507,7 @@ def _by_moments(
 ) -> Choice | None:
     """The cheapest degree below that of the worst case that moments are expected to certify, or None."""
     most = degree or (worst.degree - 1 if worst else _MOST_BY_MOMENTS)
-    allowed = eps - _polynomial_rounding(problem, scores.bound, values)
+    allowed = eps - polynomial_rounding(problem, scores.bound, values)
     exact = exact_operations(problem, False)
     if most < 2 or allowed <= 0 or scores.bound > poly.MAX_BOUND or (degree and worst):
         return None
@@ -570,7 +570,7 @@ def _certified(
     """The polynomial of the smallest degree (or of `degree`) that certifies eps, and None; or None, and why not."""
     B, d = scores.bound, problem.q.shape[-1]
     if rounding is None:
-        rounding = _polynomial_rounding(problem, B, values)
+        rounding = polynomial_rounding(problem, B, values)
     where = f"scores are bounded by B = {B:.4g} only (|scale| max ||q|| max ||k||)"
     cure = "scale=1/d, or q and k normalised, make B smaller; method='exact' has no bound"
     if rounding >= eps:
@@ -597,31 +597,3 @@ def _certified(
         if p.error <= e:
             return p, None
     return poly.minimax(poly.B_grid(B), max(1, needed)), None
-
-
-def _cheaper(engine: str, seconds: dict[str, float], sizes: dict[str, float]) -> bool:
-    """Than the exact engine."""
-    return seconds[engine] < seconds["exact"] and fits(sizes[engine])
-
-
-def _polynomial_rounding(problem: Problem, B: float, values: Values) -> float:
-    """Monomial sums cancel for negative scores: a few units times e^{2B}, measured (0.3 to 4, 11 where B is small).
-
-    Values are centred, so that their offset costs no more than storing O does.
-    """
-    unit = float(np.finfo(problem.q.dtype).eps) / 2
-    return unit * (12 + 4 * math.exp(min(2 * B, 700)) + 2 * values.offset)
-
-
-def _exact_rounding(problem: Problem, bound: float, values: Values) -> float:
-    """Scores of size S carry (2 + sqrt(d) / 2) S units; sums over blocks of keys the square root of their number.
-
-    Weights that are off by that move O by as much of the range; sums are off in units of max |V|.
-    """
-    unit = float(np.finfo(problem.q.dtype).eps) / 2
-    d, n_k = problem.q.shape[-1], problem.k.shape[1]
-    if problem.bias is not None:
-        bound += float(np.abs(problem.bias).max())
-    if problem.near is not None and problem.scale:
-        bound *= max(1.0, abs(problem.near[1] / problem.scale))
-    return min(1.0, unit * ((16 + math.sqrt(n_k / 96)) * max(1.0, values.offset) + (2 + math.sqrt(d) / 2) * bound))
