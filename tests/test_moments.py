@@ -420,3 +420,19 @@ def test_plan_expects_what_the_call_finds(rng):
     assert plan.certificate.rule == certificate.rule == "moments"
     assert plan.certificate.degree == certificate.degree
     assert certificate.truncation / 1.5 <= plan.certificate.truncation <= 1.5 * certificate.truncation
+
+
+@pytest.mark.parametrize("length", [1.35, 1.5])
+def test_rows_just_past_eps_are_computed_exactly(length):
+    # Queries that grow slowly: some are certified to between eps and 2 eps, and may not pass.
+    rng = np.random.default_rng(0)
+    n, d = 3000, 16
+    Q, K = rng.standard_normal((2, n, d))
+    Q, K = (X * np.sqrt(d) / np.linalg.norm(X, axis=1, keepdims=True) for X in (Q, K))
+    Q[rng.choice(n, 20, replace=False)] *= np.linspace(1, length, 20)[:, None]
+    V = rng.uniform(-1, 1, (n, 4))
+    _, certificate = ropecy.attention(Q, K, V, eps=1e-3, method="polynomial", return_certificate=True)
+    assert certificate.rule == "moments"
+    assert 0 < certificate.n_exact_rows < 30
+    assert certificate.error <= 1e-3
+    assert np.count_nonzero(certificate.rows_truncation == 0) == certificate.n_exact_rows
