@@ -1,5 +1,7 @@
 """What a certificate says, and what happens where none can be given."""
 
+import sys
+
 import cases
 import numpy as np
 import oracle
@@ -191,3 +193,11 @@ def test_certificate_of_gradients(rng):
     assert vjp.certificate.engine == "polynomial"
     assert vjp.certificate.error <= 1e-3
     assert vjp(O).certificate.engine == "polynomial"
+
+
+def test_auto_warns_of_long_exact_work_where_it_is_called(rng, monkeypatch):
+    Q, K, V = rng.standard_normal((3, 50, 4)) * 10
+    monkeypatch.setattr(sys.modules["ropecy.plan"], "_MINUTE", 0.0)
+    with pytest.warns(ropecy.PerformanceWarning, match=r"exact attention is predicted to take .* s: ") as caught:
+        ropecy.attention(Q, K, V)
+    assert caught[0].filename == __file__

@@ -6,6 +6,8 @@ import oracle
 import pytest
 
 import ropecy
+from ropecy.engines import exact
+from ropecy.problem import Problem
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 
@@ -189,3 +191,15 @@ def test_near_field_is_unbounded(rng):
     expected = oracle.attention(Q, K, V, **options)
     O = ropecy.attention(Q, K, V, **options, eps=1e-3)
     assert np.all(np.abs(O - expected.O) <= 1e-3 * expected.value_range + 1e-10)
+
+
+def test_the_layout_of_a_bias_does_not_matter_to_the_exact_engine(rng):
+    # A table for each head in Fortran order, as slices and transposes leave it.
+    q, k, v = rng.standard_normal((2, 3, 9, 4)), rng.standard_normal((2, 11, 4)), rng.standard_normal((2, 11, 5))
+    bias = rng.standard_normal((2, 3, 19))
+    results = []
+    for order in ("C", "F"):
+        problem = Problem(q=q, k=k, v=v, scale=0.3, bias=np.asarray(bias, order=order), threads=1)
+        results.append(exact.forward(problem, np.inf, True)[:2])
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_array_equal(one, other)

@@ -22,7 +22,7 @@ class Certificate:
     Attributes
     ----------
     engine : str
-        "exact" or "polynomial".
+        "exact", "polynomial" or "fft".
     degree, n_features : int or None
         Of the polynomial.
     bound : float

@@ -85,7 +85,7 @@ class Plan:
     Attributes
     ----------
     engine : str
-        "exact" or "polynomial".
+        "exact", "polynomial" or "fft".
     certificate : Certificate
         Of O.
     gradient_certificate : Certificate or None
@@ -299,7 +299,7 @@ def make_plan(
         warnings.warn(
             f"exact attention is predicted to take {made.seconds['exact']:.0f} s: {made.reason}",
             PerformanceWarning,
-            stacklevel=5,
+            stacklevel=4,
         )
     return made
 

@@ -286,6 +286,7 @@ class RoPEAttention(nn.Module):
         return make_plan(rows, rows, np.maximum(rows, 0), grad=True, threads=torch.get_num_threads(), **options)
 
     def extra_repr(self) -> str:
+        """What PyTorch prints of the layer beside its parts."""
         return f"rotary={self.rotary}, bound={self.bound}, causal={self.causal}, eps={self.eps}, method={self.method!r}"
 
 

@@ -11,7 +11,7 @@
  * multiply-adds of LANES), update each feature once for every block of ROWS columns; phi stays in L1 by prefix blocks.
  *
  * Share of the machine's multiply-add peak that a forward pass without mask reaches (float32, AVX-512, one core of a
- * Zen 4, 116 GFLOP/s), d = d_v: 56% (d = 8, degree 4), 76% (16, 3), 78% (16, 4), 83% (64, 2), 82% (128, 2).
+ * Zen 4, 116 GFLOP/s), d = d_v: 58% (d = 8, degree 4), 73% (16, 3), 79% (16, 4), 86% (64, 2), 88% (128, 2).
  */
 #undef WIDE
 #undef GRAD_ROWS
