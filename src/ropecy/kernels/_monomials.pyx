@@ -20,6 +20,7 @@ cdef extern from "c/monomials.h" nogil:
         const void *q
         const void *k
         const void *v
+        const double *decay
         int earlier
         const unsigned char *key_mask
         const void *centre
@@ -49,6 +50,7 @@ cdef extern from "c/monomials.h" nogil:
         void *dq
         void *dk
         void *dv
+        double *key_sums
 
     ctypedef void (*segment_function "rc_segment_function")(const rc_monomials_problem *, ptrdiff_t, ptrdiff_t,
                                                             void *) noexcept nogil
@@ -127,6 +129,8 @@ cdef class Scan:
     segments : int
         Into how many parts the sequence is cut.
     threads : int
+    decay : (H,) float64 array, at least 0, optional
+        Causal: weights are multiplied by exp(-decay (i + q_offset - j)).
     """
 
     cdef rc_monomials_problem p
@@ -135,14 +139,14 @@ cdef class Scan:
     cdef bint causal
     cdef ptrdiff_t chunks
     cdef size_t size
-    cdef object arrays, workspace, states, grad_states
+    cdef object arrays, decay, workspace, states, grad_states
 
     def __init__(self, q, k, v, key_mask, bint causal, ptrdiff_t q_offset, monomials, centre, value_centre,
-                 double q_factor, double k_factor, ptrdiff_t segments, int threads):
+                 double q_factor, double k_factor, ptrdiff_t segments, int threads, decay=None):
         cdef rc_monomials_problem *p = &self.p
         self.f = functions_of(q.dtype)
         self.threads, self.causal = threads, causal
-        self.arrays = [q, k, v, key_mask, centre, value_centre, monomials]
+        self.arrays = [q, k, v, key_mask, centre, value_centre, monomials, decay]
         p.heads, p.groups, p.n, p.d = q.shape
         p.n_k, p.d_v = v.shape[1:]
         p.q_offset, p.earlier = q_offset if causal else 0, False
@@ -155,6 +159,7 @@ cdef class Scan:
         p.offset, p.count = <const ptrdiff_t *>pointer(monomials.offset), <const ptrdiff_t *>pointer(monomials.count)
         p.weights, p.grad_weights = pointer(monomials.weights), pointer(monomials.grad_weights)
         p.chunk = self.f.chunk
+        p.decay, p.key_sums = <const double *>pointer(decay), NULL
         self.chunks = max(<ptrdiff_t>1, pieces(max(p.n_k, p.n + p.q_offset), p.chunk))
         p.chunks_per_segment = pieces(self.chunks, segments)
         p.segments = pieces(self.chunks, p.chunks_per_segment)
@@ -163,6 +168,8 @@ cdef class Scan:
         self.size = (self.f.workspace(p) + 127) // 64 * 64
         self.workspace = None
         self.states = self.grad_states = None
+        # What a segment's length does to a state.
+        self.decay = None if decay is None else np.exp(-decay * <double>(p.chunk * p.chunks_per_segment))
 
     cdef ptrdiff_t in_round(self, ptrdiff_t rows):
         """Pieces of so many rows in a round of a fraction of a second, at least one a thread."""
@@ -256,7 +263,7 @@ cdef class Scan:
         self.p.moment, self.p.spread, self.p.reach = pointer(moment), pointer(spread), pointer(reach)
         if self.causal:
             self.p.earlier = start is not None
-            exclusive_sum(self.states, start)
+            exclusive_sum(self.states, start, self.decay)
             self.run_segments(self.f.scan_forward, 0, self.p.segments)
         else:
             self.states = self.states.sum(axis=1) if start is None else start
@@ -266,8 +273,10 @@ cdef class Scan:
         self.workspace = None
         return o, inverse, lse, moment, spread
 
-    def backward(self, o, inverse, grad, start=None):
+    def backward(self, o, inverse, grad, start=None, key_sums=None):
         """dq, dk, dv for do = grad, o and inverse being forward's.
+
+        `key_sums` (H, n_k), zeros, is given sum_i dS_ij where causal, dS the gradient of the scores.
 
         `start` (H, d_v + 1, pitch) is the gradient state of queries that lie elsewhere, after `query_states` has summed
         those here: of what comes after where causal, else of all queries there are.
@@ -280,9 +289,10 @@ cdef class Scan:
         self.workspace = np.empty(self.threads * self.size, np.uint8)
         self.p.o, self.p.inverse, self.p.grad = pointer(o), pointer(inverse), pointer(grad)
         self.p.dq, self.p.dk, self.p.dv = pointer(dq), pointer(dk), pointer(dv)
+        self.p.key_sums = <double *>pointer(key_sums)
         self.p.states = <double *>pointer(self.states)
         if self.causal:
-            exclusive_sum(self.grad_states[:, ::-1], start)
+            exclusive_sum(self.grad_states[:, ::-1], start, self.decay)
             self.run_segments(self.f.scan_grad_queries, 0, self.p.segments)
             self.run_segments(self.f.scan_grad_keys, 0, self.p.segments)
         else:
@@ -342,11 +352,16 @@ cdef class Decoder:
         return o
 
 
-def exclusive_sum(states, start):
-    """states[:, s] becomes start (None is 0) + the sum of those before it, in place; the last one is not read."""
+def exclusive_sum(states, start, decay):
+    """states[:, s] becomes start (None is 0) + the sum of those before it, in place; the last one is not read.
+
+    Each step multiplies what came before by `decay` (H,), None being 1.
+    """
     total = np.zeros_like(states[:, 0]) if start is None else start.copy()
     for s in range(states.shape[1]):
         part = states[:, s].copy()
         states[:, s] = total
         if s + 1 < states.shape[1]:
+            if decay is not None:
+                total *= decay[:, None, None]
             total += part

@@ -24,6 +24,7 @@
 typedef struct {
     ptrdiff_t heads, groups, n, n_k, d, d_v; /* q (heads, groups, n, d), k (heads, n_k, d), v (heads, n_k, d_v) */
     ptrdiff_t q_offset;                      /* causal: row i sees keys j <= i + q_offset */
+    const double *decay;                     /* causal: NULL or (heads) at least 0: row i's weights have e^{-decay (i + q_offset - j)} */
     int earlier;                             /* causal: states start with keys before the first, that every row sees */
     const void *q, *k, *v;
     const unsigned char *key_mask; /* NULL or (heads, n_k); rows of k and v that it hides are finite */
@@ -54,6 +55,7 @@ typedef struct {
     ptrdiff_t reaches;
     const void *grad;  /* do (heads, groups, n, d_v) */
     void *dq, *dk, *dv;
+    double *key_sums; /* causal: NULL or (heads, n_k), zeroed: sums over queries of the gradient of the scores */
 } rc_monomials_problem;
 
 typedef void (*rc_segment_function)(const rc_monomials_problem *, ptrdiff_t head, ptrdiff_t segment, void *workspace);

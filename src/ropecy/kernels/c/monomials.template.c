@@ -14,6 +14,7 @@
 #define LOW_BYTES (256 * 1024) /* of low-degree features of an update's tokens: they stay in L2 */
 #define FOLD 32
 #define CHUNK 192 /* a multiple of UPDATE_TOKENS, BLOCK, TILE and WIDE at every level */
+#define AHEAD (TILE + 2 * KEYS) /* distances below 0 that a block of exact pairs reaches */
 
 /* What one task works in; lay_out cuts it from the task's workspace. */
 typedef struct {
@@ -27,6 +28,7 @@ typedef struct {
     REAL *xt, *scaled, *phi, *N, *dN, *dphi, *dx, *moment; /* tiles by token lanes */
     REAL *keys, *key_columns, *key_pack, *column_pack; /* a chunk's keys: [key][d], [key][wide_columns], packed */
     REAL *E, *dE, *dk, *dv;                           /* exact pairs: [BLOCK][TILE]; [CHUNK][wide], [CHUNK][wide_columns] */
+    REAL *fall;                                       /* what a distance does to a weight: 0 below 0, e^{-decay m} from m = 0 on */
 } RC_NAME(room);
 
 static REAL *RC_NAME(take)(char *base, size_t *used, ptrdiff_t count) {
@@ -74,6 +76,8 @@ static size_t RC_NAME(lay_out)(const rc_monomials_problem *p, char *base, RC_NAM
     w->dE = RC_NAME(take)(base, &used, BLOCK * TILE);
     w->dk = RC_NAME(take)(base, &used, CHUNK * w->wide);
     w->dv = RC_NAME(take)(base, &used, CHUNK * w->wide_columns);
+    w->fall = RC_NAME(take)(base, &used, AHEAD + CHUNK + TILE);
+    w->fall = w->fall ? w->fall + AHEAD : 0;
     return used;
 }
 
@@ -168,24 +172,54 @@ static void RC_NAME(fold)(RC_NAME(room) * w) {
     }
 }
 
-/* Adds rows to the state, folding by the count of updates so far. */
+/* w->fall of a head, which scans read. */
+static void RC_NAME(start_fall)(const rc_monomials_problem *p, RC_NAME(room) * w, ptrdiff_t head) {
+    for (ptrdiff_t m = -AHEAD; m < CHUNK + TILE; m++)
+        w->fall[m] = m < 0 ? 0 : p->decay ? (REAL)__builtin_exp(-p->decay[head] * m) : 1;
+}
+
+/* The state, seen from a chunk further on. */
+static void RC_NAME(decay_state)(const rc_monomials_problem *p, RC_NAME(room) * w) {
+    if (!p->decay)
+        return;
+    const ptrdiff_t size = w->y.columns * w->y.pitch;
+    const REAL factor = w->fall[CHUNK];
+    for (ptrdiff_t i = 0; i < size; i++) {
+        w->master[i] *= factor;
+        w->base[i] *= factor;
+        w->part[i] *= factor;
+    }
+}
+
+/* Rows of columns times fall[0], fall[step], fall[2 step], ... */
+static void RC_NAME(decay_rows)(const rc_monomials_problem *p, const RC_NAME(room) * w, const REAL *fall, int step, ptrdiff_t count,
+                                REAL *columns) {
+    for (ptrdiff_t t = 0; p->decay && t < count; t++)
+        for (ptrdiff_t c = 0; c < w->wide_columns; c++)
+            columns[t * w->wide_columns + c] *= fall[step * t];
+}
+
+/* Adds rows to the state, folding by the count of updates so far. The state is seen from token `stop` (keys: the first of
+ * the next chunk) or `start` (queries: the first of the chunk). */
 static void RC_NAME(add_keys)(const rc_monomials_problem *p, RC_NAME(room) * w, ptrdiff_t head, ptrdiff_t row, ptrdiff_t end,
-                              int *updates) {
+                              ptrdiff_t stop, int *updates) {
     for (; row < end; row += w->update_tokens) {
         const ptrdiff_t count = rc_min(w->update_tokens, end - row);
         RC_NAME(load_rows)(RC_NAME(keys)(p, head, row), count, p->d, (REAL)p->k_factor, RC_NAME(centre)(p, head), w->x, p->d);
         RC_NAME(load_key_columns)(p, w, head, row, count, w->columns);
+        RC_NAME(decay_rows)(p, w, w->fall + (stop - row), -1, count, w->columns);
         RC_NAME(update)(&w->y, p->state_degree, (int)count, w->x, w->columns, w->wide_columns, w->low, w->low_pitch, w->panel, w->part);
         if (++*updates % FOLD == 0)
             RC_NAME(fold)(w);
     }
 }
 static void RC_NAME(add_queries)(const rc_monomials_problem *p, RC_NAME(room) * w, ptrdiff_t lane, ptrdiff_t row, ptrdiff_t end,
-                                 int *updates) {
+                                 ptrdiff_t start, int *updates) {
     for (; row < end; row += w->update_tokens) {
         const ptrdiff_t count = rc_min(w->update_tokens, end - row);
         RC_NAME(load_rows)(RC_NAME(queries)(p, lane, row), count, p->d, (REAL)p->q_factor, 0, w->x, p->d);
         RC_NAME(load_query_columns)(p, w, lane, row, count, w->columns);
+        RC_NAME(decay_rows)(p, w, w->fall + (row + p->q_offset - start), 1, count, w->columns);
         RC_NAME(update)(&w->y, p->state_degree, (int)count, w->x, w->columns, w->wide_columns, w->low, w->low_pitch, w->panel, w->part);
         if (++*updates % FOLD == 0)
             RC_NAME(fold)(w);
@@ -198,17 +232,24 @@ static ptrdiff_t RC_NAME(chunk_row)(const rc_monomials_problem *p, ptrdiff_t chu
     return rc_max(0, rc_min(count, chunk * p->chunk - offset));
 }
 
+static void RC_NAME(keep_state)(const RC_NAME(room) * w, double *to) {
+    for (ptrdiff_t i = 0; i < w->y.columns * w->y.pitch; i++)
+        to[i] = w->master[i];
+}
+
 static void RC_NAME(sum_keys)(const rc_monomials_problem *p, ptrdiff_t head, ptrdiff_t segment, void *workspace) {
     RC_NAME(room) w;
     int updates = 0;
     RC_NAME(lay_out)(p, workspace, &w);
     RC_NAME(start_state)(&w, 0);
-    RC_NAME(add_keys)(p, &w, head, RC_NAME(chunk_row)(p, segment * p->chunks_per_segment, 0, p->n_k),
-                      RC_NAME(chunk_row)(p, (segment + 1) * p->chunks_per_segment, 0, p->n_k), &updates);
+    RC_NAME(start_fall)(p, &w, head);
+    for (ptrdiff_t chunk = segment * p->chunks_per_segment; chunk < (segment + 1) * p->chunks_per_segment; chunk++) {
+        RC_NAME(decay_state)(p, &w);
+        RC_NAME(add_keys)(p, &w, head, RC_NAME(chunk_row)(p, chunk, 0, p->n_k), RC_NAME(chunk_row)(p, chunk + 1, 0, p->n_k),
+                          (chunk + 1) * p->chunk, &updates);
+    }
     RC_NAME(fold)(&w);
-    const ptrdiff_t size = w.y.columns * p->pitch;
-    for (ptrdiff_t i = 0; i < size; i++)
-        p->states[(head * p->segments + segment) * size + i] = w.master[i];
+    RC_NAME(keep_state)(&w, p->states + (head * p->segments + segment) * w.y.columns * p->pitch);
 }
 
 static void RC_NAME(sum_queries)(const rc_monomials_problem *p, ptrdiff_t head, ptrdiff_t segment, void *workspace) {
@@ -216,14 +257,15 @@ static void RC_NAME(sum_queries)(const rc_monomials_problem *p, ptrdiff_t head, 
     int updates = 0;
     RC_NAME(lay_out)(p, workspace, &w);
     RC_NAME(start_state)(&w, 0);
-    for (ptrdiff_t group = 0; group < p->groups; group++)
-        RC_NAME(add_queries)(p, &w, head * p->groups + group,
-                             RC_NAME(chunk_row)(p, segment * p->chunks_per_segment, p->q_offset, p->n),
-                             RC_NAME(chunk_row)(p, (segment + 1) * p->chunks_per_segment, p->q_offset, p->n), &updates);
+    RC_NAME(start_fall)(p, &w, head);
+    for (ptrdiff_t chunk = (segment + 1) * p->chunks_per_segment - 1; chunk >= segment * p->chunks_per_segment; chunk--) {
+        RC_NAME(decay_state)(p, &w);
+        for (ptrdiff_t group = 0; group < p->groups; group++)
+            RC_NAME(add_queries)(p, &w, head * p->groups + group, RC_NAME(chunk_row)(p, chunk, p->q_offset, p->n),
+                                 RC_NAME(chunk_row)(p, chunk + 1, p->q_offset, p->n), chunk * p->chunk, &updates);
+    }
     RC_NAME(fold)(&w);
-    const ptrdiff_t size = w.y.columns * p->pitch;
-    for (ptrdiff_t i = 0; i < size; i++)
-        p->grad_states[(head * p->segments + segment) * size + i] = w.master[i];
+    RC_NAME(keep_state)(&w, p->grad_states + (head * p->segments + segment) * w.y.columns * p->pitch);
 }
 
 static void RC_NAME(pack)(const rc_monomials_problem *p, const double *state, void *packed, void *grad_packed, void *workspace) {
@@ -252,17 +294,14 @@ static void RC_NAME(pack_columns)(RC_NAME(room) * w, ptrdiff_t keys) {
                            w->column_pack + j * columns, KEYS);
 }
 
-/* E[key][lane] = exp(score) for keys [j0, j0 + count) of the chunk, 0 where key j > limit + lane. */
+/* E[key][lane] = exp(score - decay m), m = limit + lane - key, for keys [j0, j0 + count) of the chunk; 0 where m < 0. */
 static void RC_NAME(exact_pairs)(const rc_monomials_problem *p, RC_NAME(room) * w, ptrdiff_t j0, ptrdiff_t count, ptrdiff_t limit) {
     for (ptrdiff_t j = 0; j < count; j += KEYS) {
         vreal acc[KEYS][VECTORS];
-        REAL *E = w->E + j * TILE;
+        const REAL *fall = w->fall + limit - (j0 + j);
         RC_NAME(dots)(acc, p->d, w->scaled, w->key_pack + (j0 + j) * p->d);
         RC_UNROLL for (int r = 0; r < KEYS; r++) RC_UNROLL for (int v = 0; v < VECTORS; v++)
-            STORE(E + r * TILE + v * LANES, RC_NAME(exp2)(acc[r][v]));
-        for (ptrdiff_t r = 0; r < KEYS; r++)
-            for (ptrdiff_t lane = 0; lane < rc_min(TILE, j0 + j + r - limit); lane++)
-                E[r * TILE + lane] = 0;
+            STORE(w->E + (j + r) * TILE + v * LANES, RC_NAME(exp2)(acc[r][v]) * LOAD(fall - r + v * LANES));
     }
 }
 
@@ -346,6 +385,7 @@ static void RC_NAME(scan_forward)(const rc_monomials_problem *p, ptrdiff_t head,
     int updates = 0;
     RC_NAME(lay_out)(p, workspace, &w);
     RC_NAME(start_state)(&w, p->states + (head * p->segments + segment) * w.y.columns * p->pitch);
+    RC_NAME(start_fall)(p, &w, head);
     for (ptrdiff_t chunk = segment * p->chunks_per_segment; chunk < (segment + 1) * p->chunks_per_segment; chunk++) {
         const ptrdiff_t first = rc_min(p->n_k, chunk * p->chunk), keys = rc_min(p->chunk, p->n_k - first);
         const ptrdiff_t begin = RC_NAME(chunk_row)(p, chunk, p->q_offset, p->n);
@@ -360,9 +400,13 @@ static void RC_NAME(scan_forward)(const rc_monomials_problem *p, ptrdiff_t head,
                 const ptrdiff_t lane = head * p->groups + group, rows = rc_min(TILE, end - row);
                 const ptrdiff_t limit = row + p->q_offset - chunk * p->chunk, seen = rc_min(keys, limit + rows);
                 RC_NAME(load_query_tile)(p, &w, lane, row, rows, TILE);
-                if (first > 0 || p->earlier)
+                if (first > 0 || p->earlier) {
                     RC_NAME(evaluate)(&w.y, p->degree, p->order, w.xt, w.packed, w.phi, w.N, p->moment ? w.moment : 0);
-                else {
+                    for (ptrdiff_t i = 0; p->decay && i < w.y.columns * TILE; i++)
+                        w.N[i] *= w.fall[limit + i % TILE];
+                    for (ptrdiff_t i = 0; p->decay && i < TILE; i++)
+                        w.moment[i] *= w.fall[limit + i];
+                } else {
                     for (ptrdiff_t i = 0; i < w.y.columns * TILE; i++)
                         w.N[i] = 0;
                     for (ptrdiff_t i = 0; i < TILE; i++)
@@ -375,21 +419,24 @@ static void RC_NAME(scan_forward)(const rc_monomials_problem *p, ptrdiff_t head,
                 }
                 RC_NAME(finish)(p, &w, head, lane, row, rows, chunk);
             }
-        if (chunk + 1 < (segment + 1) * p->chunks_per_segment)
-            RC_NAME(add_keys)(p, &w, head, first, first + keys, &updates);
+        if (chunk + 1 < (segment + 1) * p->chunks_per_segment) {
+            RC_NAME(decay_state)(p, &w);
+            RC_NAME(add_keys)(p, &w, head, first, first + keys, (chunk + 1) * p->chunk, &updates);
+        }
     }
 }
 
 /* ---- backward ---- */
 
-/* dq of rows [row, end) += q_factor dx from a packed state. */
+/* dq of rows [row, end) += q_factor dx from a packed state, which is seen from token `start`. */
 static void RC_NAME(differentiate_queries)(const rc_monomials_problem *p, RC_NAME(room) * w, ptrdiff_t lane, ptrdiff_t row,
-                                           ptrdiff_t end, const REAL *packed) {
+                                           ptrdiff_t end, ptrdiff_t start, const REAL *packed) {
     for (; row < end; row += WIDE) {
         const ptrdiff_t rows = rc_min(WIDE, end - row);
         REAL *dq = (REAL *)p->dq + (lane * p->n + row) * p->d;
         RC_NAME(tile_load)(RC_NAME(queries)(p, lane, row), p->d, rows, p->d, (REAL)p->q_factor, 0, w->xt, WIDE);
         RC_NAME(load_query_columns)(p, w, lane, row, rows, w->columns);
+        RC_NAME(decay_rows)(p, w, w->fall + (row + p->q_offset - start), 1, rows, w->columns);
         RC_NAME(tile_load)(w->columns, w->wide_columns, rows, w->y.columns, 1, 0, w->dN, WIDE);
         RC_NAME(differentiate)(&w->y, p->grad_degree, w->xt, w->dN, packed, w->phi, w->dphi, w->dx);
         for (ptrdiff_t i = 0; i < rows; i++)
@@ -398,15 +445,16 @@ static void RC_NAME(differentiate_queries)(const rc_monomials_problem *p, RC_NAM
     }
 }
 
-/* dk and dv of rows [row, end) += from a packed gradient state. */
+/* dk and dv of rows [row, end), and sums over queries, += from a packed gradient state, which is seen from token `stop`. */
 static void RC_NAME(differentiate_keys)(const rc_monomials_problem *p, RC_NAME(room) * w, ptrdiff_t head, ptrdiff_t row, ptrdiff_t end,
-                                        const REAL *packed, const REAL *grad_packed) {
+                                        ptrdiff_t stop, const REAL *packed, const REAL *grad_packed) {
     const REAL *centre = RC_NAME(centre)(p, head);
     REAL *dk = (REAL *)p->dk + head * p->n_k * p->d, *dv = (REAL *)p->dv + head * p->n_k * p->d_v;
     for (ptrdiff_t j = row; j < end; j += WIDE) {
         const ptrdiff_t rows = rc_min(WIDE, end - j);
         RC_NAME(tile_load)(RC_NAME(keys)(p, head, j), p->d, rows, p->d, (REAL)p->k_factor, centre, w->xt, WIDE);
         RC_NAME(load_key_columns)(p, w, head, j, rows, w->columns);
+        RC_NAME(decay_rows)(p, w, w->fall + (stop - j), -1, rows, w->columns);
         RC_NAME(tile_load)(w->columns, w->wide_columns, rows, w->y.columns, 1, 0, w->dN, WIDE);
         RC_NAME(differentiate)(&w->y, p->grad_degree, w->xt, w->dN, grad_packed, w->phi, w->dphi, w->dx);
         for (ptrdiff_t i = 0; i < rows; i++)
@@ -417,23 +465,31 @@ static void RC_NAME(differentiate_keys)(const rc_monomials_problem *p, RC_NAME(r
         const ptrdiff_t rows = rc_min(TILE, end - j);
         RC_NAME(tile_load)(RC_NAME(keys)(p, head, j), p->d, rows, p->d, (REAL)p->k_factor, centre, w->xt, TILE);
         RC_NAME(evaluate)(&w->y, p->degree, 0, w->xt, packed, w->phi, w->N, 0);
-        for (ptrdiff_t i = 0; i < rows; i++)
+        for (ptrdiff_t i = 0; i < rows; i++) {
+            const REAL weight = p->decay ? w->fall[stop - (j + i)] : 1;
             for (ptrdiff_t c = 0; c < p->d_v; c++)
-                dv[(j + i) * p->d_v + c] += w->N[c * TILE + i];
+                dv[(j + i) * p->d_v + c] += weight * w->N[c * TILE + i];
+        }
+        if (p->key_sums) {
+            RC_NAME(load_key_columns)(p, w, head, j, rows, w->columns);
+            for (ptrdiff_t i = 0; i < rows; i++)
+                for (ptrdiff_t c = 0; c <= p->d_v; c++)
+                    p->key_sums[head * p->n_k + j + i] += (double)w->fall[stop - (j + i)] * w->columns[i * w->wide_columns + c] * w->N[c * TILE + i];
+        }
     }
 }
 
 static void RC_NAME(grad_queries)(const rc_monomials_problem *p, ptrdiff_t head, ptrdiff_t group, ptrdiff_t chunk, void *workspace) {
     RC_NAME(room) w;
     RC_NAME(lay_out)(p, workspace, &w);
-    RC_NAME(differentiate_queries)(p, &w, head * p->groups + group, chunk * p->chunk, rc_min(p->n, (chunk + 1) * p->chunk),
+    RC_NAME(differentiate_queries)(p, &w, head * p->groups + group, chunk * p->chunk, rc_min(p->n, (chunk + 1) * p->chunk), 0,
                                    (const REAL *)p->grad_packed + head * p->grad_packed_size);
 }
 
 static void RC_NAME(grad_keys)(const rc_monomials_problem *p, ptrdiff_t head, ptrdiff_t chunk, void *workspace) {
     RC_NAME(room) w;
     RC_NAME(lay_out)(p, workspace, &w);
-    RC_NAME(differentiate_keys)(p, &w, head, chunk * p->chunk, rc_min(p->n_k, (chunk + 1) * p->chunk),
+    RC_NAME(differentiate_keys)(p, &w, head, chunk * p->chunk, rc_min(p->n_k, (chunk + 1) * p->chunk), 0,
                                 (const REAL *)p->packed + head * p->packed_size,
                                 (const REAL *)p->grad_packed + head * p->grad_packed_size);
 }
@@ -450,6 +506,7 @@ static void RC_NAME(scan_grad_queries)(const rc_monomials_problem *p, ptrdiff_t 
     int updates = 0;
     RC_NAME(lay_out)(p, workspace, &w);
     RC_NAME(start_state)(&w, p->states + (head * p->segments + segment) * w.y.columns * p->pitch);
+    RC_NAME(start_fall)(p, &w, head);
     for (ptrdiff_t chunk = segment * p->chunks_per_segment; chunk < (segment + 1) * p->chunks_per_segment; chunk++) {
         const ptrdiff_t first = rc_min(p->n_k, chunk * p->chunk), keys = rc_min(p->chunk, p->n_k - first);
         const ptrdiff_t begin = RC_NAME(chunk_row)(p, chunk, p->q_offset, p->n);
@@ -480,10 +537,12 @@ static void RC_NAME(scan_grad_queries)(const rc_monomials_problem *p, ptrdiff_t 
                         dq[i * p->d + a] += (REAL)p->q_factor * w.dx[a * TILE + i];
             }
             if (first > 0 || p->earlier)
-                RC_NAME(differentiate_queries)(p, &w, lane, begin, end, w.grad_packed);
+                RC_NAME(differentiate_queries)(p, &w, lane, begin, end, chunk * p->chunk, w.grad_packed);
         }
-        if (chunk + 1 < (segment + 1) * p->chunks_per_segment)
-            RC_NAME(add_keys)(p, &w, head, first, first + keys, &updates);
+        if (chunk + 1 < (segment + 1) * p->chunks_per_segment) {
+            RC_NAME(decay_state)(p, &w);
+            RC_NAME(add_keys)(p, &w, head, first, first + keys, (chunk + 1) * p->chunk, &updates);
+        }
     }
 }
 
@@ -493,6 +552,7 @@ static void RC_NAME(scan_grad_keys)(const rc_monomials_problem *p, ptrdiff_t hea
     RC_NAME(lay_out)(p, workspace, &w);
     const ptrdiff_t d = p->d, wide = w.wide, wide_columns = w.wide_columns;
     RC_NAME(start_state)(&w, p->grad_states + (head * p->segments + segment) * w.y.columns * p->pitch);
+    RC_NAME(start_fall)(p, &w, head);
     for (ptrdiff_t chunk = (segment + 1) * p->chunks_per_segment - 1; chunk >= segment * p->chunks_per_segment; chunk--) {
         const ptrdiff_t first = rc_min(p->n_k, chunk * p->chunk), keys = rc_min(p->chunk, p->n_k - first);
         const ptrdiff_t begin = RC_NAME(chunk_row)(p, chunk, p->q_offset, p->n);
@@ -532,11 +592,15 @@ static void RC_NAME(scan_grad_keys)(const rc_monomials_problem *p, ptrdiff_t hea
                     dk[j * d + a] += (REAL)p->k_factor * w.dk[j * wide + a];
                 for (ptrdiff_t c = 0; c < p->d_v; c++)
                     dv[j * p->d_v + c] += w.dv[j * wide_columns + c];
+                for (ptrdiff_t c = 0; p->key_sums && c <= p->d_v; c++)
+                    p->key_sums[head * p->n_k + first + j] += (double)w.key_columns[j * wide_columns + c] * w.dv[j * wide_columns + c];
             }
-            RC_NAME(differentiate_keys)(p, &w, head, first, first + keys, w.packed, w.grad_packed);
+            RC_NAME(differentiate_keys)(p, &w, head, first, first + keys, (chunk + 1) * p->chunk, w.packed, w.grad_packed);
         }
+        if (chunk > segment * p->chunks_per_segment)
+            RC_NAME(decay_state)(p, &w);
         for (ptrdiff_t group = 0; group < p->groups && chunk > segment * p->chunks_per_segment; group++)
-            RC_NAME(add_queries)(p, &w, head * p->groups + group, begin, end, &updates);
+            RC_NAME(add_queries)(p, &w, head * p->groups + group, begin, end, chunk * p->chunk, &updates);
     }
 }
 
