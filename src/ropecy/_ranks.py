@@ -13,7 +13,7 @@ from .plan import BoundedEntryError
 # An error that one rank has, all raise: as its nearest kind among these.
 _ERRORS = (BoundedEntryError, NotImplementedError, MemoryError, TypeError, ValueError, ArithmeticError)
 
-_RING, _HOME = 1, 2
+_RING, _HOME, _ROWS = 1, 2, 3
 
 
 class Ranks:
@@ -128,6 +128,31 @@ class Ranks:
     @staticmethod
     def _joined(parts: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         return parts.reshape(-1)[: int(np.prod(shape))].reshape(shape)
+
+    def recut(self, X: np.ndarray, cuts: list[int], wanted: list[int]) -> np.ndarray:
+        """This rank's rows, axis 2, where rank r has the rows [cuts[r], cuts[r + 1]) of all and [wanted[r], ...) after.
+
+        No more than what changes place is sent.
+        """
+        first, last = wanted[self.rank : self.rank + 2]
+        found = np.empty((*X.shape[:2], last - first, *X.shape[3:]), X.dtype)
+        requests, arriving, leaving = [], [], []
+        for other in range(self.size):
+            start, stop = max(first, cuts[other]), min(last, cuts[other + 1])
+            if start < stop:
+                room = np.empty((*X.shape[:2], stop - start, *X.shape[3:]), X.dtype)
+                arriving.append((slice(start - first, stop - first), room))
+                requests.append(self._comm.Irecv(_bytes(room), other, _ROWS))
+        for other in range(self.size):
+            start, stop = max(cuts[self.rank], wanted[other]), min(cuts[self.rank + 1], wanted[other + 1])
+            if start < stop:
+                leaving.append(np.ascontiguousarray(X[:, :, start - cuts[self.rank] : stop - cuts[self.rank]]))
+                requests.append(self._comm.Isend(_bytes(leaving[-1]), other, _ROWS))
+                self.sent += leaving[-1].nbytes * (other != self.rank)
+        self.wait(requests)
+        for span, rows in arriving:
+            found[:, :, span] = rows
+        return found
 
     # Of the ring: not collective, but every rank calls them in the same order.
 

@@ -66,9 +66,10 @@ def attention(
 
     Notes
     -----
-    The polynomial engine moves one state of F (d_v + 1) float64 whatever the length is, F = C(d + g, g); under a causal
-    mask it wants rows on the rank that has the keys of their indices. The exact engine moves half of all pieces through
-    every rank, with each pair of ranks at work once. The same ranks give the same bits.
+    The polynomial engine moves one state of F (d_v + 1) float64 whatever the length is, F = C(d + g, g). Under a causal
+    mask, rows that lie on other ranks than the keys of their indices go there first, and their results come back; those
+    past all keys go to the last rank. The exact engine moves half of all pieces through every rank, with each pair of
+    ranks at work once. The same ranks give the same bits.
     Certificates are those of the worst case.
     """
     flags = {"return_certificate": return_certificate, "return_lse": return_lse}
@@ -191,19 +192,23 @@ class _Evaluation:
         self._target = None if target is None else ranks.together(self._checked_target, target)
         whole, piece = _whole(ranks, self.call, layout)
         problem = self._problem = replace(self.call.problem, lo=whole.lo, hi=whole.hi)
-        self._saved = self._ring = None
+        self._saved = self._ring = self._cuts = None
         if whole.empty:
             self.o = np.zeros(problem.q.shape[:3] + problem.v.shape[2:], problem.q.dtype)
             lse = np.full(problem.q.shape[:3], -np.inf)
             self.certificate = self.gradient_certificate = nothing_to_do()
         else:
-            made = self._plan = _make_plan(ranks, self.call, problem, whole, piece, layout, grad)
+            made = self._plan = _make_plan(ranks, self.call, problem, whole, piece, grad)
             self.certificate: Certificate = made.certificate
             self.gradient_certificate = made.gradient_certificate
             if made.engine == "polynomial":
-                self.o, lse, self._saved = polynomial_engine.forward(
+                if problem.hi is not None and not _aligned(layout):
+                    self._cuts, problem = _rows_at_keys(ranks, problem, layout)
+                    self._problem = problem
+                o, lse, self._saved = polynomial_engine.forward(
                     problem, made._scores, made._values, made._choice.polynomial, grad, want_lse, ranks=ranks
                 )
+                self.o, lse = self._back(o), self._back(lse) if want_lse else None
             else:
                 masked = any(ranks.gather(problem.key_mask is not None))
                 symbol = None if whole.bias is None else self.call.symbol
@@ -220,13 +225,19 @@ class _Evaluation:
         if self._ring is not None:
             dq, dk, dv = self._ring.backward(do, dbias.add)
         elif self._saved is not None:
+            do = do if self._cuts is None else ranks.recut(do, *self._cuts)
             dq, dk, dv, _ = polynomial_engine.backward(self._problem, self._saved, do, ranks)
+            dq = self._back(dq)
         else:
             dq, dk, dv = (np.zeros_like(X) for X in (self._problem.q, self._problem.k, self._problem.v))
         gradients = call.gradients(dq, dk, dv, None, exponent=exponent, total=ranks.total)
         if "dbias" in gradients:
             gradients["dbias"] = dbias.whole(ranks, exponent)
         return gradients
+
+    def _back(self, X: np.ndarray) -> np.ndarray:
+        """Rows that were computed at their keys, on the ranks that asked for them."""
+        return X if self._cuts is None else self.ranks.recut(X, *self._cuts[::-1])
 
     def difference(self) -> tuple[np.ndarray, float]:
         """O - E in the dtype computed in, and its largest entry."""
@@ -346,29 +357,22 @@ def _whole(ranks: Ranks, call: Call, layout: Layout) -> tuple[Problem, Problem]:
         )
 
     whole = shaped(sum(layout.n), sum(layout.n_k), sum(threads))
-    piece = shaped(max(layout.n), max(layout.n_k), max(threads))
+    # Causal rows that the polynomial engine moves to their keys count where they are most.
+    rows = np.diff(_cuts_at_keys(layout)).tolist() if whole.hi is not None and not _aligned(layout) else []
+    piece = shaped(max(layout.n + rows), max(layout.n_k), max(threads))
     if a.bias is not None and not whole.empty:
         first, last = -(sum(layout.n) - 1) - layout.q_offset, sum(layout.n_k) - 1 - layout.q_offset
         whole.bias = call.symbol(first, last)
     return whole, piece
 
 
-def _make_plan(
-    ranks: Ranks, call: Call, problem: Problem, whole: Problem, piece: Problem, layout: Layout, grad: bool
-) -> Plan:
+def _make_plan(ranks: Ranks, call: Call, problem: Problem, whole: Problem, piece: Problem, grad: bool) -> Plan:
     """The plan of the whole, made by rank 0 of what all have measured, so that every rank has the same.
 
     The worst case certifies it: moments of scores are not measured over ranks.
     """
     measured = measure(problem, ranks), measure_values(problem, ranks)
-    how = dict(call.how)
-    if problem.hi is not None and not _aligned(layout):
-        apart = "a causal mask where rows lie on other ranks than the keys of their indices"
-        if how["method"] == "polynomial":
-            raise NotImplementedError(f"method='polynomial' does not do {apart}; method='exact' and 'auto' do")
-        if how["method"] == "auto":
-            how["method"] = "exact"
-    return ranks.first(make_plan, whole, **how, grad=grad, each_weight=True, measured=measured, piece=piece)
+    return ranks.first(make_plan, whole, **call.how, grad=grad, each_weight=True, measured=measured, piece=piece)
 
 
 def _aligned(layout: Layout) -> bool:
@@ -379,3 +383,16 @@ def _aligned(layout: Layout) -> bool:
         if n and not ((offset >= 0 or k_start == 0) and (offset + n <= n_k or k_start + n_k == keys)):
             return False
     return True
+
+
+def _cuts_at_keys(layout: Layout) -> list[int]:
+    """Where rows are cut so that each lies with the key of its index, or with the first or the last key."""
+    n = sum(layout.n)
+    return [0, *(min(max(start - layout.q_offset, 0), n) for start in layout.k_start[1:]), n]
+
+
+def _rows_at_keys(ranks: Ranks, problem: Problem, layout: Layout) -> tuple[tuple[list[int], list[int]], Problem]:
+    """Where rows are cut and where at their keys, and the rank's problem with the rows that lie there."""
+    cuts = [*layout.q_start, sum(layout.n)], _cuts_at_keys(layout)
+    offset = layout.q_offset + cuts[1][ranks.rank] - layout.k_start[ranks.rank]
+    return cuts, replace(problem, q=ranks.recut(problem.q, *cuts), q_offset=offset)
