@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from . import _validate
+from . import _validate, forms
 from .rotary import rotate_rows
 
 
@@ -41,6 +41,8 @@ class Problem:
         (w, scale_near): where |t| < w the score has scale_near in the place of scale.
     bias : (H or 1, G or 1, n + n_k - 1) float64 or None
         b_t at index t - t_min, t_min = -(n - 1) - q_offset.
+    tail : callable or None
+        How exp(b_t) factors far out: ``tail(longest, tolerance)`` is a `forms.Tail` or None, its heads all H G or 1.
     key_mask : (H, n_k) bool or None
         True for keys that are kept.
     threads : int
@@ -56,6 +58,7 @@ class Problem:
     q_offset: int = 0
     near: tuple[int, float] | None = None
     bias: np.ndarray | None = None
+    tail: Callable[[int, float], forms.Tail | None] | None = None
     key_mask: np.ndarray | None = None
     threads: int = 1
 
@@ -216,6 +219,7 @@ class Call:
             q_offset=a.q_offset,
             near=a.near,
             bias=None if a.bias is None or 0 in (a.n, a.n_k) else self.symbol(first, last),
+            tail=None if a.bias is None else self.tail,
             key_mask=mask,
             threads=a.threads,
         )
@@ -228,6 +232,15 @@ class Call:
             return symbol[None]
         symbol = np.broadcast_to(symbol, (math.prod(a.batch),) + symbol.shape)
         return symbol.reshape(-1, a.heads // max(self.key_heads, 1), symbol.shape[-1])
+
+    def tail(self, longest: int, tolerance: float) -> forms.Tail | None:
+        """How the exponential of the bias factors far out, with all heads of the batch, or one."""
+        a = self._arguments
+        tail = a.bias._tail(longest, tolerance)
+        if tail is None or tail.rate.shape[-1] == 1:
+            return tail
+        log_weight, rate = (np.tile(X, math.prod(a.batch)) for X in (tail.log_weight, tail.rate))
+        return tail._replace(log_weight=log_weight, rate=rate)
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -255,7 +268,7 @@ class Call:
         dq: np.ndarray,
         dk: np.ndarray,
         dv: np.ndarray,
-        dsymbol: np.ndarray | None,
+        dsymbol: np.ndarray | forms.FarGradient | None,
         *,
         exponent: int = 0,
         total: Callable[[np.ndarray], np.ndarray] | None = None,
@@ -275,22 +288,23 @@ class Call:
                 found.update({name: total(X) for name, X in found.items() if name.startswith("W")})
             if exponent:
                 found = {name: np.ldexp(X, exponent) for name, X in found.items()}
-                dsymbol = None if dsymbol is None else np.ldexp(dsymbol, exponent)
         gradients = {"d" + name: self._cast(X) for name, X in found.items()}
         if a.bias is not None:
-            gradients["dbias"] = self.bias_gradient(dsymbol, -(a.n - 1) - a.q_offset)
+            dbias = self.bias_gradient(dsymbol, -(a.n - 1) - a.q_offset)
+            gradients["dbias"] = np.ldexp(dbias, exponent) if exponent else dbias
         return gradients
 
-    def bias_gradient(self, dsymbol: np.ndarray | None, first: int) -> np.ndarray:
-        """The gradient of the bias from that of its symbol (H, G, _), at offsets t from `first` on."""
+    def bias_gradient(self, dsymbol: np.ndarray | forms.FarGradient | None, first: int) -> np.ndarray:
+        """The gradient of the bias from that of its symbol (H, G, _), at offsets t from `first` on; None is 0."""
         a = self._arguments
-        if dsymbol is None:
-            # No pair of a query and a key: nothing was added anywhere.
-            dsymbol = np.zeros((a.bias.heads or 1, 1))
-        else:
-            heads = 1 if a.bias.heads in (None, 1) else a.heads
+        heads = 1 if a.bias.heads in (None, 1) else a.heads
+        far = dsymbol if isinstance(dsymbol, forms.FarGradient) else None
+        if far is not None:
+            flow = far.flow.reshape(*far.flow.shape[:2], -1, heads).sum(axis=2)
+            dsymbol, far = far.symbol, replace(far, flow=flow, moment=far.moment.reshape(2, -1, heads).sum(axis=1))
+        if dsymbol is not None:
             dsymbol = dsymbol.reshape(-1, heads, dsymbol.shape[-1]).sum(axis=0)
-        return a.bias._gradient(dsymbol, first)
+        return a.bias._gradient(dsymbol, first, far)
 
     def _cast(self, X: np.ndarray) -> np.ndarray:
         with np.errstate(over="ignore"):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from . import forms
 
 __all__ = ["RelativeBias", "RelativeFamily"]
 
@@ -33,7 +36,7 @@ class RelativeBias:
 
     See Also
     --------
-    RelativeBias.alibi : -slope \|t\| without a table.
+    RelativeBias.alibi, RelativeBias.t5, RelativeBias.kerple : without a table of all offsets.
 
     Examples
     --------
@@ -41,7 +44,7 @@ class RelativeBias:
     RelativeBias(table of float64 (3,))
     """
 
-    __slots__ = ("_linear", "_values", "heads")
+    __slots__ = ("_form", "_values", "heads")
 
     def __init__(self, table: ArrayLike) -> None:
         table = _floats("table", table)
@@ -49,7 +52,7 @@ class RelativeBias:
             raise ValueError(f"table: got shape {table.shape}, wants (2T-1,) or (h, 2T-1)")
         if table.shape[-1] % 2 == 0:
             raise ValueError(f"table: got length {table.shape[-1]}, wants an odd one, 2T - 1 for offsets -(T-1) to T-1")
-        self._set(table, linear=False, heads=table.shape[0] if table.ndim == 2 else None)
+        self._set(table, forms.Table(table.shape[-1]), heads=table.shape[0] if table.ndim == 2 else None)
 
     @classmethod
     def alibi(cls, slope: ArrayLike) -> RelativeBias:
@@ -76,48 +79,157 @@ class RelativeBias:
         >>> RelativeBias.alibi([0.5, 0.25]).heads
         2
         """
-        slope = _floats("slope", float(slope) if type(slope) is int else slope)
-        if slope.ndim > 1 or slope.size == 0:
-            raise ValueError(f"slope: got shape {slope.shape}, wants a number or (h,)")
+        slope = _per_head("slope", slope)
+        return cls._of(slope, forms.Linear(), heads=slope.shape[0] if slope.ndim else None)
+
+    @classmethod
+    def t5(
+        cls, table: ArrayLike, num_buckets: int = 32, max_distance: int = 128, bidirectional: bool = True
+    ) -> RelativeBias:
+        r"""b_t = table[bucket(t)], the bias of T5: near offsets have a bucket each, farther ones share one by log \|t\|.
+
+        Parameters
+        ----------
+        table : (num_buckets,) or (h, num_buckets) float32 or float64
+            The transpose of what transformers calls ``relative_attention_bias.weight``.
+        num_buckets : int
+        max_distance : int
+            From here on all offsets of a side share the last bucket.
+        bidirectional : bool
+            Keys after the query have half of the buckets; else they share bucket 0 with the query's own.
+
+        Returns
+        -------
+        RelativeBias
+
+        Raises
+        ------
+        TypeError
+            A table of another type than float32 or float64, numbers that are not integers.
+        ValueError
+            Another length than num_buckets, fewer than 4 buckets (2 where not bidirectional) or an odd number, a
+            max_distance that the near buckets cover, or NaN or Inf.
+
+        Examples
+        --------
+        >>> RelativeBias.t5(np.zeros((12, 32))).heads
+        12
+        """
+        table = _floats("table", table)
+        num_buckets, max_distance = _integer("num_buckets", num_buckets), _integer("max_distance", max_distance)
+        bidirectional = bool(bidirectional)
+        least = 4 if bidirectional else 2
+        if num_buckets < least or num_buckets % 2:
+            raise ValueError(f"num_buckets: got {num_buckets}, wants an even number, at least {least}")
+        if table.ndim not in (1, 2) or table.shape[-1] != num_buckets or len(table) == 0:
+            raise ValueError(f"table: got shape {table.shape}, wants ({num_buckets},) or (h, {num_buckets})")
+        near = num_buckets // (4 if bidirectional else 2)
+        if max_distance <= near:
+            raise ValueError(f"max_distance: got {max_distance}, wants more than the {near} offsets with buckets of their own")
+        form = forms.Buckets(num_buckets, max_distance, bidirectional)
+        return cls._of(table, form, heads=table.shape[0] if table.ndim == 2 else None)
+
+    @classmethod
+    def kerple(cls, r1: ArrayLike, r2: ArrayLike, variant: str = "log") -> RelativeBias:
+        r"""b_t = -r1 log(1 + r2 \|t\|), or -r1 \|t\|^r2 ("power"): the biases of KERPLE (arXiv:2205.09921).
+
+        Parameters
+        ----------
+        r1, r2 : float or (h,) float32 or float64
+            Above 0; r2 at most 2 for "power".
+        variant : {"log", "power"}
+
+        Returns
+        -------
+        RelativeBias
+            Whose gradient is (2,) or (2, h): that of r1, then that of r2.
+
+        Raises
+        ------
+        TypeError
+            Of another type than float32 or float64, or of two.
+        ValueError
+            Shapes that disagree, numbers out of range, NaN or Inf, another variant.
+
+        Examples
+        --------
+        >>> RelativeBias.kerple([1.0, 2.0], [0.1, 0.1]).heads
+        2
+        """
+        r1, r2 = _per_head("r1", r1), _per_head("r2", r2)
+        if r1.dtype != r2.dtype:
+            raise TypeError(f"r2: got dtype {r2.dtype}, wants that of r1, {r1.dtype}")
+        if r1.shape != r2.shape:
+            raise ValueError(f"r2: got shape {r2.shape}, wants that of r1, {r1.shape}")
+        if variant not in ("log", "power"):
+            raise ValueError(f"variant: got {variant!r}, wants 'log' or 'power'")
+        for name, r in (("r1", r1), ("r2", r2)):
+            if not np.all(r > 0):
+                raise ValueError(f"{name}: got {r.min()}, wants numbers above 0")
+        if variant == "power" and not np.all(r2 <= 2):
+            raise ValueError(f"r2: got {r2.max()}, wants at most 2 where variant is 'power'")
+        form = forms.Power() if variant == "power" else forms.Logarithmic()
+        return cls._of(np.stack([r1, r2]), form, heads=r1.shape[0] if r1.ndim else None)
+
+    @classmethod
+    def _of(cls, values: NDArray, form: forms.Form, heads: int | None) -> RelativeBias:
         bias = cls.__new__(cls)
-        bias._set(slope, linear=True, heads=slope.shape[0] if slope.ndim else None)
+        values.flags.writeable = False
+        bias._set(values, form, heads)
         return bias
 
-    def _set(self, values: NDArray, linear: bool, heads: int | None) -> None:
-        for name, value in (("_values", values), ("_linear", linear), ("heads", heads)):
+    def _set(self, values: NDArray, form: forms.Form, heads: int | None) -> None:
+        for name, value in (("_values", values), ("_form", form), ("heads", heads)):
             object.__setattr__(self, name, value)
 
     def __setattr__(self, name: str, value: Any) -> NoReturn:
         raise AttributeError(f"RelativeBias is immutable: cannot set {name}")
 
     def __reduce__(self) -> tuple:
-        return (RelativeBias.alibi if self._linear else RelativeBias), (self._values,)
+        return RelativeBias._of, (self._values, self._form, self.heads)
 
     def __repr__(self) -> str:
-        return f"RelativeBias({'slope' if self._linear else 'table'} of {self._values.dtype} {self._values.shape})"
+        return f"RelativeBias({_SAID[type(self._form)]} of {self._values.dtype} {self._values.shape})"
+
+    def _rows(self) -> NDArray[np.float64]:
+        """What it was built of, a row for each head."""
+        values = self._values.astype(np.float64)
+        if isinstance(self._form, forms.Logarithmic):
+            values = values.T
+        return values.reshape(self.heads or 1, -1)
 
     def _symbol(self, t_min: int, t_max: int) -> NDArray[np.float64]:
         """b_t for t_min <= t <= t_max: (h or 1, t_max - t_min + 1) float64."""
-        t = np.arange(t_min, t_max + 1)
-        if self._linear:
-            return np.multiply.outer(np.atleast_1d(self._values).astype(np.float64), -np.abs(t))
-        return np.atleast_2d(self._values)[:, self._index(t)].astype(np.float64)
+        return self._form.symbol(self._rows(), np.arange(t_min, t_max + 1))
 
-    def _gradient(self, dsymbol: NDArray[np.float64], t_min: int) -> NDArray:
-        """The adjoint of `_symbol`: (h or 1, m) at offsets t_min, t_min + 1, ... -> the shape and dtype of what built
-        it. What lies past the ends of a table goes to its ends; d slope = -sum_t |t| dsymbol_t.
+    def _tail(self, longest: int, tolerance: float) -> forms.Tail | None:
+        """How exp(b_t) factors up to |t| = longest, sums of exponentials being right within `tolerance`."""
+        return self._form.tail(self._rows(), longest, tolerance)
+
+    def _gradient(
+        self, dsymbol: NDArray[np.float64] | None, t_min: int, far: forms.FarGradient | None = None
+    ) -> NDArray:
+        """The adjoint of `_symbol`: (h or 1, m) at offsets t_min, t_min + 1, ..., and what lies in a far field, with
+        heads likewise -> the shape and dtype of what built it.
         """
-        t = np.arange(t_min, t_min + dsymbol.shape[1])
-        if self._linear:
-            gradient = -(dsymbol * np.abs(t)).sum(axis=1)
-        else:
-            width = self._values.shape[-1]
-            gradient = np.stack([np.bincount(self._index(t), weights=row, minlength=width) for row in dsymbol])
+        rows = self._rows()
+        gradient = np.zeros(rows.shape)
+        if dsymbol is not None:
+            gradient += self._form.gradient(rows, np.arange(t_min, t_min + dsymbol.shape[1]), dsymbol)
+        if far is not None:
+            gradient += self._form.far_gradient(rows, far)
+        if isinstance(self._form, forms.Logarithmic):
+            gradient = gradient.T
         return gradient.reshape(self._values.shape).astype(self._values.dtype)
 
-    def _index(self, t: NDArray[np.int64]) -> NDArray[np.int64]:
-        last = self._values.shape[-1] - 1
-        return np.clip(t + last // 2, 0, last)
+
+_SAID = {
+    forms.Table: "table",
+    forms.Linear: "slope",
+    forms.Buckets: "buckets",
+    forms.Logarithmic: "r1, r2 of a logarithm",
+    forms.Power: "r1, r2 of a power",
+}
 
 
 class RelativeFamily:
@@ -142,6 +254,21 @@ class RelativeFamily:
 
     def __init__(self, values: ArrayLike, n_k: int | None = None, support: ArrayLike | None = None) -> None:
         raise NotImplementedError("RelativeFamily: no engine of this version does a general family")
+
+
+def _per_head(name: str, values: ArrayLike) -> NDArray:
+    """One number, or one for each head."""
+    values = _floats(name, float(values) if type(values) is int else values)
+    if values.ndim > 1 or values.size == 0:
+        raise ValueError(f"{name}: got shape {values.shape}, wants a number or (h,)")
+    return values
+
+
+def _integer(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: got {value!r}, wants an integer") from None
 
 
 def _floats(name: str, values: ArrayLike) -> NDArray:

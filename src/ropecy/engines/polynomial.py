@@ -69,6 +69,7 @@ def forward(
     want_lse: bool,
     reach: np.ndarray | None = None,
     ranks: Any = None,
+    decay: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray | None, Saved]:
     """O (H, G, n, d_v), lse float64 or None, and what backward needs.
 
@@ -87,6 +88,8 @@ def forward(
         As `moments.reach` makes it: moment and spread are measured too, p being a MomentPolynomial.
     ranks : ropecy._ranks.Ranks, optional
         Who hold other pieces of the sequence, where this is a piece of it; one state goes between them.
+    decay : (H,) float64 array, optional
+        Causal: weights are multiplied by exp(-decay (i + q_offset - j)).
 
     Notes
     -----
@@ -109,6 +112,7 @@ def forward(
         scores.k_factor,
         segments(problem, monomials.state_degree),
         problem.threads,
+        decay,
     )
     order = 0 if reach is None else p.order
     if ranks is None:

@@ -194,8 +194,10 @@ static void RC_NAME(prepare)(const rc_exact_problem *p, ptrdiff_t head, ptrdiff_
         REAL dot = 0;
         for (ptrdiff_t c = 0; i < rows && c < d_v; c++)
             dot += grad[i * d_v + c] * o[i * d_v + c];
-        stats[i] = i < rows ? ((const REAL *)p->maximum)[slot + i] : 0;
-        stats[TILE + i] = i < rows ? ((const REAL *)p->inverse)[slot + i] : 0;
+        /* What is no row, or sees no key, has a maximum by which every weight is 0: inf * 0 would be NaN. */
+        const REAL inverse = i < rows ? ((const REAL *)p->inverse)[slot + i] : 0;
+        stats[i] = inverse > 0 ? ((const REAL *)p->maximum)[slot + i] : RC_BITS == 32 ? (REAL)1e38 : (REAL)1e307;
+        stats[TILE + i] = inverse;
         stats[2 * TILE + i] = dot;
     }
 }

@@ -1,0 +1,201 @@
+"""A plan: which engine runs, what it promises and why; and how its forward and backward passes run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from . import evidence, moments
+from . import polynomial as poly
+from .bounds import Scores, Values, exact_rounding
+from .certificate import BoundedEntryError, Certificate
+from .engines import exact as exact_engine
+from .engines import fft as fft_engine
+from .engines import polynomial as polynomial_engine
+from .engines import scan as scan_engine
+from .moments import MomentRule
+from .problem import Problem
+
+_ENGINES = {"exact": exact_engine, "polynomial": polynomial_engine, "fft": fft_engine}
+
+
+@dataclass(slots=True)
+class Forward:
+    """A forward pass and what backward needs of it."""
+
+    o: np.ndarray
+    lse: np.ndarray | None
+    certificate: Certificate
+    saved: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A polynomial that may run.
+
+    Attributes
+    ----------
+    polynomial : Polynomial or MomentPolynomial
+    truncation : float
+        Proved ("worst case"), or expected of rows that are not computed exactly ("moments").
+    operations : float
+        As the exact engine counts them, of the rows computed exactly too.
+    rule : MomentRule or None
+        None is the worst case.
+    n_exact_rows : int
+        How many rows, all heads together, may be computed exactly where their certificate is too large.
+    """
+
+    polynomial: poly.Polynomial | poly.MomentPolynomial
+    truncation: float
+    operations: float
+    rule: MomentRule | None = None
+    n_exact_rows: int = 0
+
+    @property
+    def degree(self) -> int:
+        """Of the features."""
+        return max(1, self.polynomial.degree)
+
+
+@dataclass(slots=True)
+class Plan:
+    """Which engine runs, what it promises, and why; ``print(plan)`` explains itself.
+
+    Attributes
+    ----------
+    engine : str
+        "exact", "polynomial" or "fft".
+    certificate : Certificate
+        Of O.
+    gradient_certificate : Certificate or None
+        Of gradients, where they were asked for.
+    reason : str
+        Why this engine.
+    seconds, bytes : dict
+        By engine: predicted time on this machine, and memory beyond inputs and outputs.
+    """
+
+    engine: str
+    certificate: Certificate
+    gradient_certificate: Certificate | None
+    reason: str
+    seconds: dict[str, float]
+    bytes: dict[str, float]
+    shape: tuple[int, ...]
+    eps: float
+    _scores: Scores = field(repr=False)
+    _values: Values | None = field(repr=False)
+    _choice: Choice | None = field(repr=False)
+    _second: Plan | None = field(repr=False)  # what runs where too many rows fail
+    _trials: list[poly.MomentPolynomial] | None = field(default=None, repr=False)  # to be judged by sampled rows
+    _symbol: fft_engine.Symbol | None = field(default=None, repr=False)
+    _split: scan_engine.Split | None = field(default=None, repr=False)
+
+    def forward(self, problem: Problem, want_lse: bool) -> Forward:
+        """O, and lse where it is wanted.
+
+        Raises
+        ------
+        BoundedEntryError
+            More rows than planned are not certified by moments, or sampled rows by no degree, and the polynomial engine
+            was insisted on.
+        """
+        grad = self.gradient_certificate is not None
+        if self._trials is not None:
+            return self._forward_by_sample(problem, want_lse)
+        if self.engine == "exact":
+            o, lse, saved = exact_engine.forward(problem, self._scores.plain, want_lse)
+            return Forward(o, lse, self.certificate, saved)
+        if self.engine == "fft":
+            o, lse, saved = fft_engine.forward(problem, self._scores, self._choice.polynomial, self._symbol, want_lse)
+            return Forward(o, lse, self.certificate, saved)
+        if self._split is not None:
+            o, lse, saved = scan_engine.forward(
+                problem, self._split, self._scores, self._values, self._choice.polynomial, grad, want_lse
+            )
+            return Forward(o, lse, self.certificate, saved)
+        if self._choice.rule is not None:
+            return self._forward_by_moments(problem, want_lse)
+        o, lse, saved = polynomial_engine.forward(
+            problem, self._scores, self._values, self._choice.polynomial, grad, want_lse
+        )
+        return Forward(o, lse, self.certificate, saved)
+
+    def _forward_by_moments(self, problem: Problem, want_lse: bool) -> Forward:
+        """The polynomial's rows, those exactly whose certificate is too large; or all by the second choice."""
+        scores, rule, certificate = self._scores, self._choice.rule, self.certificate
+        reach = moments.reach(problem, self._values, polynomial_engine.chunk(problem))
+        o, lse, saved = polynomial_engine.forward(
+            problem, scores, self._values, rule.polynomial, False, want_lse, reach
+        )
+        rows = rule.truncation(problem, scores, saved.moment, saved.spread, saved.inverse)
+        failed = ~(rows <= self.eps - certificate.rounding)
+        n_failed = int(np.count_nonzero(failed))
+        if n_failed > self._choice.n_exact_rows:
+            if self._second is not None:
+                return self._second.forward(problem, want_lse)
+            raise BoundedEntryError(
+                f"degree {rule.polynomial.degree} does not certify eps = {self.eps:g} by moments for {n_failed:,} "
+                f"of {rows.size:,} rows, past the {self._choice.n_exact_rows:,} planned to be exact, and by the bound "
+                f"B = {scores.bound:.4g} of the scores no degree does; method='exact' has no bound"
+            )
+        rounding = certificate.rounding
+        if n_failed:
+            exact_engine.forward_rows(problem, scores.plain, failed, o, lse)
+            rows[failed] = 0.0
+            rounding = max(rounding, exact_rounding(problem, scores.plain, self._values))
+        certificate = replace(
+            certificate,
+            truncation=float(rows.max()),
+            rounding=rounding,
+            rows_truncation=rows,
+            n_exact_rows=n_failed,
+        )
+        return Forward(o, lse, certificate, saved)
+
+    def _forward_by_sample(self, problem: Problem, want_lse: bool) -> Forward:
+        """The first degree whose error in sampled rows, doubled, is within eps."""
+        scores, certificate = self._scores, self.certificate
+        rng = np.random.default_rng(certificate.seed)
+        unit = float(np.finfo(problem.q.dtype).eps) / 2
+        sample = moments.Sample(problem, scores, self._values)
+        for p in self._trials:
+            o, lse, saved = polynomial_engine.forward(problem, scores, self._values, p, False, want_lse)
+            risk = sample.risk(problem, scores, saved.inverse, polynomial_engine.chunk(problem))
+            errors = evidence.row_errors(problem, o, evidence.draw(risk, certificate.n_sampled, rng), unit)
+            truncation = 2 * float(errors.max())
+            if truncation <= self.eps - certificate.rounding:
+                n_features = poly.n_features(problem.q.shape[-1], p.degree)
+                found = replace(certificate, degree=p.degree, n_features=n_features, truncation=truncation)
+                return Forward(o, lse, found, saved)
+        if self._second is not None:
+            return self._second.forward(problem, want_lse)
+        raise BoundedEntryError(
+            f"twice the error of {certificate.n_sampled} sampled rows is {truncation:.2g} at degree {p.degree}, past "
+            f"eps = {self.eps:g}, and no proof certifies it for scores within B = {scores.bound:.4g}; method='exact' "
+            "has no bound"
+        )
+
+    def backward(self, problem: Problem, forward: Forward, do: np.ndarray):
+        """dq, dk, dv and the gradient of the bias's symbol, or None."""
+        engine = _ENGINES[self.engine] if self._split is None else scan_engine
+        return engine.backward(problem, forward.saved, do)
+
+    def __str__(self) -> str:
+        H, G, n, d, n_k, d_v, dtype = self.shape
+        what = "forward and backward" if self.gradient_certificate else "forward"
+        lines = [
+            f"{what}: {H * G} x {n:,} queries, {H} x {n_k:,} keys, d = {d}, d_v = {d_v}, {dtype}, eps = {self.eps:g}",
+            f"scores    |s| <= {self._scores.plain:.4g} (Cauchy-Schwarz), {self._scores.bound:.4g} with keys centred",
+        ]
+        for engine in self.seconds:
+            mark = "->" if engine == self.engine else "  "
+            lines.append(f"{mark} {engine:<10} {self.seconds[engine]:9.3g} s {self.bytes[engine] / 2**20:10,.1f} MiB")
+        lines.append(f"result    {self.certificate}")
+        if self.gradient_certificate:
+            lines.append(f"gradient  {self.gradient_certificate}")
+        lines.append(f"because   {self.reason}")
+        return "\n".join(lines)
