@@ -157,14 +157,16 @@ def test_exact_rounding_is_covered(name, dtype, rng, ours):
     [
         ("window", 5),
         ("window", (2, 3)),
-        ("bias", ropecy.RelativeBias(np.zeros(5))),
+        ("bias", ropecy.RelativeBias.alibi(-0.1)),
+        ("bias", ropecy.RelativeBias.kerple(0.5, 1.5, "power")),
+        ("near field", ropecy.RelativeBias(np.zeros(2001))),
     ],
 )
 def test_what_the_polynomial_engine_does_not_do_is_named(argument, value, rng):
     Q, K, V = _bounded(rng)
     for call in (ropecy.attention, ropecy.attention_vjp):
         with pytest.raises(NotImplementedError, match=argument):
-            call(Q, K, V, method="polynomial", **{argument: value})
+            call(Q, K, V, method="polynomial", **{"bias" if argument == "near field" else argument: value})
 
 
 def test_families_are_refused():

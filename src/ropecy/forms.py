@@ -138,7 +138,8 @@ class Buckets(_Gather):
         exact = buckets // 2
         # In float32 and truncated, as in the implementations that tables are trained with.
         ratio = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact))
-        far = exact + (ratio / np.float32(math.log(self.max_distance / exact)) * np.float32(buckets - exact)).astype(int)
+        share = ratio / np.float32(math.log(self.max_distance / exact))
+        far = exact + (share * np.float32(buckets - exact)).astype(int)
         return side + np.where(distance < exact, distance, np.minimum(far, buckets - 1))
 
     def reach(self):
@@ -210,7 +211,8 @@ class Power(Logarithmic):
 def _fitted(form: Logarithmic, values: NDArray, longest: int, tolerance: float) -> Tail | None:
     """Sums of exponentials for every head, padded to one number of terms."""
     longest = 1 << max(8, int(longest - 1).bit_length())
-    terms = [_fitted_head(form, tuple(map(float, row)), longest, 2.0 ** math.floor(math.log2(tolerance))) for row in values]
+    tolerance = 2.0 ** math.floor(math.log2(tolerance))
+    terms = [_fitted_head(form, tuple(map(float, row)), longest, tolerance) for row in values]
     if any(term is None for term in terms):
         return None
     most = max(len(rate) for _, rate, _, _ in terms)

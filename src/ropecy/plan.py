@@ -16,7 +16,6 @@ from . import polynomial as poly
 from .bounds import Scores, Values, exact_rounding, measure, measure_values, polynomial_rounding
 from .certificate import BoundedEntryError, Certificate, PerformanceWarning, nothing_to_do
 from .costs import available_memory, cheaper, exact_bytes, exact_operations, fits, rate
-from .engines import exact as exact_engine
 from .engines import fft as fft_engine
 from .engines import polynomial as polynomial_engine
 from .engines import scan as scan_engine
@@ -233,11 +232,14 @@ def _by_proof(
     by_scan = None
     if relative and not problem.empty and method in ("auto", "polynomial"):
         by_scan, refusal = _scan_plan(problem, scores, values, eps, degree, grad, method, seconds, sizes)
-        if by_scan is None and method == "polynomial":
+        if by_scan is None and (method == "polynomial" or degree is not None):
             raise BoundedEntryError(refusal)
+        if by_scan is not None and method == "auto" and not cheaper("polynomial", seconds, sizes):
+            by_scan = None
 
     by_fft = None
-    if method == "fft" or (method == "auto" and chosen is None and by_scan is None and seconds["exact"] > _WORTH_ASKING):
+    none_yet = chosen is None and by_scan is None
+    if method == "fft" or (method == "auto" and none_yet and seconds["exact"] > _WORTH_ASKING):
         by_fft, no_fft = _fft_plan(problem, scores, values, eps, degree, grad, method, seconds, sizes)
         if method == "fft" and by_fft is None:
             raise BoundedEntryError(no_fft)
@@ -260,7 +262,7 @@ def _by_proof(
 
     if by_fft is not None and (method == "fft" or cheaper("fft", seconds, sizes)):
         made = by_fft
-    elif by_scan is not None and (method == "polynomial" or cheaper("polynomial", seconds, sizes)):
+    elif by_scan is not None:
         made = by_scan
     elif chosen is not None and (method == "polynomial" or cheaper("polynomial", seconds, sizes)):
         insisted = "method='polynomial'" if method == "polynomial" else "the cheapest engine that certifies eps"
@@ -300,13 +302,16 @@ def _polynomial_plan(problem, scores, values, choice, grad, reason, seconds, siz
 def _scan_plan(problem, scores, values, eps, degree, grad, method, seconds, sizes) -> tuple[Plan | None, str | None]:
     """The plan of a near field and decayed states; or None, and why there is none. Notes its seconds and bytes."""
     split, lacking = scan_engine.split(problem, poly.relative_error_for(eps) / 8)
-    if split is None or not split.far:
-        return None, f"the polynomial engine does not do {lacking or 'a bias that is near all over'}"
+    if split is None:
+        if method == "polynomial":
+            raise NotImplementedError(f"method='polynomial' does not do {lacking}; method='exact' and 'auto' do")
+        return None, f"the polynomial engine does not do {lacking}"
     rounding = scan_engine.rounding(split, scores, values)
     # Relative errors of a polynomial and of the sums of exponentials multiply.
     part = split.tail.error
     left = (poly.relative_error_for(max(eps - rounding, 1e-300)) - part) / (1 + part)
-    p, refusal = _certified(problem, scores, values, poly.tau(left) + rounding, degree, rounding) if left > 0 else (None, f"rounding alone is {rounding:.2g}")
+    certified = poly.tau(left) + rounding if left > 0 else rounding
+    p, refusal = _certified(problem, scores, values, certified, degree, rounding)
     if p is None:
         return None, refusal
     degree = max(1, p.degree)
@@ -314,7 +319,8 @@ def _scan_plan(problem, scores, values, eps, degree, grad, method, seconds, size
     seconds["polynomial"] = work / (rate(problem.q.dtype.name) * problem.threads)
     sizes["polynomial"] = scan_engine.memory(split, degree, grad)
     error = (1 + p.error) * (1 + part) - 1
-    reason = f"{'method=' + repr(method) if method == 'polynomial' else 'the cheapest engine that certifies eps'}: {split}"
+    insisted = "method='polynomial'" if method == "polynomial" else "the cheapest engine that certifies eps"
+    reason = f"{insisted}: {split}"
     made = _polynomial_plan(
         problem, scores, values, Choice(p, poly.tau(error), work), grad, reason, seconds, sizes, eps
     )

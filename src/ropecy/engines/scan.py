@@ -141,6 +141,8 @@ def split(problem: Problem, tolerance: float) -> tuple[Split | None, str | None]
             if np.any(rate * _longest_gap(part) > _FADED):
                 return None, "keys that are hidden for so long that a decayed state fades away"
             far.append(Far(part, side == 1, term, first, weights[side, term], rate.copy() if rate.any() else None))
+    if not far:
+        return None, "a near field without a far one"
     near = replace(problem, lo=1 - left, hi=right - 1 if problem.hi is None else 0)
     if problem.near is not None and problem.near[0] >= max(left, right if problem.hi is None else 0):
         near = replace(near, scale=problem.near[1], near=None)
@@ -203,7 +205,8 @@ def operations(split: Split, degree: int, grad: bool) -> float:
     if split.near is not None:
         # A band is computed in whole tiles and blocks.
         tile, block, _ = _exact.blocking(split.near.q.dtype)
-        total += exact_operations(replace(split.near, lo=split.near.lo - tile - block // 2, hi=split.near.hi + tile), grad)
+        band = replace(split.near, lo=split.near.lo - tile - block // 2, hi=split.near.hi + tile)
+        total += exact_operations(band, grad)
     return total
 
 

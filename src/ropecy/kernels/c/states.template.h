@@ -1,0 +1,183 @@
+/* Rows of the problem as tasks read them, and the states that they are added to (included by monomials.template.c). */
+
+/* ---- rows of the problem ---- */
+
+static const REAL *RC_NAME(queries)(const rc_monomials_problem *p, ptrdiff_t lane, ptrdiff_t row) {
+    return (const REAL *)p->q + (lane * p->n + row) * p->d;
+}
+static const REAL *RC_NAME(keys)(const rc_monomials_problem *p, ptrdiff_t head, ptrdiff_t row) {
+    return (const REAL *)p->k + (head * p->n_k + row) * p->d;
+}
+static const REAL *RC_NAME(centre)(const rc_monomials_problem *p, ptrdiff_t head) {
+    return p->centre ? (const REAL *)p->centre + head * p->d : 0;
+}
+
+/* x[t][a] = factor (row[t][a] - shift[a]), row pitch `pitch`, zeros past d */
+static void RC_NAME(load_rows)(const REAL *rows, ptrdiff_t count, ptrdiff_t d, REAL factor, const REAL *shift, REAL *x, ptrdiff_t pitch) {
+    for (ptrdiff_t t = 0; t < count; t++) {
+        for (ptrdiff_t a = 0; a < d; a++)
+            x[t * pitch + a] = factor * (rows[t * d + a] - (shift ? shift[a] : 0));
+        for (ptrdiff_t a = d; a < pitch; a++)
+            x[t * pitch + a] = 0;
+    }
+}
+
+/* [v - value_centre, 1] of keys, 0 where the key is masked, zeros past the columns */
+static void RC_NAME(load_key_columns)(const rc_monomials_problem *p, const RC_NAME(room) * w, ptrdiff_t head, ptrdiff_t row,
+                                      ptrdiff_t count, REAL *out) {
+    const REAL *v = (const REAL *)p->v + (head * p->n_k + row) * p->d_v;
+    const REAL *middle = (const REAL *)p->value_centre + head * p->d_v;
+    const unsigned char *mask = p->key_mask ? p->key_mask + head * p->n_k + row : 0;
+    for (ptrdiff_t t = 0; t < count; t++, out += w->wide_columns) {
+        const REAL kept = !mask || mask[t] ? 1 : 0;
+        for (ptrdiff_t c = 0; c < p->d_v; c++)
+            out[c] = kept * (v[t * p->d_v + c] - middle[c]);
+        out[p->d_v] = kept;
+        for (ptrdiff_t c = w->y.columns; c < w->wide_columns; c++)
+            out[c] = 0;
+    }
+}
+
+/* [dn dden] of queries: do / den and -<do, o - value_centre> / den, zeros past the columns */
+static void RC_NAME(load_query_columns)(const rc_monomials_problem *p, const RC_NAME(room) * w, ptrdiff_t lane, ptrdiff_t row,
+                                        ptrdiff_t count, REAL *out) {
+    const REAL *grad = (const REAL *)p->grad + (lane * p->n + row) * p->d_v, *o = (const REAL *)p->o + (lane * p->n + row) * p->d_v;
+    const REAL *inverse = (const REAL *)p->inverse + lane * p->n + row;
+    const REAL *middle = (const REAL *)p->value_centre + lane / p->groups * p->d_v;
+    for (ptrdiff_t t = 0; t < count; t++, out += w->wide_columns) {
+        REAL dot = 0;
+        for (ptrdiff_t c = 0; c < p->d_v; c++) {
+            dot += grad[t * p->d_v + c] * (o[t * p->d_v + c] - middle[c]);
+            out[c] = grad[t * p->d_v + c] * inverse[t];
+        }
+        out[p->d_v] = -dot * inverse[t];
+        for (ptrdiff_t c = w->y.columns; c < w->wide_columns; c++)
+            out[c] = 0;
+    }
+}
+
+/* ---- states ---- */
+
+static void RC_NAME(start_state)(RC_NAME(room) * w, const double *from) {
+    const ptrdiff_t size = w->y.columns * w->y.pitch;
+    for (ptrdiff_t i = 0; i < size; i++) {
+        w->master[i] = from ? from[i] : 0;
+        w->base[i] = (REAL)w->master[i];
+        w->part[i] = 0;
+    }
+}
+
+static void RC_NAME(fold)(RC_NAME(room) * w) {
+    const ptrdiff_t size = w->y.columns * w->y.pitch;
+    for (ptrdiff_t i = 0; i < size; i++) {
+        w->master[i] += w->part[i];
+        w->base[i] = (REAL)w->master[i];
+        w->part[i] = 0;
+    }
+}
+
+/* w->fall of a head, which scans read. */
+static void RC_NAME(start_fall)(const rc_monomials_problem *p, RC_NAME(room) * w, ptrdiff_t head) {
+    for (ptrdiff_t m = -AHEAD; m < CHUNK + TILE; m++)
+        w->fall[m] = m < 0 ? 0 : p->decay ? (REAL)__builtin_exp(-p->decay[head] * m) : 1;
+}
+
+/* The state, seen from a chunk further on. */
+static void RC_NAME(decay_state)(const rc_monomials_problem *p, RC_NAME(room) * w) {
+    if (!p->decay)
+        return;
+    const ptrdiff_t size = w->y.columns * w->y.pitch;
+    const REAL factor = w->fall[CHUNK];
+    for (ptrdiff_t i = 0; i < size; i++) {
+        w->master[i] *= factor;
+        w->base[i] *= factor;
+        w->part[i] *= factor;
+    }
+}
+
+/* Rows of columns times fall[0], fall[step], fall[2 step], ... */
+static void RC_NAME(decay_rows)(const rc_monomials_problem *p, const RC_NAME(room) * w, const REAL *fall, int step, ptrdiff_t count,
+                                REAL *columns) {
+    for (ptrdiff_t t = 0; p->decay && t < count; t++)
+        for (ptrdiff_t c = 0; c < w->wide_columns; c++)
+            columns[t * w->wide_columns + c] *= fall[step * t];
+}
+
+/* Adds rows to the state, folding by the count of updates so far. The state is seen from token `stop` (keys: the first of
+ * the next chunk) or `start` (queries: the first of the chunk). */
+static void RC_NAME(add_keys)(const rc_monomials_problem *p, RC_NAME(room) * w, ptrdiff_t head, ptrdiff_t row, ptrdiff_t end,
+                              ptrdiff_t stop, int *updates) {
+    for (; row < end; row += w->update_tokens) {
+        const ptrdiff_t count = rc_min(w->update_tokens, end - row);
+        RC_NAME(load_rows)(RC_NAME(keys)(p, head, row), count, p->d, (REAL)p->k_factor, RC_NAME(centre)(p, head), w->x, p->d);
+        RC_NAME(load_key_columns)(p, w, head, row, count, w->columns);
+        RC_NAME(decay_rows)(p, w, w->fall + (stop - row), -1, count, w->columns);
+        RC_NAME(update)(&w->y, p->state_degree, (int)count, w->x, w->columns, w->wide_columns, w->low, w->low_pitch, w->panel, w->part);
+        if (++*updates % FOLD == 0)
+            RC_NAME(fold)(w);
+    }
+}
+static void RC_NAME(add_queries)(const rc_monomials_problem *p, RC_NAME(room) * w, ptrdiff_t lane, ptrdiff_t row, ptrdiff_t end,
+                                 ptrdiff_t start, int *updates) {
+    for (; row < end; row += w->update_tokens) {
+        const ptrdiff_t count = rc_min(w->update_tokens, end - row);
+        RC_NAME(load_rows)(RC_NAME(queries)(p, lane, row), count, p->d, (REAL)p->q_factor, 0, w->x, p->d);
+        RC_NAME(load_query_columns)(p, w, lane, row, count, w->columns);
+        RC_NAME(decay_rows)(p, w, w->fall + (row + p->q_offset - start), 1, count, w->columns);
+        RC_NAME(update)(&w->y, p->state_degree, (int)count, w->x, w->columns, w->wide_columns, w->low, w->low_pitch, w->panel, w->part);
+        if (++*updates % FOLD == 0)
+            RC_NAME(fold)(w);
+    }
+}
+
+/* Rows of `count` that chunk `chunk` holds, when row r sits at index r + offset: causal queries are chunked with the
+ * keys they see. Rows before the first key are in no chunk; chunks go on past the last key while there are rows. */
+static ptrdiff_t RC_NAME(chunk_row)(const rc_monomials_problem *p, ptrdiff_t chunk, ptrdiff_t offset, ptrdiff_t count) {
+    return rc_max(0, rc_min(count, chunk * p->chunk - offset));
+}
+
+static void RC_NAME(keep_state)(const RC_NAME(room) * w, double *to) {
+    for (ptrdiff_t i = 0; i < w->y.columns * w->y.pitch; i++)
+        to[i] = w->master[i];
+}
+
+static void RC_NAME(sum_keys)(const rc_monomials_problem *p, ptrdiff_t head, ptrdiff_t segment, void *workspace) {
+    RC_NAME(room) w;
+    int updates = 0;
+    RC_NAME(lay_out)(p, workspace, &w);
+    RC_NAME(start_state)(&w, 0);
+    RC_NAME(start_fall)(p, &w, head);
+    for (ptrdiff_t chunk = segment * p->chunks_per_segment; chunk < (segment + 1) * p->chunks_per_segment; chunk++) {
+        RC_NAME(decay_state)(p, &w);
+        RC_NAME(add_keys)(p, &w, head, RC_NAME(chunk_row)(p, chunk, 0, p->n_k), RC_NAME(chunk_row)(p, chunk + 1, 0, p->n_k),
+                          (chunk + 1) * p->chunk, &updates);
+    }
+    RC_NAME(fold)(&w);
+    RC_NAME(keep_state)(&w, p->states + (head * p->segments + segment) * w.y.columns * p->pitch);
+}
+
+static void RC_NAME(sum_queries)(const rc_monomials_problem *p, ptrdiff_t head, ptrdiff_t segment, void *workspace) {
+    RC_NAME(room) w;
+    int updates = 0;
+    RC_NAME(lay_out)(p, workspace, &w);
+    RC_NAME(start_state)(&w, 0);
+    RC_NAME(start_fall)(p, &w, head);
+    for (ptrdiff_t chunk = (segment + 1) * p->chunks_per_segment - 1; chunk >= segment * p->chunks_per_segment; chunk--) {
+        RC_NAME(decay_state)(p, &w);
+        for (ptrdiff_t group = 0; group < p->groups; group++)
+            RC_NAME(add_queries)(p, &w, head * p->groups + group, RC_NAME(chunk_row)(p, chunk, p->q_offset, p->n),
+                                 RC_NAME(chunk_row)(p, chunk + 1, p->q_offset, p->n), chunk * p->chunk, &updates);
+    }
+    RC_NAME(fold)(&w);
+    RC_NAME(keep_state)(&w, p->grad_states + (head * p->segments + segment) * w.y.columns * p->pitch);
+}
+
+static void RC_NAME(pack)(const rc_monomials_problem *p, const double *state, void *packed, void *grad_packed, void *workspace) {
+    RC_NAME(room) w;
+    RC_NAME(lay_out)(p, workspace, &w);
+    RC_NAME(start_state)(&w, state);
+    if (packed)
+        RC_NAME(evaluate_pack)(&w.y, p->degree, w.base, w.part, p->weights, packed);
+    if (grad_packed)
+        RC_NAME(differentiate_pack)(&w.y, p->grad_degree, w.base, w.part, p->grad_weights, grad_packed);
+}
