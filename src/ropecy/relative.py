@@ -86,7 +86,7 @@ class RelativeBias:
     def t5(
         cls, table: ArrayLike, num_buckets: int = 32, max_distance: int = 128, bidirectional: bool = True
     ) -> RelativeBias:
-        r"""b_t = table[bucket(t)], the bias of T5: near offsets have buckets of their own, far ones share one by log \|t\|.
+        r"""b_t = table[bucket(t)], the bias of T5: near offsets have buckets of their own, far ones share them.
 
         Parameters
         ----------
@@ -125,7 +125,7 @@ class RelativeBias:
             raise ValueError(f"table: got shape {table.shape}, wants ({num_buckets},) or (h, {num_buckets})")
         near = num_buckets // (4 if bidirectional else 2)
         if max_distance <= near:
-            raise ValueError(f"max_distance: got {max_distance}, wants more than {near}, where offsets have their own buckets")
+            raise ValueError(f"max_distance: got {max_distance}, wants more than the {near} buckets of single offsets")
         form = forms.Buckets(num_buckets, max_distance, bidirectional)
         return cls._of(table, form, heads=table.shape[0] if table.ndim == 2 else None)
 
