@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from oracle import Alibi, Rope, Table
+from oracle import Alibi, Family, Rope, Table
 
 
 @pytest.fixture
@@ -46,6 +46,13 @@ def relative_bias(bias):
     return ropecy.RelativeBias(bias.values) if isinstance(bias, Table) else ropecy.RelativeBias.alibi(bias.slope)
 
 
+def relative_family(family):
+    """The package's RelativeFamily that stands for the oracle's Family."""
+    import ropecy
+
+    return ropecy.RelativeFamily(family.values, n_k=family.n_k, support=family.support)
+
+
 @pytest.fixture
 def ours():
     """A case's arguments with the oracle's R and bias replaced by the package's."""
@@ -54,6 +61,8 @@ def ours():
         case = {**case, **more}
         if isinstance(case.get("R"), Rope):
             case["R"] = rotary(case["R"])
+        if isinstance(case.get("R"), Family):
+            case["R"] = relative_family(case["R"])
         if isinstance(case.get("bias"), Table | Alibi):
             case["bias"] = relative_bias(case["bias"])
         return case

@@ -46,6 +46,34 @@ class Rope:
 
 
 @dataclass(frozen=True)
+class Family:
+    """W_t in the place of R: values (M, d, d), or (M, |S|) with the pairs of `support`; W_0 is values[n_k - 1]."""
+
+    values: np.ndarray
+    n_k: int | None = None
+    support: np.ndarray | None = None
+
+    def _index(self, t):
+        n_k = t.shape[1] if self.n_k is None else self.n_k
+        return np.clip(-t + n_k - 1, 0, len(self.values) - 1)
+
+    def matrices(self, t, d, dtype):
+        """(n, n_k, d, d): W_{-t} for the offsets t = j - i."""
+        W = self.values
+        if self.support is not None:
+            W = np.zeros((len(self.values), d, d))
+            for column, (a, b) in enumerate(self.support):
+                W[:, a, b] = self.values[:, column]
+        return W[self._index(t)].astype(dtype)
+
+    def gradient(self, dW, t):
+        """That of values, from dW (n, n_k, d, d) for each pair of a query and a key."""
+        index, found = self._index(t), np.zeros((len(self.values),) + dW.shape[2:])
+        np.add.at(found, index.reshape(-1), dW.reshape((-1,) + dW.shape[2:]))
+        return found if self.support is None else np.stack([found[:, a, b] for a, b in self.support], axis=-1)
+
+
+@dataclass(frozen=True)
 class Table:
     """A relative bias b_t, t from -(T-1) to T-1, clipped past its ends: (2T-1,) or (heads, 2T-1)."""
 
@@ -193,6 +221,7 @@ def attention(
     Q2 = Q1 @ full["W"] if "W" in full else Q1
     q_positions = np.arange(n) + q_offset if q_positions is None else np.asarray(q_positions)
     k_positions = np.arange(n_k) if k_positions is None else np.asarray(k_positions)
+    family, R = (R, None) if isinstance(R, Family) else (None, R)
     q = Q2 if R is None else R.rotate(Q2, q_positions)
     k = K1 if R is None else R.rotate(K1, k_positions)
 
@@ -201,7 +230,11 @@ def attention(
     if near is not None:
         factor[np.abs(t) < near[0]] = near[1]
     factor = factor.astype(dtype)
-    s = factor * (q @ np.swapaxes(k, -1, -2))
+    if family is None:
+        s = factor * (q @ np.swapaxes(k, -1, -2))
+    else:
+        matrices = family.matrices(t, q.shape[-1], dtype)
+        s = factor * np.einsum("...ia,ijab,...jb->...ij", q, matrices, k)
     if bias is not None:
         s = s + bias.symbol(t).astype(dtype)
     s = np.where(allowed, s, -np.inf)
@@ -219,8 +252,12 @@ def attention(
         dO = np.asarray(dO).astype(dtype)
         dP = dO @ np.swapaxes(v, -1, -2)
         dS = P * (dP - (dO * O).sum(axis=-1, keepdims=True))
-        dq = (dS * factor) @ k
-        dk = np.swapaxes(dS * factor, -1, -2) @ q
+        if family is None:
+            dq = (dS * factor) @ k
+            dk = np.swapaxes(dS * factor, -1, -2) @ q
+        else:
+            dq = np.einsum("...ij,ijab,...jb->...ia", dS * factor, matrices, k)
+            dk = np.einsum("...ij,ijab,...ia->...jb", dS * factor, matrices, q)
         dv = np.swapaxes(P, -1, -2) @ dO
         dQ = dq if R is None else R.rotate(dq, q_positions, transpose=True)
         dK = dk if R is None else R.rotate(dk, k_positions, transpose=True)
@@ -236,6 +273,9 @@ def attention(
         grads = {name: collapse(dX, given[name[1:]].shape, lead) for name, dX in grads.items()}
         if bias is not None:
             grads["dbias"] = bias.gradient(dS, t)
+        if family is not None:
+            pairs = np.einsum("...ij,...ia,...jb->...ijab", dS * factor, q, k)
+            grads["dR"] = family.gradient(_sum_to(pairs, pairs.shape[-4:]), t)
         return grads
 
     return Dense(O, lse, P, q, k, v, allowed, scale, backward)

@@ -169,11 +169,6 @@ def test_what_the_polynomial_engine_does_not_do_is_named(argument, value, rng):
             call(Q, K, V, method="polynomial", **{"bias" if argument == "near field" else argument: value})
 
 
-def test_families_are_refused():
-    with pytest.raises(NotImplementedError, match="no engine"):
-        ropecy.RelativeFamily(np.zeros((9, 4, 4)))
-
-
 def test_plan_agrees_with_the_call_and_computes_nothing(rng):
     Q, K, V = _bounded(rng, n=200)
     for method in ("exact", "polynomial", "fft", "auto"):

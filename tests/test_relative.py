@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 
-from ropecy import RelativeBias, RelativeFamily
+from ropecy import RelativeBias
 
 
 @pytest.fixture
@@ -125,8 +125,3 @@ def test_is_a_value(rng):
 def test_refused(build, values, error, message):
     with pytest.raises(error, match=message):
         build(values)
-
-
-def test_family_says_that_it_comes_later():
-    with pytest.raises(NotImplementedError, match="no engine"):
-        RelativeFamily(np.zeros((3, 2, 2)), n_k=2)

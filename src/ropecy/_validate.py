@@ -51,6 +51,7 @@ class Arguments:
     W_K: np.ndarray | None
     W_V: np.ndarray | None
     R: Rotary | None
+    family: RelativeFamily | None
     dtype: np.dtype
     lead: tuple[int, ...]
     n: int
@@ -119,10 +120,9 @@ def check_arguments(
     lo, hi = _band(check_flag("causal", causal), window)
     if near is not None:
         near = _near(near)
+    family, R = (R, None) if isinstance(R, RelativeFamily) else (None, R)
     if R is not None and not isinstance(R, Rotary):
-        if isinstance(R, RelativeFamily):
-            raise NotImplementedError("R: got a RelativeFamily, and no engine of this version does one")
-        raise TypeError(f"R: got {_kind(R)}, wants a ropecy.Rotary or None")
+        raise TypeError(f"R: got {_kind(R)}, wants a ropecy.Rotary, a ropecy.RelativeFamily or None")
     if bias is not None and not isinstance(bias, RelativeBias):
         raise TypeError(f"bias: got {_kind(bias)}, wants a ropecy.RelativeBias or None")
     for name, positions in (("q_positions", q_positions), ("k_positions", k_positions)):
@@ -154,6 +154,8 @@ def check_arguments(
         raise ValueError(f"V: got {projected['V'][-2]} rows (shape {given['V'].shape}), wants {n_k}, one for each of K")
     if R is not None and R.d != d:
         raise ValueError(f"R: got a Rotary of width {R.d}, wants {d}, the width of what meets in the score")
+    if family is not None:
+        _fits(family, d, n, n_k)
     lead = _lead(projected)
     if bias is not None and bias.heads not in (None, 1) and (not lead or bias.heads != lead[-1]):
         heads = lead[-1] if lead else "none: Q, K and V have no head axis"
@@ -177,6 +179,7 @@ def check_arguments(
     return Arguments(
         **{name: given.get(name) for name in ("Q", "K", "V", "W", "W_Q", "W_K", "W_V")},
         R=R,
+        family=family,
         dtype=dtype,
         lead=lead,
         n=n,
@@ -436,6 +439,20 @@ def _band(causal: bool, window: Any) -> tuple[int | None, int | None]:
         left, right = (_integer("window", side, least=0) for side in sides)
         return -left, (min(right, 0) if causal else right)
     return 1 - _integer("window", window, least=1), 0
+
+
+def _fits(family: RelativeFamily, d: int, n: int, n_k: int) -> None:
+    """A family beside rows of width d, and its values beside n queries and n_k keys where it says nothing of them."""
+    if family._width > d or (family._dense and family._width < d):
+        got = f"width {family._width}" if family._dense else f"a support with the index {family._width - 1}"
+        wants = f"{d}" if family._dense else f"indices below {d}"
+        raise ValueError(f"R: got a RelativeFamily of {got}, wants {wants}, the width of what meets in the score")
+    M = len(family._values)
+    if family.n_k is None and n and n_k and n + n_k - 1 != M:
+        raise ValueError(
+            f"R: got a RelativeFamily of {M} offsets, wants n + n_k - 1 = {n + n_k - 1} for {n} queries and {n_k} keys, "
+            "or RelativeFamily(values, n_k=...), which says where W_0 is"
+        )
 
 
 def _near(near: Any) -> tuple[int, float]:

@@ -7,13 +7,18 @@ rotations keep norms.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from .kernels import _rows
-from .problem import Problem
+from .problem import Family, Problem
+
+# How many rows are looked at together, and how wide a block of a family may be to have its powers taken.
+_OFFSETS = 1024
+_WIDE = 32
 
 
 @dataclass(slots=True)
@@ -23,13 +28,16 @@ class Scores:
     Attributes
     ----------
     plain : float
-        Bound of ``|scale <q_i, k_j>|``; inf where it is past the largest number.
+        Bound of ``|scale <q_i, k_j>|``; inf where it is past the largest number. With a family, of ``sum_ab |scale q_a
+        W_t[a, b] k_b|``, the size of what is added up.
     bound : float
-        B, bound of ``|scale <q_i, k_j - centre>|``, the smaller of that for centre 0 and for the mean of the keys.
+        B, bound of ``|scale <q_i, k_j - centre>|``, the smaller of that for centre 0 and for the mean of the keys; or of
+        ``|scale q_i W_t k_j^T|``.
     centre : (H, d) array or None
         None is 0.
     q_factor, k_factor : float
-        ``scale <q, k - c> = <q_factor q, k_factor (k - c)>``, both factors of size at most sqrt(B).
+        ``scale <q, k - c> = <q_factor q, k_factor (k - c)>``, both factors of size at most sqrt(B). With a family, their
+        product is scale times the largest entry.
     """
 
     plain: float
@@ -104,6 +112,8 @@ def measure(problem: Problem, ranks: Any = Alone) -> Scores:
     -----
     Time O(n d): three reads of k, one of q. Rounding of the norms is on the safe side.
     """
+    if problem.family is not None:
+        return _measure_family(problem)
     q, k, keep = problem.q, problem.k, problem.key_mask
     H, G, n, d = q.shape
     scale = abs(problem.scale)
@@ -121,6 +131,94 @@ def measure(problem: Problem, ranks: Any = Alone) -> Scores:
     if shifted < plain:
         return Scores(plain, shifted, mean, *_factors(problem.scale, float(q_norm.max()), float(mean_norm.max())))
     return Scores(plain, plain, None, *_factors(problem.scale, float(q_norm.max()), float(plain_norm.max())))
+
+
+def _measure_family(problem: Problem) -> Scores:
+    """The smaller of ``max_t max|q|^T |W_t| max|k|``, entry by entry, and ``max ||q_i|| max_t ||W_t||_2 max ||k_j||``,
+    with ``|W_t|`` in the place of W_t for `plain`. Nothing is centred: q_i W_t c is not the same for all keys.
+
+    Notes
+    -----
+    Time O(n d + M |S|), and as much for each column that a block of the support has (`_norms`).
+    """
+    family, scale = problem.family, abs(problem.scale)
+    first, last = problem.offsets
+    with np.errstate(all="ignore"):
+        # Rows that are hidden are 0.
+        q_top, q_norm = _sizes(problem.q)
+        k_top, k_norm = _sizes(problem.k)
+        ends = q_top[:, family.left] * k_top[:, family.right]
+        norms = q_norm * k_norm
+        index = family.rows(first, last)
+        largest, plain, bound = 0.0, np.zeros(len(norms)), np.zeros(len(norms))
+        for start in range(index[0], index[-1] + 1, _OFFSETS):
+            values = family.values[start : min(start + _OFFSETS, index[-1] + 1)].astype(np.float64)
+            size = np.abs(values)
+            largest = max(largest, float(size.max()))
+            by_entry = (ends @ size.T).max(axis=1)
+            plain = np.maximum(plain, np.minimum(by_entry, norms * _norms(size, family)))
+            bound = np.maximum(bound, np.minimum(by_entry, norms * _norms(values, family)))
+        room = 1 + (8 * problem.q.shape[3] + len(family.left) + 64) * 2.0**-52
+        plain, bound = float(plain.max()) * scale * room, float(bound.max()) * scale * room
+    if not math.isfinite(plain):
+        return Scores(math.inf, math.inf, None, 1.0, 1.0)
+    factors = _factors(problem.scale * largest, float(q_norm.max()), float(k_norm.max()))
+    return Scores(plain, min(plain, bound), None, *factors)
+
+
+def _sizes(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The largest of each entry, (H, d), and of the norms of rows, (H,), float64; a block of rows at a time."""
+    H, d = rows.shape[0], rows.shape[-1]
+    rows = rows.reshape(H, -1, d)
+    top, norm = np.zeros((H, d)), np.zeros(H)
+    for start in range(0, rows.shape[1], _OFFSETS):
+        part = np.abs(rows[:, start : start + _OFFSETS].astype(np.float64))
+        peak = part.max(axis=(1, 2), initial=np.finfo(np.float64).tiny)
+        top = np.maximum(top, part.max(axis=1))
+        part /= peak[:, None, None]
+        norm = np.maximum(norm, peak * np.sqrt(np.einsum("hid,hid->hi", part, part).max(axis=1)))
+    return top, norm
+
+
+def _norms(values: np.ndarray, family: Family) -> float:
+    """Upper bound of ``max_t ||W_t||_2``, of float64 values (m, |S|).
+
+    The largest of that of the blocks into which the support falls. Of a block X, with A = X^T X, it is
+    ``||A^4||_inf^(1/8)``, which for orthogonal matrices is their norm, or ``sqrt(||X||_1 ||X||_inf)`` where X is wide.
+    """
+    found = 0.0
+    for rows, columns, entries in _blocks(family):
+        block = np.zeros((len(values), rows.max() + 1, columns.max() + 1))
+        block[:, rows, columns] = values[:, entries]
+        peak = np.abs(block).max(axis=(1, 2))
+        size = np.abs(block)
+        either = np.sqrt(size.sum(axis=1).max(axis=1)) * np.sqrt(size.sum(axis=2).max(axis=1))
+        if max(block.shape[1:]) <= _WIDE:
+            block /= np.maximum(peak, np.finfo(np.float64).tiny)[:, None, None]
+            A = block.swapaxes(1, 2) @ block
+            A = A @ A
+            A = A @ A
+            either = np.minimum(either, peak * np.abs(A).sum(axis=2).max(axis=1) ** 0.125)
+        found = max(found, float(either.max(initial=0)))
+    return found
+
+
+def _blocks(family: Family) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Row and column, counted from 0 in each block, and index of the pairs that hang together by rows and columns."""
+    block = np.arange(len(family.left))
+    while True:
+        least = block.copy()
+        for ends in (family.left, family.right):
+            of_end = np.full(ends.max() + 1, len(block))
+            np.minimum.at(of_end, ends, least)
+            least = of_end[ends]
+        if np.array_equal(least, block):
+            break
+        block = least
+    for name in np.unique(block):
+        entries = np.flatnonzero(block == name)
+        rows, columns = (np.unique(ends[entries], return_inverse=True)[1] for ends in (family.left, family.right))
+        yield rows, columns, entries
 
 
 def _factors(scale: float, q_norm: float, k_norm: float) -> tuple[float, float]:

@@ -10,6 +10,7 @@ from functools import lru_cache
 import numpy as np
 
 from .engines import exact as exact_engine
+from .engines import family as family_engine
 from .problem import Problem
 
 
@@ -19,6 +20,8 @@ def exact_operations(problem: Problem, grad: bool) -> float:
     d_v = problem.v.shape[2]
     exp = 60 if problem.q.dtype == np.float32 else 120
     pairs = H * G * exact_engine.pairs(problem)
+    if problem.family is not None:
+        return family_engine.operations(problem, pairs, grad)
     per_pair = 2 * (d + d_v) + exp
     if grad:
         per_pair += 2 * (3 * d + 2 * d_v) + 2 * exp
@@ -27,6 +30,8 @@ def exact_operations(problem: Problem, grad: bool) -> float:
 
 def exact_bytes(problem: Problem, grad: bool) -> float:
     """Bytes of exact attention beyond inputs and outputs."""
+    if problem.family is not None:
+        return family_engine.memory(problem, grad)
     H, G, n, d = problem.q.shape
     n_k, d_v = problem.v.shape[1:]
     item = problem.q.itemsize

@@ -20,8 +20,47 @@ from .rotary import rotate_rows
 
 
 @dataclass(slots=True)
+class Family:
+    """W_t between q_i and k_j in the place of the identity, t = i + q_offset - j.
+
+    Attributes
+    ----------
+    values : (M, |S|) float32 or float64
+        W_t[a, b] at index t + zero, clipped to 0 .. M - 1, for the pairs (a, b) of the support.
+    left, right : (|S|,) intp
+        The pairs: a, of queries, and b, of keys.
+    zero : int
+        The index of W_0.
+    """
+
+    values: np.ndarray
+    left: np.ndarray
+    right: np.ndarray
+    zero: int
+
+    def rows(self, first: int, last: int) -> np.ndarray:
+        """The index in `values` of the offsets t from first to last."""
+        return np.clip(np.arange(first, last + 1) + self.zero, 0, len(self.values) - 1)
+
+    def transposed(self) -> Family:
+        """W_t^T."""
+        return replace(self, left=self.right, right=self.left)
+
+    def gradient(self, dentries: np.ndarray, first: int) -> np.ndarray:
+        """(M, |S|): what (|S|, m) at the offsets first, first + 1, ... is for `values`; clipped offsets add up."""
+        index = self.rows(first, first + dentries.shape[1] - 1)
+        dvalues = np.zeros(self.values.shape)
+        starts = np.flatnonzero(np.diff(index, prepend=-1))
+        if starts.size:
+            dvalues[index[starts]] = np.add.reduceat(dentries, starts, axis=1).T
+        return dvalues
+
+
+@dataclass(slots=True)
 class Problem:
     """O_i = sum_j A_ij V_j / sum_j A_ij with A_ij = exp(scale <q_i, k_j> + b_{j-i}) where key j is seen by row i.
+
+    With a family, q_i W_{i-j} k_j^T stands in the place of <q_i, k_j>.
 
     Attributes
     ----------
@@ -45,6 +84,8 @@ class Problem:
         How exp(b_t) factors far out: ``tail(longest, tolerance)`` is a `forms.Tail` or None, its heads all H G or 1.
     key_mask : (H, n_k) bool or None
         True for keys that are kept.
+    family : Family or None
+        Shared by all slots.
     threads : int
         How many threads may work.
     """
@@ -60,7 +101,17 @@ class Problem:
     bias: np.ndarray | None = None
     tail: Callable[[int, float], forms.Tail | None] | None = None
     key_mask: np.ndarray | None = None
+    family: Family | None = None
     threads: int = 1
+
+    @property
+    def offsets(self) -> tuple[int, int]:
+        """The least and the largest i + q_offset - j that the band allows."""
+        first, last = self.q_offset - (self.k.shape[1] - 1), self.q_offset + self.q.shape[2] - 1
+        return (
+            first if self.hi is None else max(first, -self.hi),
+            last if self.lo is None else min(last, -self.lo),
+        )
 
     @property
     def empty(self) -> bool:
@@ -109,6 +160,7 @@ class Problem:
             v=np.ascontiguousarray(v[:, ::-1]),
             q_offset=self.q_offset + n - n_k,
             key_mask=None,
+            family=None if self.family is None else self.family.transposed(),
         )
 
 
@@ -221,8 +273,13 @@ class Call:
             bias=None if a.bias is None or 0 in (a.n, a.n_k) else self.symbol(first, last),
             tail=None if a.bias is None else self.tail,
             key_mask=mask,
+            family=None if a.family is None else self._family(),
             threads=a.threads,
         )
+
+    def _family(self) -> Family:
+        values, pairs, zero = self._arguments.family._table(self._arguments.n_k)
+        return Family(values, pairs[:, 0], pairs[:, 1], zero)
 
     def symbol(self, first: int, last: int) -> np.ndarray:
         """The bias at offsets t from first to last, as `Problem.bias` holds it."""
@@ -269,6 +326,7 @@ class Call:
         dk: np.ndarray,
         dv: np.ndarray,
         dsymbol: np.ndarray | forms.FarGradient | None,
+        dfamily: np.ndarray | None = None,
         *,
         exponent: int = 0,
         total: Callable[[np.ndarray], np.ndarray] | None = None,
@@ -288,10 +346,16 @@ class Call:
                 found.update({name: total(X) for name, X in found.items() if name.startswith("W")})
             if exponent:
                 found = {name: np.ldexp(X, exponent) for name, X in found.items()}
+                dfamily = None if dfamily is None else np.ldexp(dfamily, exponent)
         gradients = {"d" + name: self._cast(X) for name, X in found.items()}
         if a.bias is not None:
             dbias = self.bias_gradient(dsymbol, -(a.n - 1) - a.q_offset)
             gradients["dbias"] = np.ldexp(dbias, exponent) if exponent else dbias
+        if a.family is not None:
+            if dfamily is None:
+                # No pair of a query and a key.
+                dfamily = np.zeros((len(self.problem.family.left), 0))
+            gradients["dR"] = a.family._gradient(self.problem.family.gradient(dfamily, a.q_offset - (a.n_k - 1)))
         return gradients
 
     def bias_gradient(self, dsymbol: np.ndarray | forms.FarGradient | None, first: int) -> np.ndarray:

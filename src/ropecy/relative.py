@@ -233,27 +233,117 @@ _SAID = {
 
 
 class RelativeFamily:
-    """W_{i-j} in the place of R_{j-i}: any matrices of the offset with entries on a common support S.
+    r"""W_{i-j} in the place of R_{j-i}: any matrices of the offset, with entries on a common support S.
 
-    The general family of arXiv:2505.11892, of which RoPE is one member.
+    The score of query i and key j is ``scale Q_i W_t K_j^T``, t = (i + q_offset) - j. RoPE is one member of this
+    family, on \|S\| = 2 d pairs: W_t = R_{-t}.
 
     Parameters
     ----------
-    values : (M, d, d) or (M, |S|) array
-        ``values[t + n_k - 1]`` is W_t for the offset t = (i + q_offset) - j.
+    values : (M, d, d) or (M, \|S\|) float32 or float64
+        ``values[t + n_k - 1]`` is W_t, for t from -(n_k - 1) on; past its ends the family goes on with its first and
+        last matrix.
     n_k : int, optional
-        The number of keys.
-    support : (|S|, 2) integers, optional
-        The index pairs that `values` holds. By default all.
+        Which of the values is W_0. By default the number of keys that the family meets; M must then be n + n_k - 1.
+    support : (\|S\|, 2) integers, optional
+        The pairs (a, b) whose entries W_t[a, b] `values` holds, one for each column; all others are 0, and have no
+        gradient. By default all pairs.
 
     Raises
     ------
-    NotImplementedError
-        Always: no engine does a family yet.
+    TypeError
+        Values of another type than float32 or float64, pairs or n_k of another kind than integers.
+    ValueError
+        Shapes that disagree, NaN or Inf, n_k outside 1 to M, a negative index, a pair that comes twice.
+
+    Notes
+    -----
+    The general family of arXiv:2505.11892 and arXiv:2412.17316. It doesn't factor, so that the engines are "exact",
+    about n n_k \|S\| operations, and "fft", where each monomial is a multiset of S with a Toeplitz matrix of its own. All
+    heads share it. Its gradient, ``g.dR``, has the shape and dtype of `values`.
+
+    Examples
+    --------
+    >>> RelativeFamily(np.ones((9, 2)), support=[(0, 0), (1, 1)])
+    RelativeFamily(2 entries at 9 offsets, float64)
     """
 
+    __slots__ = ("_pairs", "_values", "n_k")
+
     def __init__(self, values: ArrayLike, n_k: int | None = None, support: ArrayLike | None = None) -> None:
-        raise NotImplementedError("RelativeFamily: no engine of this version does a general family")
+        values = _floats("values", values)
+        if support is None:
+            if values.ndim != 3 or values.shape[1] != values.shape[2]:
+                raise ValueError(f"values: got shape {values.shape}, wants (M, d, d), or (M, |S|) beside support=")
+            pairs = None
+        else:
+            pairs = _pairs(support)
+            if values.ndim != 2 or values.shape[1] != len(pairs):
+                raise ValueError(
+                    f"values: got shape {values.shape}, wants (M, {len(pairs)}), a column for each pair of support"
+                )
+        if values.size == 0:
+            raise ValueError(f"values: got shape {values.shape}, wants at least one offset and one entry")
+        if n_k is not None:
+            if isinstance(n_k, (bool, np.bool_)) or not hasattr(n_k, "__index__"):
+                raise TypeError(f"n_k: got {type(n_k).__name__} {n_k!r}, wants an integer")
+            n_k = operator.index(n_k)
+            if not 1 <= n_k <= len(values):
+                raise ValueError(f"n_k: got {n_k}, wants 1 to {len(values)}, for values[n_k - 1] is W_0")
+        for name, value in (("_values", values), ("_pairs", pairs), ("n_k", n_k)):
+            object.__setattr__(self, name, value)
+
+    def __setattr__(self, name: str, value: Any) -> NoReturn:
+        raise AttributeError(f"RelativeFamily is immutable: cannot set {name}")
+
+    def __reduce__(self) -> tuple:
+        return RelativeFamily, (self._values, self.n_k, self._pairs)
+
+    def __repr__(self) -> str:
+        entries = self._values[0].size
+        return f"RelativeFamily({entries} entries at {len(self._values)} offsets, {self._values.dtype})"
+
+    @property
+    def _width(self) -> int:
+        """d where values are (M, d, d), else the least d that the support fits into."""
+        return self._values.shape[1] if self._pairs is None else int(self._pairs.max()) + 1
+
+    @property
+    def _dense(self) -> bool:
+        """Whether every pair is in the support."""
+        return self._pairs is None
+
+    def _table(self, n_k: int) -> tuple[NDArray, NDArray[np.intp], int]:
+        """Values (M, |S|), pairs (|S|, 2), and the index of W_0 beside n_k keys."""
+        M = len(self._values)
+        pairs = np.argwhere(np.ones(self._values.shape[1:])) if self._pairs is None else self._pairs
+        return self._values.reshape(M, -1), pairs, (n_k if self.n_k is None else self.n_k) - 1
+
+    def _gradient(self, dvalues: NDArray[np.float64]) -> NDArray:
+        """The gradient of `values` from that of the (M, |S|) of `_table`."""
+        return dvalues.reshape(self._values.shape).astype(self._values.dtype)
+
+
+def _pairs(support: ArrayLike) -> NDArray[np.intp]:
+    """A read-only copy of `support`, checked."""
+    pairs = np.array(support)
+    if pairs.dtype.kind not in "iu":
+        raise TypeError(f"support: got dtype {pairs.dtype}, wants integers")
+    if pairs.ndim != 2 or pairs.shape[1] != 2:
+        raise ValueError(f"support: got shape {pairs.shape}, wants (|S|, 2), a pair of indices for each entry")
+    pairs = pairs.astype(np.intp)
+    negative = np.flatnonzero((pairs < 0).any(axis=1))
+    if negative.size:
+        raise ValueError(f"support: got the pair {_shown(pairs[negative[0]])}, wants indices from 0 on")
+    found, count = np.unique(pairs, axis=0, return_counts=True)
+    if np.any(count > 1):
+        raise ValueError(f"support: got the pair {_shown(found[count > 1][0])} twice, wants every pair once")
+    pairs.flags.writeable = False
+    return pairs
+
+
+def _shown(pair: NDArray[np.intp]) -> str:
+    return str(tuple(int(index) for index in pair))
 
 
 def _per_head(name: str, values: ArrayLike) -> NDArray:

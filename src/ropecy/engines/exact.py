@@ -9,6 +9,7 @@ import numpy as np
 
 from ..kernels import _exact
 from ..problem import Problem
+from . import family
 
 LOG2E = 1 / math.log(2)
 # Below this, in units of log2, exp needs no running maximum: 2^60 and 2^-60 are far inside float32.
@@ -62,6 +63,8 @@ def forward(problem: Problem, bound: float, want_lse: bool) -> tuple[np.ndarray,
     -----
     Time ``n n_k (2 d + 2 d_v + exp)`` for each query head; memory: packed keys (n_k d) and a tile a thread.
     """
+    if problem.family is not None:
+        return family.forward(problem, want_lse)
     q, k, q_factor, k_factor = _without_overflow(problem, bound)
     tables = _tables(problem, bound, 1 / (q_factor * k_factor))
     o, maximum, inverse, lse = _exact.forward(q, k, problem.v, tables, want_lse, problem.threads)
@@ -69,13 +72,16 @@ def forward(problem: Problem, bound: float, want_lse: bool) -> tuple[np.ndarray,
 
 
 def backward(problem: Problem, saved: Saved, do: np.ndarray):
-    """dq, dk, dv of ``<do, O>`` and the gradient of the symbol (H, G, n + n_k - 1), or None where there is no bias.
+    """dq, dk, dv of ``<do, O>`` and the gradient of the symbol (H, G, n + n_k - 1), or None where there is no bias; and
+    that of the family, where there is one (`family.backward`).
 
     Notes
     -----
     With P = D^-1 A: dv = P^T do, dS = P * (do V^T - rowsum(do * O)), dq = scale dS k, dk = scale dS^T q, and the
     symbol's gradient sums dS along diagonals. Five products in one pass over the keys.
     """
+    if problem.family is not None:
+        return family.backward(problem, saved, do)
     want = problem.bias is not None
     tables = saved.tables
     dq, dk, dv, diagonals = _exact.backward(
@@ -100,7 +106,8 @@ def forward_rows(problem: Problem, bound: float, rows: np.ndarray, o: np.ndarray
     between, and a piece costs as much as a tile.
     """
     n, n_k = problem.q.shape[2], problem.k.shape[1]
-    anywhere = problem.lo is None and problem.hi is None and problem.bias is None and problem.near is None
+    by_offset = (problem.lo, problem.hi, problem.bias, problem.near, problem.family)
+    anywhere = all(part is None for part in by_offset)
     for head, group in np.argwhere(rows.any(axis=2)):
         marked = np.flatnonzero(rows[head, group])
         if anywhere:

@@ -89,6 +89,8 @@ class Saved:
 
 def unsupported(problem: Problem) -> str | None:
     """What of the problem this engine doesn't do, or None."""
+    if problem.family is not None:
+        return "a RelativeFamily"
     return "a near field" if problem.near is not None else None
 
 

@@ -53,6 +53,8 @@ def unsupported(problem: Problem) -> str | None:
     """What of the problem this engine doesn't do, or None: no mask, causal and key_mask it does."""
     if problem.bias is not None:
         return "a bias"
+    if problem.family is not None:
+        return "a RelativeFamily, whose W_{i-j} does not factor"
     if problem.near is not None:
         return "a near field"
     if problem.lo is not None or problem.hi not in (None, 0):

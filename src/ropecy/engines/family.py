@@ -1,0 +1,267 @@
+"""Exact attention with matrices W_{i-j} between queries and keys, by blocks: always right, never an n x n array.
+
+A block of rows and one of keys, these in reverse order, see each offset along an anti-diagonal. So U_b[i, t] = sum_a
+q_ia W_t[a, b], a product of matrices for each b, is read at t = i + j by strides alone: s_ij = sum_b U_b[i, i + j] k_jb.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+
+from ..problem import Problem
+from ._tasks import in_order
+
+# Rows and keys of a block: a few arrays of this size stay in the cache.
+_ROWS = 64
+_KEYS = 512
+# Into how many parts, each with gradients of its own, backward cuts all rows.
+_PARTS = 8
+
+
+@dataclass(slots=True)
+class Saved:
+    """What backward needs of forward."""
+
+    scores: Scores
+    o: np.ndarray
+    maximum: np.ndarray
+    inverse: np.ndarray
+
+
+class Scores:
+    """q, reversed k, W and what is added, each divided by a power of two, so that no product passes the largest number.
+
+    Scores are ``2^gain_exponent`` times what `tile` makes of them.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem, family = problem, problem.family
+        dtype = problem.q.dtype
+        n, n_k = problem.q.shape[2], problem.k.shape[1]
+        # Offsets t = i + q_offset - j from `first` on.
+        self.first = problem.q_offset - (n_k - 1)
+        t = np.arange(self.first, problem.q_offset + n)
+        self.factor = np.full(len(t), float(problem.scale))
+        if problem.near is not None:
+            self.factor[np.abs(t) < problem.near[0]] = problem.near[1]
+        index = family.rows(t[0], t[-1])
+        values = family.values[index[0] : index[-1] + 1]
+        self.exponents = [_exponent(X) for X in (problem.q, problem.k, values, self.factor)]
+        self.q, self.k = (np.ldexp(X, -e) for X, e in zip((problem.q, problem.k[:, ::-1]), self.exponents, strict=False))
+        self.v = problem.v[:, ::-1]
+        self.factor = np.ldexp(self.factor, -self.exponents[3])
+        self.gain_exponent = sum(self.exponents)
+        # Where this is clipped, scores are 0 or further apart than any weights, up to rounding.
+        clipped = min(max(self.gain_exponent, -64), np.finfo(dtype).maxexp - 2)
+        self.gain = dtype.type(math.ldexp(1.0, clipped))
+
+        allowed = np.ones(len(t), bool)
+        if problem.hi is not None:
+            allowed &= -t <= problem.hi
+        if problem.lo is not None:
+            allowed &= -t >= problem.lo
+        bias = np.zeros((1, 1, len(t))) if problem.bias is None else problem.bias[..., ::-1]
+        self.shift = None
+        if problem.bias is not None or not allowed.all():
+            self.shift = np.where(allowed, np.ldexp(bias, -clipped), -np.inf).astype(dtype)
+        self.hidden = None
+        if problem.key_mask is not None:
+            self.hidden = np.where(problem.key_mask[:, ::-1], 0, -np.inf).astype(dtype)
+        # For each b of the support: its entries, and their a.
+        self.columns = [(b, np.flatnonzero(family.right == b)) for b in np.unique(family.right)]
+
+    def blocks(self, first: int, last: int) -> Iterator[tuple[slice, slice]]:
+        """(reversed keys, offsets) of the blocks that rows [first, last) see, offsets as indices from `self.first` on."""
+        problem, n_k = self.problem, self.problem.k.shape[1]
+        start = 0 if problem.lo is None else max(0, first + problem.q_offset + problem.lo)
+        end = n_k if problem.hi is None else min(n_k, last + problem.q_offset + problem.hi)
+        for place in range(n_k - end, n_k - start, _KEYS):
+            keys = slice(place, min(place + _KEYS, n_k - start))
+            yield keys, slice(first + keys.start, last + keys.stop - 1)
+
+    def entries(self, offsets: slice) -> np.ndarray:
+        """factor_t W_t, (|S|, m)."""
+        family, dtype = self.problem.family, self.q.dtype
+        values = family.values[family.rows(self.first + offsets.start, self.first + offsets.stop - 1)]
+        values = np.ldexp(values, -self.exponents[2]) * self.factor[offsets, None]
+        return np.ascontiguousarray(values.T, dtype)
+
+    def tile(self, head: int, group: int, rows: slice, keys: slice, offsets: slice) -> tuple[np.ndarray, ...]:
+        """s (rows, keys) with -inf for what is hidden, W's entries, and U_b for every b."""
+        q, k = self.q[head, group, rows], self.k[head, keys]
+        W = self.entries(offsets)
+        left = self.problem.family.left
+        U = np.empty((len(self.columns), len(q), W.shape[1]), q.dtype)
+        s = np.zeros((len(q), len(k)), q.dtype)
+        term = np.empty_like(s)
+        for u, (b, entries) in zip(U, self.columns, strict=True):
+            np.matmul(q[:, left[entries]], W[entries], out=u)
+            np.multiply(_skewed(u, len(k)), k[:, b], out=term)
+            s += term
+        if self.shift is not None:
+            shift = self.shift[min(head, len(self.shift) - 1), min(group, self.shift.shape[1] - 1), offsets]
+            s += as_strided(shift, s.shape, 2 * shift.strides, writeable=False)
+        if self.hidden is not None:
+            s += self.hidden[head, keys]
+        return s, W, U
+
+
+def forward(problem: Problem, want_lse: bool) -> tuple[np.ndarray, np.ndarray | None, Saved]:
+    """O (H, G, n, d_v), lse float64 (H, G, n) or None, and what backward needs.
+
+    Notes
+    -----
+    Time ``n n_k (2 |S| + 2 d_v)`` operations in products of matrices and ``n n_k (d + exp)`` entry by entry; memory a few
+    blocks a thread.
+    """
+    scores = Scores(problem)
+    H, G, n = problem.q.shape[:3]
+    o = np.zeros((H, G, n, problem.v.shape[2]), problem.q.dtype)
+    maximum, inverse = np.zeros(o.shape[:3], o.dtype), np.zeros(o.shape[:3], o.dtype)
+    lse = np.full(o.shape[:3], -np.inf) if want_lse else None
+
+    def rows_of(head: int, group: int, rows: slice) -> Generator[None, None, None]:
+        count = rows.stop - rows.start
+        top = np.full(count, -np.inf, o.dtype)
+        total, sums = np.zeros(count), np.zeros((count, o.shape[3]))
+        for keys, offsets in scores.blocks(rows.start, rows.stop):
+            with np.errstate(all="ignore"):
+                s, _, _ = scores.tile(head, group, rows, keys, offsets)
+                new = np.maximum(top, s.max(axis=1))
+                shift = np.where(np.isfinite(new), new, 0)
+                weights = np.exp((s - shift[:, None]) * scores.gain)
+                fade = np.exp((top - shift) * scores.gain).astype(np.float64)
+                total = total * fade + weights.sum(axis=1)
+                sums = sums * fade[:, None] + weights @ scores.v[head, keys]
+            top = new
+            yield
+        seen = total > 0
+        maximum[head, group, rows] = np.where(seen, top, 0)
+        reciprocal = np.divide(1, total, out=np.zeros(count), where=seen)
+        inverse[head, group, rows] = reciprocal
+        o[head, group, rows] = sums * reciprocal[:, None]
+        if lse is not None:
+            with np.errstate(over="ignore"):
+                high = np.ldexp(top.astype(np.float64), scores.gain_exponent)
+                lse[head, group, rows] = np.where(seen, high + np.log(np.where(seen, total, 1)), -np.inf)
+
+    tasks = [(h, g, rows) for h in range(H) for g in range(G) for rows in _cut(0, n)]
+    for _ in in_order(rows_of, tasks, problem.threads):
+        pass
+    return o, lse, Saved(scores, o, maximum, inverse)
+
+
+def backward(problem: Problem, saved: Saved, do: np.ndarray):
+    """dq, dk, dv of ``<do, O>``, the gradients of the symbol, (H, G, n + n_k - 1) or None where there is no bias, and of
+    the family, (|S|, n + n_k - 1) at the offsets t = i + q_offset - j.
+
+    Notes
+    -----
+    With dS as in exact attention: dq_i = scale sum_j dS_ij W_t k_j, dk_j likewise, dW_t[a, b] = scale sum_{i - j = t}
+    dS_ij q_ia k_jb. Two to three times the time of forward. Memory: the gradients, once for each of 8 parts.
+    """
+    scores, family = saved.scores, problem.family
+    H, G, n, d = problem.q.shape
+    n_k, d_v = problem.v.shape[1:]
+    length = n + n_k - 1
+    left = family.left
+
+    def part(head: int, group: int, start: int, stop: int) -> Generator[None, None, tuple[Any, ...]]:
+        dq, dk, dv = np.zeros((stop - start, d)), np.zeros((n_k, d)), np.zeros((n_k, d_v))
+        dW = np.zeros((len(left), stop - start + n_k - 1))
+        dsymbol = np.zeros(dW.shape[1]) if problem.bias is not None else None
+        for rows in _cut(start, stop):
+            own = slice(rows.start - start, rows.stop - start)
+            q, grad = scores.q[head, group, rows], do[head, group, rows]
+            delta = np.einsum("ic,ic->i", grad, saved.o[head, group, rows])
+            for keys, offsets in scores.blocks(rows.start, rows.stop):
+                here = slice(offsets.start - start, offsets.stop - start)
+                k, v = scores.k[head, keys], scores.v[head, keys]
+                with np.errstate(all="ignore"):
+                    s, W, U = scores.tile(head, group, rows, keys, offsets)
+                    P = np.exp((s - saved.maximum[head, group, rows, None]) * scores.gain)
+                    P *= saved.inverse[head, group, rows, None]
+                    dS = P * (grad @ v.T - delta[:, None])
+                    dv[keys] += P.T @ grad
+                    spread = np.zeros((len(q), W.shape[1]), q.dtype)
+                    window = _skewed(spread, len(k), writeable=True)
+                    if dsymbol is not None:
+                        window[...] = dS
+                        dsymbol[here] += spread.sum(axis=0)
+                    for u, (b, entries) in zip(U, scores.columns, strict=True):
+                        dk[keys, b] += np.einsum("ij,ij->j", dS, _skewed(u, len(k)))
+                        np.multiply(dS, k[:, b], out=window)
+                        dq[own, left[entries]] += spread @ W[entries].T
+                        dW[entries, here] += q[:, left[entries]].T @ spread
+                yield
+        return dq, dk, dv, dW, dsymbol
+
+    dq, dk, dv = np.zeros((H, G, n, d)), np.zeros((H, n_k, d)), np.zeros((H, n_k, d_v))
+    dfamily = np.zeros((len(left), length))
+    dsymbol = None if problem.bias is None else np.zeros((H, G, length))
+    bounds = np.linspace(0, n, segments(problem) + 1).astype(int)
+    tasks = [
+        (h, g, int(a), int(b)) for h in range(H) for g in range(G) for a, b in zip(bounds, bounds[1:], strict=False)
+    ]
+    for (h, g, start, stop), found in zip(tasks, in_order(part, tasks, problem.threads), strict=True):
+        dq[h, g, start:stop] = found[0]
+        dk[h] += found[1][::-1]
+        dv[h] += found[2][::-1]
+        dfamily[:, start : stop + n_k - 1] += found[3]
+        if dsymbol is not None:
+            dsymbol[h, g, start : stop + n_k - 1] += found[4]
+    of_q, of_k, of_w, of_factor = scores.exponents
+    with np.errstate(over="ignore"):
+        dq = np.ldexp(dq, of_k + of_w + of_factor).astype(problem.q.dtype)
+        dk = np.ldexp(dk, of_q + of_w + of_factor).astype(problem.q.dtype)
+        dfamily = np.ldexp(dfamily * scores.factor, of_q + of_k + of_factor)
+    return dq, dk, dv.astype(problem.q.dtype), None if dsymbol is None else dsymbol[..., ::-1], dfamily
+
+
+def segments(problem: Problem) -> int:
+    """Into how many parts backward cuts the rows of a head: by shapes, never by the number of threads."""
+    H, G, n = problem.q.shape[:3]
+    return max(1, min(_PARTS // (H * G), -(-n // _ROWS)))
+
+
+def operations(problem: Problem, pairs: float, grad: bool) -> float:
+    """Multiply-adds times 2 of so many pairs, with what is done entry by entry counted by its time."""
+    entries, d_v = len(problem.family.left), problem.v.shape[2]
+    columns = len(np.unique(problem.family.right))
+    per_pair = 4 * (entries + d_v) + 60 * columns + 500
+    return pairs * per_pair * (3.5 if grad else 1)
+
+
+def memory(problem: Problem, grad: bool) -> float:
+    """Bytes beyond inputs and outputs."""
+    H, G, n, d = problem.q.shape
+    n_k, d_v = problem.v.shape[1:]
+    entries, item = len(problem.family.left), problem.q.itemsize
+    block = _ROWS * (_ROWS + _KEYS) * (len(np.unique(problem.family.right)) + 6) * item
+    size = (H * G * n * (d + 2) + H * n_k * d) * item + problem.threads * block
+    if grad:
+        length = n + n_k - 1
+        part = 8 * (n_k * (d + d_v) + entries * length)
+        size += (problem.threads + 2) * part + 8 * (H * G * n * d + H * n_k * (d + d_v) + 2 * entries * length)
+    return float(size)
+
+
+def _skewed(u: np.ndarray, width: int, writeable: bool = False) -> np.ndarray:
+    """(rows, width): u[i, i + j] at (i, j)."""
+    along, across = u.strides
+    return as_strided(u, (len(u), width), (along + across, across), writeable=writeable)
+
+
+def _cut(start: int, stop: int) -> list[slice]:
+    return [slice(at, min(at + _ROWS, stop)) for at in range(start, stop, _ROWS)]
+
+
+def _exponent(X: np.ndarray) -> int:
+    """e with max |X| in [2^(e-1), 2^e); 0 for zeros."""
+    return math.frexp(float(max(X.max(initial=0), -X.min(initial=0))))[1]

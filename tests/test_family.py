@@ -1,0 +1,318 @@
+"""RelativeFamily: W_{i-j} in the place of R, by both engines, and what is refused."""
+
+import pickle
+
+import cases
+import numpy as np
+import oracle
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ropecy
+
+ROPE_PAIRS = [(0, 0), (0, 2), (2, 0), (2, 2), (1, 1), (1, 3), (3, 1), (3, 3)]
+
+# Shapes as in cases.SPECS; `family` says which: pairs (None for all), offsets (None for all there are), n_k, zeros.
+SPECS = {
+    "dense": {"d": 2, "family": {}},
+    "sparse": {"d": 4, "family": {"support": [(0, 1), (2, 2), (3, 0)]}},
+    "one_token": {"n": 1, "d": 2, "family": {}},
+    "one_column": {"d": 1, "family": {}},
+    "lengths": {"n": 31, "n_k": 44, "d": 2, "d_v": 5, "family": {}},
+    "lengths_the_other_way": {"n": 44, "n_k": 31, "d": 2, "d_v": 1, "family": {"support": [(0, 1), (1, 1)]}},
+    "clipped": {"n": 30, "d": 2, "family": {"M": 9, "n_k": 5}},
+    "clipped_far": {"n": 12, "d": 2, "family": {"M": 7, "n_k": 2}, "options": {"q_offset": 40}},
+    "one_matrix": {"n": 12, "d": 2, "family": {"M": 1, "n_k": 1}},
+    "zeros": {"d": 3, "family": {"zeros": True}},
+    "all_zeros": {"d": 2, "family": {"zeros": "all"}},
+    "causal": {"d": 2, "family": {}, "options": {"causal": True}},
+    "causal_offset": {"n": 15, "n_k": 40, "d": 2, "family": {"M": 80, "n_k": 40}, "options": {"causal": True, "q_offset": 25}},
+    "empty_rows": {"n": 17, "n_k": 9, "d": 2, "family": {"M": 30, "n_k": 12}, "options": {"causal": True, "q_offset": -4}},
+    "window": {"n": 59, "d": 2, "family": {}, "options": {"window": 7}},
+    "window_two_sided": {"n": 59, "n_k": 50, "d": 2, "family": {}, "options": {"window": (5, 3)}},
+    "key_mask": {"n": 29, "n_k": 37, "d": 2, "family": {}, "mask": "one axis"},
+    "key_mask_per_row": {"q_lead": (2, 3), "n": 11, "n_k": 13, "d": 2, "family": {}, "mask": "per row"},
+    "bias": {"n": 23, "n_k": 27, "d": 2, "family": {}, "bias": ("table", (9,)), "options": {"causal": True}},
+    "alibi_per_head": {"q_lead": (2, 3), "n": 17, "d": 2, "family": {}, "bias": ("alibi", (3,))},
+    "bias_per_grouped_head": {"q_lead": (4,), "k_lead": (2,), "n": 17, "d": 2, "family": {}, "bias": ("table", (4, 7))},
+    "grouped": {"q_lead": (2, 6), "k_lead": (2, 2), "n": 13, "n_k": 19, "d": 2, "family": {}},
+    "projections": {
+        "n": 21,
+        "d": 5,
+        "d_v": 6,
+        "family": {"d": 2},
+        "project": {"W": (2, 2), "W_Q": (5, 2), "W_K": (5, 2), "W_V": (6, 3)},
+        "options": {"causal": True},
+    },
+    "negative_scale": {"d": 2, "family": {}, "options": {"scale": -0.3}},
+    "no_scale": {"d": 2, "family": {}, "options": {"scale": 0.0}},
+    "near": {"d": 2, "family": {}, "options": {"near": (6, 2.0)}},
+    "blocks": {"n": 150, "n_k": 700, "d": 2, "family": {}, "options": {"causal": True, "q_offset": 560}},
+}
+
+
+def make(name, rng, dtype=np.float64):
+    """The keyword arguments of the case; scores are within about 1."""
+    spec = SPECS[name]
+    cases.SPECS["family"] = spec
+    try:
+        case = cases.make("family", rng, dtype, unit=True)
+    finally:
+        del cases.SPECS["family"]
+    family = spec["family"]
+    d = family.get("d", case["K"].shape[-1])
+    M = family.get("M", case["Q"].shape[-2] + case["K"].shape[-2] - 1)
+    support = family.get("support")
+    values = rng.uniform(-0.5, 0.5, (M, d, d) if support is None else (M, len(support)))
+    if family.get("zeros"):
+        values[:, 1 if family["zeros"] is True else slice(None)] = 0
+    case["R"] = oracle.Family(values, family.get("n_k"), None if support is None else np.array(support))
+    return case
+
+
+def _gradients(case, ours, dO, **options):
+    O, vjp = ropecy.attention_vjp(**ours(case), **options)
+    g = vjp(dO)
+    names = ["dQ", "dK", "dV", "dR", *("d" + name for name in ("W", "W_Q", "W_K", "W_V", "bias") if name in case)]
+    return O, {name: getattr(g, name) for name in names}
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_exact_float64_is_the_oracle(name, rng, ours):
+    case = make(name, rng)
+    dense = oracle.attention(**case)
+    dO = cases.upstream(case, dense, rng)
+    O, gradients = _gradients(case, ours, dO, method="exact")
+    np.testing.assert_allclose(O, dense.O, rtol=0, atol=1e-12)
+    expected = dense.backward(dO)
+    assert set(gradients) == set(expected)
+    for argument, gradient in gradients.items():
+        tolerance = 1e-12 * (1.0 + np.abs(expected[argument]).max())
+        np.testing.assert_allclose(gradient, expected[argument], rtol=0, atol=tolerance, err_msg=argument)
+    assert gradients["dR"].shape == case["R"].values.shape
+    _, lse = ropecy.attention(**ours(case), method="exact", return_lse=True)
+    np.testing.assert_allclose(lse, dense.lse, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_exact_float32_is_as_good_as_plain_numpy(name, rng, ours):
+    case = make(name, rng, np.float32)
+    dense = oracle.attention(**case)
+    dO = cases.upstream(case, dense, rng)
+    plain = oracle.attention(**case, dtype=np.float32)
+    O, gradients = _gradients(case, ours, dO, method="exact")
+    assert O.dtype == np.float32 and gradients["dR"].dtype == np.float64
+    floor = 4 * 2.0**-24 * (1 + np.abs(dense.O).max())
+    assert np.abs(O - dense.O).max() <= 2 * np.abs(plain.O - dense.O).max() + floor
+    expected, rounded = dense.backward(dO), plain.backward(dO)
+    for argument, gradient in gradients.items():
+        error = np.linalg.norm(gradient - expected[argument])
+        floor = 8 * 2.0**-24 * (np.sqrt(case["Q"].size) + np.linalg.norm(expected[argument]))
+        assert error <= 3 * np.linalg.norm(rounded[argument] - expected[argument]) + floor, argument
+
+
+def test_gradients_against_finite_differences(rng):
+    Q, K, V = (rng.standard_normal(shape) for shape in ((6, 3), (8, 3), (8, 2)))
+    dO = rng.standard_normal((6, 2))
+    for support, clip in ((None, 0), ([(0, 2), (1, 1)], 0), (None, 9)):
+        values = rng.standard_normal((13 - clip, 3, 3) if support is None else (13, len(support)))
+        n_k = 8 if not clip else 2
+        given = {"Q": Q, "K": K, "V": V, "R": values}
+
+        def value(given, support=support, n_k=n_k):
+            R = ropecy.RelativeFamily(given["R"], n_k=n_k, support=support)
+            return (dO * ropecy.attention(given["Q"], given["K"], given["V"], R, causal=True, q_offset=2)).sum()
+
+        R = ropecy.RelativeFamily(values, n_k=n_k, support=support)
+        g = ropecy.attention_vjp(Q, K, V, R, causal=True, q_offset=2)[1](dO)
+        for name, X in given.items():
+            for index in np.ndindex(X.shape):
+                up, down = X.copy(), X.copy()
+                up[index] += 1e-5
+                down[index] -= 1e-5
+                expected = (value({**given, name: up}) - value({**given, name: down})) / 2e-5
+                assert getattr(g, "d" + name)[index] == pytest.approx(expected, rel=1e-5, abs=1e-9), (name, index)
+
+
+def test_rotations_are_a_member(rng):
+    n, n_k, d = 40, 33, 4
+    Q, K, V = rng.standard_normal((n, d)), rng.standard_normal((n_k, d)), rng.standard_normal((n_k, 2))
+    R = ropecy.Rotary(d)
+    dense = np.stack([R[-t] for t in range(-(n_k - 1), n)])
+    sparse = np.stack([dense[:, a, b] for a, b in ROPE_PAIRS], axis=1)
+    expected = ropecy.attention(Q, K, V, R, causal=True, method="exact")
+    for family in (ropecy.RelativeFamily(dense), ropecy.RelativeFamily(sparse, n_k, ROPE_PAIRS)):
+        np.testing.assert_allclose(ropecy.attention(Q, K, V, family, causal=True), expected, rtol=0, atol=1e-12)
+        # Its blocks are orthogonal: the bound is that of Cauchy and Schwarz.
+        bound = np.linalg.norm(Q, axis=1).max() * np.linalg.norm(K, axis=1).max() / d
+        assert ropecy.plan(Q, K, family).certificate.bound >= bound * (1 - 1e-12)
+        assert ropecy.plan(Q, K, family)._scores.bound <= bound * (1 + 1e-9)
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_bounds_hold(data):
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    n, n_k, d, H = (data.draw(st.integers(1, most)) for most in (9, 9, 5, 2))
+    Q, K = rng.standard_normal((H, n, d)), rng.standard_normal((H, n_k, d))
+    pairs = np.argwhere(rng.random((d, d)) < 0.5)
+    pairs = pairs if len(pairs) else np.array([[0, d - 1]])
+    values = rng.standard_normal((n + n_k - 1, len(pairs))) * 10.0 ** rng.integers(-3, 3, len(pairs))
+    family = oracle.Family(values, None, pairs)
+    lo = data.draw(st.sampled_from([None, 0, 3]))
+    t = np.arange(n_k) - np.arange(n)[:, None]
+    allowed = np.ones(t.shape, bool) if lo is None else (t <= 0) & (t > -lo - 1)
+    matrices = family.matrices(t, d, float)
+    s = np.einsum("hia,ijab,hjb->hij", Q, matrices, K) / d
+    size = np.einsum("hia,ijab,hjb->hij", abs(Q), abs(matrices), abs(K)) / d
+    plan = ropecy.plan(
+        Q, K, ropecy.RelativeFamily(values, support=pairs), method="exact", window=None if lo is None else lo + 1
+    )
+    if allowed.any():
+        assert np.abs(np.where(allowed, s, 0)).max() <= plan._scores.bound
+        assert np.where(allowed, size, 0).max() <= plan._scores.plain
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_exact_certificate_holds(dtype, rng):
+    for size in (1e-3, 1.0, 30.0):
+        Q, K, V = (rng.standard_normal((200, 5)).astype(dtype) for _ in range(3))
+        family = oracle.Family(size * rng.standard_normal((399, 5, 5)))
+        R = ropecy.RelativeFamily(family.values)
+        O, certificate = ropecy.attention(Q, K, V, R, method="exact", return_certificate=True)
+        error = np.abs(O - oracle.attention(Q, K, V, family).O).max() / np.ptp(V, axis=0).max()
+        assert error <= certificate.error
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_exact_takes_what_overflows(dtype, rng):
+    huge = float(np.sqrt(np.finfo(dtype).max)) * 8
+    Q, K, V = (rng.standard_normal((20, 2)).astype(dtype) for _ in range(3))
+    family = oracle.Family(rng.standard_normal((39, 2, 2)))
+    Q64, K64 = (Q / dtype(64)).astype(float), K.astype(float)
+    s = np.einsum("ia,ijab,jb->ij", Q64, family.matrices(np.arange(20) - np.arange(20)[:, None], 2, float), K64)
+    expected = V[s.argmax(axis=1)]
+    R = ropecy.RelativeFamily(family.values * huge if dtype == np.float64 else family.values)
+    O, vjp = ropecy.attention_vjp(Q * dtype(huge), K * dtype(huge), V, R, method="exact")
+    np.testing.assert_array_equal(O, expected)
+    assert all(np.isfinite(getattr(vjp(O), name)).all() for name in ("dQ", "dK", "dV", "dR"))
+
+
+METHODS = ["exact"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_thread_count_bitwise(method, rng):
+    Q, K, V = (rng.standard_normal((3, 300, 2)).astype(np.float32) for _ in range(3))
+    family = ropecy.RelativeFamily(0.3 * rng.standard_normal((599, 2, 2)))
+    bias = ropecy.RelativeBias(rng.standard_normal((3, 9)))
+    results = []
+    for threads in (1, 2, 3):
+        O, vjp = ropecy.attention_vjp(Q, K, V, family, bias=bias, causal=True, method=method, eps=0.1, threads=threads)
+        g = vjp(O)
+        results.append([O, g.dQ, g.dK, g.dV, g.dbias, g.dR])
+    for other in results[1:]:
+        for a, b in zip(other, results[0], strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_products_with_the_matrix(method, rng):
+    Q, K, V = rng.standard_normal((30, 2)), rng.standard_normal((25, 2)), rng.standard_normal((25, 3))
+    family = oracle.Family(0.3 * rng.standard_normal((54, 2, 2)))
+    A = ropecy.AttentionMatrix(Q, K, ropecy.RelativeFamily(family.values), causal=True, method=method, eps=1e-8)
+    dense = oracle.attention(Q, K, V, family, causal=True).A
+    np.testing.assert_allclose(A @ V, dense @ V, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(A.T @ Q, dense.T @ Q, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(A.D, dense.sum(axis=1), rtol=0, atol=1e-5)
+
+
+def test_check_takes_families(rng):
+    Q, K, V = rng.standard_normal((3, 50, 2))
+    family = ropecy.RelativeFamily(rng.standard_normal((99, 2, 2)))
+    O = ropecy.attention(Q, K, V, family, causal=True)
+    assert ropecy.check(O, Q, K, V, family, causal=True).error < 1e-10
+    assert ropecy.check(O, Q, K, V, causal=True).error > 1e-3
+
+
+def test_loss_grad_gives_it(rng):
+    Q, K, V, E = rng.standard_normal((4, 20, 2))
+    values = rng.standard_normal((39, 2, 2)).astype(np.float32)
+    g = ropecy.loss_grad(Q, K, V, E, ropecy.RelativeFamily(values), causal=True)
+    expected = oracle.loss_gradients(Q, K, V, E, oracle.Family(values), causal=True)["dR"]
+    assert g.dR.dtype == np.float32
+    np.testing.assert_allclose(g.dR, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_empty(rng):
+    family = ropecy.RelativeFamily(rng.standard_normal((5, 2, 2)))
+    O, vjp = ropecy.attention_vjp(np.zeros((0, 2)), np.zeros((3, 2)), np.zeros((3, 1)), family)
+    np.testing.assert_array_equal(vjp(O).dR, np.zeros((5, 2, 2)))
+
+
+def test_is_a_value(rng):
+    values = rng.standard_normal((5, 2))
+    family = ropecy.RelativeFamily(values, n_k=3, support=[(0, 1), (1, 1)])
+    assert repr(family) == "RelativeFamily(2 entries at 5 offsets, float64)" and family.n_k == 3
+    kept = values.copy()
+    values[:] = 0
+    Q = rng.standard_normal((3, 2))
+    expected = oracle.attention(Q, Q, Q, oracle.Family(kept, 3, np.array([(0, 1), (1, 1)]))).O
+    for one in (family, pickle.loads(pickle.dumps(family))):
+        np.testing.assert_allclose(ropecy.attention(Q, Q, Q, one), expected, rtol=0, atol=1e-12)
+    with pytest.raises(AttributeError, match="immutable"):
+        family.n_k = 4
+
+
+PAIRS = [(0, 0), (1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"values": np.zeros((3, 2))}, ValueError, r"values: got shape \(3, 2\), wants \(M, d, d\)"),
+        ({"values": np.zeros((3, 2, 4))}, ValueError, r"values: got shape \(3, 2, 4\), wants \(M, d, d\)"),
+        ({"values": np.zeros((0, 2, 2))}, ValueError, "values: got shape .*, wants at least one offset"),
+        ({"values": np.zeros((3, 0, 0))}, ValueError, "values: got shape .*, wants at least one offset"),
+        ({"values": np.zeros((3, 2, 2), int)}, TypeError, "values: got dtype int64, wants float32 or float64"),
+        ({"values": np.full((3, 2, 2), np.nan)}, ValueError, r"values: got nan at \(0, 0, 0\), wants finite"),
+        ({"values": np.zeros((3, 3)), "support": PAIRS}, ValueError, r"values: got shape \(3, 3\), wants \(M, 2\)"),
+        ({"values": np.zeros((3, 2, 2)), "support": PAIRS}, ValueError, r"values: got shape .*, wants \(M, 2\)"),
+        ({"values": np.zeros((3, 2)), "support": [(0.0, 0), (1, 1)]}, TypeError, "support: got dtype float64"),
+        ({"values": np.zeros((3, 2)), "support": [0, 1]}, ValueError, r"support: got shape \(2,\), wants"),
+        ({"values": np.zeros((3, 2)), "support": [(0, 0), (1, -1)]}, ValueError, r"the pair \(1, -1\), wants indices"),
+        ({"values": np.zeros((3, 2)), "support": [(1, 0), (1, 0)]}, ValueError, r"the pair \(1, 0\) twice"),
+        ({"values": np.zeros((3, 2, 2)), "n_k": 4}, ValueError, "n_k: got 4, wants 1 to 3"),
+        ({"values": np.zeros((3, 2, 2)), "n_k": 0}, ValueError, "n_k: got 0, wants 1 to 3"),
+        ({"values": np.zeros((3, 2, 2)), "n_k": 2.0}, TypeError, "n_k: got float 2.0, wants an integer"),
+        ({"values": np.zeros((3, 2, 2)), "n_k": True}, TypeError, "n_k: got bool True, wants an integer"),
+    ],
+)
+def test_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        ropecy.RelativeFamily(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ({"values": np.zeros((9, 3, 3))}, {}, ValueError, "R: got a RelativeFamily of width 3, wants 2"),
+        ({"values": np.zeros((9, 1, 1))}, {}, ValueError, "R: got a RelativeFamily of width 1, wants 2"),
+        ({"values": np.zeros((9, 1)), "support": [(0, 2)]}, {}, ValueError, "the index 2, wants indices below 2"),
+        ({"values": np.zeros((8, 2, 2))}, {}, ValueError, r"8 offsets, wants n \+ n_k - 1 = 9 for 5 queries"),
+        ({"values": np.zeros((9, 2, 2))}, {"q_positions": np.arange(5)}, ValueError, "q_positions: got positions"),
+        ({"values": np.zeros((9, 2, 2))}, {"method": "polynomial"}, NotImplementedError, "W_{i-j} does not factor"),
+    ],
+)
+def test_refused_at_the_call(arguments, options, error, message):
+    X = np.ones((5, 2))
+    with pytest.raises(error, match=message):
+        ropecy.attention(X, X, X, ropecy.RelativeFamily(**arguments), **options)
+    with pytest.raises(error, match=message):
+        ropecy.plan(X, X, ropecy.RelativeFamily(**arguments), **options)
+
+
+def test_states_of_fixed_size_refuse_it():
+    with pytest.raises(NotImplementedError, match="does not factor"):
+        ropecy.DecodeState(2, 2, ropecy.RelativeFamily(np.zeros((3, 2, 2))))
