@@ -27,8 +27,20 @@ SPECS = {
     "zeros": {"d": 3, "family": {"zeros": True}},
     "all_zeros": {"d": 2, "family": {"zeros": "all"}},
     "causal": {"d": 2, "family": {}, "options": {"causal": True}},
-    "causal_offset": {"n": 15, "n_k": 40, "d": 2, "family": {"M": 80, "n_k": 40}, "options": {"causal": True, "q_offset": 25}},
-    "empty_rows": {"n": 17, "n_k": 9, "d": 2, "family": {"M": 30, "n_k": 12}, "options": {"causal": True, "q_offset": -4}},
+    "causal_offset": {
+        "n": 15,
+        "n_k": 40,
+        "d": 2,
+        "family": {"M": 80, "n_k": 40},
+        "options": {"causal": True, "q_offset": 25},
+    },
+    "empty_rows": {
+        "n": 17,
+        "n_k": 9,
+        "d": 2,
+        "family": {"M": 30, "n_k": 12},
+        "options": {"causal": True, "q_offset": -4},
+    },
     "window": {"n": 59, "d": 2, "family": {}, "options": {"window": 7}},
     "window_two_sided": {"n": 59, "n_k": 50, "d": 2, "family": {}, "options": {"window": (5, 3)}},
     "key_mask": {"n": 29, "n_k": 37, "d": 2, "family": {}, "mask": "one axis"},
@@ -199,7 +211,174 @@ def test_exact_takes_what_overflows(dtype, rng):
     assert all(np.isfinite(getattr(vjp(O), name)).all() for name in ("dQ", "dK", "dV", "dR"))
 
 
-METHODS = ["exact"]
+FFT = [name for name in SPECS if "near" not in SPECS[name].get("options", {})]
+
+
+def _bounds(case, dense, dO, eps):
+    """What eps promises of gradients: section 6.3 of the theory with e = 2 eps, W_t k_j in the place of keys."""
+    e = 2 * eps
+    zeta, c = 2 * e / (1 - e), abs(dense.scale)
+    n, n_k, d = *dense.P.shape[-2:], dense.q.shape[-1]
+    t = np.arange(n_k) - (np.arange(n)[:, None] + case.get("q_offset", 0))
+    W = case["R"].matrices(t, d, float)
+    keys = np.einsum("ijab,...jb->...ija", W, dense.k)
+    queries = np.einsum("ijab,...ia->...ijb", W, dense.q)
+    omega = dense.ranges((dO @ np.swapaxes(dense.v, -1, -2))[..., None])[..., 0]
+    distance = np.linalg.norm(keys[..., :, None, :] - keys[..., None, :, :], axis=-1)
+    both = dense.allowed[..., :, None] & dense.allowed[..., None, :]
+    diameter = np.where(both, distance, 0).max(axis=(-2, -1), initial=0)
+    pairs = zeta * dense.P * omega[..., None]
+    entries = c * np.einsum("...ij,...ia,...jb->...ijab", pairs, abs(dense.q), abs(dense.k))
+    bounds = {
+        "dQ": np.broadcast_to((c * np.arctanh(e) / 4 * omega * diameter)[..., None], dense.q.shape),
+        "dK": np.broadcast_to(
+            c * np.einsum("...ij,...ij->...j", pairs, np.linalg.norm(queries, axis=-1))[..., None], dense.k.shape
+        ),
+        "dV": zeta * np.swapaxes(dense.P, -1, -2) @ np.abs(dO),
+    }
+    bounds = {name: oracle.collapse(bound, case[name[1:]].shape, dense.O.shape[:-2]) for name, bound in bounds.items()}
+    bounds["dR"] = case["R"].gradient(entries.reshape((-1,) + entries.shape[-4:]).sum(axis=0), t)
+    if "bias" in case:
+        bounds["dbias"] = np.abs(case["bias"].gradient(pairs, t))
+    return bounds
+
+
+def _assert_certified(case, ours, eps, **options):
+    dense = oracle.attention(**case)
+    O, certificate, lse = ropecy.attention(
+        **ours(case), method="fft", eps=eps, **options, return_certificate=True, return_lse=True
+    )
+    assert certificate.engine == "fft" and certificate.error <= eps
+    rounding = certificate.rounding * np.ptp(dense.v, axis=-2).max() + 4 * np.finfo(O.dtype).eps * np.abs(dense.O)
+    assert np.all(np.abs(O - dense.O) <= eps * dense.value_range + rounding)
+    seen = dense.allowed.any(axis=-1)
+    e = 2 * eps / (1 + eps * eps) + 1e-5 * (O.dtype == np.float32)
+    assert np.all(np.abs(lse[seen] - dense.lse[seen]) <= 2 * e + 1e-9)
+    assert np.all(lse[~seen] == -np.inf) and np.all(O[~seen] == 0)
+    dO = cases.upstream(case, dense, np.random.default_rng(7))
+    _, gradients = _gradients(case, ours, dO, method="fft", eps=eps, **options)
+    expected = dense.backward(dO)
+    if {"W", "W_Q", "W_K", "W_V"} & set(case):
+        return certificate
+    unit = (10 * certificate.rounding + 100 * np.finfo(O.dtype).eps) * (1 + np.ptp(dense.v, axis=-2).max())
+    for name, bound in _bounds(case, dense, dO.astype(float), eps).items():
+        cancelled = np.size(dense.P[..., 0]) if name in ("dR", "dbias") else 1
+        assert gradients[name].shape == expected[name].shape
+        error = np.abs(gradients[name] - expected[name])
+        assert np.all(error <= bound + unit * cancelled * (1 + np.abs(expected[name]).max(initial=0))), name
+    return certificate
+
+
+@pytest.mark.parametrize("name", FFT)
+@pytest.mark.parametrize(("dtype", "eps"), [(np.float64, 1e-1), (np.float64, 1e-3), (np.float32, 1e-2)])
+def test_fft_keeps_the_bounds(name, dtype, eps, rng, ours):
+    _assert_certified(make(name, rng, dtype), ours, 1e-2 if name == "blocks" else eps)
+
+
+@pytest.mark.parametrize("name", ["dense", "sparse", "clipped", "zeros", "causal", "grouped", "bias_per_grouped_head"])
+def test_fft_at_a_small_eps_is_the_oracle(name, rng, ours):
+    case = make(name, rng)
+    case["Q"] = case["Q"] / 2
+    dense = oracle.attention(**case)
+    dO = cases.upstream(case, dense, rng)
+    expected = dense.backward(dO)
+    _, gradients = _gradients(case, ours, dO, method="fft", eps=1e-6)
+    for argument, gradient in gradients.items():
+        tolerance = 1e-5 * np.linalg.norm(expected[argument]) + 1e-7
+        assert np.linalg.norm(gradient - expected[argument]) <= tolerance, argument
+
+
+BIASES = {
+    "rough over 40 nats": lambda t, rng: rng.uniform(-40, 0, t.size),
+    "rising by 60 to the far past": lambda t, rng: -0.5 * t,
+    "falling by 90 to the far past": lambda t, rng: 0.75 * t,
+    "a constant of 900": lambda t, rng: 900 + rng.uniform(-1, 1, t.size),
+    "steep on both sides": lambda t, rng: -7.0 * np.abs(t),
+    "one tall entry": lambda t, rng: np.where(t == -20, 50.0, 0.0),
+}
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("name", BIASES)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_biases_of_wide_range(name, causal, dtype, rng, ours):
+    n = 80
+    bias = oracle.Table(BIASES[name](np.arange(1 - n, n), rng))
+    case = {**make("dense", rng, dtype), "bias": bias, "causal": causal}
+    case.update({X: cases.unit_rows(rng.standard_normal((n, 2)).astype(dtype)) for X in "QKV"})
+    case["R"] = oracle.Family(rng.uniform(-0.5, 0.5, (2 * n - 1, 2, 2)))
+    _assert_certified(case, ours, 1e-2)
+
+
+def test_fft_outlier_in_the_last_row_does_not_leak(rng):
+    Q, K, V = rng.standard_normal((3, 300, 2)).astype(np.float32)
+    family = ropecy.RelativeFamily(0.2 * rng.standard_normal((599, 2, 2)))
+    outlier = V.copy()
+    outlier[-1] *= 1e6
+    options = {"causal": True, "method": "fft", "eps": 1e-2}
+    difference = ropecy.attention(Q, K, outlier, family, **options) - ropecy.attention(Q, K, V, family, **options)
+    assert np.all(np.abs(difference[:-1]) <= 1e-6 + 1e6 * np.finfo(np.float32).eps)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_fft_certificate_holds_for_any_family(data):
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    n, n_k, d = (data.draw(st.integers(1, most)) for most in (20, 20, 3))
+    Q, K, V = rng.standard_normal((n, d)), rng.standard_normal((n_k, d)), rng.standard_normal((n_k, 2))
+    pairs = np.argwhere(rng.random((d, d)) < 0.6)
+    pairs = pairs if len(pairs) else np.array([[0, d - 1]])
+    values = rng.standard_normal((n + n_k - 1, len(pairs)))
+    kind = data.draw(st.sampled_from(["rough", "signs", "one offset", "one entry"]))
+    if kind == "signs":
+        values, Q, K = np.sign(values), np.sign(Q), np.sign(K)
+        V[:] = np.sign(V)
+    elif kind == "one offset":
+        values[np.arange(len(values)) != data.draw(st.integers(0, len(values) - 1))] *= 1e-6
+    elif kind == "one entry":
+        values[:, 1:] *= 1e-12
+    options = {"causal": data.draw(st.booleans()), "q_offset": data.draw(st.integers(-2, 3))}
+    eps = data.draw(st.sampled_from([1e-1, 1e-2]))
+    plain = ropecy.plan(Q, K, ropecy.RelativeFamily(values, support=pairs), method="exact", **options)._scores.bound
+    values *= data.draw(st.floats(0.1, 2.0)) / max(plain, 1e-12)  # scores within 2
+    family = oracle.Family(values, None, pairs)
+    ours = ropecy.RelativeFamily(values, support=pairs)
+    O, certificate = ropecy.attention(Q, K, V, ours, eps=eps, method="fft", return_certificate=True, **options)
+    dense = oracle.attention(Q, K, V, family, **options)
+    assert certificate.error <= eps
+    allowed = certificate.truncation * dense.value_range + certificate.rounding * np.ptp(V, axis=0).max()
+    assert np.all(np.abs(O - dense.O) <= allowed + 1e-15 * np.abs(dense.O))
+
+
+def test_fft_refuses_what_it_cannot_do(rng):
+    Q, K, V = rng.standard_normal((3, 20, 2))
+    family = ropecy.RelativeFamily(rng.standard_normal((39, 2, 2)))
+    with pytest.raises(NotImplementedError, match="near"):
+        ropecy.attention(Q, K, V, family, method="fft", near=(3, 1.0))
+    with pytest.raises(ropecy.BoundedEntryError, match=r"\bB\b"):
+        ropecy.attention(40 * Q, K, V, family, method="fft")
+    with pytest.raises(ropecy.BoundedEntryError, match="features, would do"):
+        ropecy.attention(0.1 * Q, K, V, family, method="fft", degree=1, eps=1e-4)
+
+
+def test_features_are_multisets_of_the_support(rng):
+    Q, K, V = 0.5 * rng.standard_normal((3, 20, 4))
+    family = ropecy.RelativeFamily(0.5 * rng.standard_normal((39, 3)), support=[(0, 1), (2, 2), (3, 0)])
+    plan = ropecy.plan(Q, K, V, family, method="fft", degree=4, eps=0.1, grad=True)
+    assert plan.certificate.n_features == 35 and plan.gradient_certificate.n_features == 56  # C(3 + 4, 4), C(3 + 5, 5)
+    assert "by the norms of its matrices" in str(plan)
+
+
+def test_auto_takes_the_cheaper_engine(rng):
+    n = 20000
+    Q, K, V = (0.3 * rng.standard_normal((3, n, 2))).astype(np.float32)
+    family = ropecy.RelativeFamily(0.3 * rng.standard_normal((2 * n - 1, 2)), support=[(0, 1), (1, 0)])
+    plan = ropecy.plan(Q, K, V, family, eps=1e-2)
+    assert plan.engine == "fft" and plan.seconds["fft"] < plan.seconds["exact"]
+    assert ropecy.plan(Q[:300], K[:300], V[:300], ropecy.RelativeFamily(np.ones((599, 2, 2)))).engine == "exact"
+
+
+METHODS = ["exact", "fft"]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -219,7 +398,7 @@ def test_thread_count_bitwise(method, rng):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_products_with_the_matrix(method, rng):
-    Q, K, V = rng.standard_normal((30, 2)), rng.standard_normal((25, 2)), rng.standard_normal((25, 3))
+    Q, K, V = 0.3 * rng.standard_normal((30, 2)), rng.standard_normal((25, 2)), rng.standard_normal((25, 3))
     family = oracle.Family(0.3 * rng.standard_normal((54, 2, 2)))
     A = ropecy.AttentionMatrix(Q, K, ropecy.RelativeFamily(family.values), causal=True, method=method, eps=1e-8)
     dense = oracle.attention(Q, K, V, family, causal=True).A

@@ -450,8 +450,8 @@ def _fits(family: RelativeFamily, d: int, n: int, n_k: int) -> None:
     M = len(family._values)
     if family.n_k is None and n and n_k and n + n_k - 1 != M:
         raise ValueError(
-            f"R: got a RelativeFamily of {M} offsets, wants n + n_k - 1 = {n + n_k - 1} for {n} queries and {n_k} keys, "
-            "or RelativeFamily(values, n_k=...), which says where W_0 is"
+            f"R: got a RelativeFamily of {M} offsets, wants n + n_k - 1 = {n + n_k - 1} for {n} queries and {n_k} "
+            "keys, or RelativeFamily(values, n_k=...), which says where W_0 is"
         )
 
 

@@ -58,8 +58,8 @@ def attention(
         queries): head h of Q's uses key head h // (heads / key heads).
     V : (..., n_k, d_v) array
         Values, of Q's dtype; projected by `W_V` where that is given.
-    R : Rotary, optional
-        The rotations R_m. By default the identity.
+    R : Rotary or RelativeFamily, optional
+        The rotations R_m, or any matrices W_{i-j} that stand there. By default the identity.
     W, W_Q, W_K, W_V : (..., _, _) arrays, optional
         The projections of the formula, of Q's dtype; leading axes broadcast with those of what they multiply. What
         is not given is the identity.
@@ -79,8 +79,8 @@ def attention(
         (n_k,), or with all leading axes of the result (size 1 broadcasts): True for keys that are kept. What it hides
         is never read.
     q_positions, k_positions : integer arrays, optional
-        (n,) and (n_k,), or with all leading axes: what R rotates by. By default arange(n) + q_offset and arange(n_k).
-        Masks and biases go by index all the same.
+        (n,) and (n_k,), or with all leading axes: what a Rotary rotates by. By default arange(n) + q_offset and
+        arange(n_k). Masks, biases and families go by index all the same.
     q_offset : int
         Index of the first query among the keys.
     eps : float
@@ -88,8 +88,8 @@ def attention(
     certify : {"proof", "sample"}
         Whether eps must be proved, or whether evidence from sampled rows will do.
     method : {"auto", "exact", "polynomial", "fft"}
-        "auto" is the cheapest that certifies eps. "polynomial" takes causal and key_mask, no bias and no window; "fft"
-        takes all but `near`; "exact" takes all.
+        "auto" is the cheapest that certifies eps. "polynomial" takes causal and key_mask, no bias, no window and no
+        RelativeFamily; "fft" takes all but `near`; "exact" takes all.
     degree : int, optional
         Fixes the degree of the polynomial.
     seed : int, optional
@@ -184,9 +184,10 @@ def attention_vjp(
     O : (..., n, d_v) array
         As `attention` gives it.
     vjp : VJP
-        ``g = vjp(dO)`` has ``g.dQ``, ``g.dK``, ``g.dV``, and ``g.dW``, ``g.dW_Q``, ``g.dW_K``, ``g.dW_V``, ``g.dbias``
-        of what was given, each in the shape and dtype of its argument, and ``g.certificate``; ``vjp.certificate`` is
-        that of O. May be called again; the inputs must not be changed before the last call.
+        ``g = vjp(dO)`` has ``g.dQ``, ``g.dK``, ``g.dV``, and ``g.dW``, ``g.dW_Q``, ``g.dW_K``, ``g.dW_V``, ``g.dbias``,
+        ``g.dR`` (of a RelativeFamily) of what was given, each in the shape and dtype of its argument, and
+        ``g.certificate``; ``vjp.certificate`` is that of O. May be called again; the inputs must not be changed before
+        the last call.
 
     Raises
     ------

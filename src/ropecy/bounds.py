@@ -31,13 +31,15 @@ class Scores:
         Bound of ``|scale <q_i, k_j>|``; inf where it is past the largest number. With a family, of ``sum_ab |scale q_a
         W_t[a, b] k_b|``, the size of what is added up.
     bound : float
-        B, bound of ``|scale <q_i, k_j - centre>|``, the smaller of that for centre 0 and for the mean of the keys; or of
-        ``|scale q_i W_t k_j^T|``.
+        B, bound of ``|scale <q_i, k_j - centre>|``, the smaller of that for centre 0 and for the mean of the keys; or
+        of ``|scale q_i W_t k_j^T|``.
     centre : (H, d) array or None
         None is 0.
     q_factor, k_factor : float
-        ``scale <q, k - c> = <q_factor q, k_factor (k - c)>``, both factors of size at most sqrt(B). With a family, their
-        product is scale times the largest entry.
+        ``scale <q, k - c> = <q_factor q, k_factor (k - c)>``, both factors of size at most sqrt(B). With a family,
+        their product is scale times the largest entry.
+    how : str
+        How `bound` betters `plain`.
     """
 
     plain: float
@@ -45,6 +47,7 @@ class Scores:
     centre: np.ndarray | None
     q_factor: float
     k_factor: float
+    how: str = "with keys centred"
 
 
 @dataclass(slots=True)
@@ -162,8 +165,19 @@ def _measure_family(problem: Problem) -> Scores:
         plain, bound = float(plain.max()) * scale * room, float(bound.max()) * scale * room
     if not math.isfinite(plain):
         return Scores(math.inf, math.inf, None, 1.0, 1.0)
-    factors = _factors(problem.scale * largest, float(q_norm.max()), float(k_norm.max()))
-    return Scores(plain, min(plain, bound), None, *factors)
+    factors = _factors(problem.scale * (largest or 1.0), float(q_norm.max()), float(k_norm.max()))
+    return Scores(plain, min(plain, bound), None, *factors, how="by the norms of its matrices")
+
+
+def largest_entries(problem: Problem) -> float:
+    """The sum over the family's support of max |q_a| max_t |W_t[a, b]| max |k_b|, for the worst slot."""
+    family = problem.family
+    index = family.rows(*problem.offsets)
+    values = family.values[index[0] : index[-1] + 1]
+    with np.errstate(over="ignore"):
+        W = np.maximum(values.max(axis=0), -values.min(axis=0)).astype(np.float64)
+        q_top, k_top = _sizes(problem.q)[0], _sizes(problem.k)[0]
+        return float((q_top[:, family.left] * W * k_top[:, family.right]).sum(axis=1).max())
 
 
 def _sizes(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

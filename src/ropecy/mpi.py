@@ -36,7 +36,7 @@ def attention(
     Q: ArrayLike,
     K: ArrayLike,
     V: ArrayLike,
-    R: Rotary | RelativeFamily | None = None,
+    R: Rotary | None = None,
     *,
     return_certificate: bool = False,
     return_lse: bool = False,
@@ -84,7 +84,7 @@ def attention_vjp(
     Q: ArrayLike,
     K: ArrayLike,
     V: ArrayLike,
-    R: Rotary | RelativeFamily | None = None,
+    R: Rotary | None = None,
     **options: Any,
 ) -> tuple[np.ndarray, VJP]:
     """The rank's rows of D^-1 A V, and the map from its rows of dO to gradients.
@@ -117,7 +117,7 @@ def loss_grad(
     K: ArrayLike,
     V: ArrayLike,
     E: ArrayLike,
-    R: Rotary | RelativeFamily | None = None,
+    R: Rotary | None = None,
     **options: Any,
 ) -> Gradients:
     """The gradients of L = 1/2 || D^-1 A V - E ||_F^2 over all ranks' rows.
@@ -280,6 +280,8 @@ def _prepare(
             _validate.check_flag(name, value)
         check_names(function, options)
         _validate.check_values(V)
+        if isinstance(R, RelativeFamily):
+            raise NotImplementedError("R: got a RelativeFamily, which attention over MPI ranks does not do")
         return check(Q, K, V, R, **options)
 
     a, how = ranks.together(checked)

@@ -274,7 +274,7 @@ def _by_proof(
 
 
 def _polynomial_plan(problem, scores, values, choice, grad, reason, seconds, sizes, eps) -> Plan:
-    d, rule = problem.q.shape[-1], choice.rule
+    d, rule = fft_engine.terms(problem), choice.rule
     certificate = Certificate(
         "polynomial",
         choice.degree,
@@ -352,7 +352,7 @@ def _fft_plan(problem, scores, values, eps, degree, grad, method, seconds, sizes
     seconds["fft"] = work * (1 + symbol.unseen) / 2 / speed + rows / n * seconds["exact"]
     if rows > n / 2:
         return None, (
-            f"the bias spreads so far that transforms lose {rows:,} of {n:,} rows in rounding "
+            f"the bias or the family is so large that transforms lose {rows:,} of {n:,} rows in rounding "
             f"(B = {scores.bound:.4g}, degree {degree}); method='exact' has no bound"
         )
     reason = "method='fft'" if method == "fft" else "the cheapest engine that certifies eps"
@@ -440,7 +440,7 @@ def _certified(
     problem: Problem, scores: Scores, values: Values, eps: float, degree: int | None, rounding: float | None = None
 ):
     """The polynomial of the smallest degree (or of `degree`) that certifies eps, and None; or None, and why not."""
-    B, d = scores.bound, problem.q.shape[-1]
+    B, d = scores.bound, fft_engine.terms(problem)
     if rounding is None:
         rounding = polynomial_rounding(problem, B, values)
     where = f"scores are bounded by B = {B:.4g} only (|scale| max ||q|| max ||k||)"

@@ -259,8 +259,8 @@ class RelativeFamily:
     Notes
     -----
     The general family of arXiv:2505.11892 and arXiv:2412.17316. It doesn't factor, so that the engines are "exact",
-    about n n_k \|S\| operations, and "fft", where each monomial is a multiset of S with a Toeplitz matrix of its own. All
-    heads share it. Its gradient, ``g.dR``, has the shape and dtype of `values`.
+    about n n_k \|S\| operations, and "fft", where each monomial is a multiset of S with a Toeplitz matrix of its own.
+    All heads share it. Its gradient, ``g.dR``, has the shape and dtype of `values`.
 
     Examples
     --------

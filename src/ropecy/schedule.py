@@ -189,7 +189,7 @@ class Plan:
         what = "forward and backward" if self.gradient_certificate else "forward"
         lines = [
             f"{what}: {H * G} x {n:,} queries, {H} x {n_k:,} keys, d = {d}, d_v = {d_v}, {dtype}, eps = {self.eps:g}",
-            f"scores    |s| <= {self._scores.plain:.4g} (Cauchy-Schwarz), {self._scores.bound:.4g} with keys centred",
+            f"scores    |s| <= {self._scores.plain:.4g} (Cauchy-Schwarz), {self._scores.bound:.4g} {self._scores.how}",
         ]
         for engine in self.seconds:
             mark = "->" if engine == self.engine else "  "

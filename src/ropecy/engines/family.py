@@ -1,7 +1,8 @@
 """Exact attention with matrices W_{i-j} between queries and keys, by blocks: always right, never an n x n array.
 
 A block of rows and one of keys, these in reverse order, see each offset along an anti-diagonal. So U_b[i, t] = sum_a
-q_ia W_t[a, b], a product of matrices for each b, is read at t = i + j by strides alone: s_ij = sum_b U_b[i, i + j] k_jb.
+q_ia W_t[a, b], a product of matrices for each b, is read at t = i + j by strides alone:
+s_ij = sum_b U_b[i, i + j] k_jb.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -53,7 +55,8 @@ class Scores:
         index = family.rows(t[0], t[-1])
         values = family.values[index[0] : index[-1] + 1]
         self.exponents = [_exponent(X) for X in (problem.q, problem.k, values, self.factor)]
-        self.q, self.k = (np.ldexp(X, -e) for X, e in zip((problem.q, problem.k[:, ::-1]), self.exponents, strict=False))
+        self.q = np.ldexp(problem.q, -self.exponents[0])
+        self.k = np.ldexp(problem.k[:, ::-1], -self.exponents[1])
         self.v = problem.v[:, ::-1]
         self.factor = np.ldexp(self.factor, -self.exponents[3])
         self.gain_exponent = sum(self.exponents)
@@ -77,7 +80,7 @@ class Scores:
         self.columns = [(b, np.flatnonzero(family.right == b)) for b in np.unique(family.right)]
 
     def blocks(self, first: int, last: int) -> Iterator[tuple[slice, slice]]:
-        """(reversed keys, offsets) of the blocks that rows [first, last) see, offsets as indices from `self.first` on."""
+        """(reversed keys, offsets) of the blocks that rows [first, last) see, offsets as indices from `self.first`."""
         problem, n_k = self.problem, self.problem.k.shape[1]
         start = 0 if problem.lo is None else max(0, first + problem.q_offset + problem.lo)
         end = n_k if problem.hi is None else min(n_k, last + problem.q_offset + problem.hi)
@@ -117,8 +120,8 @@ def forward(problem: Problem, want_lse: bool) -> tuple[np.ndarray, np.ndarray | 
 
     Notes
     -----
-    Time ``n n_k (2 |S| + 2 d_v)`` operations in products of matrices and ``n n_k (d + exp)`` entry by entry; memory a few
-    blocks a thread.
+    Time ``n n_k (2 |S| + 2 d_v)`` operations in products of matrices and ``n n_k (d + exp)`` entry by entry; memory a
+    few blocks a thread.
     """
     scores = Scores(problem)
     H, G, n = problem.q.shape[:3]
@@ -158,8 +161,8 @@ def forward(problem: Problem, want_lse: bool) -> tuple[np.ndarray, np.ndarray | 
 
 
 def backward(problem: Problem, saved: Saved, do: np.ndarray):
-    """dq, dk, dv of ``<do, O>``, the gradients of the symbol, (H, G, n + n_k - 1) or None where there is no bias, and of
-    the family, (|S|, n + n_k - 1) at the offsets t = i + q_offset - j.
+    """dq, dk, dv of ``<do, O>``, the gradients of the symbol, (H, G, n + n_k - 1) or None where there is no bias, and
+    of the family, (|S|, n + n_k - 1) at the offsets t = i + q_offset - j.
 
     Notes
     -----
@@ -205,10 +208,8 @@ def backward(problem: Problem, saved: Saved, do: np.ndarray):
     dq, dk, dv = np.zeros((H, G, n, d)), np.zeros((H, n_k, d)), np.zeros((H, n_k, d_v))
     dfamily = np.zeros((len(left), length))
     dsymbol = None if problem.bias is None else np.zeros((H, G, length))
-    bounds = np.linspace(0, n, segments(problem) + 1).astype(int)
-    tasks = [
-        (h, g, int(a), int(b)) for h in range(H) for g in range(G) for a, b in zip(bounds, bounds[1:], strict=False)
-    ]
+    ends = np.linspace(0, n, segments(problem) + 1).astype(int).tolist()
+    tasks = [(h, g, a, b) for h in range(H) for g in range(G) for a, b in pairwise(ends)]
     for (h, g, start, stop), found in zip(tasks, in_order(part, tasks, problem.threads), strict=True):
         dq[h, g, start:stop] = found[0]
         dk[h] += found[1][::-1]
@@ -234,8 +235,8 @@ def operations(problem: Problem, pairs: float, grad: bool) -> float:
     """Multiply-adds times 2 of so many pairs, with what is done entry by entry counted by its time."""
     entries, d_v = len(problem.family.left), problem.v.shape[2]
     columns = len(np.unique(problem.family.right))
-    per_pair = 4 * (entries + d_v) + 60 * columns + 500
-    return pairs * per_pair * (3.5 if grad else 1)
+    per_pair = 4 * (entries + d_v) + 100 * columns + 800
+    return pairs * per_pair * (2.8 if grad else 1)
 
 
 def memory(problem: Problem, grad: bool) -> float:

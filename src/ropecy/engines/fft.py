@@ -17,12 +17,12 @@ from functools import lru_cache
 
 import numpy as np
 
-from ..bounds import Scores, Values
+from ..bounds import Scores, Values, largest_entries
 from ..kernels import _toeplitz
 from ..kernels._fftw import RealFFT
 from ..polynomial import Polynomial, antiderivative, n_features
 from ..problem import Problem
-from . import exact
+from . import exact, family_fft
 
 # A bias of this spread, in nats, is one level; else a level spans LEVEL, and there are at most MOST_LEVELS.
 _SPREAD = 14.0
@@ -38,6 +38,7 @@ _PART_BYTES = 512 * 2**20
 _WORTH_MEASURING = 1e6
 # What an operation of a transform costs, in the operations of the exact engine's products.
 _SLOWNESS = {"float32": 7.0, "float64": 3.5}
+_SLOWNESS_FAMILY = 22.0
 
 
 @dataclass(slots=True)
@@ -72,13 +73,20 @@ class Symbol:
         """What `top` has where a row sees no key."""
         return self.levels.shape[2]
 
+    @property
+    def gain(self) -> np.ndarray | None:
+        """What each level is multiplied with in each row, (H or 1, G or 1, levels, n); None for ones."""
+        if self.unseen == 1:
+            return None
+        levels = np.arange(self.unseen)[:, None]
+        return np.where(levels >= self.top[:, :, None], np.exp(-_LEVEL * levels), 0)
+
 
 @dataclass(slots=True)
 class Saved:
     """What backward needs of forward."""
 
-    operands: tuple
-    fft: RealFFT
+    product: Shared | family_fft.Product
     symbol: Symbol
     p: Polynomial
     scores: Scores
@@ -89,15 +97,20 @@ class Saved:
 
 def unsupported(problem: Problem) -> str | None:
     """What of the problem this engine doesn't do, or None."""
-    if problem.family is not None:
-        return "a RelativeFamily"
     return "a near field" if problem.near is not None else None
+
+
+def terms(problem: Problem) -> int:
+    """How many products a score is the sum of: monomials are those of so many variables."""
+    return problem.q.shape[-1] if problem.family is None else max(1, len(family_fft.used(problem)))
 
 
 def base_rounding(problem: Problem, B: float, values: Values) -> float:
     """Rounding beside that of the transforms: monomials that cancel, in float64, and storing O in its dtype."""
     stored = float(np.finfo(problem.q.dtype).eps) * (1 + values.offset)
-    return stored + _UNIT * (12 + 4 * math.exp(min(2 * B, 700)))
+    # What is added up in a family's scores may pass the scores themselves.
+    largest = B if problem.family is None else abs(problem.scale) * largest_entries(problem)
+    return stored + _UNIT * (12 + 4 * math.exp(min(B + largest, 700)))
 
 
 def survey(problem: Problem, p: Polynomial, allowance: float) -> Symbol:
@@ -119,7 +132,10 @@ def survey(problem: Problem, p: Polynomial, allowance: float) -> Symbol:
     bias = np.zeros((1, 1, n + n_k - 1)) if problem.bias is None else problem.bias
     peak = np.where(allowed, bias, -np.inf).max(axis=-1)
     depth = np.where(allowed, peak[..., None] - bias, np.inf)
-    block = _block(n, n_k, int(allowed.sum()))
+    if problem.family is None:
+        block, absolute_sum = _block(n, n_k, int(allowed.sum())), p.absolute_sum
+    else:
+        block, absolute_sum = family_fft.length(n, n_k) // 2, family_fft.absolute_sum(problem, p)
 
     seen = _row_sums(np.broadcast_to(allowed.astype(float), depth.shape), problem.key_mask, n) > 0.5
     spread = float(depth[np.isfinite(depth)].max())
@@ -143,7 +159,7 @@ def survey(problem: Problem, p: Polynomial, allowance: float) -> Symbol:
     t = np.stack(levels, axis=2)
 
     keys = min(n_k, int(allowed.sum()) + 2 * block)
-    noise = _NOISE * _UNIT * math.log2(2 * block) * math.sqrt(keys) * p.absolute_sum
+    noise = _NOISE * _UNIT * math.log2(2 * block) * math.sqrt(keys) * absolute_sum
     # In units of the level where a row begins, every later level counts exp(-12) of the one before.
     norms = np.sqrt((t * t).sum(axis=-1))
     for level in range(len(levels) - 2, -1, -1):
@@ -188,13 +204,13 @@ def forward(
     the spectrum of T, and for each thread g + 1 columns and a spectrum of n; nothing of F n.
     """
     H, G, n, _ = problem.q.shape
-    degree = max(1, p.degree)
-    work = _transform_operations(problem, degree, symbol.block, False)
-    fft = _transform(2 * symbol.block, work > _WORTH_MEASURING * 2 * symbol.block)
     middle = _middle(problem)
-    operands = _operands(problem, scores, middle, symbol, fft)
-    sums = _product(problem, fft, operands, degree).forward(_weigh(p.coefficients, problem.q.shape[-1], degree))
-    sums = sums[..., :n]
+    values = _centred(problem, middle)
+    if problem.family is None:
+        product = Shared(problem, scores, values, symbol, p)
+    else:
+        product = family_fft.Product(problem, scores, values, symbol.levels, symbol.gain)
+    sums = product.forward(p)
     plain = np.broadcast_to(symbol.top < symbol.unseen, (H, G, n)).copy()
     for first, last in symbol.exact_rows:
         plain[..., first:last] = False
@@ -211,7 +227,7 @@ def forward(
                 "hgna,ha->hgn", problem.q, scores.centre.astype(np.float64), dtype=np.float64
             )
         lse = np.where(plain, np.log(denominators) + shift, -np.inf)
-    saved = Saved(operands, fft, symbol, p, scores, centred, inverse, [])
+    saved = Saved(product, symbol, p, scores, centred, inverse, [])
     for first, last in symbol.exact_rows:
         part = _rows(problem, first, last)
         o_part, lse_part, saved_part = exact.forward(part, scores.plain, want_lse)
@@ -224,7 +240,7 @@ def forward(
 
 def backward(problem: Problem, saved: Saved, do: np.ndarray):
     """dq, dk, dv of ``<do, O>``, and the gradient of the bias, (H, G, n + n_k - 1) or (H, 1, ...) where a group shares
-    it; None where there is none.
+    it; None where there is none; and that of the family where there is one, (|S|, n + n_k - 1).
 
     Notes
     -----
@@ -233,25 +249,21 @@ def backward(problem: Problem, saved: Saved, do: np.ndarray):
     k^a v_c at the offset m. The features of dq and dk are those of an antiderivative of p, one degree more, so that
     pairs have the weights p(s_ij) t_{j-i} / den_i there too. Two pairs of transforms for each monomial and column.
     """
-    H, G, n, d = problem.q.shape
-    d_v, p, symbol = problem.v.shape[2], saved.p, saved.symbol
-    degree = max(1, p.degree) + 1
-    grad = np.zeros((H, G, d_v + 1, saved.operands[0].shape[-1]))
+    H, G, n, _ = problem.q.shape
+    p, symbol = saved.p, saved.symbol
+    grad = np.zeros((H, G, problem.v.shape[2] + 1, n))
     upstream = do.astype(np.float64).swapaxes(-1, -2)
-    grad[:, :, :-1, :n] = upstream * saved.inverse[:, :, None]
-    grad[:, :, -1, :n] = -(upstream * saved.centred).sum(axis=2) * saved.inverse
-    dq, dk, dv, correlations = _product(problem, saved.fft, saved.operands, degree).backward(
-        _weigh(p.coefficients, d, degree), _weigh(antiderivative(p), d, degree), grad, problem.bias is not None
-    )
+    grad[:, :, :-1] = upstream * saved.inverse[:, :, None]
+    grad[:, :, -1] = -(upstream * saved.centred).sum(axis=2) * saved.inverse
+    dq, dk, dv, dsymbol, *dfamily = saved.product.backward(p, grad, problem.bias is not None)
     n_k, dtype = problem.k.shape[1], problem.q.dtype
-    dq = np.ascontiguousarray((saved.scores.q_factor * dq[..., :n]).swapaxes(-1, -2).astype(dtype))
-    dk = np.ascontiguousarray((saved.scores.k_factor * dk[..., :n_k]).swapaxes(-1, -2).astype(dtype))
-    dv = np.ascontiguousarray(dv[:, :-1, :n_k].swapaxes(-1, -2).astype(dtype))
+    dq = np.ascontiguousarray((saved.scores.q_factor * dq).swapaxes(-1, -2).astype(dtype))
+    dk = np.ascontiguousarray((saved.scores.k_factor * dk).swapaxes(-1, -2).astype(dtype))
+    dv = np.ascontiguousarray(dv[:, :-1].swapaxes(-1, -2).astype(dtype))
     if problem.key_mask is not None:
         dv[~problem.key_mask] = 0
-    dsymbol = None if correlations is None else _symbol_gradient(symbol, saved.fft, correlations, n, n_k)
     for (first, last), (part, saved_part) in zip(symbol.exact_rows, saved.exact, strict=True):
-        dq_part, dk_part, dv_part, dsymbol_part = exact.backward(
+        dq_part, dk_part, dv_part, dsymbol_part, *dfamily_part = exact.backward(
             part, saved_part, np.ascontiguousarray(do[:, :, first:last])
         )
         dq[:, :, first:last] = dq_part
@@ -260,13 +272,17 @@ def backward(problem: Problem, saved: Saved, do: np.ndarray):
         if dsymbol is not None:
             own = dsymbol_part if dsymbol.shape[1] > 1 else dsymbol_part.sum(axis=1, keepdims=True)
             dsymbol[..., n - last : n - first + n_k - 1] += own
-    return dq, dk, dv, dsymbol
+        for total, own in zip(dfamily, dfamily_part, strict=True):
+            total[:, first : last + n_k - 1] += own
+    return dq, dk, dv, dsymbol, *dfamily
 
 
 def operations(problem: Problem, degree: int, grad: bool) -> float:
     """Multiply-adds times 2 of forward, and of backward where grad, as the exact engine's products count them; without
     rows that are computed exactly.
     """
+    if problem.family is not None:
+        return _SLOWNESS_FAMILY * family_fft.operations(problem, degree, 1, grad)
     band = _band(problem)
     block = _block(problem.q.shape[2], problem.k.shape[1], band)
     return _SLOWNESS[problem.q.dtype.name] * _transform_operations(problem, degree, block, grad)
@@ -274,6 +290,8 @@ def operations(problem: Problem, degree: int, grad: bool) -> float:
 
 def memory(problem: Problem, degree: int, grad: bool) -> float:
     """Bytes beyond inputs and outputs."""
+    if problem.family is not None:
+        return family_fft.memory(problem, degree, 1, grad)
     H, G, n, d = problem.q.shape
     n_k, columns = problem.k.shape[1], problem.v.shape[2] + 1
     block = _block(n, n_k, _band(problem))
@@ -337,20 +355,62 @@ def _middle(problem: Problem) -> np.ndarray:
     return np.array([np.median(v[keep] if keep.any() else v, axis=0) for v, keep in kept], np.float64)
 
 
-def _operands(problem: Problem, scores: Scores, middle: np.ndarray, symbol: Symbol, fft: RealFFT) -> tuple:
+def _centred(problem: Problem, middle: np.ndarray) -> np.ndarray:
+    """[v - middle, 1] as columns, (H, d_v + 1, n_k) float64; 0 for keys that are masked."""
+    H, n_k, d_v = problem.v.shape
+    values = np.ones((H, d_v + 1, n_k))
+    np.subtract(problem.v.swapaxes(-1, -2), middle[:, :, None], out=values[:, :-1], dtype=np.float64)
+    if problem.key_mask is not None:
+        values *= problem.key_mask[:, None]
+    return values
+
+
+class Shared:
+    """The sums over keys of weights times values, and their adjoint: one T for all monomials."""
+
+    def __init__(self, problem: Problem, scores: Scores, values: np.ndarray, symbol: Symbol, p: Polynomial) -> None:
+        self._problem, self._symbol = problem, symbol
+        work = _transform_operations(problem, max(1, p.degree), symbol.block, False)
+        self._fft = _transform(2 * symbol.block, work > _WORTH_MEASURING * 2 * symbol.block)
+        self._operands = _operands(problem, scores, values, symbol, self._fft)
+
+    def forward(self, p: Polynomial) -> np.ndarray:
+        """(H, G, columns, n): sum_j p(s_ij) t_{j-i} v_j."""
+        n, d = self._problem.q.shape[2:]
+        degree = max(1, p.degree)
+        return self._product(degree).forward(_weigh(p.coefficients, d, degree))[..., :n]
+
+    def backward(self, p: Polynomial, grad: np.ndarray, want_dsymbol: bool) -> tuple[np.ndarray | None, ...]:
+        """The adjoint for grad (H, G, columns, n): dq (H, G, d, n), dk (H, d, n_k), dv (H, columns, n_k), dsymbol."""
+        n, d = self._problem.q.shape[2:]
+        n_k, degree = self._problem.k.shape[1], max(1, p.degree) + 1
+        padded = np.zeros((*grad.shape[:-1], self._operands[0].shape[-1]))
+        padded[..., :n] = grad
+        dq, dk, dv, correlations = self._product(degree).backward(
+            _weigh(p.coefficients, d, degree), _weigh(antiderivative(p), d, degree), padded, want_dsymbol
+        )
+        dsymbol = None if correlations is None else _symbol_gradient(self._symbol, self._fft, correlations, n, n_k)
+        return dq[..., :n], dk[..., :n_k], dv[..., :n_k], dsymbol
+
+    def _product(self, degree: int) -> _toeplitz.Product:
+        problem, operands = self._problem, self._operands
+        depth, variable, _ = _walk(problem.q.shape[-1], degree)
+        parts = _parts(problem, degree, operands[0].shape[-1], operands[1].shape[-1])
+        return _toeplitz.Product(self._fft, *operands, depth, variable, parts, problem.threads)
+
+
+def _operands(problem: Problem, scores: Scores, values: np.ndarray, symbol: Symbol, fft: RealFFT) -> tuple:
     """q, k, v as columns, the spectra of T with their mask, and the gain of levels: what `_toeplitz.Product` takes."""
     H, G, n, d = problem.q.shape
-    n_k, d_v = problem.v.shape[1:]
+    n_k = problem.k.shape[1]
     rows, keys = _round_up(n, symbol.block), _round_up(n_k, symbol.block)
-    q, k, v = np.zeros((H, G, d, rows)), np.zeros((H, d, keys)), np.zeros((H, d_v + 1, keys))
+    q, k, v = np.zeros((H, G, d, rows)), np.zeros((H, d, keys)), np.zeros((*values.shape[:2], keys))
     np.multiply(problem.q.swapaxes(-1, -2), scores.q_factor, out=q[..., :n], dtype=np.float64)
     centre = 0 if scores.centre is None else scores.centre.astype(np.float64)[:, :, None]
     np.subtract(problem.k.swapaxes(-1, -2), centre, out=k[..., :n_k], dtype=np.float64)
     k[..., :n_k] *= scores.k_factor
-    np.subtract(problem.v.swapaxes(-1, -2), middle[:, :, None], out=v[:, :-1, :n_k], dtype=np.float64)
-    v[:, -1, :n_k] = 1
+    v[..., :n_k] = values
     if problem.key_mask is not None:
-        v[..., :n_k] *= problem.key_mask[:, None]
         k[..., :n_k] *= problem.key_mask[:, None]
 
     columns = _blocks_of(symbol, n, n_k)
@@ -362,9 +422,8 @@ def _operands(problem: Problem, scores: Scores, middle: np.ndarray, symbol: Symb
     nonzero = np.ascontiguousarray(columns.any(axis=(0, 1, -1)))
     gain = None
     if lead[2] > 1:
-        levels = np.arange(lead[2])
         gain = np.zeros((H, G, lead[2], rows))
-        gain[..., :n] = np.where(levels[:, None] >= symbol.top[:, :, None], np.exp(-_LEVEL * levels)[:, None], 0)
+        gain[..., :n] = symbol.gain
     return q, k, v, spectra, nonzero, gain
 
 
@@ -403,12 +462,6 @@ def _symbol_gradient(symbol: Symbol, fft: RealFFT, correlations: np.ndarray, n: 
             m = index[block][kept]
             gradient[h, g, m] += shared[h, g, level, m] * fft.inverse(spectrum)[kept]
     return gradient
-
-
-def _product(problem: Problem, fft: RealFFT, operands: tuple, degree: int) -> _toeplitz.Product:
-    depth, variable, _ = _walk(problem.q.shape[-1], degree)
-    parts = _parts(problem, degree, operands[0].shape[-1], operands[1].shape[-1])
-    return _toeplitz.Product(fft, *operands, depth, variable, parts, problem.threads)
 
 
 def _parts(problem: Problem, degree: int, rows: int, keys: int) -> int:
