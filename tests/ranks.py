@@ -198,6 +198,8 @@ def test_bad_input_raises_on_every_rank():
     raises(ValueError, f"rank {last}: dO: got NaN", lambda comm: ropecy.mpi.attention_vjp(comm, X, X, X)[1](bad))
     raises(TypeError, "rank 0: attention() got an unexpected keyword argument 'W_X'", a, X, X, X, W_X=1)
     raises(ropecy.BoundedEntryError, "bounded by B = ", a, X, np.eye(5, 4), X, scale=1000.0, method="polynomial")
+    family = ropecy.RelativeFamily(np.zeros((9, 4, 4)))
+    raises(NotImplementedError, "rank 0: R: got a RelativeFamily", a, X, X, X, family)
     if COMM.size > 1:
         mine = COMM.rank == last
         odd = np.ones((5, 3 if mine else 4))
