@@ -310,6 +310,22 @@ def test_biases_of_wide_range(name, causal, dtype, rng, ours):
     _assert_certified(case, ours, 1e-2)
 
 
+def test_rows_computed_exactly_have_gradients(rng):
+    n = 300
+    Q, K, V = 0.5 * rng.standard_normal((3, n, 2))
+    family = ropecy.RelativeFamily(rng.uniform(-0.5, 0.5, (2 * n - 1, 2, 2)))
+    options = {"bias": ropecy.RelativeBias(-0.3 * np.arange(1 - n, n)), "causal": True}
+    plan = ropecy.plan(Q, K, V, family, method="fft", eps=1e-5, **options)
+    assert plan._symbol.exact_rows and plan._symbol.levels.shape[2] > 1
+    O, vjp = ropecy.attention_vjp(Q, K, V, family, method="fft", eps=1e-5, **options)
+    expected, expected_vjp = ropecy.attention_vjp(Q, K, V, family, method="exact", **options)
+    np.testing.assert_allclose(O, expected, rtol=0, atol=1e-4)
+    g, expected = vjp(V), expected_vjp(V)
+    for name in ("dQ", "dK", "dV", "dbias", "dR"):
+        difference = np.linalg.norm(getattr(g, name) - getattr(expected, name))
+        assert difference <= 1e-4 * np.linalg.norm(getattr(expected, name)), name
+
+
 def test_fft_outlier_in_the_last_row_does_not_leak(rng):
     Q, K, V = rng.standard_normal((3, 300, 2)).astype(np.float32)
     family = ropecy.RelativeFamily(0.2 * rng.standard_normal((599, 2, 2)))

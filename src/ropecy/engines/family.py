@@ -30,13 +30,13 @@ _PARTS = 8
 class Saved:
     """What backward needs of forward."""
 
-    scores: Scores
+    tiles: Tiles
     o: np.ndarray
     maximum: np.ndarray
     inverse: np.ndarray
 
 
-class Scores:
+class Tiles:
     """q, reversed k, W and what is added, each divided by a power of two, so that no product passes the largest number.
 
     Scores are ``2^gain_exponent`` times what `tile` makes of them.
@@ -123,7 +123,7 @@ def forward(problem: Problem, want_lse: bool) -> tuple[np.ndarray, np.ndarray | 
     Time ``n n_k (2 |S| + 2 d_v)`` operations in products of matrices and ``n n_k (d + exp)`` entry by entry; memory a
     few blocks a thread.
     """
-    scores = Scores(problem)
+    tiles = Tiles(problem)
     H, G, n = problem.q.shape[:3]
     o = np.zeros((H, G, n, problem.v.shape[2]), problem.q.dtype)
     maximum, inverse = np.zeros(o.shape[:3], o.dtype), np.zeros(o.shape[:3], o.dtype)
@@ -133,15 +133,15 @@ def forward(problem: Problem, want_lse: bool) -> tuple[np.ndarray, np.ndarray | 
         count = rows.stop - rows.start
         top = np.full(count, -np.inf, o.dtype)
         total, sums = np.zeros(count), np.zeros((count, o.shape[3]))
-        for keys, offsets in scores.blocks(rows.start, rows.stop):
+        for keys, offsets in tiles.blocks(rows.start, rows.stop):
             with np.errstate(all="ignore"):
-                s, _, _ = scores.tile(head, group, rows, keys, offsets)
+                s, _, _ = tiles.tile(head, group, rows, keys, offsets)
                 new = np.maximum(top, s.max(axis=1))
                 shift = np.where(np.isfinite(new), new, 0)
-                weights = np.exp((s - shift[:, None]) * scores.gain)
-                fade = np.exp((top - shift) * scores.gain).astype(np.float64)
+                weights = np.exp((s - shift[:, None]) * tiles.gain)
+                fade = np.exp((top - shift) * tiles.gain).astype(np.float64)
                 total = total * fade + weights.sum(axis=1)
-                sums = sums * fade[:, None] + weights @ scores.v[head, keys]
+                sums = sums * fade[:, None] + weights @ tiles.v[head, keys]
             top = new
             yield
         seen = total > 0
@@ -151,13 +151,13 @@ def forward(problem: Problem, want_lse: bool) -> tuple[np.ndarray, np.ndarray | 
         o[head, group, rows] = sums * reciprocal[:, None]
         if lse is not None:
             with np.errstate(over="ignore"):
-                high = np.ldexp(top.astype(np.float64), scores.gain_exponent)
+                high = np.ldexp(top.astype(np.float64), tiles.gain_exponent)
                 lse[head, group, rows] = np.where(seen, high + np.log(np.where(seen, total, 1)), -np.inf)
 
     tasks = [(h, g, rows) for h in range(H) for g in range(G) for rows in _cut(0, n)]
     for _ in in_order(rows_of, tasks, problem.threads):
         pass
-    return o, lse, Saved(scores, o, maximum, inverse)
+    return o, lse, Saved(tiles, o, maximum, inverse)
 
 
 def backward(problem: Problem, saved: Saved, do: np.ndarray):
@@ -169,7 +169,7 @@ def backward(problem: Problem, saved: Saved, do: np.ndarray):
     With dS as in exact attention: dq_i = scale sum_j dS_ij W_t k_j, dk_j likewise, dW_t[a, b] = scale sum_{i - j = t}
     dS_ij q_ia k_jb. Two to three times the time of forward. Memory: the gradients, once for each of 8 parts.
     """
-    scores, family = saved.scores, problem.family
+    tiles, family = saved.tiles, problem.family
     H, G, n, d = problem.q.shape
     n_k, d_v = problem.v.shape[1:]
     length = n + n_k - 1
@@ -181,14 +181,14 @@ def backward(problem: Problem, saved: Saved, do: np.ndarray):
         dsymbol = np.zeros(dW.shape[1]) if problem.bias is not None else None
         for rows in _cut(start, stop):
             own = slice(rows.start - start, rows.stop - start)
-            q, grad = scores.q[head, group, rows], do[head, group, rows]
+            q, grad = tiles.q[head, group, rows], do[head, group, rows]
             delta = np.einsum("ic,ic->i", grad, saved.o[head, group, rows])
-            for keys, offsets in scores.blocks(rows.start, rows.stop):
+            for keys, offsets in tiles.blocks(rows.start, rows.stop):
                 here = slice(offsets.start - start, offsets.stop - start)
-                k, v = scores.k[head, keys], scores.v[head, keys]
+                k, v = tiles.k[head, keys], tiles.v[head, keys]
                 with np.errstate(all="ignore"):
-                    s, W, U = scores.tile(head, group, rows, keys, offsets)
-                    P = np.exp((s - saved.maximum[head, group, rows, None]) * scores.gain)
+                    s, W, U = tiles.tile(head, group, rows, keys, offsets)
+                    P = np.exp((s - saved.maximum[head, group, rows, None]) * tiles.gain)
                     P *= saved.inverse[head, group, rows, None]
                     dS = P * (grad @ v.T - delta[:, None])
                     dv[keys] += P.T @ grad
@@ -197,7 +197,7 @@ def backward(problem: Problem, saved: Saved, do: np.ndarray):
                     if dsymbol is not None:
                         window[...] = dS
                         dsymbol[here] += spread.sum(axis=0)
-                    for u, (b, entries) in zip(U, scores.columns, strict=True):
+                    for u, (b, entries) in zip(U, tiles.columns, strict=True):
                         dk[keys, b] += np.einsum("ij,ij->j", dS, _skewed(u, len(k)))
                         np.multiply(dS, k[:, b], out=window)
                         dq[own, left[entries]] += spread @ W[entries].T
@@ -217,11 +217,11 @@ def backward(problem: Problem, saved: Saved, do: np.ndarray):
         dfamily[:, start : stop + n_k - 1] += found[3]
         if dsymbol is not None:
             dsymbol[h, g, start : stop + n_k - 1] += found[4]
-    of_q, of_k, of_w, of_factor = scores.exponents
+    of_q, of_k, of_w, of_factor = tiles.exponents
     with np.errstate(over="ignore"):
         dq = np.ldexp(dq, of_k + of_w + of_factor).astype(problem.q.dtype)
         dk = np.ldexp(dk, of_q + of_w + of_factor).astype(problem.q.dtype)
-        dfamily = np.ldexp(dfamily * scores.factor, of_q + of_k + of_factor)
+        dfamily = np.ldexp(dfamily * tiles.factor, of_q + of_k + of_factor)
     return dq, dk, dv.astype(problem.q.dtype), None if dsymbol is None else dsymbol[..., ::-1], dfamily
 
 

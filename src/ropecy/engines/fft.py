@@ -2,7 +2,8 @@
 
 The algorithm of arXiv:2412.17316 and arXiv:2505.11892 proper: each monomial is a Toeplitz matrix between two diagonal
 ones. Rotations factor, so with rotated rows all monomials share one T, which holds the band and the bias, ``t_m =
-exp(b_m)`` where a row may see the offset m. The gradient of the bias, not in the papers, is a correlation.
+exp(b_m)`` where a row may see the offset m. The gradient of the bias, not in the papers, is a correlation. What a
+family W_{i-j} multiplies T with differs from monomial to monomial: `family_fft`.
 
 The error of a transform is absolute, a few units times the norm of its whole input. Hence float64 for float32 data too;
 and a bias that spreads over many nats is cut into levels, so that rows which see none of the large weights are not
