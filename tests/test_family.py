@@ -508,6 +508,15 @@ def test_refused_at_the_call(arguments, options, error, message):
         ropecy.plan(X, X, ropecy.RelativeFamily(**arguments), **options)
 
 
+@pytest.mark.parametrize("options", [{"bias": ropecy.RelativeBias.alibi(0.1)}, {"near": (3, 1.0)}, {"causal": True}])
+def test_no_state_holds_it(options):
+    X = np.ones((300, 2)) / 8
+    family = ropecy.RelativeFamily(np.ones((599, 2, 2)))
+    with pytest.raises(NotImplementedError, match="W_{i-j} does not factor"):
+        ropecy.attention(X, X, X, family, method="polynomial", **options)
+    assert ropecy.plan(X, X, X, family, **options).engine != "polynomial"
+
+
 def test_states_of_fixed_size_refuse_it():
     with pytest.raises(NotImplementedError, match="does not factor"):
         ropecy.DecodeState(2, 2, ropecy.RelativeFamily(np.zeros((3, 2, 2))))

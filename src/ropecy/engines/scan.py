@@ -102,6 +102,8 @@ class Saved:
 
 def unsupported(problem: Problem) -> str | None:
     """What of the problem this engine doesn't do whatever the bias, or None."""
+    if problem.family is not None:
+        return "a RelativeFamily, whose W_{i-j} does not factor"
     if problem.lo is not None or problem.hi not in (None, 0):
         return "a window"
     if problem.bias is not None and problem.tail is None:
