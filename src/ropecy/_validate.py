@@ -90,6 +90,7 @@ class DecodeOptions:
     scale: float
     dtype: np.dtype | None
     window: int | None
+    bias: RelativeBias | None
     on_break: str
 
 
@@ -212,7 +213,7 @@ def check_method(*, eps: Any, certify: Any, method: Any, degree: Any, seed: Any)
 
 
 def check_decode(
-    d: Any, d_v: Any, R: Any, *, eps: Any, bound: Any, scale: Any, dtype: Any, window: Any, on_break: Any
+    d: Any, d_v: Any, R: Any, *, eps: Any, bound: Any, scale: Any, dtype: Any, window: Any, bias: Any, on_break: Any
 ) -> DecodeOptions:
     """What the arguments of `DecodeState` say, checked."""
     d, d_v = _integer("d", d, least=1), _integer("d_v", d_v, least=1)
@@ -227,8 +228,23 @@ def check_decode(
         dtype = _floating("dtype", dtype)
     if window is not None:
         window = _integer("window", window, least=1)
+    if bias is not None:
+        bias = _decaying(bias)
     _choice("on_break", on_break, ("raise", "exact"))
-    return DecodeOptions(d, d_v, R, eps, bound, scale, dtype, window, on_break)
+    return DecodeOptions(d, d_v, R, eps, bound, scale, dtype, window, bias, on_break)
+
+
+def _decaying(bias: Any) -> RelativeBias:
+    """The bias, in float64, if it factors into a decay for each token."""
+    wants = "RelativeBias.alibi(slope) with slopes of at least 0, by which a state decays"
+    if not isinstance(bias, RelativeBias):
+        raise TypeError(f"bias: got {_kind(bias)}, wants {wants}, or None")
+    if not bias._linear:
+        raise NotImplementedError(f"bias: got {bias!r}, which no state of fixed size holds; wants {wants}")
+    slopes = bias._values.astype(np.float64)
+    if (slopes < 0).any():
+        raise ValueError(f"bias: got a slope of {slopes.min():g}, wants {wants}")
+    return RelativeBias.alibi(slopes)
 
 
 def _rotary_of_any_length(R: Any, d: int) -> None:
@@ -252,12 +268,13 @@ def check_tokens(
     widths: tuple[int, int],
     dtype: np.dtype | None,
     lead: tuple[int, ...] | None,
+    bias: RelativeBias | None,
     *,
     single: bool,
 ) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
     """Keys and values by name, (..., n, width) or a single (..., width), and the leading axes of the state.
 
-    `dtype` and `lead` are the state's, None before the first token.
+    `dtype`, `lead` and `bias` are the state's; the first two are None before the first token.
     """
     axes = 1 if single else 2
     arrays = []
@@ -278,19 +295,27 @@ def check_tokens(
         raise ValueError(f"{names}: got leading axes {together}, wants at least one of each")
     if lead is not None and not _broadcasts(together, lead):
         raise ValueError(f"{names}: got leading axes {together}, wants {lead} as the state has")
+    if bias is not None and bias.heads not in (None, 1) and together and bias.heads % (lead or together)[-1]:
+        raise ValueError(
+            f"{names}: got leading axes {together}, wants a number of heads that divides the {bias.heads} of bias"
+        )
     for name, X in zip(given, arrays, strict=True):
         check_finite(name, X)
     return *arrays, together if lead is None else lead
 
 
-def check_query(q: Any, width: int, dtype: np.dtype | None, lead: tuple[int, ...]) -> np.ndarray:
-    """q (..., width) beside keys of these leading axes: the same, but for a multiple of their heads."""
+def check_query(
+    q: Any, width: int, dtype: np.dtype | None, lead: tuple[int, ...], bias: RelativeBias | None
+) -> np.ndarray:
+    """q (..., width) beside keys of these leading axes: the same, but for a multiple of their heads, as `bias` has."""
     q = _rows("q", q, width, dtype, 1)
     own, heads = q.shape[:-1], lead[-1] if lead else 1
     one_head = not lead and not own
     if not (one_head or (len(own) == max(1, len(lead)) and own[:-1] == lead[:-1] and own[-1] and own[-1] % heads == 0)):
         wants = f"{lead}, or a multiple of its {heads} heads" if lead else "() or (heads,)"
         raise ValueError(f"q: got leading axes {own}, wants {wants}")
+    if bias is not None and bias.heads not in (None, 1) and own[-1:] != (bias.heads,):
+        raise ValueError(f"q: got leading axes {own}, wants {(*lead[:-1], bias.heads)}, heads as bias has")
     check_finite("q", q)
     return q
 

@@ -6,11 +6,11 @@ import json
 import math
 import os
 import zipfile
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
+from . import _decode_bounds as bounds
 from . import _validate
 from . import polynomial as poly
 from .certificate import BoundedEntryError, Certificate
@@ -19,21 +19,22 @@ from .engines import exact as exact_engine
 from .engines import polynomial as polynomial_engine
 from .kernels import _monomials
 from .problem import Problem
+from .relative import RelativeBias
 from .rotary import Rotary, rotate_rows
 
-_VERSION = 1
-# How long a text the certificate's rounding speaks of.
-_TOKENS = 10**7
+_VERSION = 2
+# Weights below e^-650 are 0: no result shows them, and their products are subnormal, which is slow.
+_VANISHED = -650.0
 # Elements of keys and values that `extend` works on at a time.
 _PIECE = 2**21
 
 
 class DecodeState:
-    r"""o = sum_j exp(scale q R_{j-m} k_j^T) v_j / sum_j exp(scale q R_{j-m} k_j^T), j <= m, m the last token.
+    r"""o = sum_j a_j v_j / sum_j a_j, a_j = exp(scale q R_{j-m} k_j^T + b_{j-m}), j <= m, m the last token.
 
     Instead of its keys and values a text leaves a state of fixed size, ``sum_j phi(k_j) [v_j 1]``, phi being the
     monomials of a polynomial that stands for exp on [-B, B]; the last `window` tokens may be kept beside it and are
-    then exact.
+    then exact. A bias of slope a is a decay: every token lets the state fall by e^-a.
 
     Parameters
     ----------
@@ -54,6 +55,8 @@ class DecodeState:
         The state itself is float64.
     window : int, optional
         How many of the last tokens, the newest among them, are exact: one softmax with the others.
+    bias : RelativeBias, optional
+        ``RelativeBias.alibi(slope)``, slopes of at least 0: one, or one for each query head.
     on_break : {"raise", "exact"}
         What happens to a key or a query past `bound`. "raise": BoundedEntryError, and the state is as it was.
         "exact": keys and values are kept from the start, so a query past `bound` is answered from them, and so is
@@ -64,6 +67,8 @@ class DecodeState:
     ------
     TypeError, ValueError
         Arguments of the wrong kind or out of range.
+    NotImplementedError
+        A bias by another rule, or a family in the place of R: no state of fixed size holds them.
     BoundedEntryError
         No degree certifies eps for this bound; a ValueError.
     MemoryError
@@ -73,7 +78,9 @@ class DecodeState:
     -----
     With F = C(d + g, g) monomials for degree g, a token takes 2 F (d_v + 1) operations for a key head and as many for
     a query head, and 8 F (d_v + 1) bytes are kept for a key head, whatever the length of the text; a window adds
-    w (d + d_v + 1). The method is that of arXiv:2412.17316 and arXiv:2505.11892 for a running sum. Features and sums
+    w (d + d_v + 1). Where the query heads of a key head have different slopes, each has a state of its own, and this
+    counts for query heads. Weights stay positive under a bias, so it changes nothing in the proof. The method is that
+    of arXiv:2412.17316 and arXiv:2505.11892 for a running sum; decays: certificates.md, section 7. Features and sums
     are float64 for float32 data too: ten million tokens lose no digit, and larger bounds can be certified. One state
     is for one Python thread at a time.
 
@@ -99,10 +106,11 @@ class DecodeState:
         scale: float | None = None,
         dtype: DTypeLike | None = None,
         window: int | None = None,
+        bias: RelativeBias | None = None,
         on_break: str = "raise",
     ) -> None:
         self._options = o = _validate.check_decode(
-            d, d_v, R, eps=eps, bound=bound, scale=scale, dtype=dtype, window=window, on_break=on_break
+            d, d_v, R, eps=eps, bound=bound, scale=scale, dtype=dtype, window=window, bias=bias, on_break=on_break
         )
         self._length = 0
         self._largest = 0.0
@@ -111,14 +119,16 @@ class DecodeState:
         # state, ring_keys, ring, centre; and with on_break="exact" keys and values, which have room to grow.
         self._arrays: dict[str, np.ndarray] = {}
         self._decoder: _monomials.Decoder | None = None
+        # Slopes of the heads of a bias, later those of the states of each key head, (H, 1 or queries a key head).
+        self._slopes = np.zeros(1) if o.bias is None else np.atleast_1d(o.bias._values)
         # What both factors of a score are multiplied by before they are rotated.
         self._root = np.full(o.d, math.sqrt(abs(o.scale)))
         if R is not None:
             self._theta, factor = R._frequencies(1)
             self._root[: R.rotary_dim] *= factor
         # What can't be had shows now, as far as it doesn't depend on a dtype and heads that are still to come.
-        self._polynomial = self._certified(o.dtype or np.dtype(np.float64))
-        self._check_memory(1)
+        self._polynomial = bounds.polynomial(o, o.dtype or np.dtype(np.float64), self._slopes)
+        self._check_memory(1, 1)
 
     # ---- what it is ----
 
@@ -139,11 +149,10 @@ class DecodeState:
         Of the polynomial, unless a key was past `bound` and all is exact since. The rounding of a result to its dtype
         is not counted.
         """
-        o, p = self._options, self._polynomial
+        o, p, dtype = self._options, self._polynomial, self._dtype or np.dtype(np.float64)
         if self._exact:
-            unit = float(np.finfo(_computed(self._dtype)).eps) / 2
-            rounding = unit * (16 + math.sqrt(self._length / 96) + (2 + math.sqrt(o.d) / 2) * self._largest)
-            return Certificate("exact", None, None, self._largest, "exact", 0.0, min(1.0, rounding))
+            rounding = bounds.exact_rounding(o.d, dtype, self._slopes, self._length, self._largest)
+            return Certificate("exact", None, None, self._largest, "exact", 0.0, rounding)
         return Certificate(
             engine="polynomial",
             degree=p.degree,
@@ -151,14 +160,14 @@ class DecodeState:
             bound=p.B,
             rule="worst case",
             truncation=poly.tau(p.error),
-            rounding=self._rounding(self._dtype or np.dtype(np.float64)),
+            rounding=bounds.rounding(self._limit(dtype), dtype, self._slopes),
         )
 
     def __repr__(self) -> str:
         o = self._options
         return (
             f"DecodeState({o.d}, {o.d_v}, {o.R!r}, eps={o.eps:g}, bound={o.bound:g}, scale={o.scale:g}, "
-            f"dtype={self._dtype}, window={o.window}, on_break={o.on_break!r}): "
+            f"dtype={self._dtype}, window={o.window}, bias={o.bias!r}, on_break={o.on_break!r}): "
             f"{self._length:,} tokens in {self.nbytes:,} bytes"
         )
 
@@ -184,7 +193,9 @@ class DecodeState:
         Time 2 n F (d_v + 1) operations for each key head.
         """
         o = self._options
-        K, V, lead = _validate.check_tokens({"K": K, "V": V}, (o.d, o.d_v), self._dtype, self._lead, single=False)
+        K, V, lead = _validate.check_tokens(
+            {"K": K, "V": V}, (o.d, o.d_v), self._dtype, self._lead, o.bias, single=False
+        )
         n = K.shape[-2]
         if n == 0:
             return
@@ -192,8 +203,8 @@ class DecodeState:
         self._begin(lead, K.dtype, largest)
 
         threads = _validate.default_threads()
-        rows = max(1024, _PIECE // ((o.d + o.d_v) * math.prod(lead)))
-        k, v, added = *self._recent(), 0.0
+        rows = max(1024, _PIECE // (math.prod(lead) * o.d + self._slopes.size * o.d_v))
+        k, v, added, gone = *self._recent(), 0.0, 0
         for start in range(0, n, rows):
             piece = slice(start, min(n, start + rows))
             positions = np.arange(piece.start, piece.stop) + self._length
@@ -209,11 +220,11 @@ class DecodeState:
             leaving = max(0, k.shape[1] - (o.window or 0))
             if leaving:
                 left = np.ascontiguousarray(k[:, :leaving]), np.ascontiguousarray(v[:, :leaving])
-                added = added + polynomial_engine.key_states(*left, self._monomials, self._arrays["centre"], threads)
-                k, v = k[:, leaving:], v[:, leaving:]
+                added = self._decay(leaving) * added + self._decayed_states(*left, threads)
+                k, v, gone = k[:, leaving:], v[:, leaving:], gone + leaving
         # Nothing that counts was written so far: an interrupted call leaves the state as it was.
         if not self._exact:
-            self._arrays["state"] += added
+            self._arrays["state"][...] = self._decay(gone) * self._arrays["state"] + added
             self._fill_ring(k, v, self._length + n)
         self._length += n
 
@@ -241,8 +252,10 @@ class DecodeState:
             The key or the query is past `bound`. The state is then as it was.
         """
         o = self._options
-        k, v, lead = _validate.check_tokens({"k": k, "v": v}, (o.d, o.d_v), self._dtype, self._lead, single=True)
-        q = _validate.check_query(q, o.d, k.dtype, lead)
+        k, v, lead = _validate.check_tokens(
+            {"k": k, "v": v}, (o.d, o.d_v), self._dtype, self._lead, o.bias, single=True
+        )
+        q = _validate.check_query(q, o.d, k.dtype, lead, o.bias)
         largest_q, largest_k = self._enforce("q", q), self._enforce("k", k)
         self._begin(lead, k.dtype, largest_k)
 
@@ -255,8 +268,8 @@ class DecodeState:
         if not self._exact:
             if self._length == 0:
                 self._arrays["centre"][...] = new_v[:, 0]
-            slot = self._length % o.window if o.window else 0
             for_state = np.ascontiguousarray(rows[:, :1]) if past else rows
+            slot = self._length % (o.window or 1)
             result = self._decoder.step(for_state, new_v[:, 0], slot, _validate.default_threads())
         self._length += 1
         return self._to_user(self._from_history(rows[:, 1:]) if past else result, q)
@@ -270,12 +283,14 @@ class DecodeState:
         """
         if self._length == 0:
             raise ValueError("attend: got a state without tokens, wants extend or step first")
-        q = _validate.check_query(q, self._options.d, self._dtype, self._lead)
+        o = self._options
+        q = _validate.check_query(q, o.d, self._dtype, self._lead, o.bias)
         largest = self._enforce("q", q)
         rows = self._rotated(self._queries(q), np.int64(self._length - 1))
         if self._exact or largest > self._limit(self._dtype):
             return self._to_user(self._from_history(rows), q)
-        return self._to_user(self._decoder.step(rows, None, 0, _validate.default_threads()), q)
+        slot = (self._length - 1) % (o.window or 1)
+        return self._to_user(self._decoder.step(rows, None, slot, _validate.default_threads()), q)
 
     def copy(self) -> DecodeState:
         """The same state, independent from here on."""
@@ -311,6 +326,7 @@ class DecodeState:
             "version": _VERSION,
             "options": {name: getattr(o, name) for name in ("d", "d_v", "eps", "bound", "scale", "window", "on_break")},
             "R": R,
+            "slopes": o.bias and o.bias._values.tolist(),
             "dtype": self._dtype and self._dtype.name,
             "lead": self._lead,
             "length": self._length,
@@ -336,10 +352,13 @@ class DecodeState:
             version = header["version"]
         except (ValueError, KeyError, TypeError, zipfile.BadZipFile, EOFError):
             raise ValueError(f"path: got {os.fspath(path)!r}, wants a file that DecodeState.save wrote") from None
-        if version != _VERSION:
-            raise ValueError(f"path: got a state of format version {version}, wants {_VERSION}")
+        if version not in range(1, _VERSION + 1):
+            raise ValueError(f"path: got a state of format version {version}, wants {_VERSION} or an earlier one")
         options, R = header["options"], header["R"]
-        options |= {"R": R and Rotary(options["d"], **R), "dtype": header["dtype"]}
+        # Version 1 knew no bias; all else is the same.
+        slopes = header.get("slopes")
+        bias = None if slopes is None else RelativeBias.alibi(np.array(slopes))
+        options |= {"R": R and Rotary(options["d"], **R), "bias": bias, "dtype": header["dtype"]}
         state = cls(**options)
         if state._polynomial.degree != header["degree"]:
             raise ValueError(
@@ -368,32 +387,7 @@ class DecodeState:
         return self._lead is not None and self._decoder is None
 
     def _limit(self, dtype: np.dtype) -> float:
-        return _limit(self._options.bound, self._options.d, dtype)
-
-    def _rounding(self, dtype: np.dtype) -> float:
-        """Of results, for values that are no larger than their range: the model of plan.py with values off by a range.
-
-        Sums of n terms in float64 are off by sqrt(n / 3) units as a rule. The last term is the dtype's own.
-        """
-        unit = float(np.finfo(np.float64).eps) / 2
-        cancelling = math.exp(min(2 * self._limit(dtype), 700))
-        own = float(np.finfo(_computed(dtype)).eps)
-        return unit * (12 + (8 + math.sqrt(_TOKENS / 3)) * cancelling) + own
-
-    def _certified(self, dtype: np.dtype) -> poly.Polynomial:
-        """The polynomial of the smallest degree that certifies eps for what is within the bound."""
-        o, B, rounding = self._options, self._limit(dtype), self._rounding(dtype)
-        if rounding < o.eps:
-            e = poly.relative_error_for(o.eps - rounding)
-            needed = poly.smallest_degree(B, e)
-            if needed is not None:
-                degrees = range(max(1, needed - 1), max(1, needed) + 1)
-                made = (poly.minimax(B, degree) for degree in degrees)
-                return next((p for p in made if p.error <= e), poly.minimax(poly.B_grid(B), max(1, needed)))
-        raise BoundedEntryError(
-            f"bound: got {o.bound:g}, for which no degree certifies eps = {o.eps:g} ({dtype}: rounding alone is "
-            f"{rounding:.2g}); wants a smaller bound, or a larger eps"
-        )
+        return bounds.limit(self._options.bound, self._options.d, dtype)
 
     def _sizes(self, X: np.ndarray) -> np.ndarray:
         """|scale| ||x||^2 of every row."""
@@ -423,22 +417,23 @@ class DecodeState:
         """Make room with the first tokens; from the first key that is past the bound on, keep the history alone."""
         o = self._options
         if self._lead is None:
-            self._polynomial = self._certified(dtype)
+            self._polynomial = bounds.polynomial(o, dtype, self._slopes)
             heads = math.prod(lead)
-            self._check_memory(heads)
+            slopes = _slopes_of_states(self._slopes, heads, lead[-1] if lead else 1)
+            self._check_memory(heads, slopes.shape[1])
             self._monomials = m = polynomial_engine.decoding_monomials(o.d, self._polynomial)
             lanes, _ = _monomials.blocking(np.float64)
             ring = -(-(o.window or 0) // lanes) * lanes
             self._arrays = {
-                "state": np.zeros((heads, o.d_v + 1, m.pitch)),
+                "state": np.zeros((slopes.size, o.d_v + 1, m.pitch)),
                 "ring_keys": np.zeros((heads, o.d, ring)),
                 "ring": np.zeros((heads, o.d_v + 1, ring)),
                 "centre": np.zeros((heads, o.d_v)),
             }
             if o.on_break == "exact":
                 for name, width in (("keys", o.d), ("values", o.d_v)):
-                    self._arrays[name] = np.empty((heads, 0, width), _computed(dtype))
-            self._lead, self._dtype = lead, dtype
+                    self._arrays[name] = np.empty((heads, 0, width), bounds.computed(dtype))
+            self._lead, self._dtype, self._slopes = lead, dtype, slopes
             self._connect()
         if largest > self._limit(self._dtype):
             for name in ("state", "ring_keys", "ring", "centre"):
@@ -450,16 +445,37 @@ class DecodeState:
         a = self._arrays
         self._decoder = None
         if "state" in a:
-            self._decoder = _monomials.Decoder(self._monomials, a["state"], a["ring_keys"], a["ring"], a["centre"])
+            arrays = a["state"], a["ring_keys"], a["ring"], a["centre"]
+            self._decoder = _monomials.Decoder(self._monomials, *arrays, self._slopes, self._options.window or 0)
 
-    def _check_memory(self, heads: int) -> None:
+    def _check_memory(self, heads: int, states: int) -> None:
         o, features = self._options, poly.n_features(self._options.d, self._polynomial.degree)
-        size = 8.0 * heads * ((o.d_v + 1) * features + (o.window or 0) * (o.d + o.d_v + 1))
+        size = 8.0 * heads * ((o.d_v + 1) * states * features + (o.window or 0) * (o.d + o.d_v + 1))
         if not fits(size):
             raise MemoryError(
-                f"the state needs {size / 2**30:.3g} GiB ({heads} x {features:,} features, degree "
+                f"the state needs {size / 2**30:.3g} GiB ({heads * states} x {features:,} features, degree "
                 f"{self._polynomial.degree}), and {available_memory() / 2**30:.3g} GiB are available"
             )
+
+    def _decay(self, tokens: int) -> np.ndarray:
+        """How far the states fall with so many tokens."""
+        return np.exp(-self._slopes * tokens).reshape(-1, 1, 1)
+
+    def _decayed_states(self, k: np.ndarray, v: np.ndarray, threads: int) -> np.ndarray:
+        """sum_j e^{-slope (n - 1 - j)} phi(k_j) [v_j - centre, 1], j < n, as the state has it."""
+        centre, slopes = self._arrays["centre"], self._slopes
+        if not slopes.any():
+            return polynomial_engine.key_states(k, v, self._monomials, centre, threads)
+        heads, n, d_v = v.shape
+        exponents = -slopes[:, None] * np.arange(n - 1.0, -1.0, -1.0)[:, None]
+        weights = np.exp(exponents, where=exponents > _VANISHED, out=np.zeros_like(exponents))
+        # States of different slopes are columns beside each other: features are made once.
+        columns = np.concatenate([v - centre[:, None], np.ones((heads, n, 1))], axis=2)
+        columns = (weights[..., None] * columns[:, :, None]).reshape(heads, n, -1)
+        none = np.zeros((heads, columns.shape[2]))
+        added = polynomial_engine.key_states(k, columns, self._monomials, none, threads)
+        # The last column is the kernel's own, without weights.
+        return added[:, :-1].reshape(-1, d_v + 1, added.shape[2])
 
     def _filled(self) -> np.ndarray:
         """Where in a column of the state the monomials are, in their order."""
@@ -524,18 +540,20 @@ class DecodeState:
         """Exact attention of rotated, scaled queries (H, G, d) over all tokens, in what the dtype is computed in."""
         k, v = (np.ascontiguousarray(self._arrays[name][:, : self._length]) for name in ("keys", "values"))
         q = rows.astype(k.dtype)[:, :, None]
-        problem = Problem(q=q, k=k, v=v, scale=1.0, threads=_validate.default_threads())
+        bias = None
+        if self._slopes.any():
+            bias = -self._slopes[..., None] * np.arange(self._length - 1.0, -1.0, -1.0)
+        problem = Problem(
+            q=q, k=k, v=v, scale=1.0, q_offset=self._length - 1, bias=bias, threads=_validate.default_threads()
+        )
         return exact_engine.forward(problem, math.inf, False)[0]
 
 
-def _computed(dtype: np.dtype) -> np.dtype:
-    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
-
-
-@lru_cache(maxsize=16)
-def _limit(bound: float, d: int, dtype: np.dtype) -> float:
-    """The bound and the rounding of rows that were scaled to it: in what they are computed in, then stored in."""
-    computed = float(np.finfo(_computed(dtype)).eps)
-    # An entry is off by half its dtype's epsilon, its square by one; twice that is allowed.
-    stored = {2: 2.0**-7 if dtype.name == "bfloat16" else 2.0**-10}.get(dtype.itemsize, computed)
-    return max(bound * (1 + 2 * stored + 4 * (d + 8) * computed), poly.B_grid(0.0))
+def _slopes_of_states(slopes: np.ndarray, heads: int, key_heads: int) -> np.ndarray:
+    """Slopes of one bias or of all query heads as those of states, (heads, S): S is 1 where groups agree."""
+    each = slopes.reshape(1 if slopes.size == 1 else key_heads, -1)
+    if (each == each[:, :1]).all():
+        each = each[:, :1]
+    return np.ascontiguousarray(np.broadcast_to(each, (heads // key_heads, key_heads, each.shape[1]))).reshape(
+        heads, -1
+    )

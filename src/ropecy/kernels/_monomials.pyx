@@ -68,13 +68,17 @@ cdef extern from "c/monomials.h" nogil:
         segment_function grad_keys, scan_forward, scan_grad_queries, scan_grad_keys
 
     ctypedef struct rc_decode_problem:
-        ptrdiff_t heads, groups, d, d_v
+        ptrdiff_t heads, groups, states, d, d_v
         int degree
         ptrdiff_t pitch
         const ptrdiff_t *offset
         const ptrdiff_t *count
         const double *weights
+        const double *slope
+        const double *decay
+        const double *far
         double *state
+        ptrdiff_t window
         ptrdiff_t ring_pitch
         double *ring_keys
         double *ring
@@ -312,28 +316,38 @@ cdef class Decoder:
     Parameters
     ----------
     monomials : engines.polynomial.Monomials, for float64
-    state : (H, d_v + 1, pitch)
+    state : (H S, d_v + 1, pitch)
     ring_keys, ring : (H, d, ring_pitch), (H, d_v + 1, ring_pitch)
         Recent tokens; ring_pitch is a whole number of vectors, or 0.
     value_centre : (H, d_v)
+    slopes : (H, S)
+        By how much a token's score falls with each that follows; S is 1, or as many as a key head has queries.
+    window : int
+        Tokens in the ring.
     """
 
     cdef rc_decode_problem p
     cdef object arrays, workspace
 
-    def __init__(self, monomials, state, ring_keys, ring, value_centre):
+    def __init__(self, monomials, state, ring_keys, ring, value_centre, slopes, ptrdiff_t window):
         cdef rc_decode_problem *p = &self.p
-        self.arrays = [monomials, state, ring_keys, ring, value_centre]
+        decay, far = np.exp(-slopes), np.exp(-slopes * window)
+        self.arrays = [monomials, state, ring_keys, ring, value_centre, slopes, decay, far]
         p.heads, p.d, p.ring_pitch = ring_keys.shape
         p.d_v, p.degree, p.pitch = state.shape[1] - 1, monomials.degree, monomials.pitch
         p.offset, p.count = <const ptrdiff_t *>pointer(monomials.offset), <const ptrdiff_t *>pointer(monomials.count)
         p.weights = <const double *>pointer(monomials.weights)
         p.state, p.ring_keys, p.ring = <double *>pointer(state), <double *>pointer(ring_keys), <double *>pointer(ring)
         p.value_centre = <const double *>pointer(value_centre)
+        p.states, p.window, p.slope = slopes.shape[1], window, <const double *>pointer(slopes)
+        p.decay, p.far = <const double *>pointer(decay), <const double *>pointer(far)
         self.workspace = np.empty(0, np.uint8)
 
     def step(self, rows, v, ptrdiff_t slot, int threads):
-        """o (H, G, d_v) for rows (H, 1 + G, d), k before q, with v (H, d_v); for rows of q alone where v is None."""
+        """o (H, G, d_v) for rows (H, 1 + G, d), k before q, with v (H, d_v); for rows of q alone where v is None.
+
+        G is S where S is not 1, or 0 where v is there. The token comes to `slot`; without v the last one is there.
+        """
         cdef rc_decode_problem *p = &self.p
         cdef ptrdiff_t size, head, work
         cdef char *room
@@ -345,7 +359,7 @@ cdef class Decoder:
         p.rows, p.v, p.o = <const double *>pointer(rows), <const double *>pointer(v), <double *>pointer(o)
         p.slot = slot
         room = <char *>pointer(self.workspace)
-        work = p.heads * (p.d_v + 1) * (p.pitch + p.ring_pitch) * (1 + p.groups)
+        work = p.heads * (p.d_v + 1) * (p.pitch + p.ring_pitch) * (p.states + p.groups)
         for head in prange(p.heads, nogil=True, num_threads=threads, schedule="static",
                            use_threads_if=p.heads > 1 and work > WORK):
             kernels.step(p, head, room + threadid() * size)

@@ -2,7 +2,7 @@
  *
  * A single query leaves the lanes of evaluate empty, so lanes are features here: a query's features with their
  * weights are a row of the state's pitch, and a numerator is one dot with a column of the state. Tokens of the ring
- * are exact in the same way, their features being exp(q . k_j).
+ * are exact in the same way, their features being exp(q . k_j - slope age_j).
  *
  * What bounds a step: reading and writing the state once, at 42 to 49 GB/s (AVX-512, one thread, states of 0.7 to
  * 5 MB and a query a key head; small states half of that).
@@ -36,13 +36,14 @@ static REAL RC_NAME(row_dot)(ptrdiff_t length, const REAL *a, const REAL *b) {
     return sum;
 }
 
-/* E[j] = exp(x . k_j) for keys [a][j]; scores are bounded. */
-static void RC_NAME(row_exponentials)(ptrdiff_t d, ptrdiff_t length, const REAL *x, const REAL *keys, REAL *E) {
+/* E[j] = exp(x . k_j - slope age_j) for keys [a][j]; x . k_j is bounded, ages and the slope are not negative. */
+static void RC_NAME(row_exponentials)(ptrdiff_t d, ptrdiff_t length, const REAL *x, const REAL *keys, REAL slope,
+                                      const REAL *age, REAL *E) {
     for (ptrdiff_t j = 0; j < length; j += LANES) {
         vreal acc = {0};
         for (ptrdiff_t a = 0; a < d; a++)
             acc += LOAD(keys + a * length + j) * x[a];
-        STORE(E + j, RC_NAME(exp2)(acc * (REAL)LOG2E));
+        STORE(E + j, RC_NAME(exp2)((acc - LOAD(age + j) * slope) * (REAL)LOG2E));
     }
 }
 
@@ -57,21 +58,23 @@ static void RC_NAME(exchange)(ptrdiff_t rows, ptrdiff_t pitch, REAL *ring, REAL 
 
 static size_t RC_NAME(step_workspace)(const rc_decode_problem *p) {
     const ptrdiff_t columns = p->d_v + 1;
-    return sizeof(REAL) * (size_t)((1 + p->groups) * (p->pitch + LANES) + p->groups * p->ring_pitch + p->d + columns +
-                                   p->groups * columns);
+    return sizeof(REAL) * (size_t)((1 + p->groups) * (p->pitch + LANES) + (1 + p->groups) * p->ring_pitch + p->d +
+                                   columns + p->groups * columns);
 }
 
 static void RC_NAME(step)(const rc_decode_problem *p, ptrdiff_t head, void *workspace) {
     const ptrdiff_t d = p->d, columns = p->d_v + 1, groups = p->groups, ring_pitch = p->ring_pitch;
-    const ptrdiff_t features = p->pitch + LANES;
+    const ptrdiff_t features = p->pitch + LANES, states = p->states;
     const RC_NAME(monomials) y = {d, columns, p->pitch, p->offset, p->count};
     const REAL *weights = p->weights, *middle = (const REAL *)p->value_centre + head * p->d_v;
     const REAL *rows = (const REAL *)p->rows + head * (groups + (p->v != 0)) * d;
-    REAL *state = (REAL *)p->state + head * columns * p->pitch;
+    const REAL *slope = (const REAL *)p->slope + head * states;
+    const REAL *decay = (const REAL *)p->decay + head * states, *far = (const REAL *)p->far + head * states;
+    REAL *state = (REAL *)p->state + head * states * columns * p->pitch;
     REAL *ring_keys = (REAL *)p->ring_keys + head * d * ring_pitch;
     REAL *ring = (REAL *)p->ring + head * columns * ring_pitch;
     REAL *phi_k = workspace, *phi = phi_k + features, *E = phi + groups * features;
-    REAL *x = E + groups * ring_pitch, *value = x + d, *N = value + columns;
+    REAL *age = E + groups * ring_pitch, *x = age + ring_pitch, *value = x + d, *N = value + columns;
 
     int arrives = 0; /* whether the state gets a token */
     if (p->v) {
@@ -90,20 +93,27 @@ static void RC_NAME(step)(const rc_decode_problem *p, ptrdiff_t head, void *work
             RC_NAME(row_features)(&y, p->degree, x, phi_k);
         rows += d;
     }
+    for (ptrdiff_t j = 0; j < ring_pitch; j++) /* 0 in padding */
+        age[j] = (REAL)(j <= p->slot ? p->slot - j : j < p->window ? p->slot - j + p->window : 0);
     for (ptrdiff_t g = 0; g < groups; g++) {
         RC_NAME(row_features)(&y, p->degree, rows + g * d, phi + g * features);
         for (ptrdiff_t f = 0; f < p->pitch; f += LANES)
             STORE(phi + g * features + f, LOAD(phi + g * features + f) * LOAD(weights + f));
-        RC_NAME(row_exponentials)(d, ring_pitch, rows + g * d, ring_keys, E + g * ring_pitch);
+        RC_NAME(row_exponentials)(d, ring_pitch, rows + g * d, ring_keys, slope[states == 1 ? 0 : g], age,
+                                  E + g * ring_pitch);
     }
-    for (ptrdiff_t c = 0; c < columns; c++) {
-        REAL *column = state + c * p->pitch;
-        if (arrives)
-            for (ptrdiff_t f = 0; f < p->pitch; f += LANES)
-                STORE(column + f, LOAD(column + f) + LOAD(phi_k + f) * value[c]);
-        for (ptrdiff_t g = 0; g < groups; g++)
-            N[g * columns + c] = RC_NAME(row_dot)(p->pitch, column, phi + g * features) +
-                                 RC_NAME(row_dot)(ring_pitch, ring + c * ring_pitch, E + g * ring_pitch);
+    for (ptrdiff_t s = 0; s < states; s++) {
+        const ptrdiff_t first = states == 1 ? 0 : s; /* who reads this state; there may be no queries at all */
+        const ptrdiff_t last = states == 1 || s >= groups ? groups : s + 1;
+        for (ptrdiff_t c = 0; c < columns; c++) {
+            REAL *column = state + (s * columns + c) * p->pitch;
+            if (arrives)
+                for (ptrdiff_t f = 0; f < p->pitch; f += LANES)
+                    STORE(column + f, LOAD(column + f) * decay[s] + LOAD(phi_k + f) * value[c]);
+            for (ptrdiff_t g = first; g < last; g++)
+                N[g * columns + c] = RC_NAME(row_dot)(p->pitch, column, phi + g * features) * far[s] +
+                                     RC_NAME(row_dot)(ring_pitch, ring + c * ring_pitch, E + g * ring_pitch);
+        }
     }
     REAL *o = (REAL *)p->o + head * groups * p->d_v;
     for (ptrdiff_t g = 0; g < groups; g++)

@@ -79,17 +79,22 @@ typedef struct {
 } rc_monomials_functions;
 
 /* Decoding, all in float64 and with both factors in q and k: a token's key enters the ring, what it drives out of the
- * ring enters the state (the token itself where there is no ring), and queries see both under one sum. */
+ * ring enters the state (the token itself where there is no ring), and queries see both under one sum.
+ *
+ * A token t before the last weighs e^{-slope t}. The last that entered a state weighs 1 there, and the state as a whole
+ * weighs `far`: no factor is above 1, and a state does not vanish behind a long ring. */
 typedef struct {
-    ptrdiff_t heads, groups, d, d_v;
+    ptrdiff_t heads, groups, states, d, d_v; /* states: 1 for all groups of a head, or one for each */
     int degree; /* of the polynomial and the state */
     ptrdiff_t pitch;
     const ptrdiff_t *offset, *count; /* as above */
     const double *weights;
-    double *state;             /* (heads, d_v + 1, pitch) */
-    ptrdiff_t ring_pitch;      /* tokens in the ring, padded to whole vectors; 0 is no ring */
+    const double *slope, *decay, *far; /* (heads, states): slope, e^{-slope}, e^{-slope window} */
+    double *state;             /* (heads, states, d_v + 1, pitch) */
+    ptrdiff_t window;          /* tokens in the ring, or 0 */
+    ptrdiff_t ring_pitch;      /* the window padded to whole vectors; 0 is no ring */
     double *ring_keys, *ring;  /* (heads, d, ring_pitch), (heads, d_v + 1, ring_pitch): 0 where no token has been */
-    ptrdiff_t slot;            /* of the ring, for the token that comes */
+    ptrdiff_t slot;            /* of the ring, for the token that comes, or of the last where none does */
     const double *value_centre; /* (heads, d_v) */
     const double *rows;        /* (heads, 1 + groups, d): k, then q; without v (heads, groups, d): q alone */
     const double *v;           /* (heads, d_v), or NULL where no token comes */
