@@ -2,6 +2,11 @@
 
 Queries and keys arrive rotated, by whatever scaling rule the model has, so this is attention on rotated rows. Masks
 stay descriptions (causal, a window, keys that are kept, sequences packed into a row) and n x n ones are never formed.
+
+There is no cache made of `ropecy.DecodeState`. A model hands its attention what ``Cache.update`` returns, tensors of
+all keys and values, and neither the cache nor a state, so one would have to be smuggled through them, while masks
+are made for keys that are gone. A running sum can't be cropped either, nor can padding be taken out of it, which
+assisted decoding and batches of prompts do; and keys of pretrained models are far past any `bound`.
 """
 
 from __future__ import annotations
