@@ -77,7 +77,7 @@ SPECS = {
     },
 }
 
-# What the polynomial engine does: no window, no bias, no near field, and few enough monomials.
+# What the polynomial engine does in one piece: no window, no bias, no near field, and few enough monomials.
 POLYNOMIAL = [
     name
     for name, spec in SPECS.items()

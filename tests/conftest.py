@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from oracle import Alibi, Family, Rope, Table
+from oracle import Alibi, Buckets, Family, Kerple, Rope, Table
 
 
 @pytest.fixture
@@ -40,10 +40,16 @@ def rotary(rope):
 
 
 def relative_bias(bias):
-    """The package's RelativeBias that stands for the oracle's Table or Alibi."""
-    import ropecy
+    """The package's RelativeBias that stands for the oracle's."""
+    from ropecy import RelativeBias
 
-    return ropecy.RelativeBias(bias.values) if isinstance(bias, Table) else ropecy.RelativeBias.alibi(bias.slope)
+    if isinstance(bias, Table):
+        return RelativeBias(bias.values)
+    if isinstance(bias, Buckets):
+        return RelativeBias.t5(bias.values, bias.values.shape[-1], bias.max_distance, bias.bidirectional)
+    if isinstance(bias, Kerple):
+        return RelativeBias.kerple(bias.r1, bias.r2, bias.variant)
+    return RelativeBias.alibi(bias.slope)
 
 
 def relative_family(family):
@@ -63,7 +69,7 @@ def ours():
             case["R"] = rotary(case["R"])
         if isinstance(case.get("R"), Family):
             case["R"] = relative_family(case["R"])
-        if isinstance(case.get("bias"), Table | Alibi):
+        if isinstance(case.get("bias"), Table | Alibi | Buckets | Kerple):
             case["bias"] = relative_bias(case["bias"])
         return case
 

@@ -5,6 +5,7 @@ summed back to the shape of its argument at the end: slow and plain on purpose. 
 straightforward float32 evaluation that the package's float32 error is compared with.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -101,6 +102,62 @@ class Alibi:
 
     def gradient(self, dS, t):
         return _sum_to(-(dS * np.abs(t)).sum(axis=(-2, -1)), np.shape(self.slope))
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """T5's bias: (num_buckets,) or (heads, num_buckets) values; the bucket of an offset as the paper has it."""
+
+    values: np.ndarray
+    max_distance: int = 128
+    bidirectional: bool = True
+
+    def _bucket(self, t):
+        buckets, start = self.values.shape[-1], 0
+        if self.bidirectional:
+            buckets //= 2
+            start = buckets if t > 0 else 0
+        m = abs(t) if self.bidirectional else max(0, -t)
+        exact = buckets // 2
+        if m < exact:
+            return start + m
+        # A distance on the edge of two buckets belongs to the farther one.
+        share = math.log(m / exact) / math.log(self.max_distance / exact)
+        return start + min(buckets - 1, exact + int(share * (buckets - exact) + 1e-9))
+
+    def _index(self, t):
+        found = {int(one): self._bucket(int(one)) for one in np.unique(t)}
+        return np.vectorize(found.get, otypes=[int])(t)
+
+    def symbol(self, t):
+        return self.values[..., self._index(t)]
+
+    def gradient(self, dS, t):
+        index = self._index(t)
+        buckets = range(self.values.shape[-1])
+        per_head = np.stack([(dS * (index == b)).sum(axis=(-2, -1)) for b in buckets], axis=-1)
+        return _sum_to(per_head, self.values.shape)
+
+
+@dataclass(frozen=True)
+class Kerple:
+    """KERPLE's bias: -r1 log(1 + r2 |t|), or -r1 |t|^r2; r1 and r2 are numbers or one number per head."""
+
+    r1: np.ndarray
+    r2: np.ndarray
+    variant: str = "log"
+
+    def symbol(self, t):
+        r1, r2 = (np.asarray(r)[..., None, None] for r in (self.r1, self.r2))
+        return -r1 * np.log(1 + r2 * np.abs(t)) if self.variant == "log" else -r1 * np.abs(t) ** r2
+
+    def gradient(self, dS, t):
+        def by(step, which):
+            r = {"r1": np.asarray(self.r1, float), "r2": np.asarray(self.r2, float), "variant": self.variant}
+            up, down = (Kerple(**{**r, which: r[which] + sign * step}).symbol(t) for sign in (1, -1))
+            return _sum_to((dS * (up - down) / (2 * step)).sum(axis=(-2, -1)), np.shape(self.r1))
+
+        return np.stack([by(1e-5, "r1"), by(1e-5, "r2")])
 
 
 def _sum_to(X, shape):

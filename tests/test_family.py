@@ -512,7 +512,7 @@ def test_refused_at_the_call(arguments, options, error, message):
 def test_no_state_holds_it(options):
     X = np.ones((300, 2)) / 8
     family = ropecy.RelativeFamily(np.ones((599, 2, 2)))
-    with pytest.raises(NotImplementedError, match="W_{i-j} does not factor"):
+    with pytest.raises(NotImplementedError, match=r"W_\{i-j\} does not factor"):
         ropecy.attention(X, X, X, family, method="polynomial", **options)
     assert ropecy.plan(X, X, X, family, **options).engine != "polynomial"
 

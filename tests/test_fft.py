@@ -20,14 +20,14 @@ def _bounded(rng, n, d=4, d_v=3, dtype=np.float64):
     return cases.unit_rows(Q), cases.unit_rows(K), rng.standard_normal((n, d_v)).astype(dtype)
 
 
-def _assert_certified(case, ours, eps, **options):
+def assert_certified(case, ours, eps, method="fft", **options):
     """O and every gradient within what eps promises; the certificate."""
     rng = np.random.default_rng(7)
     dense = oracle.attention(**case)
     O, certificate, lse = ropecy.attention(
-        **ours(case), method="fft", eps=eps, **options, return_certificate=True, return_lse=True
+        **ours(case), method=method, eps=eps, **options, return_certificate=True, return_lse=True
     )
-    assert certificate.engine == "fft" and certificate.error <= eps
+    assert certificate.engine == method and certificate.error <= eps
     # A row that sees one key has a range of 0; rounding is promised in units of the range over all keys.
     rounding = certificate.rounding * np.ptp(dense.v, axis=-2).max() + 4 * np.finfo(O.dtype).eps * np.abs(dense.O)
     assert np.all(np.abs(O - dense.O) <= eps * dense.value_range + rounding)
@@ -36,7 +36,7 @@ def _assert_certified(case, ours, eps, **options):
     assert np.all(np.abs(lse[seen] - dense.lse[seen]) <= 2 * e + 1e-9)
     assert np.all(lse[~seen] == -np.inf) and np.all(O[~seen] == 0)
     dO = cases.upstream(case, dense, rng)
-    gradients = _backward(case, ours, dO, method="fft", eps=eps, **options)
+    gradients = _backward(case, ours, dO, method=method, eps=eps, **options)
     expected = dense.backward(dO)
     # As for O: a row that sees one key has gradient 0, up to rounding.
     unit = 10 * certificate.rounding + 100 * np.finfo(O.dtype).eps
@@ -61,7 +61,7 @@ def _assert_certified(case, ours, eps, **options):
 def test_cases_keep_the_bounds(name, dtype, eps, rng, ours):
     if cases.SPECS[name].get("d", 4) > 6:
         eps = max(eps, 1e-2)  # more monomials than a test has time for
-    _assert_certified(cases.make(name, rng, dtype, unit=True), ours, eps)
+    assert_certified(cases.make(name, rng, dtype, unit=True), ours, eps)
 
 
 @pytest.mark.parametrize("name", ["projections", "bias_table_per_head", "alibi_per_head", "window_two_sided_causal"])
@@ -95,7 +95,7 @@ def test_biases_of_wide_range(name, causal, dtype, rng, ours):
     n = 120
     Q, K, V = _bounded(rng, n, dtype=dtype)
     table = oracle.Table(BIASES[name](np.arange(1 - n, n), rng))
-    _assert_certified({"Q": Q, "K": K, "V": V, "bias": table, "causal": causal}, ours, 1e-3)
+    assert_certified({"Q": Q, "K": K, "V": V, "bias": table, "causal": causal}, ours, 1e-3)
 
 
 def test_levels_and_exact_rows_are_seen_to_be_used(rng):
@@ -116,11 +116,11 @@ def test_rows_exact_keep_the_bounds(rng, ours):
     Q, K, V = _bounded(rng, n)
     mask = rng.random(n) < 0.7
     case = {"Q": Q, "K": K, "V": V, "bias": oracle.Table(-0.75 * np.arange(1 - n, n)), "causal": True}
-    _assert_certified(case, ours, 1e-3)
-    _assert_certified({**case, "key_mask": mask}, ours, 1e-3)
+    assert_certified(case, ours, 1e-3)
+    assert_certified({**case, "key_mask": mask}, ours, 1e-3)
     heads = np.stack([-0.75 * np.arange(1 - n, n), np.zeros(2 * n - 1)])
     grouped = {**case, "Q": np.stack([Q, Q[::-1]]), "K": K[None], "V": V[None], "bias": oracle.Table(heads)}
-    _assert_certified(grouped, ours, 1e-3)
+    assert_certified(grouped, ours, 1e-3)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -188,7 +188,7 @@ def test_float32_takes_scores_that_its_own_rounding_forbids(rng, ours):
     case = {"Q": (6 * Q).astype(np.float32), "K": K, "V": V}
     with pytest.raises(ropecy.BoundedEntryError):
         ropecy.attention(**ours(case), method="polynomial")
-    assert _assert_certified(case, ours, 1e-3).bound > 4
+    assert assert_certified(case, ours, 1e-3).bound > 4
 
 
 def test_large_scores_are_refused(rng):

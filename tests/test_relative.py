@@ -5,6 +5,7 @@ import pickle
 import numpy as np
 import pytest
 
+import ropecy
 from ropecy import RelativeBias
 
 
@@ -80,6 +81,13 @@ def test_gradient_has_the_dtype_of_what_built_it(build, shape):
     assert gradient.dtype == np.float32 and gradient.shape == shape
 
 
+def test_exact_gradient_of_a_tall_bias_is_finite(rng):
+    # 50 rows are no whole tile; what stands past them has no weight, whatever the bias is.
+    Q, K, V = rng.standard_normal((3, 50, 4))
+    bias = RelativeBias(900 + rng.standard_normal(99))
+    assert np.isfinite(ropecy.attention_vjp(Q, K, V, bias=bias, method="exact")[1](V).dbias).all()
+
+
 def test_gradient_of_a_plain_number():
     gradient = RelativeBias.alibi(0.5)._gradient(np.ones((1, 5)), -2)
     assert gradient.shape == () and gradient.dtype == np.float64 and gradient == -6.0
@@ -93,7 +101,8 @@ def test_is_a_value(rng):
     np.testing.assert_array_equal(bias._symbol(-2, 2)[0], kept)
     with pytest.raises(AttributeError, match="immutable"):
         bias.heads = 4
-    for one in (bias, RelativeBias.alibi([0.5, 0.25])):
+    t5, kerple = RelativeBias.t5(np.arange(32.0)), RelativeBias.kerple([1.0], [2.0])
+    for one in (bias, RelativeBias.alibi([0.5, 0.25]), t5, kerple):
         np.testing.assert_array_equal(pickle.loads(pickle.dumps(one))._symbol(-3, 3), one._symbol(-3, 3))
     assert repr(bias) == "RelativeBias(table of float64 (5,))"
     assert repr(RelativeBias.alibi(0.5)) == "RelativeBias(slope of float64 ())"
@@ -125,3 +134,28 @@ def test_is_a_value(rng):
 def test_refused(build, values, error, message):
     with pytest.raises(error, match=message):
         build(values)
+
+
+@pytest.mark.parametrize(
+    "build, error, message",
+    [
+        (lambda: RelativeBias.t5(np.zeros(31), 31), ValueError, "num_buckets: got 31, wants an even number, at least 4"),
+        (lambda: RelativeBias.t5(np.zeros(2), 2), ValueError, "num_buckets: got 2, wants an even number, at least 4"),
+        (lambda: RelativeBias.t5(np.zeros(32), 32.0), TypeError, "num_buckets: got 32.0, wants an integer"),
+        (lambda: RelativeBias.t5(np.zeros(32), 32, "far"), TypeError, "max_distance: got 'far', wants an integer"),
+        (lambda: RelativeBias.t5(np.zeros(32), 32, 8), ValueError, "max_distance: got 8, wants more than the 8 buckets"),
+        (lambda: RelativeBias.t5(np.zeros(30)), ValueError, "table: got shape \\(30,\\), wants \\(32,\\) or \\(h, 32"),
+        (lambda: RelativeBias.t5(np.zeros((0, 32))), ValueError, "table: got shape \\(0, 32\\), wants"),
+        (lambda: RelativeBias.t5(np.zeros(32, int)), TypeError, "table: got dtype int64, wants"),
+        (lambda: RelativeBias.kerple(0.0, 1.0), ValueError, "r1: got 0.0, wants numbers above 0"),
+        (lambda: RelativeBias.kerple(1.0, [1.0, 2.0]), ValueError, "r2: got shape \\(2,\\), wants that of r1, \\(\\)"),
+        (lambda: RelativeBias.kerple(1.0, -1.0), ValueError, "r2: got -1.0, wants numbers above 0"),
+        (lambda: RelativeBias.kerple(1.0, np.float32(1)), TypeError, "r2: got dtype float32, wants that of r1, float64"),
+        (lambda: RelativeBias.kerple(1.0, 3.0, "power"), ValueError, "r2: got 3.0, wants at most 2"),
+        (lambda: RelativeBias.kerple(1.0, 1.0, "exp"), ValueError, "variant: got 'exp', wants 'log' or 'power'"),
+        (lambda: RelativeBias.kerple(np.nan, 1.0), ValueError, "r1: got nan, wants finite"),
+    ],
+)
+def test_forms_refuse(build, error, message):
+    with pytest.raises(error, match=message):
+        build()

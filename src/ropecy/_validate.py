@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from . import forms
 from .relative import RelativeBias, RelativeFamily
 from .rotary import Rotary
 
@@ -239,7 +240,7 @@ def _decaying(bias: Any) -> RelativeBias:
     wants = "RelativeBias.alibi(slope) with slopes of at least 0, by which a state decays"
     if not isinstance(bias, RelativeBias):
         raise TypeError(f"bias: got {_kind(bias)}, wants {wants}, or None")
-    if not bias._linear:
+    if not isinstance(bias._form, forms.Linear):
         raise NotImplementedError(f"bias: got {bias!r}, which no state of fixed size holds; wants {wants}")
     slopes = bias._values.astype(np.float64)
     if (slopes < 0).any():

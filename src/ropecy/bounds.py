@@ -57,13 +57,16 @@ class Values:
     Attributes
     ----------
     middle : (H, d_v) array
-        Halfway between the least and the largest of a column.
+        What is taken from v before it is summed: halfway between the least and the largest of a column, or, causal,
+        the median of some where nearly all lie at one end. Later outliers then cost earlier rows no digits.
     offset : float
         max |v| in units of max_c range_j(v_jc); 1 where all columns are constant.
     low, high : (H, d_v) arrays
         The least and the largest of a column.
     mean : (H, d_v) float64 array
         Of a column.
+    far : bool
+        Whether a value may be as far as the range from `middle`, and not half of it.
     """
 
     middle: np.ndarray
@@ -71,6 +74,7 @@ class Values:
     low: np.ndarray
     high: np.ndarray
     mean: np.ndarray
+    far: bool = False
 
 
 class Alone:
@@ -98,7 +102,21 @@ def measure_values(problem: Problem, ranks: Any = Alone) -> Values:
     spread = float((0.5 * high - 0.5 * low).max())
     largest = float(np.maximum(np.abs(low), np.abs(high)).max())
     mean = total / kept_keys(problem, ranks)[:, None]
-    return Values(middle, 0.5 * largest / spread if spread else 1.0, low, high, mean)
+    crowded = (np.abs(mean - middle) > 0.45 * (high - low)) & (problem.hi is not None and ranks is Alone)
+    if crowded.any():
+        middle = np.where(crowded, _medians(problem), middle)
+    return Values(middle, 0.5 * largest / spread if spread else 1.0, low, high, mean, bool(crowded.any()))
+
+
+def _medians(problem: Problem) -> np.ndarray:
+    """Of some kept values of each column, each a value itself: (H, d_v)."""
+    found = np.zeros_like(problem.v[:, 0])
+    for head, v in enumerate(problem.v):
+        kept = np.arange(len(v)) if problem.key_mask is None else np.flatnonzero(problem.key_mask[head])
+        if len(kept):
+            some = np.sort(v[kept[:: max(1, len(kept) // 256)]], axis=0)
+            found[head] = some[len(some) // 2]
+    return found
 
 
 def kept_keys(problem: Problem, ranks: Any = Alone) -> np.ndarray:
@@ -249,7 +267,8 @@ def polynomial_rounding(problem: Problem, B: float, values: Values) -> float:
     Values are centred, so that their offset costs no more than storing O does.
     """
     unit = float(np.finfo(problem.q.dtype).eps) / 2
-    return unit * (12 + 4 * math.exp(min(2 * B, 700)) + 2 * values.offset)
+    sums = 12 + 4 * math.exp(min(2 * B, 700))
+    return unit * (sums * (2 if values.far else 1) + 2 * values.offset)
 
 
 def exact_rounding(problem: Problem, bound: float, values: Values) -> float:

@@ -204,8 +204,8 @@ class Power(Logarithmic):
         return np.stack([-grown, -values[:, :1] * grown * np.log(np.maximum(m, 1e-300))], axis=1)
 
     def tail(self, values, longest, tolerance):
-        # Past 1 no sum of positive exponentials is near.
-        return None if np.any(values[:, 1] > 1) else _fitted(self, values, longest, tolerance)
+        # Past 1 no sum of positive exponentials is near; at 1 the bias has one rate, of which no sum is the derivative.
+        return None if np.any(values[:, 1] >= 1) else _fitted(self, values, longest, tolerance)
 
 
 def _fitted(form: Logarithmic, values: NDArray, longest: int, tolerance: float) -> Tail | None:
@@ -235,7 +235,8 @@ def _fitted_head(form, row, longest, tolerance):
     m = np.unique(np.round(np.geomspace(_NEAR, longest, 400)))
     columns = np.exp(w - np.outer(m, r) - form.symbol(values, m).T)
     derivatives = form.derivatives(values, m)[0]
-    size = np.abs(derivatives).max(axis=1)
-    size[size == 0] = 1
-    ratio = np.linalg.lstsq(columns, (derivatives / size[:, None]).T, rcond=None)[0].T * size[:, None]
-    return w, r, error, ratio
+    size = np.abs(derivatives).max(axis=1, keepdims=True)
+    ratio = np.linalg.lstsq(columns, (derivatives / size).T, rcond=None)[0].T
+    if np.abs(ratio @ columns.T - derivatives / size).max() > 16 * tolerance:
+        return None
+    return w, r, error, ratio * size
