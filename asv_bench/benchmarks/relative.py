@@ -1,0 +1,101 @@
+"""Biases of j - i: seconds by engine, how they grow with n, and what of the fft engine's time is FFTW's own."""
+
+import time
+
+import numpy as np
+
+import ropecy
+
+from . import inputs
+
+BIASES = ("alibi", "t5", "table")
+ENGINES = ("exact", "polynomial", "fft")
+
+
+def bias_of(name, n):
+    """ALiBi, T5's buckets, or a rough table as long as the sequence, which does not factor."""
+    rng = np.random.default_rng(1)
+    if name == "alibi":
+        return ropecy.RelativeBias.alibi(0.01)
+    if name == "t5":
+        return ropecy.RelativeBias.t5(rng.standard_normal(32))
+    return ropecy.RelativeBias(rng.uniform(-1, 1, 2 * n - 1))
+
+
+def causal(name, engine, n, d):
+    """A function of no arguments that computes attention under a bias; asv skips what an engine does not do."""
+    if name == "table" and engine == "polynomial":
+        raise NotImplementedError("a rough table does not factor")
+    Q, K, V, _ = inputs.arrays(n, d)
+    options = {"bias": bias_of(name, n), "causal": True, "eps": inputs.EPS, "method": engine}
+    return lambda: ropecy.attention(Q, K, V, ropecy.Rotary(d), **options)
+
+
+def seconds(run):
+    """The least of three."""
+    run()
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+class Bias:
+    """O under a causal bias, d = 4."""
+
+    params = (BIASES, ENGINES, (4096, 16384, 65536))
+    param_names = ("bias", "engine", "n")
+    timeout = 300
+
+    def setup(self, bias, engine, n):
+        self.run = causal(bias, engine, n, 4)
+
+    def time_forward(self, bias, engine, n):
+        self.run()
+
+
+class BiasExponent:
+    """The slope of log time over log n, from 2^14 to 2^17 tokens (exact: to 2^15)."""
+
+    params = (BIASES, ENGINES)
+    param_names = ("bias", "engine")
+    timeout = 300
+
+    def setup(self, bias, engine):
+        causal(bias, engine, 64, 4)()
+
+    def track_exponent(self, bias, engine):
+        first, last = 2**14, 2**15 if engine == "exact" else 2**17
+        times = [seconds(causal(bias, engine, n, 4)) for n in (first, last)]
+        return float(np.log(times[1] / times[0]) / np.log(last / first))
+
+
+class BareFFTW:
+    """The time of the transforms alone, over that of a call of the fft engine (kernels.md 7)."""
+
+    params = (16384, 65536)
+    param_names = ("n",)
+    timeout = 300
+
+    def setup(self, n):
+        self.run = causal("table", "fft", n, 4)
+        Q, K, V, _ = inputs.arrays(n, 4)
+        bias = bias_of("table", n)
+        options = {"bias": bias, "causal": True, "eps": inputs.EPS, "method": "fft", "threads": 1}
+        self.plan = ropecy.plan(Q, K, V, ropecy.Rotary(4), **options)
+        self.call = lambda: ropecy.attention(Q, K, V, ropecy.Rotary(4), **options)
+
+    def track_share(self, n):
+        from ropecy.kernels._fftw import RealFFT
+
+        block = self.plan._symbol.block
+        fft = RealFFT(2 * block, flags="measure")
+        x = np.random.default_rng(2).standard_normal(2 * block)
+        spectrum = fft.forward(x)
+        pair = seconds(lambda: [(fft.forward(x), fft.inverse(spectrum)) for _ in range(20)]) / 20
+        pairs = self.plan.certificate.n_features * 5 * -(-n // block)
+        return pairs * pair / seconds(self.call)
+
+    track_share.unit = "of FFTW's time"
