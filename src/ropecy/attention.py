@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 
 from . import _validate
 from .certificate import Certificate, nothing_to_do
+from .engines import exact
 from .plan import make_plan
 from .problem import Call, Problem, prepare, prepare_for, spread_columns
 from .relative import RelativeBias, RelativeFamily
@@ -185,9 +186,9 @@ def attention_vjp(
         As `attention` gives it.
     vjp : VJP
         ``g = vjp(dO)`` has ``g.dQ``, ``g.dK``, ``g.dV``, and ``g.dW``, ``g.dW_Q``, ``g.dW_K``, ``g.dW_V``, ``g.dbias``,
-        ``g.dR`` (of a RelativeFamily) of what was given, each in the shape and dtype of its argument, and
-        ``g.certificate``; ``vjp.certificate`` is that of O. May be called again; the inputs must not be changed before
-        the last call.
+        ``g.dR`` (of a RelativeFamily) of what was given, each in the shape and dtype of its argument; with `near` the
+        float ``g.dscale_near``, sum_ij dS_ij <q_i, k_j> over the near pairs; and ``g.certificate``. ``vjp.certificate``
+        is that of O. May be called again; the inputs must not be changed before the last call.
 
     Raises
     ------
@@ -197,7 +198,8 @@ def attention_vjp(
     Notes
     -----
     A gradient costs two to four times the forward pass, in the same order of memory (arXiv:2412.17316 forms matrices
-    of n x (d d_v) instead). First order only: the gradient has no derivative of its own.
+    of n x (d d_v) instead); that of scale_near costs the near field's once more. First order only: the gradient has no
+    derivative of its own.
 
     Examples
     --------
@@ -262,7 +264,8 @@ class Evaluation:
             self.certificate = self.gradient_certificate = nothing_to_do()
         else:
             self._plan = make_plan(problem, **call.how, grad=grad)
-            self._forward = self._plan.forward(problem, want_lse=want_lse)
+            near = grad and problem.near is not None
+            self._forward = self._plan.forward(problem, want_lse=want_lse or near)
             self.o, lse = self._forward.o, self._forward.lse
             self.certificate = self._certificate(self._forward.certificate)
             self.gradient_certificate = self._plan.gradient_certificate if grad else None
@@ -277,12 +280,15 @@ class Evaluation:
 
     def gradients(self, dO: np.ndarray, largest: float) -> dict[str, np.ndarray]:
         """{"dQ": ..., ...} for dO in the shape of O, max |dO| = largest."""
-        problem = self.call.problem
+        problem, forward = self.call.problem, self._forward
+        near = None if problem.near is None else np.float64(0)
         if self._plan is None:
             zeros = (np.zeros_like(X) for X in (problem.q, problem.k, problem.v))
-            return self.call.gradients(*zeros, None)
+            return self.call.gradients(*zeros, None, dscale_near=near)
         do, exponent = without_overflow(self.call.from_user(dO), largest)
-        return self.call.gradients(*self._plan.backward(problem, self._forward, do), exponent=exponent)
+        if near is not None:
+            near = exact.near_scale_gradient(problem, forward.o, forward.lse, do)
+        return self.call.gradients(*self._plan.backward(problem, forward, do), dscale_near=near, exponent=exponent)
 
 
 def without_overflow(do: np.ndarray, largest: float) -> tuple[np.ndarray, int]:

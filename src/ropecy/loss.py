@@ -75,7 +75,8 @@ def loss_grad(
     -------
     Gradients
         ``g.loss`` and ``g.O``; ``g.dQ``, ``g.dK``, ``g.dV``, and ``g.dW``, ``g.dW_Q``, ``g.dW_K``, ``g.dW_V``,
-        ``g.dbias``, ``g.dR`` (of a RelativeFamily) of what was given; ``g.certificate`` of the gradients.
+        ``g.dbias``, ``g.dscale_near``, ``g.dR`` (of a RelativeFamily) of what was given; ``g.certificate`` of the
+        gradients.
 
     Raises
     ------

@@ -99,8 +99,8 @@ def attention_vjp(
     O : (..., n, d_v) array
     vjp : VJP
         As in `ropecy.attention_vjp`, and collective: ``g.dQ``, ``g.dK``, ``g.dV`` are the rank's piece of the gradient
-        of ``<dO, O>`` summed over all ranks; ``g.dW``, ``g.dW_Q``, ``g.dW_K``, ``g.dW_V``, ``g.dbias`` are whole on
-        every rank.
+        of ``<dO, O>`` summed over all ranks; ``g.dW``, ``g.dW_Q``, ``g.dW_K``, ``g.dW_V``, ``g.dbias``,
+        ``g.dscale_near`` are whole on every rank.
 
     Raises
     ------
@@ -221,16 +221,17 @@ class _Evaluation:
         ranks, call = self.ranks, self.call
         largest = float(ranks.largest(np.array(largest)))
         do, exponent = without_overflow(call.from_user(dO), largest)
-        dbias = _DiagonalSum(call)
+        dbias, near = _DiagonalSum(call), np.float64(0)
         if self._ring is not None:
-            dq, dk, dv = self._ring.backward(do, dbias.add)
+            dq, dk, dv, near = self._ring.backward(do, dbias.add)
         elif self._saved is not None:
             do = do if self._cuts is None else ranks.recut(do, *self._cuts)
             dq, dk, dv, _ = polynomial_engine.backward(self._problem, self._saved, do, ranks)
             dq = self._back(dq)
         else:
             dq, dk, dv = (np.zeros_like(X) for X in (self._problem.q, self._problem.k, self._problem.v))
-        gradients = call.gradients(dq, dk, dv, None, exponent=exponent, total=ranks.total)
+        near = None if call.problem.near is None else ranks.total(near)
+        gradients = call.gradients(dq, dk, dv, None, dscale_near=near, exponent=exponent, total=ranks.total)
         if "dbias" in gradients:
             gradients["dbias"] = dbias.whole(ranks, exponent)
         return gradients

@@ -328,6 +328,7 @@ class Call:
         dsymbol: np.ndarray | forms.FarGradient | None,
         dfamily: np.ndarray | None = None,
         *,
+        dscale_near: np.float64 | None = None,
         exponent: int = 0,
         total: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> dict[str, np.ndarray]:
@@ -348,6 +349,9 @@ class Call:
                 found = {name: np.ldexp(X, exponent) for name, X in found.items()}
                 dfamily = None if dfamily is None else np.ldexp(dfamily, exponent)
         gradients = {"d" + name: self._cast(X) for name, X in found.items()}
+        if dscale_near is not None:
+            with np.errstate(over="ignore"):
+                gradients["dscale_near"] = np.ldexp(dscale_near, exponent)
         if a.bias is not None:
             dbias = self.bias_gradient(dsymbol, -(a.n - 1) - a.q_offset)
             gradients["dbias"] = np.ldexp(dbias, exponent) if exponent else dbias

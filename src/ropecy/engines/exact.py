@@ -144,6 +144,8 @@ def forward_rows(problem: Problem, bound: float, rows: np.ndarray, o: np.ndarray
 
 def resume(problem: Problem, bound: float, o: np.ndarray, lse: np.ndarray) -> Saved:
     """What `backward` needs of a forward pass that had more keys than `problem`, of which o and lse are the results."""
+    if problem.family is not None:
+        return family.resume(problem, o, lse)
     q, k, q_factor, k_factor = _without_overflow(problem, bound)
     gain = 1 / (q_factor * k_factor)
     log2_sum = np.where(np.isfinite(lse), lse * LOG2E, 0)
@@ -151,6 +153,27 @@ def resume(problem: Problem, bound: float, o: np.ndarray, lse: np.ndarray) -> Sa
     maximum = (log2_sum / gain).astype(q.dtype)
     inverse = np.where(np.isfinite(lse), np.exp2(maximum.astype(np.float64) * gain - log2_sum), 0).astype(q.dtype)
     return Saved(q, k, _tables(problem, bound, gain), o, maximum, inverse, q_factor, k_factor)
+
+
+def near_scale_gradient(problem: Problem, o: np.ndarray, lse: np.ndarray, do: np.ndarray) -> np.float64:
+    """d<do, O> / d scale_near = sum of dS_ij <q_i, k_j> over the pairs of the near field, of any engine's o and lse.
+
+    Notes
+    -----
+    sum_i <q_i, sum_j dS_ij k_j>: the near field's own backward pass, in time ``n (2 w - 1)`` pairs.
+    """
+    width, scale_near = problem.near
+    lo = 1 - width if problem.lo is None else max(problem.lo, 1 - width)
+    hi = width - 1 if problem.hi is None else min(problem.hi, width - 1)
+    # The scale goes to q but for a power of two: so dq is the sum over keys where scale_near is 0, too.
+    mantissa, exponent = math.frexp(scale_near)
+    q = problem.q * problem.q.dtype.type(mantissa)
+    band = replace(problem, q=q, scale=math.ldexp(1.0, exponent), lo=lo, hi=hi, near=None)
+    if lo > hi or band.empty:
+        return np.float64(0)
+    dq = backward(band, resume(band, math.inf, o, lse), do)[0]
+    with np.errstate(over="ignore"):
+        return np.ldexp(np.einsum("hgid,hgid->", problem.q, dq, dtype=np.float64), -exponent)
 
 
 def pairs(problem: Problem) -> float:

@@ -160,6 +160,16 @@ def forward(problem: Problem, want_lse: bool) -> tuple[np.ndarray, np.ndarray | 
     return o, lse, Saved(tiles, o, maximum, inverse)
 
 
+def resume(problem: Problem, o: np.ndarray, lse: np.ndarray) -> Saved:
+    """What `backward` needs of a forward pass that had more keys than `problem`, of which o and lse are the results."""
+    tiles = Tiles(problem)
+    lse = np.where(np.isfinite(lse), lse, np.inf)
+    maximum = np.where(np.isinf(lse), 0, np.ldexp(lse, -tiles.gain_exponent)).astype(o.dtype)
+    # What rounding the maximum loses, its partner keeps.
+    inverse = np.exp(np.ldexp(maximum.astype(np.float64), tiles.gain_exponent) - lse).astype(o.dtype)
+    return Saved(tiles, o, maximum, inverse)
+
+
 def backward(problem: Problem, saved: Saved, do: np.ndarray):
     """dq, dk, dv of ``<do, O>``, the gradients of the symbol, (H, G, n + n_k - 1) or None where there is no bias, and
     of the family, (|S|, n + n_k - 1) at the offsets t = i + q_offset - j.

@@ -95,19 +95,23 @@ class Ring:
 
     def backward(
         self, do: np.ndarray, diagonals: Callable[[np.ndarray, int], None]
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """dq, dk, dv of ``<do, O>``; ``diagonals(dsymbol, first)`` is given the bias's gradient block by block."""
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.float64]:
+        """dq, dk, dv of ``<do, O>``, and by scale_near what this rank's blocks give; ``diagonals(dsymbol, first)`` is
+        given the bias's gradient block by block.
+        """
         rank = self._ranks.rank
         own = [np.zeros(X.shape) for X in self._piece[:3]]
         dq, dk, dv = own
+        dscale_near = np.float64(0)
         tasks = _Tasks()
         for step, guest, pieces in self._meetings([*self._piece, self._o, self._lse, do]):
             away = []
             for rows, keys, span in self._visible(rank, step):
                 block = self._block(rows, keys, span, pieces)
                 results = [X[:, :, span] for X in pieces[rows][-3:]]
-                failing = [self._empty_grad(span), *self._empty_keys(keys), None]
-                *parts, dsymbol = tasks.run(self._backward_block, block, *results, failing=failing)
+                failing = [self._empty_grad(span), *self._empty_keys(keys), None, 0.0]
+                *parts, dsymbol, near = tasks.run(self._backward_block, block, *results, failing=failing)
+                dscale_near += near
                 if dsymbol is not None:
                     diagonals(dsymbol, -(block.q.shape[2] - 1) - block.q_offset)
                 if rows == rank:
@@ -133,7 +137,7 @@ class Ring:
             for place, part in zip(places, room, strict=True):
                 place += part
         self._ranks.together(tasks.check)
-        return tuple(X.astype(do.dtype) for X in own)
+        return *(X.astype(do.dtype) for X in own), dscale_near
 
     def _meetings(self, piece: list[np.ndarray]) -> Iterator[tuple[int, int, dict[int, list[np.ndarray]]]]:
         """(step, guest, {rank: its arrays}) of every meeting; the next guest arrives while the caller computes."""
@@ -193,8 +197,9 @@ class Ring:
         return [o, lse]
 
     def _backward_block(self, block: Problem, o: np.ndarray, lse: np.ndarray, do: np.ndarray) -> tuple:
-        saved = exact.resume(block, self._bound, np.ascontiguousarray(o), lse)
-        return exact.backward(block, saved, np.ascontiguousarray(do))
+        o, do = np.ascontiguousarray(o), np.ascontiguousarray(do)
+        near = 0.0 if block.near is None else exact.near_scale_gradient(block, o, lse, do)
+        return *exact.backward(block, exact.resume(block, self._bound, o, lse), do), near
 
     def _shape_at(self, rank: int, index: int, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape that what goes round at this index has on `rank`: (H, n_k, ...) of keys, (H, G, n, ...) of rows."""
