@@ -188,6 +188,37 @@ def test_gradcheck(options):
     assert torch.autograd.gradcheck(run, inputs)
 
 
+@pytest.mark.parametrize("method", ["exact", "polynomial"])
+@pytest.mark.parametrize("options", [{}, {"is_causal": True, "q_offset": 3}, "mask"])
+def test_gradcheck_with_a_near_field(options, method):
+    """By the near scores' scale, too, where it is negative as well as where it is 0."""
+    if options == "mask":
+        options = {"attn_mask": padding(2, 8)[:, None, None], "is_causal": True, "q_offset": 3}
+    Q, K, V = tensors((2, 2, 5, 2), (2, 1, 8, 2), (2, 1, 8, 2))
+    options |= {"rotary": ropecy.Rotary(2), "scale": 0.05, "eps": 1e-9, "method": method, "enable_gqa": True}
+
+    def run(Q, K, V, scale_near):
+        return scaled_dot_product_attention(Q, K, V, near=(2, scale_near), threads=1, **options)
+
+    for scale_near in (0.7, 0.0, -1.0):
+        inputs = (Q, K, V, torch.tensor(scale_near, dtype=torch.float64, requires_grad=True))
+        assert torch.autograd.gradcheck(run, inputs)
+
+
+def test_near_field_by_a_number_or_a_tensor():
+    Q, K, V = tensors(*[(2, 3, 40, 8)] * 3)
+
+    def run(scale_near):
+        return lambda *x: scaled_dot_product_attention(*x, near=(5, scale_near), is_causal=True, **EXACT)
+
+    check_same(run(1.5), run(torch.tensor(1.5, requires_grad=True)), [Q, K, V], rtol=0, atol=0)
+    theirs = ropecy.attention(*(x.detach().numpy() for x in (Q, K, V)), scale=8**-0.5, near=(5, 1.5), causal=True)
+    np.testing.assert_allclose(run(1.5)(Q, K, V).detach().numpy(), theirs, rtol=0, atol=1e-12)
+    scale_near = torch.tensor(1.5, requires_grad=True)  # of another dtype than Q
+    run(scale_near)(Q, K, V).sum().backward()
+    assert scale_near.grad.dtype == torch.float32 and scale_near.grad.shape == ()
+
+
 def test_gradient_by_the_polynomial_engine():
     inputs = tensors(*[(1, 2, 300, 4)] * 3)
 
@@ -207,16 +238,18 @@ def test_second_derivatives_are_refused():
         dQ.sum().backward()
 
 
-def operator_arguments(dtype=torch.float64, masked=False):
+def operator_arguments(dtype=torch.float64, masked=False, near=False):
     inputs = tensors((2, 4, 6, 8), (2, 2, 9, 8), (2, 2, 9, 3), dtype=dtype)
     mask = padding(2, 9)[:, None] if masked else None
-    return (*inputs, mask, None, None, None, 0.3, True, None, 3, 1e-3, "exact", None)
+    near = (torch.tensor(1.5, requires_grad=True), 3) if near else (None, None)
+    return (*inputs, mask, None, None, *near, None, 0.3, True, None, 3, 1e-3, "exact", None)
 
 
+@pytest.mark.parametrize("near", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_opcheck(dtype, masked):
-    arguments = operator_arguments(dtype, masked)
+def test_opcheck(dtype, masked, near):
+    arguments = operator_arguments(dtype, masked, near)
     torch.library.opcheck(torch.ops.ropecy.attention.default, arguments, atol=1e-2, rtol=1e-2)
     (grad,) = tensors((2, 4, 6, 3), dtype=dtype, grad=False)
     arguments = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
@@ -227,13 +260,14 @@ def test_opcheck(dtype, masked):
 def test_compile(backend):
     R = ropecy.Rotary(8)
 
-    def model(Q, K, V, mask):
+    def model(Q, K, V, log_scale, mask):
         O = scaled_dot_product_attention(Q * 1.5, K, V, mask, is_causal=True, rotary=R, enable_gqa=True, **EXACT)
-        return O.sin()
+        near = 3, log_scale.exp()
+        return O.sin() + scaled_dot_product_attention(Q, K, V, mask, near=near, enable_gqa=True, **EXACT)
 
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     for n in (9, 12):  # the second shape is compiled with symbolic sizes
-        inputs = tensors((2, 4, n, 8), (2, 2, n, 8), (2, 2, n, 3))
+        inputs = tensors((2, 4, n, 8), (2, 2, n, 8), (2, 2, n, 3), ())
         check_same(
             lambda *x, n=n: compiled(*x, padding(2, n)),
             lambda *x, n=n: model(*x, padding(2, n)),
@@ -282,7 +316,7 @@ def test_vmap(lead, axes):
 
     def backward(Q, K, V, mask):
         dO = torch.linspace(-1, 1, math.prod((*lead, 7, 3)), dtype=torch.float64).reshape(*lead, 7, 3)
-        options = (None, None, None, 0.3, True, None, 2, 1e-3, "exact", None)
+        options = (None, None, None, None, None, 0.3, True, None, 2, 1e-3, "exact", None)
         return torch.ops.ropecy.attention_backward(dO, Q, K, V, mask, *options)
 
     inputs = [x.detach() for x in inputs]
@@ -292,11 +326,42 @@ def test_vmap(lead, axes):
         torch.testing.assert_close(a, torch.stack(b), rtol=1e-12, atol=1e-12)
 
 
-def test_jacobian_by_batched_gradients():
-    inputs = tensors(*[(2, 3, 4)] * 3)
+@pytest.mark.parametrize("axis", [None, 0])
+def test_vmap_with_a_near_field(axis):
+    """Each element has a gradient of its own by scale_near, whether that is its own or everybody's."""
+    Q, K, V = tensors((5, 2, 4, 7, 4), (2, 2, 9, 4), (5, 2, 2, 9, 3))
+    near = torch.linspace(0.5, 2, 5, dtype=torch.float64).requires_grad_()
+    near = near if axis == 0 else near[2].detach().requires_grad_()
 
-    def run(*x):
-        return scaled_dot_product_attention(*x, **EXACT)
+    def run(Q, K, V, scale_near):
+        return scaled_dot_product_attention(Q, K, V, near=(3, scale_near), is_causal=True, enable_gqa=True, **EXACT)
+
+    axes = (0, None, 0, axis)
+
+    def one_by_one(function, Q, K, V, near):
+        return [function(Q[i], K, V[i], near if axis is None else near[i]) for i in range(5)]
+
+    vmapped = torch.func.vmap(run, in_dims=axes)
+    inputs = [Q, K, V, near]
+    check_same(vmapped, lambda *x: torch.stack(one_by_one(run, *x)), inputs, rtol=1e-12, atol=1e-12)
+
+    def backward(Q, K, V, scale_near):
+        dO = torch.linspace(-1, 1, 2 * 4 * 7 * 3, dtype=torch.float64).reshape(2, 4, 7, 3)
+        options = (None, None, None, scale_near, 3, None, 0.3, True, None, 2, 1e-3, "exact", None)
+        return torch.ops.ropecy.attention_backward(dO, Q, K, V, *options)
+
+    inputs = [x.detach() for x in inputs]
+    found = torch.func.vmap(backward, in_dims=axes)(*inputs)
+    for a, b in zip(found, zip(*one_by_one(backward, *inputs), strict=True), strict=True):
+        torch.testing.assert_close(a, torch.stack(b), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("near", [False, True])
+def test_jacobian_by_batched_gradients(near):
+    inputs = tensors(*[(2, 3, 4)] * 3, *[()] * near)
+
+    def run(Q, K, V, *scale_near):
+        return scaled_dot_product_attention(Q, K, V, near=(2, *scale_near) if near else None, **EXACT)
 
     torch.testing.assert_close(
         torch.autograd.functional.jacobian(run, tuple(inputs), vectorize=True),
@@ -320,6 +385,10 @@ def test_jacobian_by_batched_gradients():
         ({"query": torch.ones(8)}, ValueError, "query: got shape"),
         ({"key": torch.full((2, 4, 9, 8), math.nan)}, ValueError, "K: got NaN"),
         ({"window": 0}, ValueError, "window: got 0"),
+        ({"near": 3}, TypeError, r"near: got 3, wants a pair \(w, scale_near\)"),
+        ({"near": (3, torch.ones(2))}, ValueError, r"near: got a scale_near of shape \(2,\), wants a number"),
+        ({"near": (0, 1.0)}, ValueError, "near: got 0"),
+        ({"near": (3, math.nan)}, ValueError, "near: got nan"),
         ({"method": "fastest"}, ValueError, "method: got"),
     ],
 )
@@ -426,6 +495,59 @@ def test_bounded_scores(factor, monkeypatch):
     assert 1.9 < largest <= 2.0 * (1 + 1e-9)
 
 
+@pytest.mark.parametrize("near", [None, 0, 5])
+def test_near_field_of_a_bounded_layer(near):
+    """The far scores' products at a temperature of their own; without it, the bounded layer."""
+    torch.manual_seed(3)
+    layer = RoPEAttention(24, 6, num_kv_heads=2, bound=2.0, near=near, method="exact").double()
+    x, mask = torch.randn(2, 17, 24, dtype=torch.float64), padding(2, 17)
+    q, k, v = (p(x).unflatten(-1, (-1, 4)).transpose(1, 2) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
+    q, k = (torch.nn.functional.normalize(y, dim=-1) for y in (q * 1.0, k))
+    q = q * layer.temperature.sigmoid()
+    q, k = (torch.from_numpy(layer.rotary.rotate(y.detach().numpy())) for y in (q, k))
+    s = q @ k.repeat_interleave(3, dim=1).mT
+    t = torch.arange(17) - torch.arange(17)[:, None]
+    if near:
+        assert layer.log_scale_near.exp() > 0
+        s = torch.where(t.abs() < near, layer.log_scale_near.exp() * s, 2.0 * s)
+    else:
+        assert layer.log_scale_near is None
+        s = 2.0 * s
+    P = torch.where(mask[:, None, None] & (t <= 0), s, -math.inf).softmax(-1)
+    seen = (mask[:, None, None] & (t <= 0)).any(-1, keepdim=True)
+    O = torch.where(seen, P, 0) @ v.repeat_interleave(3, dim=1)
+    torch.testing.assert_close(layer(x, mask), layer.o_proj(O.transpose(1, 2).flatten(2)), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "head_dim, bound, rotary, eps",
+    [(16, 2.0, None, 1e-1), (8, 4.0, ropecy.Rotary(8, rotary_dim=4), 1e-1), (8, 2.0, None, 1e-2)],
+)
+def test_near_and_far_by_the_polynomial_at_8192_tokens(head_dim, bound, rotary, eps, monkeypatch):
+    """Chosen by method auto with the layer's own near field, and its gradients are those of exact attention."""
+    torch.manual_seed(3)
+    layer = RoPEAttention(head_dim, 1, bound=bound, rotary=rotary, eps=eps)
+    assert layer.near == 64 and layer.method == "auto"
+    engines = []
+
+    def watch(Q, K, V, **options):
+        O, vjp = ropecy.attention_vjp(Q, K, V, **options)
+        engines.append((vjp.certificate.engine, vjp.certificate.error))
+        return O, vjp
+
+    monkeypatch.setattr("ropecy.torch.attention_vjp", watch)
+    x = torch.randn(1, 8192, head_dim)
+    found = gradients(lambda x: layer(x), [x.requires_grad_()]), [p.grad.clone() for p in layer.parameters()]
+    assert engines[0][0] == "polynomial" and engines[0][1] <= eps
+    layer.method = "exact"
+    layer.zero_grad()
+    exact = gradients(lambda x: layer(x), [x]), [p.grad.clone() for p in layer.parameters()]
+    assert engines[1][0] == "exact"
+    for name, places in {"O": slice(1), "gradients": slice(1, None)}.items():
+        ours, theirs = (torch.cat([X.flatten() for X in (both[0] + both[1])[places]]) for both in (found, exact))
+        assert torch.linalg.norm(ours - theirs) <= eps * torch.linalg.norm(theirs), name
+
+
 def test_layer_plans_without_data():
     layer = RoPEAttention(32, 4, bound=1.0)
     plan = layer.plan(100_000)
@@ -467,6 +589,7 @@ def test_layer_trains_by_the_polynomial_engine(monkeypatch):
         ({"num_heads": 5}, "num_heads: got 5"),
         ({"rotary": ropecy.Rotary(4)}, "rotary: got a Rotary of width 4, wants head_dim = 8"),
         ({"bound": 0.0}, "bound: got 0.0"),
+        ({"near": -1}, "near: got -1"),
     ],
 )
 def test_layer_refusals(arguments, message):
