@@ -1,0 +1,303 @@
+"""``python -m ropecy.torch_demo``: one character model with four kinds of attention, trained on Python's own sources.
+
+Near and far in one softmax, by ropecy's engines and computed exactly; ordinary RoPE by PyTorch's own attention; and the
+near field alone, so that the far one has to earn its keep. Needs the extra [torch], and [plot] for ``--plot``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from . import attention
+from .rotary import Rotary
+from .torch import RoPEAttention, scaled_dot_product_attention
+
+# d = 8 with half of it rotated, B = 4: the far field that still recalls (one key of 4,096 can have 42% of a row).
+HEAD, BOUND, NEAR = 8, 4.0, 64
+ROTARY = Rotary(HEAD, rotary_dim=HEAD // 2)
+_HASHED = 8192  # rows of the table of hashed triples of bytes
+_PLACES = (0, 64, 256, 1024)  # where bits a byte are told apart
+
+
+class ByTorch(RoPEAttention):
+    """Ordinary RoPE, 1/sqrt(d) and no bound, rotated and attended by PyTorch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attention of the tokens x (batch, n, embed_dim) among themselves."""
+        q, k, v, _ = self._heads(x)
+        half = self.rotary.rotary_dim // 2
+        theta = 10000.0 ** (-torch.arange(half) / half)
+        angle = torch.arange(x.shape[1])[:, None] * theta
+        cos, sin = angle.cos(), angle.sin()
+
+        def rotate(y: Tensor) -> Tensor:
+            a, b, rest = y.split((half, half, y.shape[-1] - 2 * half), dim=-1)
+            return torch.cat((a * cos - b * sin, a * sin + b * cos, rest), dim=-1)
+
+        return self.o_proj(sdpa(rotate(q), rotate(k), v, is_causal=True).transpose(1, 2).flatten(2))
+
+
+class WindowAlone(RoPEAttention):
+    """The near field of a bounded layer, and nothing beyond it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attention of the tokens x (batch, n, embed_dim) among themselves."""
+        q, k, v, _ = self._heads(x)
+        options = {"is_causal": True, "window": self.near, "rotary": self.rotary, "method": "exact"}
+        o = scaled_dot_product_attention(q * self.log_scale_near.exp(), k, v, scale=1.0, **options)
+        return self.o_proj(o.transpose(1, 2).flatten(2))
+
+
+KINDS = {
+    "near and far, ropecy": (RoPEAttention, {"bound": BOUND, "near": NEAR, "method": "auto"}),
+    "near and far, exact": (RoPEAttention, {"bound": BOUND, "near": NEAR, "method": "exact"}),
+    "ordinary RoPE, SDPA": (ByTorch, {}),
+    "near field alone": (WindowAlone, {"bound": BOUND, "near": NEAR}),
+}
+
+
+class Model(nn.Module):
+    """A byte is predicted from those before it: pre-norm blocks of attention and a two-layer network."""
+
+    def __init__(self, kind: str, *, width: int, heads: int, blocks: int, eps: float, hashed: int = _HASHED) -> None:
+        super().__init__()
+        attends, options = KINDS[kind]
+        self.embed, self.triples = nn.Embedding(256, width), nn.Embedding(hashed, width)
+        self.blocks = nn.ModuleList()
+        for _ in range(blocks):
+            layer = attends(width, heads, head_dim=HEAD, rotary=ROTARY, eps=eps, **options)
+            network = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+            self.blocks.append(nn.ModuleList([nn.LayerNorm(width), layer, nn.LayerNorm(width), network]))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 256)
+        for table in (self.embed, self.triples):
+            nn.init.normal_(table.weight, std=0.5)
+
+    def forward(self, text: Tensor) -> Tensor:
+        """Logits (batch, n, 256) of the byte that follows each of text (batch, n)."""
+        before = [nn.functional.pad(text, (shift, 0))[:, : text.shape[1]] for shift in (1, 2)]
+        triple = (text + 256 * before[0] + 65536 * before[1]) * 2654435761 % 2**32 % len(self.triples.weight)
+        x = self.embed(text) + self.triples(triple)
+        for norm, layer, second, network in self.blocks:
+            x = x + layer(norm(x))
+            x = x + network(second(x))
+        return self.head(self.norm(x))
+
+
+@dataclass
+class Run:
+    """What a model's training left: nats of every step, seconds of each, bits a byte by position, certificates."""
+
+    losses: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    bits: list[float] = field(default_factory=list)
+    total: float = math.nan
+    recall: float = math.nan
+    certificates: list[str] = field(default_factory=list)
+
+
+def read_sources(seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Bytes to train with and bytes of other files: the modules of Python's library, in an order that the seed draws."""
+    files = sorted(Path(os.__file__).parent.glob("*.py"))
+    order = np.random.default_rng(seed).permutation(len(files))
+    texts = [files[i].read_bytes() for i in order]
+    held = len(files) // 8
+    parts = (bytearray(b"".join(part)) for part in (texts[held:], texts[:held]))
+    return tuple(torch.frombuffer(part, dtype=torch.uint8).long() for part in parts)
+
+
+def spans(context: int) -> list[tuple[int, int]]:
+    """The positions whose bits a byte are told apart."""
+    return list(pairwise([*(p for p in _PLACES if p < context), context]))
+
+
+def optimise(
+    model: nn.Module, loss_of: Callable[[], Tensor], steps: int, rate: float, run: Run | None = None
+) -> None:
+    """Adam, the rate rising over a tenth of the steps and falling to 0 as a cosine."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01)
+    for step in range(steps):
+        start = time.perf_counter()
+        warm = min(1.0, (step + 1) / max(1, steps // 10))
+        for group in optimizer.param_groups:
+            group["lr"] = rate * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
+        loss = loss_of()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if run is not None:
+            run.losses.append(loss.item())
+            run.seconds.append(time.perf_counter() - start)
+
+
+def train(
+    kind: str,
+    seed: int,
+    texts: tuple[Tensor, Tensor],
+    sizes: dict[str, Any],
+    *,
+    steps: int,
+    context: int,
+    rate: float,
+) -> Run:
+    """Train one model on windows that the seed draws, the same for every kind, and measure it on the held-out files."""
+    torch.manual_seed(seed)
+    model, run = Model(kind, **sizes), Run()
+    generator = torch.Generator().manual_seed(seed)
+    source, held = texts
+
+    def loss_of() -> Tensor:
+        start = int(torch.randint(len(source) - context - 1, (), generator=generator))
+        piece = source[start : start + context + 1]
+        return cross_entropy(model(piece[None, :-1])[0], piece[1:])
+
+    optimise(model, loss_of, steps, rate, run)
+    pieces = held[: len(held) // (context + 1) * (context + 1)].view(-1, context + 1)[:12]
+    with torch.no_grad():
+        nats = torch.stack([cross_entropy(model(p[None, :-1])[0], p[1:], reduction="none") for p in pieces]).mean(0)
+    run.bits = [nats[a:b].mean().item() / math.log(2) for a, b in spans(context)]
+    run.total = nats.mean().item() / math.log(2)
+    run.certificates = certificates(model, pieces[0])
+    return run
+
+
+def certificates(model: Model, piece: Tensor) -> list[str]:
+    """What ropecy says of every layer's attention to this piece."""
+    found, hooks = [], []
+
+    def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        q, k, v, scale = (X.numpy() if isinstance(X, Tensor) else X for X in layer._heads(inputs[0]))
+        near = layer.near, layer.log_scale_near.exp().item()
+        options = {"scale": scale, "near": near, "causal": True, "eps": layer.eps, "method": layer.method}
+        found.append(str(attention(q, k, v, layer.rotary, **options, return_certificate=True)[1]))
+
+    for _, layer, _, _ in model.blocks:
+        if type(layer) is RoPEAttention:
+            hooks.append(layer.register_forward_hook(hook))
+    with torch.no_grad():
+        model(piece[None, :-1])
+    for handle in hooks:
+        handle.remove()
+    return found
+
+
+def recall(kind: str, seed: int, eps: float, *, steps: int, rate: float = 1e-2, n: int = 512, batch: int = 8) -> float:
+    """How often one layer names the value of a key that was told once, 64 tokens or more before it is asked for.
+
+    Sixteen keys are told in the first half of a sequence, at places drawn at random among tokens without one; every
+    token of the second half asks for one of them. All tokens of the first half have values, of sixteen: chance is 1/16.
+    """
+    torch.manual_seed(seed)
+    keys, values, width, half = 16, 16, 64, n // 2
+    attends, options = KINDS[kind]
+    layer = attends(width, 4, head_dim=HEAD, rotary=ROTARY, eps=eps, **options)
+    parts = {"key": nn.Embedding(keys + 1, width), "value": nn.Embedding(values + 1, width), "layer": layer}
+    model = nn.ModuleDict(parts | {"norm": nn.LayerNorm(width), "head": nn.Linear(width, values)})
+    generator = torch.Generator().manual_seed(seed)
+
+    def answers() -> tuple[Tensor, Tensor]:
+        where = torch.stack([torch.randperm(half - NEAR, generator=generator)[:keys] for _ in range(batch)])
+        value = torch.randint(values, (batch, half), generator=generator)
+        told = torch.full((batch, half), keys).scatter(1, where, torch.arange(keys).expand(batch, keys))
+        asked = torch.randint(keys, (batch, half), generator=generator)
+        wanted = value.gather(1, where.gather(1, asked))
+        shown = nn.functional.pad(value, (0, half), value=values)
+        x = model["key"](torch.cat((told, asked), 1)) + model["value"](shown)
+        return model["head"](model["norm"](x + layer(x)))[:, half:].flatten(0, 1), wanted.flatten()
+
+    optimise(model, lambda: cross_entropy(*answers()), steps, rate)
+    with torch.no_grad():
+        tried = [answers() for _ in range(4)]
+    return float(np.mean([(logits.argmax(-1) == wanted).float().mean().item() for logits, wanted in tried]))
+
+
+def table(runs: dict[str, list[Run]], context: int) -> str:
+    """The measurements, one line for each kind, seeds side by side."""
+    places = [f"{a}-{b - 1}" for a, b in spans(context)]
+    lines = [f"{'':21}{'s a step':>9}{'bits a byte':>15}{''.join(f'{p:>11}' for p in places)}{'far recall':>15}"]
+    for kind, found in runs.items():
+        both = " ".join(f"{run.total:.3f}" for run in found)
+        bits = "".join(f"{np.mean([run.bits[i] for run in found]):11.3f}" for i in range(len(places)))
+        seconds = np.median([s for run in found for s in run.seconds])
+        share = " ".join(f"{run.recall:.3f}" for run in found if not math.isnan(run.recall))
+        lines.append(f"{kind:21}{seconds:9.3f}{both:>15}{bits}{share or '-':>15}")
+    return "\n".join(lines)
+
+
+def draw(path: Path, runs: dict[str, list[Run]], context: int) -> None:
+    """Loss curves of every seed, and bits a byte by position."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), constrained_layout=True)
+    places = [f"{a:,}-{b - 1:,}" for a, b in spans(context)]
+    for (kind, found), colour, style in zip(runs.items(), ("C0", "C1", "C2", "C3"), ("-", "--", "-", "-"), strict=True):
+        for label, run in zip((kind, *[None] * len(found)), found, strict=False):
+            width = max(1, len(run.losses) // 20)
+            smooth = np.convolve(run.losses, np.ones(width) / width, "valid") / math.log(2)
+            left.plot(np.arange(len(smooth)) + width, smooth, style, color=colour, lw=1, label=label)
+        right.plot(places, np.mean([run.bits for run in found], axis=0), style, color=colour, marker="o")
+    left.set(xlabel="steps", ylabel="bits a byte, training", ylim=(None, 6))
+    left.legend(fontsize=8)
+    right.set(xlabel="position", ylabel="bits a byte, held-out files")
+    figure.savefig(path, dpi=110)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train every kind with every seed, print what was measured, and draw it where ``--plot`` says."""
+    parser = argparse.ArgumentParser(prog="python -m ropecy.torch_demo", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--context", type=int, default=4096)
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--recall-steps", type=int, default=200)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--width", type=int, default=96)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--blocks", type=int, default=2)
+    parser.add_argument("--rate", type=float, default=1e-2)
+    parser.add_argument("--eps", type=float, default=0.1)
+    parser.add_argument("--plot", type=Path, metavar="FILE")
+    a = parser.parse_args(arguments)
+    sizes = {"width": a.width, "heads": a.heads, "blocks": a.blocks, "eps": a.eps}
+    texts = read_sources()
+    count = sum(p.numel() for p in Model(next(iter(KINDS)), **sizes).parameters())
+    print(f"text      {len(texts[0]):,} bytes of Python's library to train with, {len(texts[1]):,} of other files")
+    print(f"model     {count:,} parameters, context {a.context:,}, {a.steps} steps, {torch.get_num_threads()} threads")
+    print(f"near      {NEAR} tokens at a learnt temperature; far: d = {HEAD}, B = {BOUND:g}, eps = {a.eps:g}\n")
+    runs: dict[str, list[Run]] = {kind: [] for kind in KINDS}
+    for seed in range(a.seeds):
+        for kind in KINDS:
+            run = train(kind, seed, texts, sizes, steps=a.steps, context=a.context, rate=a.rate)
+            if kind != "near and far, exact":
+                run.recall = recall(kind, seed, a.eps, steps=a.recall_steps)
+            runs[kind].append(run)
+            print(f"seed {seed}    {kind}: {run.total:.3f} bits a byte, {sum(run.seconds):.0f} s", file=sys.stderr)
+    print(table(runs, a.context))
+    ours, exact = (np.array([run.losses for run in found]) for found in list(runs.values())[:2])
+    apart = np.abs(ours - exact) / math.log(2)
+    print(f"\nropecy against exact, losses of a step: {apart.max():.4f} bits at most, {apart.mean():.4f} on average")
+    for i, certificate in enumerate(runs["near and far, ropecy"][0].certificates):
+        print(f"layer {i}   {certificate}")
+    if a.plot is not None:
+        draw(a.plot, runs, a.context)
+        print(f"drawn to {a.plot}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""python -m ropecy.torch_demo: its models are what they are called, and the command runs."""
+
+import copy
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from ropecy import torch_demo  # noqa: E402
+from ropecy.torch import RoPEAttention  # noqa: E402
+
+
+def twins(kind, other, **changes):
+    """Two layers of the same weights, that of `other` with its own forward."""
+    torch.manual_seed(3)
+    one = RoPEAttention(32, 4, head_dim=8, rotary=torch_demo.ROTARY, **torch_demo.KINDS[kind][1] | changes).double()
+    two = copy.deepcopy(one)
+    two.__class__ = other
+    return one, two
+
+
+def test_ordinary_attention_is_ropecys_exact_layer():
+    one, two = twins("ordinary RoPE, SDPA", torch_demo.ByTorch)
+    x = torch.randn(2, 90, 32, dtype=torch.float64)
+    torch.testing.assert_close(two(x), one(x), rtol=0, atol=1e-6)  # angles are rounded to float32
+
+
+def test_window_alone_is_the_near_field():
+    one, two = twins("near and far, exact", torch_demo.WindowAlone)
+    x = torch.randn(2, 90, 32, dtype=torch.float64)
+    torch.testing.assert_close(two(x)[:, :64], one(x)[:, :64], rtol=0, atol=1e-12)
+    assert (two(x) - one(x))[:, 64:].abs().max() > 1e-4
+    x[:, 0] = 7.0
+    moved = two(x)
+    x[:, 0] = -3.0
+    assert torch.equal(two(x)[:, 64:], moved[:, 64:])
+
+
+def test_a_model_predicts_from_what_was_before():
+    torch.manual_seed(3)
+    text = torch.randint(256, (1, 200))
+    other = text.clone()
+    other[0, 150:] = 65
+    for kind in torch_demo.KINDS:
+        model = torch_demo.Model(kind, width=16, heads=2, blocks=1, eps=0.1, hashed=64)
+        with torch.no_grad():
+            torch.testing.assert_close(model(text)[0, :150], model(other)[0, :150], rtol=0, atol=1e-4)
+
+
+def test_command(tmp_path, capsys):
+    sizes = {"context": 300, "steps": 3, "recall-steps": 2, "seeds": 2, "width": 16, "heads": 2, "blocks": 1}
+    drawn = tmp_path / "training.png"
+    torch_demo.main([*(f"--{name}={size}" for name, size in sizes.items()), f"--plot={drawn}"])
+    out = capsys.readouterr().out
+    rows = {line[:21].strip(): line[21:].split() for line in out.splitlines()}
+    for kind in torch_demo.KINDS:
+        seconds, one, two, *bits = (float(x) for x in rows[kind][:6])
+        assert seconds > 0 and len(bits) == 3
+        assert (one + two) / 2 == pytest.approx((64 * bits[0] + 192 * bits[1] + 44 * bits[2]) / 300, abs=2e-3)
+    # Trained by the same windows from the same start.
+    assert rows["near and far, ropecy"][1:3] == rows["near and far, exact"][1:3]
+    assert "layer 0   " in out and "error <= " in out
+    assert drawn.stat().st_size > 10_000
