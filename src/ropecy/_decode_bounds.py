@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 
 from . import polynomial as poly
-from ._validate import DecodeOptions
+from ._validate_decode import DecodeOptions
 from .certificate import BoundedEntryError
 
 # How long a text the certificate's rounding speaks of.

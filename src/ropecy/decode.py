@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from . import _decode_bounds as bounds
-from . import _validate
+from . import _validate, _validate_decode
 from . import polynomial as poly
 from .certificate import BoundedEntryError, Certificate
 from .costs import available_memory, fits
@@ -109,7 +109,7 @@ class DecodeState:
         bias: RelativeBias | None = None,
         on_break: str = "raise",
     ) -> None:
-        self._options = o = _validate.check_decode(
+        self._options = o = _validate_decode.check_decode(
             d, d_v, R, eps=eps, bound=bound, scale=scale, dtype=dtype, window=window, bias=bias, on_break=on_break
         )
         self._length = 0
@@ -193,7 +193,7 @@ class DecodeState:
         Time 2 n F (d_v + 1) operations for each key head.
         """
         o = self._options
-        K, V, lead = _validate.check_tokens(
+        K, V, lead = _validate_decode.check_tokens(
             {"K": K, "V": V}, (o.d, o.d_v), self._dtype, self._lead, o.bias, single=False
         )
         n = K.shape[-2]
@@ -252,10 +252,10 @@ class DecodeState:
             The key or the query is past `bound`. The state is then as it was.
         """
         o = self._options
-        k, v, lead = _validate.check_tokens(
+        k, v, lead = _validate_decode.check_tokens(
             {"k": k, "v": v}, (o.d, o.d_v), self._dtype, self._lead, o.bias, single=True
         )
-        q = _validate.check_query(q, o.d, k.dtype, lead, o.bias)
+        q = _validate_decode.check_query(q, o.d, k.dtype, lead, o.bias)
         largest_q, largest_k = self._enforce("q", q), self._enforce("k", k)
         self._begin(lead, k.dtype, largest_k)
 
@@ -284,7 +284,7 @@ class DecodeState:
         if self._length == 0:
             raise ValueError("attend: got a state without tokens, wants extend or step first")
         o = self._options
-        q = _validate.check_query(q, o.d, self._dtype, self._lead, o.bias)
+        q = _validate_decode.check_query(q, o.d, self._dtype, self._lead, o.bias)
         largest = self._enforce("q", q)
         rows = self._rotated(self._queries(q), np.int64(self._length - 1))
         if self._exact or largest > self._limit(self._dtype):

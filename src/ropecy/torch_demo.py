@@ -111,7 +111,7 @@ class Run:
 
 
 def read_sources(seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Bytes to train with and bytes of other files: the modules of Python's library, in an order that the seed draws."""
+    """Bytes to train with, and those of other files: Python's modules, in an order that the seed draws."""
     files = sorted(Path(os.__file__).parent.glob("*.py"))
     order = np.random.default_rng(seed).permutation(len(files))
     texts = [files[i].read_bytes() for i in order]

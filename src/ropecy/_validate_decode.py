@@ -1,0 +1,146 @@
+"""Every check of what a `DecodeState` is given, and its message."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from . import forms
+from ._validate import _array, _broadcasts, _choice, _eps, _floating, _integer, _kind, _real, check_finite
+from .relative import RelativeBias, RelativeFamily
+from .rotary import Rotary
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeOptions:
+    """Checked arguments of `DecodeState`; `dtype` is None where the first keys say it."""
+
+    d: int
+    d_v: int
+    R: Rotary | None
+    eps: float
+    bound: float
+    scale: float
+    dtype: np.dtype | None
+    window: int | None
+    bias: RelativeBias | None
+    on_break: str
+
+
+def check_decode(
+    d: Any, d_v: Any, R: Any, *, eps: Any, bound: Any, scale: Any, dtype: Any, window: Any, bias: Any, on_break: Any
+) -> DecodeOptions:
+    """What the arguments of `DecodeState` say, checked."""
+    d, d_v = _integer("d", d, least=1), _integer("d_v", d_v, least=1)
+    if R is not None:
+        _rotary_of_any_length(R, d)
+    eps = _eps(eps)
+    bound = _real("bound", bound)
+    if bound <= 0:
+        raise ValueError(f"bound: got {bound}, wants a number above 0")
+    scale = 1 / d if scale is None else _real("scale", scale)
+    if dtype is not None:
+        dtype = _floating("dtype", dtype)
+    if window is not None:
+        window = _integer("window", window, least=1)
+    if bias is not None:
+        bias = _decaying(bias)
+    _choice("on_break", on_break, ("raise", "exact"))
+    return DecodeOptions(d, d_v, R, eps, bound, scale, dtype, window, bias, on_break)
+
+
+def _decaying(bias: Any) -> RelativeBias:
+    """The bias, in float64, if it factors into a decay for each token."""
+    wants = "RelativeBias.alibi(slope) with slopes of at least 0, by which a state decays"
+    if not isinstance(bias, RelativeBias):
+        raise TypeError(f"bias: got {_kind(bias)}, wants {wants}, or None")
+    if not isinstance(bias._form, forms.Linear):
+        raise NotImplementedError(f"bias: got {bias!r}, which no state of fixed size holds; wants {wants}")
+    slopes = bias._values.astype(np.float64)
+    if (slopes < 0).any():
+        raise ValueError(f"bias: got a slope of {slopes.min():g}, wants {wants}")
+    return RelativeBias.alibi(slopes)
+
+
+def _rotary_of_any_length(R: Any, d: int) -> None:
+    """Keys are rotated once, so their angles must not depend on how long the text becomes."""
+    if isinstance(R, RelativeFamily):
+        raise NotImplementedError("R: a RelativeFamily does not factor, so no state of fixed size holds it")
+    if not isinstance(R, Rotary):
+        raise TypeError(f"R: got {_kind(R)}, wants a ropecy.Rotary or None")
+    if R.d != d:
+        raise ValueError(f"R: got a Rotary of width {R.d}, wants {d}, the width of keys")
+    rule = "default" if R.scaling is None else R.scaling["rope_type"]
+    if rule in ("dynamic", "longrope") and R.length is None:
+        raise ValueError(
+            f"R: got rope_type {rule!r}, whose angles change with the length of the text; "
+            "wants Rotary(..., length=), since keys are rotated once"
+        )
+
+
+def check_tokens(
+    given: dict[str, Any],
+    widths: tuple[int, int],
+    dtype: np.dtype | None,
+    lead: tuple[int, ...] | None,
+    bias: RelativeBias | None,
+    *,
+    single: bool,
+) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
+    """Keys and values by name, (..., n, width) or a single (..., width), and the leading axes of the state.
+
+    `dtype`, `lead` and `bias` are the state's; the first two are None before the first token.
+    """
+    axes = 1 if single else 2
+    arrays = []
+    for (name, X), width in zip(given.items(), widths, strict=True):
+        arrays.append(_rows(name, X, width, dtype, axes))
+        dtype = arrays[-1].dtype
+    names = ", ".join(given)
+    leads = [X.shape[: X.ndim - axes] for X in arrays]
+    if not single and arrays[0].shape[-2] != arrays[1].shape[-2]:
+        raise ValueError(
+            f"{names}: got {arrays[0].shape[-2]} keys and {arrays[1].shape[-2]} values, wants as many of either"
+        )
+    try:
+        together = np.broadcast_shapes(*leads)
+    except ValueError:
+        raise ValueError(f"{names}: got leading axes {leads[0]} and {leads[1]}, wants axes that broadcast") from None
+    if 0 in together:
+        raise ValueError(f"{names}: got leading axes {together}, wants at least one of each")
+    if lead is not None and not _broadcasts(together, lead):
+        raise ValueError(f"{names}: got leading axes {together}, wants {lead} as the state has")
+    if bias is not None and bias.heads not in (None, 1) and together and bias.heads % (lead or together)[-1]:
+        raise ValueError(
+            f"{names}: got leading axes {together}, wants a number of heads that divides the {bias.heads} of bias"
+        )
+    for name, X in zip(given, arrays, strict=True):
+        check_finite(name, X)
+    return *arrays, together if lead is None else lead
+
+
+def check_query(
+    q: Any, width: int, dtype: np.dtype | None, lead: tuple[int, ...], bias: RelativeBias | None
+) -> np.ndarray:
+    """q (..., width) beside keys of these leading axes: the same, but for a multiple of their heads, as `bias` has."""
+    q = _rows("q", q, width, dtype, 1)
+    own, heads = q.shape[:-1], lead[-1] if lead else 1
+    one_head = not lead and not own
+    if not (one_head or (len(own) == max(1, len(lead)) and own[:-1] == lead[:-1] and own[-1] and own[-1] % heads == 0)):
+        wants = f"{lead}, or a multiple of its {heads} heads" if lead else "() or (heads,)"
+        raise ValueError(f"q: got leading axes {own}, wants {wants}")
+    if bias is not None and bias.heads not in (None, 1) and own[-1:] != (bias.heads,):
+        raise ValueError(f"q: got leading axes {own}, wants {(*lead[:-1], bias.heads)}, heads as bias has")
+    check_finite("q", q)
+    return q
+
+
+def _rows(name: str, X: Any, width: int, dtype: np.dtype | None, axes: int) -> np.ndarray:
+    X = _array(name, X, least_axes=axes)
+    if dtype is not None and X.dtype != dtype:
+        raise TypeError(f"{name}: got dtype {X.dtype}, wants {dtype} as the keys have")
+    if X.shape[-1] != width:
+        raise ValueError(f"{name}: got rows of width {X.shape[-1]} (shape {X.shape}), wants {width}")
+    return X
