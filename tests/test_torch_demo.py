@@ -54,10 +54,9 @@ def test_command(tmp_path, capsys):
     out = capsys.readouterr().out
     rows = {line[:21].strip(): line[21:].split() for line in out.splitlines()}
     for kind in torch_demo.KINDS:
-        seconds, one, two, *bits = (float(x) for x in rows[kind][:6])
-        assert seconds > 0 and len(bits) == 3
+        one, two, *bits = (float(x) for x in rows[kind][:5])
         assert (one + two) / 2 == pytest.approx((64 * bits[0] + 192 * bits[1] + 44 * bits[2]) / 300, abs=2e-3)
     # Trained by the same windows from the same start.
-    assert rows["near and far, ropecy"][1:3] == rows["near and far, exact"][1:3]
+    assert rows["near and far, ropecy"][:2] == rows["near and far, exact"][:2]
     assert "layer 0   " in out and "error <= " in out
     assert drawn.stat().st_size > 10_000

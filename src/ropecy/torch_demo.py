@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -100,10 +101,9 @@ class Model(nn.Module):
 
 @dataclass
 class Run:
-    """What a model's training left: nats of every step, seconds of each, bits a byte by position, certificates."""
+    """What a model's training left: nats of every step, bits a byte by position and in all, recall, certificates."""
 
     losses: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
     bits: list[float] = field(default_factory=list)
     total: float = math.nan
     recall: float = math.nan
@@ -125,24 +125,26 @@ def spans(context: int) -> list[tuple[int, int]]:
     return list(pairwise([*(p for p in _PLACES if p < context), context]))
 
 
-def optimise(
-    model: nn.Module, loss_of: Callable[[], Tensor], steps: int, rate: float, run: Run | None = None
-) -> None:
-    """Adam, the rate rising over a tenth of the steps and falling to 0 as a cosine."""
+def loss(model: nn.Module, piece: Tensor, reduction: str = "mean") -> Tensor:
+    """Nats of every byte but the first, from those before it."""
+    return cross_entropy(model(piece[None, :-1])[0], piece[1:], reduction=reduction)
+
+
+def optimise(model: nn.Module, loss_of: Callable[[], Tensor], steps: int, rate: float) -> list[float]:
+    """The loss of every step of Adam, the rate rising over a tenth of the steps and falling to 0 as a cosine."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01)
+    losses = []
     for step in range(steps):
-        start = time.perf_counter()
         warm = min(1.0, (step + 1) / max(1, steps // 10))
         for group in optimizer.param_groups:
             group["lr"] = rate * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
-        loss = loss_of()
+        nats = loss_of()
         optimizer.zero_grad()
-        loss.backward()
+        nats.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if run is not None:
-            run.losses.append(loss.item())
-            run.seconds.append(time.perf_counter() - start)
+        losses.append(nats.item())
+    return losses
 
 
 def train(
@@ -163,13 +165,12 @@ def train(
 
     def loss_of() -> Tensor:
         start = int(torch.randint(len(source) - context - 1, (), generator=generator))
-        piece = source[start : start + context + 1]
-        return cross_entropy(model(piece[None, :-1])[0], piece[1:])
+        return loss(model, source[start : start + context + 1])
 
-    optimise(model, loss_of, steps, rate, run)
+    run.losses = optimise(model, loss_of, steps, rate)
     pieces = held[: len(held) // (context + 1) * (context + 1)].view(-1, context + 1)[:12]
     with torch.no_grad():
-        nats = torch.stack([cross_entropy(model(p[None, :-1])[0], p[1:], reduction="none") for p in pieces]).mean(0)
+        nats = torch.stack([loss(model, piece, "none") for piece in pieces]).mean(0)
     run.bits = [nats[a:b].mean().item() / math.log(2) for a, b in spans(context)]
     run.total = nats.mean().item() / math.log(2)
     run.certificates = certificates(model, pieces[0])
@@ -194,6 +195,19 @@ def certificates(model: Model, piece: Tensor) -> list[str]:
     for handle in hooks:
         handle.remove()
     return found
+
+
+def time_steps(source: Tensor, sizes: dict[str, Any], contexts: list[int], rounds: int = 3) -> dict[str, list[float]]:
+    """Seconds of a step of every kind at every context: medians of rounds in which the kinds take turns."""
+    times: dict[str, list[list[float]]] = {kind: [[] for _ in contexts] for kind in KINDS}
+    models = {kind: Model(kind, **sizes) for kind in KINDS}
+    for place, context in enumerate(contexts):
+        for _ in range(rounds):
+            for kind, model in models.items():
+                start = time.perf_counter()
+                optimise(model, partial(loss, model, source[: context + 1]), 1, 0.0)
+                times[kind][place].append(time.perf_counter() - start)
+    return {kind: [float(np.median(each)) for each in found] for kind, found in times.items()}
 
 
 def recall(kind: str, seed: int, eps: float, *, steps: int, rate: float = 1e-2, n: int = 512, batch: int = 8) -> float:
@@ -226,16 +240,17 @@ def recall(kind: str, seed: int, eps: float, *, steps: int, rate: float = 1e-2, 
     return float(np.mean([(logits.argmax(-1) == wanted).float().mean().item() for logits, wanted in tried]))
 
 
-def table(runs: dict[str, list[Run]], context: int) -> str:
-    """The measurements, one line for each kind, seeds side by side."""
+def table(runs: dict[str, list[Run]], times: dict[str, list[float]], context: int) -> str:
+    """The measurements, one line for each kind, seeds side by side; positions are the seeds' mean."""
     places = [f"{a}-{b - 1}" for a, b in spans(context)]
-    lines = [f"{'':21}{'s a step':>9}{'bits a byte':>15}{''.join(f'{p:>11}' for p in places)}{'far recall':>15}"]
+    heads = f"{'bits a byte':>15}{''.join(f'{p:>11}' for p in places)}{'far recall':>14}"
+    lines = [f"{'':21}{heads}{'s a step':>10}{f'at {4 * context:,}':>11}"]
     for kind, found in runs.items():
         both = " ".join(f"{run.total:.3f}" for run in found)
         bits = "".join(f"{np.mean([run.bits[i] for run in found]):11.3f}" for i in range(len(places)))
-        seconds = np.median([s for run in found for s in run.seconds])
         share = " ".join(f"{run.recall:.3f}" for run in found if not math.isnan(run.recall))
-        lines.append(f"{kind:21}{seconds:9.3f}{both:>15}{bits}{share or '-':>15}")
+        seconds = "{:10.2f}{:11.2f}".format(*times[kind])
+        lines.append(f"{kind:21}{both:>15}{bits}{share or '-':>14}{seconds}")
     return "\n".join(lines)
 
 
@@ -265,7 +280,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m ropecy.torch_demo", description=__doc__.split("\n\n")[0])
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--recall-steps", type=int, default=200)
+    parser.add_argument("--recall-steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--width", type=int, default=96)
     parser.add_argument("--heads", type=int, default=4)
@@ -287,8 +302,9 @@ def main(arguments: list[str] | None = None) -> None:
             if kind != "near and far, exact":
                 run.recall = recall(kind, seed, a.eps, steps=a.recall_steps)
             runs[kind].append(run)
-            print(f"seed {seed}    {kind}: {run.total:.3f} bits a byte, {sum(run.seconds):.0f} s", file=sys.stderr)
-    print(table(runs, a.context))
+            print(f"seed {seed}    {kind}: {run.total:.3f} bits a byte", file=sys.stderr)
+    times = time_steps(texts[0], sizes, [a.context, 4 * a.context])
+    print(table(runs, times, a.context))
     ours, exact = (np.array([run.losses for run in found]) for found in list(runs.values())[:2])
     apart = np.abs(ours - exact) / math.log(2)
     print(f"\nropecy against exact, losses of a step: {apart.max():.4f} bits at most, {apart.mean():.4f} on average")
