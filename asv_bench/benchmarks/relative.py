@@ -64,7 +64,7 @@ class BiasExponent:
     timeout = 300
 
     def setup(self, bias, engine):
-        causal(bias, engine, 64, 4)()
+        causal(bias, engine, 4096, 4)()
 
     def track_exponent(self, bias, engine):
         first, last = 2**14, 2**15 if engine == "exact" else 2**17
