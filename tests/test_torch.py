@@ -617,3 +617,13 @@ def test_layer_under_autocast(bound):
     torch.testing.assert_close(half.float(), layer(x), rtol=0, atol=2e-2)
     half.float().square().sum().backward()
     assert all(p.grad.any() for p in layer.parameters())
+
+
+def test_the_bound_of_a_layer_that_names_none():
+    narrow, wide = (RoPEAttention(8 * h, 8, head_dim=h, bound=True) for h in (8, 16))
+    assert (narrow.bound, narrow.rotary.rotary_dim, narrow.near) == (4.0, 4, 64)
+    assert (wide.bound, wide.rotary.rotary_dim, wide.near) == (2.0, 16, 64)
+    kept = RoPEAttention(64, 8, bound=True, rotary=ropecy.Rotary(8))
+    assert (kept.bound, kept.rotary.rotary_dim) == (4.0, 8)
+    with pytest.raises(ValueError, match="bound: got False, wants a positive number"):
+        RoPEAttention(64, 8, bound=False)

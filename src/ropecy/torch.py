@@ -167,9 +167,8 @@ class RoPEAttention(nn.Module):
         By default embed_dim / num_heads.
     rotary : Rotary, optional
         By default ``Rotary(head_dim)``.
-    bound : float, optional
-        B. Tried were 2.0 with heads of width 16, and 4.0 with heads of width 8 and half of that rotated,
-        ``rotary=Rotary(8, rotary_dim=4)``.
+    bound : float or True, optional
+        B. True is 2.0, and for heads of width 8 or less 4.0 with half of that rotated by default: what was tried.
     near : int or None
         w, beside a bound: scores of tokens \|j - i\| < w are scale_near t_h <q, k> / B, scale_near > 0. None or 0 is
         no near field.
@@ -212,7 +211,7 @@ class RoPEAttention(nn.Module):
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         rotary: Rotary | None = None,
-        bound: float | None = None,
+        bound: float | bool | None = None,
         near: int | None = 64,
         causal: bool = True,
         bias: bool = False,
@@ -229,6 +228,10 @@ class RoPEAttention(nn.Module):
             head_dim = embed_dim // num_heads
         if rotary is not None and rotary.d != head_dim:
             raise ValueError(f"rotary: got a Rotary of width {rotary.d}, wants head_dim = {head_dim}")
+        if bound is True:
+            bound = 4.0 if head_dim <= 8 else 2.0
+            if rotary is None and head_dim <= 8:
+                rotary = Rotary(head_dim, rotary_dim=max(2, head_dim // 4 * 2))
         if bound is not None and not bound > 0:
             raise ValueError(f"bound: got {bound}, wants a positive number")
         if near is not None and near < 0:
