@@ -28,6 +28,7 @@ typedef struct {
     REAL *xt, *scaled, *phi, *N, *dN, *dphi, *dx, *moment; /* tiles by token lanes */
     REAL *keys, *key_columns, *key_pack, *column_pack; /* a chunk's keys: [key][d], [key][wide_columns], packed */
     REAL *E, *dE, *dk, *dv;                           /* exact pairs: [BLOCK][TILE]; [CHUNK][wide], [CHUNK][wide_columns] */
+    double chunk_fall;                                /* fall[CHUNK], not rounded to REAL */
     REAL *fall;                                       /* what a distance does to a weight: 0 below 0, e^{-decay m} from m = 0 on */
 } RC_NAME(room);
 

@@ -76,22 +76,22 @@ static void RC_NAME(fold)(RC_NAME(room) * w) {
     }
 }
 
-/* w->fall of a head, which scans read. */
+/* w->fall and w->chunk_fall of a head, which scans read. */
 static void RC_NAME(start_fall)(const rc_monomials_problem *p, RC_NAME(room) * w, ptrdiff_t head) {
+    w->chunk_fall = p->decay ? __builtin_exp(-p->decay[head] * CHUNK) : 1;
     for (ptrdiff_t m = -AHEAD; m < CHUNK + TILE; m++)
         w->fall[m] = m < 0 ? 0 : p->decay ? (REAL)__builtin_exp(-p->decay[head] * m) : 1;
 }
 
-/* The state, seen from a chunk further on. */
+/* The state, seen from a chunk further on. In float64, for a rounded factor's error would grow with every chunk. */
 static void RC_NAME(decay_state)(const rc_monomials_problem *p, RC_NAME(room) * w) {
     if (!p->decay)
         return;
     const ptrdiff_t size = w->y.columns * w->y.pitch;
-    const REAL factor = w->fall[CHUNK];
     for (ptrdiff_t i = 0; i < size; i++) {
-        w->master[i] *= factor;
-        w->base[i] *= factor;
-        w->part[i] *= factor;
+        w->master[i] = (w->master[i] + w->part[i]) * w->chunk_fall;
+        w->base[i] = (REAL)w->master[i];
+        w->part[i] = 0;
     }
 }
 
