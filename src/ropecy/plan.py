@@ -232,8 +232,6 @@ def _by_proof(
     by_scan = None
     if relative and not problem.empty and method in ("auto", "polynomial"):
         by_scan, refusal = _scan_plan(problem, scores, values, eps, degree, grad, method, seconds, sizes)
-        if by_scan is None and (method == "polynomial" or degree is not None):
-            raise BoundedEntryError(refusal)
         if by_scan is not None and method == "auto" and not cheaper("polynomial", seconds, sizes):
             by_scan = None
 
@@ -313,6 +311,8 @@ def _scan_plan(problem, scores, values, eps, degree, grad, method, seconds, size
     certified = poly.tau(left) + rounding if left > 0 else rounding
     p, refusal = _certified(problem, scores, values, certified, degree, rounding)
     if p is None:
+        if method == "polynomial" or degree is not None:
+            raise BoundedEntryError(refusal)
         return None, refusal
     degree = max(1, p.degree)
     work = scan_engine.operations(split, degree, grad)
