@@ -58,7 +58,7 @@ class Values:
     ----------
     middle : (H, d_v) array
         What is taken from v before it is summed: halfway between the least and the largest of a column, or, causal,
-        the median of some where nearly all lie at one end. Later outliers then cost earlier rows no digits.
+        the median where nearly all lie at one end. Later outliers then cost earlier rows no digits.
     offset : float
         max |v| in units of max_c range_j(v_jc); 1 where all columns are constant.
     low, high : (H, d_v) arrays
@@ -104,19 +104,16 @@ def measure_values(problem: Problem, ranks: Any = Alone) -> Values:
     mean = total / kept_keys(problem, ranks)[:, None]
     crowded = (np.abs(mean - middle) > 0.45 * (high - low)) & (problem.hi is not None and ranks is Alone)
     if crowded.any():
-        middle = np.where(crowded, _medians(problem), middle)
+        middle = np.where(crowded, medians(problem).astype(v.dtype), middle)
     return Values(middle, 0.5 * largest / spread if spread else 1.0, low, high, mean, bool(crowded.any()))
 
 
-def _medians(problem: Problem) -> np.ndarray:
-    """Of some kept values of each column, each a value itself: (H, d_v)."""
-    found = np.zeros_like(problem.v[:, 0])
-    for head, v in enumerate(problem.v):
-        kept = np.arange(len(v)) if problem.key_mask is None else np.flatnonzero(problem.key_mask[head])
-        if len(kept):
-            some = np.sort(v[kept[:: max(1, len(kept) // 256)]], axis=0)
-            found[head] = some[len(some) // 2]
-    return found
+def medians(problem: Problem) -> np.ndarray:
+    """Of the values of kept keys, column by column, which a single huge one does not move: (H, d_v) float64."""
+    if problem.key_mask is None:
+        return np.median(problem.v, axis=1).astype(np.float64)
+    kept = zip(problem.v, problem.key_mask, strict=True)
+    return np.array([np.median(v[keep] if keep.any() else v, axis=0) for v, keep in kept], np.float64)
 
 
 def kept_keys(problem: Problem, ranks: Any = Alone) -> np.ndarray:

@@ -155,6 +155,20 @@ def resume(problem: Problem, bound: float, o: np.ndarray, lse: np.ndarray) -> Sa
     return Saved(q, k, _tables(problem, bound, gain), o, maximum, inverse, q_factor, k_factor)
 
 
+def merge(o: np.ndarray, lse: np.ndarray, part: np.ndarray, part_lse: np.ndarray) -> None:
+    """Softmax over two sets of keys from softmax over each, in place."""
+    both = np.logaddexp(lse, part_lse)
+    o *= share(lse, both).astype(o.dtype)[..., None]
+    o += share(part_lse, both).astype(o.dtype)[..., None] * part
+    lse[...] = both
+
+
+def share(lse: np.ndarray, both: np.ndarray) -> np.ndarray:
+    """exp(lse - both), of a row's weight what some keys have; 0 where they are not seen."""
+    with np.errstate(invalid="ignore"):
+        return np.where(np.isneginf(lse), 0, np.exp(lse - both))
+
+
 def near_scale_gradient(problem: Problem, o: np.ndarray, lse: np.ndarray, do: np.ndarray) -> np.float64:
     """d<do, O> / d scale_near = sum of dS_ij <q_i, k_j> over the pairs of the near field, of any engine's o and lse.
 

@@ -18,7 +18,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from ..bounds import Scores, Values, largest_entries
+from ..bounds import Scores, Values, largest_entries, medians
 from ..kernels import _toeplitz
 from ..kernels._fftw import RealFFT
 from ..polynomial import Polynomial, antiderivative, n_features
@@ -205,7 +205,8 @@ def forward(
     the spectrum of T, and for each thread g + 1 columns and a spectrum of n; nothing of F n.
     """
     H, G, n, _ = problem.q.shape
-    middle = _middle(problem)
+    # Taken from v and given back to O, for the error of a transform is as large as what it is given.
+    middle = medians(problem)
     values = _centred(problem, middle)
     if problem.family is None:
         product = Shared(problem, scores, values, symbol, p)
@@ -344,16 +345,6 @@ def _transform_operations(problem: Problem, degree: int, block: int, grad: bool)
 @lru_cache(maxsize=32)
 def _transform(length: int, measured: bool) -> RealFFT:
     return RealFFT(length, flags="measure" if measured else "estimate")
-
-
-def _middle(problem: Problem) -> np.ndarray:
-    """(H, d_v): the median of a column of values, which a single huge one does not move; it is taken from v and given
-    back to O, for the error of a transform is as large as what it is given.
-    """
-    if problem.key_mask is None:
-        return np.median(problem.v, axis=1).astype(np.float64)
-    kept = zip(problem.v, problem.key_mask, strict=True)
-    return np.array([np.median(v[keep] if keep.any() else v, axis=0) for v, keep in kept], np.float64)
 
 
 def _centred(problem: Problem, middle: np.ndarray) -> np.ndarray:

@@ -76,7 +76,7 @@ class Ring:
                 block = self._block(rows, keys, span, pieces)
                 part = tasks.run(self._forward_block, block, failing=self._empty_rows(span))
                 if rows == self._ranks.rank:
-                    _merge(o[:, :, span], lse[:, :, span], *part)
+                    exact.merge(o[:, :, span], lse[:, :, span], *part)
                 else:
                     away += part
             room, places = [], []
@@ -88,7 +88,7 @@ class Ring:
             if step:
                 self._ranks.wait(self._ranks.send_home(away, guest, room, host))
             for i, span in enumerate(places):
-                _merge(o[:, :, span], lse[:, :, span], *room[2 * i : 2 * i + 2])
+                exact.merge(o[:, :, span], lse[:, :, span], *room[2 * i : 2 * i + 2])
         self._ranks.together(tasks.check)
         self._o, self._lse = o.astype(q.dtype), lse
         return self._o, lse
@@ -238,13 +238,3 @@ class _Tasks:
     def check(self) -> None:
         if self._failure is not None:
             raise self._failure
-
-
-def _merge(o: np.ndarray, lse: np.ndarray, part: np.ndarray, part_lse: np.ndarray) -> None:
-    """Softmax over two sets of keys from softmax over each, in place."""
-    both = np.logaddexp(lse, part_lse)
-    with np.errstate(invalid="ignore"):
-        old, more = (np.where(np.isneginf(X), 0, np.exp(X - both))[..., None] for X in (lse, part_lse))
-    o *= old
-    o += more * part
-    lse[...] = both

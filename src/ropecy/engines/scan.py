@@ -277,10 +277,10 @@ def forward(
         if o is None:
             o, lse = (part_o.copy() if grad else part_o), part_lse.copy()
         else:
-            _merge(o, lse, part_o, part_lse)
+            exact.merge(o, lse, part_o, part_lse)
     o = np.ascontiguousarray(o)
     for part, part_lse in zip(parts, own_lse, strict=True):
-        share = _share(part_lse, lse)
+        share = exact.share(part_lse, lse)
         if part.own is not None:
             part.share = share
         part.inverse = part.inverse * (share[..., ::-1] if part.far.right else share)
@@ -288,20 +288,6 @@ def forward(
     saved = Saved(split, scores.centre, o, lse, parts, near_o, near_lse) if grad else None
     shape = problem.q.shape[:3]
     return o.reshape(shape + o.shape[3:]), lse.reshape(shape) if want_lse else None, saved
-
-
-def _merge(o: np.ndarray, lse: np.ndarray, more_o: np.ndarray, more_lse: np.ndarray) -> None:
-    """o and lse become those of both parts' keys together."""
-    both = np.logaddexp(lse, more_lse)
-    o *= _share(lse, both).astype(o.dtype)[..., None]
-    o += _share(more_lse, both).astype(o.dtype)[..., None] * more_o
-    lse[...] = both
-
-
-def _share(lse: np.ndarray, both: np.ndarray) -> np.ndarray:
-    """exp(lse - both), 0 where no key is seen."""
-    with np.errstate(invalid="ignore"):
-        return np.where(lse == -np.inf, 0, np.exp(lse - both))
 
 
 def _near_bound(near: Problem, scores: Scores, problem: Problem) -> float:
@@ -335,7 +321,7 @@ def backward(problem: Problem, saved: Saved, do: np.ndarray):
         dq, dk, dv, dsymbol = exact.backward(split.near, near, do)
         if saved.near_o is not None:
             # Far keys are centred, which a row's gradient forgets where dS sums to 0: it does over near and far only.
-            near_sum = _row_sums(do, saved.near_o, saved.o, _share(saved.near_lse, saved.lse))
+            near_sum = _row_sums(do, saved.near_o, saved.o, exact.share(saved.near_lse, saved.lse))
             dq -= (whole.scale * near_sum[..., None] * saved.centre[:, None, None]).astype(dq.dtype)
     terms = split.tail.rate.shape[1]
     far_gradient = FarGradient(dsymbol, split.tail, np.zeros((2, terms, H * G)), np.zeros((2, H * G)))
