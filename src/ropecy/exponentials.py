@@ -30,12 +30,13 @@ def fit(
     spaced likewise (certificates.md 7). Time O(last) for the check.
     """
     m = np.unique(np.round(np.geomspace(max(first, 1), last, _SAMPLES)))
+    base = log_f(np.array([float(first)]))[0]
+    growth = log_f(m) - base
     for terms in _TERMS:
         for highest in (1.0, 2.0, 4.0, 8.0):
             rates = np.append(0.0, np.geomspace(0.1 / last, max(highest / first, 0.2 / last), terms - 1))
-            base = log_f(np.array([float(first)]))[0]
             # Scaled so that every column is 1 at the first distance.
-            columns = np.exp(np.minimum(-np.outer(m - first, rates) - (log_f(m) - base)[:, None], 600))
+            columns = np.exp(np.minimum(-np.outer(m - first, rates) - growth[:, None], 600))
             weights = non_negative(columns, np.ones(len(m)))
             kept = weights > 0
             if not kept.any() or np.abs(columns @ weights - 1).max() > tolerance:

@@ -84,6 +84,7 @@ class _Gather:
     """b_t is one of the values: ``values[index(t)]``."""
 
     def index(self, t: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Which of the values b_t is, at each offset."""
         raise NotImplementedError
 
     def symbol(self, values, t):
