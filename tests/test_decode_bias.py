@@ -283,3 +283,12 @@ def test_heads_that_do_not_fit(rng):
     single = ropecy.DecodeState(6, 5, bias=alibi([0.5, 0.25]))
     with pytest.raises(ValueError, match=r"q: got leading axes \(\), wants \(2,\), heads as bias has"):
         single.step(Q[0, 0], K[0, 0], V[0, 0])
+
+
+def test_memory_counts_a_state_for_each_slope(monkeypatch):
+    monkeypatch.setattr("ropecy.decode.fits", lambda size: size < 3 * 8 * 9 * 3)  # three states of degree 1, d = 8
+    rows = np.full((1, 1, 8), 0.01)
+    ropecy.DecodeState(8, 2, eps=0.2, bias=ropecy.RelativeBias.alibi([0.1, 0.1])).extend(rows, rows[..., :2])
+    state = ropecy.DecodeState(8, 2, eps=0.2, bias=ropecy.RelativeBias.alibi([0.1, 0.2, 0.3, 0.4]))
+    with pytest.raises(MemoryError, match="4 x 9 features"):
+        state.extend(rows, rows[..., :2])

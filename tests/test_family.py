@@ -520,3 +520,15 @@ def test_no_state_holds_it(options):
 def test_states_of_fixed_size_refuse_it():
     with pytest.raises(NotImplementedError, match="does not factor"):
         ropecy.DecodeState(2, 2, ropecy.RelativeFamily(np.zeros((3, 2, 2))))
+
+
+def test_rounding_counts_entries_that_cancel():
+    # Both families have norm 1; the scores of one are sums of larger terms, of which monomials are made.
+    X = np.full((40, 4), 4.0)
+    H = np.array([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]) / 2
+    plain, mixed = (
+        ropecy.plan(X, X, X, ropecy.RelativeFamily(np.tile(W, (79, 1, 1))), scale=0.01, method="fft", eps=1e-2)
+        for W in (np.eye(4), H)
+    )
+    own, other = (p.certificate.rounding - p._symbol.rounding for p in (mixed, plain))
+    assert own > 1.2 * other

@@ -134,6 +134,18 @@ def test_slopes_over_many_chunks(slope, causal, rng):
     assert abs(ours.dbias - truth.dbias) <= 1e-2 * abs(truth.dbias) + 3e-7 * 3000**1.5
 
 
+def test_a_slow_decay_keeps_its_digits_over_many_chunks():
+    # Sixteen heads are cut into no segments, so a state passes through 417 chunks. All scores are 0.
+    # Of this slope, float32's exp(-192 slope) is 3e-8 off, which every chunk would add.
+    n, slope = 80_000, 9.617308654327164e-5
+    Q, V = np.zeros((16, n, 1), np.float32), np.ones((16, n, 1), np.float32)
+    V[:, : n // 2] = -1
+    O = ropecy.attention(Q, Q, V, causal=True, bias=RelativeBias.alibi(slope), method="polynomial")
+    weights = np.exp(slope * (np.arange(n) - n))
+    expected = np.cumsum(weights * V[0, :, 0]) / np.cumsum(weights)
+    assert np.abs(O[0, :, 0] - expected).max() <= 6e-7
+
+
 def test_an_outlier_does_not_leak_into_earlier_rows(rng):
     case, _ = _problem(rng, 600, 600, heads=1, key_heads=1, dtype=np.float32, causal=True)
     O = ropecy.attention(**case, bias=RelativeBias.alibi(0.01), method="polynomial", eps=1e-2)
@@ -169,6 +181,14 @@ def test_keys_hidden_for_long(rng, ours):
     case, _ = _problem(rng, 400, 100, bias=oracle.Alibi(1.0), causal=True)
     with pytest.raises(NotImplementedError, match="fades"):
         ropecy.attention(**ours(case), method="polynomial")
+
+
+def test_a_degree_beside_what_does_not_factor(rng, ours):
+    case, _ = _problem(rng, 60, 60, bias=oracle.Alibi(-0.01))
+    np.testing.assert_allclose(ropecy.attention(**ours(case), degree=3), oracle.attention(**case).O, rtol=0, atol=1e-9)
+    case["bias"] = oracle.Alibi(0.01)
+    with pytest.raises(ropecy.BoundedEntryError, match="degree 1 does not certify"):
+        ropecy.attention(**ours(case), degree=1, eps=1e-6)
 
 
 def test_auto_takes_it_and_plan_says_which_form(rng):
