@@ -17,6 +17,7 @@ from .bounds import Scores, Values, exact_rounding, measure, measure_values, pol
 from .certificate import BoundedEntryError, Certificate, PerformanceWarning, nothing_to_do
 from .costs import available_memory, cheaper, exact_bytes, exact_operations, fits, rate
 from .engines import fft as fft_engine
+from .engines import outliers
 from .engines import polynomial as polynomial_engine
 from .engines import scan as scan_engine
 from .moments import MomentRule
@@ -37,6 +38,9 @@ _SAMPLED_ROWS = 256
 _TILE = 48
 # Operations of exact attention below which looking at moments costs more than they save.
 _TOO_SMALL = 2e7
+# Operations that looking for outliers costs for each entry of q and k, about, and by how much work must be past that.
+_LOOKING = 100
+_WORTH_LOOKING = 20
 
 
 def plan(
@@ -186,7 +190,28 @@ def _by_sample(
     return made
 
 
-def _by_proof(
+def _by_proof(problem: Problem, **how: Any) -> Plan:
+    """As `make_plan`, by proof: of the whole at once, or beside outliers where that costs less."""
+    made = refusal = None
+    try:
+        made = _at_once(problem, **how)
+    except BoundedEntryError as error:
+        refusal = error
+    able = how["method"] in ("auto", "polynomial") and how["measured"] is None and not problem.empty
+    if able and polynomial_engine.unsupported(problem) is None:
+        if made is None:
+            most, scores, values = math.inf, measure(problem), measure_values(problem)
+        else:
+            exact = exact_operations(problem, how["grad"])
+            most = exact if made.engine == "exact" else made._choice.operations
+            scores, values = made._scores, made._values
+        made = _beside_outliers(problem, scores, values, most, **how) or made
+    if made is None:
+        raise refusal
+    return made
+
+
+def _at_once(
     problem: Problem,
     *,
     eps: float,
@@ -198,7 +223,7 @@ def _by_proof(
     measured: tuple[Scores, Values] | None,
     piece: Problem | None,
 ) -> Plan:
-    """As `make_plan`, by proof."""
+    """As `_by_proof`, without a look at outliers."""
     if method == "fft" and (lacking := fft_engine.unsupported(problem)):
         raise NotImplementedError(f"method='fft' does not do {lacking}; method='exact' and 'auto' do")
     missing = polynomial_engine.unsupported(problem)
@@ -269,6 +294,67 @@ def _by_proof(
         insisted = "method='exact'" if method == "exact" else refusal or "the cheapest engine that certifies eps"
         made = exactly(insisted)
     return made
+
+
+def _beside_outliers(problem: Problem, scores: Scores, values: Values, most: float, **how: Any) -> Plan | None:
+    """The plan of a few long keys and queries exactly and the rest by a polynomial, or None where none costs less than
+    `most` operations.
+    """
+    eps, degree, grad = how["eps"], how["degree"], how["grad"]
+    exact = exact_operations(problem, grad)
+    if min(most, exact) < _WORTH_LOOKING * _LOOKING * (problem.q.size + problem.k.size) or scores.plain == math.inf:
+        return None
+    norms = outliers.Norms(problem, scores)
+    best, chosen = most, None
+    for n_rows, n_keys, B, square in norms.candidates():
+        extra = outliers.operations(problem, n_rows, n_keys, grad)
+        if extra >= best or not (n_rows or n_keys):
+            continue
+        g = _expected_degree(problem, values, B, None if grad or how["each_weight"] else square, eps)
+        if g is None or g > (degree or g):
+            continue
+        total = extra + polynomial_engine.operations(problem, degree or g, grad)
+        if total < best:
+            best, chosen = total, (n_rows, n_keys)
+    if chosen is None:
+        return None
+    split = norms.split(*chosen)
+    try:
+        rest = _at_once(split.rest, **how)
+    except BoundedEntryError:
+        return None
+    extra = outliers.operations(problem, *chosen, grad)
+    if rest.engine != "polynomial" or rest._choice.operations + extra >= most:
+        return None
+    speed = rate(problem.q.dtype.name) * problem.threads
+    seconds = {"exact": exact / speed, "polynomial": (rest._choice.operations + extra) / speed}
+    sizes = {"exact": rest.bytes["exact"]}
+    sizes["polynomial"] = rest.bytes["polynomial"] + outliers.memory(problem, *chosen, grad)
+    rounding = max(rest.certificate.rounding, exact_rounding(problem, scores.plain, values))
+    reason = f"{rest.reason}: {split}"
+    made = _plan(problem, "polynomial", scores, values, rest.certificate, grad, reason, seconds, sizes, eps)
+    made.certificate = replace(rest.certificate, rounding=rounding)
+    if grad:
+        made.gradient_certificate = replace(rest.gradient_certificate, rounding=4 * rounding)
+    made._outliers, made._rest, made._choice = split, rest, rest._choice
+    return made
+
+
+def _expected_degree(problem: Problem, values: Values, B: float, square: float | None, eps: float) -> int | None:
+    """About the least degree that certifies eps by the worst case, or by moments, the scores' mean square being at most
+    `square` where that counts.
+    """
+    allowed = eps - polynomial_rounding(problem, B, values)
+    if allowed <= 0 or B > poly.MAX_BOUND:
+        return None
+    degree = poly.smallest_degree(B, poly.relative_error_for(allowed))
+    if square is not None:
+        for g in range(2, min(degree or _MOST_BY_MOMENTS, _MOST_BY_MOMENTS) + 1):
+            p = poly.fit_moments(poly.B_grid(B), g)
+            # The fourth moment of Gaussian scores is 3 times the square of the second.
+            if p is not None and p.radius[0] * (1, 3, 15)[p.order // 2 - 1] * square ** (p.order // 2) < allowed:
+                return g
+    return None if degree is None else max(1, degree)
 
 
 def _polynomial_plan(problem, scores, values, choice, grad, reason, seconds, sizes, eps) -> Plan:

@@ -13,6 +13,7 @@ from .bounds import Scores, Values, exact_rounding
 from .certificate import BoundedEntryError, Certificate
 from .engines import exact as exact_engine
 from .engines import fft as fft_engine
+from .engines import outliers
 from .engines import polynomial as polynomial_engine
 from .engines import scan as scan_engine
 from .moments import MomentRule
@@ -93,6 +94,8 @@ class Plan:
     _trials: list[poly.MomentPolynomial] | None = field(default=None, repr=False)  # to be judged by sampled rows
     _symbol: fft_engine.Symbol | None = field(default=None, repr=False)
     _split: scan_engine.Split | None = field(default=None, repr=False)
+    _outliers: outliers.Split | None = field(default=None, repr=False)
+    _rest: Plan | None = field(default=None, repr=False)  # of what is left without outliers
 
     def forward(self, problem: Problem, want_lse: bool) -> Forward:
         """O, and lse where it is wanted.
@@ -106,6 +109,8 @@ class Plan:
         grad = self.gradient_certificate is not None
         if self._trials is not None:
             return self._forward_by_sample(problem, want_lse)
+        if self._outliers is not None:
+            return self._forward_beside_outliers(problem)
         if self.engine == "exact":
             o, lse, saved = exact_engine.forward(problem, self._scores.plain, want_lse)
             return Forward(o, lse, self.certificate, saved)
@@ -156,6 +161,25 @@ class Plan:
         )
         return Forward(o, lse, certificate, saved)
 
+    def _forward_beside_outliers(self, problem: Problem) -> Forward:
+        """The rest by its own plan, merged with the long keys; and the long queries."""
+        split, grad = self._outliers, self.gradient_certificate is not None
+        rest = self._rest.forward(split.rest, True)
+        o, lse, saved = rest.o, rest.lse, None
+        centred = grad and split.keys is not None and self._rest._scores.centre is not None
+        own = (o.copy(), lse.copy()) if centred else (None, None)
+        rest_lse = lse.copy() if grad else None
+        outliers.merge(problem, split, self._scores.plain, o, lse)
+        if grad:
+            inverse = rest.saved.inverse * exact_engine.share(rest_lse, lse)
+            polynomial = replace(rest.saved, o=o, inverse=inverse.astype(problem.q.dtype))
+            saved = outliers.Saved(*own, o, lse, polynomial)
+        certificate = replace(rest.certificate, rounding=max(rest.certificate.rounding, self.certificate.rounding))
+        if split.rows is not None:
+            count = certificate.n_exact_rows + int(np.count_nonzero(split.rows))
+            certificate = replace(certificate, n_exact_rows=count)
+        return Forward(o, lse, certificate, saved)
+
     def _forward_by_sample(self, problem: Problem, want_lse: bool) -> Forward:
         """The first degree whose error in sampled rows, doubled, is within eps."""
         scores, certificate = self._scores, self.certificate
@@ -181,6 +205,8 @@ class Plan:
 
     def backward(self, problem: Problem, forward: Forward, do: np.ndarray):
         """dq, dk, dv and the gradient of the bias's symbol, or None."""
+        if self._outliers is not None:
+            return outliers.backward(problem, self._outliers, self._rest._scores.centre, forward.saved, do)
         engine = _ENGINES[self.engine] if self._split is None else scan_engine
         return engine.backward(problem, forward.saved, do)
 

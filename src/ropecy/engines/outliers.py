@@ -1,0 +1,237 @@
+"""Attention with a few long keys and queries: these exactly, so that they do not set the bound of everybody's scores.
+
+Rows of q and k of the largest norms are taken out. What is left is a problem of its own, for the polynomial; the long
+keys are a second softmax for every row, merged by its lse; the rows of long queries are computed exactly. A weight that
+is exact is within any relative error, so the worst case's certificate is that of the whole. So is that of moments: let
+h be a row's sum of radii by its denominator, s the share that the kept keys have of it, D the range of all values and
+r D >= h / (1 - h) max_j |V_j - T| the certificate over the kept keys, r (1 - h) >= h / 2. With T' the merged row
+
+    h s / (1 - h s) max_j |V_j - T'| <= s h / (1 - h) (s max_j |V_j - T| + (1 - s) D) <= r s (2 - s) D <= r D.
+
+Nothing of this is in the papers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ..bounds import Scores
+from ..costs import exact_operations
+from ..problem import Problem
+from . import exact
+from . import polynomial as polynomial_engine
+
+# What a call of the exact engine costs beside its pairs, in operations, and rows of its tiles.
+_CALL = 1e7
+_TILE = 48
+# At most this part of the rows may be long.
+_FEW = 1 / 32
+
+
+@dataclass(slots=True)
+class Split:
+    """A problem in parts.
+
+    Attributes
+    ----------
+    rest : Problem
+        Long keys hidden, long queries 0.
+    keys : (H, m) intp array or None
+        The long keys of every slot, ascending.
+    rows : (H, G, n) bool array or None
+        The long queries.
+    """
+
+    rest: Problem
+    keys: np.ndarray | None
+    rows: np.ndarray | None
+
+    def __str__(self) -> str:
+        long = [] if self.keys is None else [f"{self.keys.size:,} long keys"]
+        long += [] if self.rows is None else [f"{np.count_nonzero(self.rows):,} long queries"]
+        return f"{' and '.join(long)} exactly"
+
+
+@dataclass(slots=True)
+class Saved:
+    """What backward needs of forward."""
+
+    rest_o: np.ndarray | None  # of the kept keys alone, where those are centred
+    rest_lse: np.ndarray | None
+    o: np.ndarray
+    lse: np.ndarray
+    polynomial: polynomial_engine.Saved
+
+
+class Norms:
+    """Norms of queries and of keys about their centre, as they are used, and those of the longest in order."""
+
+    def __init__(self, problem: Problem, scores: Scores) -> None:
+        H, _, _, d = problem.q.shape
+        k = problem.k if scores.centre is None else problem.k - scores.centre[:, None]
+        self._queries = _norms(problem.q.reshape(H, -1, d)) * problem.q.dtype.type(abs(scores.q_factor))
+        self._keys = _norms(k) * problem.q.dtype.type(scores.k_factor)
+        if problem.key_mask is not None:
+            self._keys *= problem.key_mask
+        self._longest = tuple(_longest(norms) for norms in (self._queries, self._keys))
+        self._problem = problem
+        kept = self._keys <= self._longest[1][:, -1:]
+        kept &= True if problem.key_mask is None else problem.key_mask
+        y = k * (kept[..., None] * problem.k.dtype.type(scores.k_factor))
+        second = (y.swapaxes(1, 2) @ y) / np.maximum(np.count_nonzero(kept, axis=1), 1)[:, None, None]
+        self._spread = np.linalg.eigvalsh(second.astype(np.float64))[:, -1]
+
+    def candidates(self) -> Iterator[tuple[int, int, float, float]]:
+        """How many queries and how many keys of a slot to take out, the bound B of the other scores, and about the
+        largest mean square of a row of these.
+        """
+        queries, keys = self._longest
+        least = np.inf
+        for n_keys in _counts(keys.shape[1] - 1):
+            best = np.inf
+            for n_rows in _counts(queries.shape[1] - 1):
+                B = float((queries[:, n_rows] * keys[:, n_keys]).max())
+                # A longer list must do more than a shorter one.
+                if B < 0.97 * min(best, least if n_rows == 0 else np.inf):
+                    best = B
+                    yield n_rows, n_keys, B, float((queries[:, n_rows] ** 2 * self._spread).max())
+            least = min(least, best)
+
+    def split(self, n_rows: int, n_keys: int) -> Split:
+        """The problem without so many queries and keys of every slot."""
+        problem = self._problem
+        rest, keys, rows = problem, None, None
+        if n_rows:
+            rows = np.zeros(self._queries.shape, bool)
+            np.put_along_axis(rows, _last(self._queries, n_rows), True, axis=1)
+            rows = rows.reshape(problem.q.shape[:3])
+            rest = replace(rest, q=np.where(rows[..., None], 0, problem.q))
+        if n_keys:
+            keys = _last(self._keys, n_keys)
+            mask = np.ones(self._keys.shape, bool) if problem.key_mask is None else problem.key_mask.copy()
+            np.put_along_axis(mask, keys, False, axis=1)
+            k, v = (np.where(mask[..., None], X, 0) for X in (problem.k, problem.v))
+            rest = replace(rest, k=k, v=v, key_mask=mask)
+        return Split(rest, keys, rows)
+
+
+def _norms(X: np.ndarray) -> np.ndarray:
+    return np.sqrt(np.einsum("hid,hid->hi", X, X))
+
+
+def _longest(norms: np.ndarray) -> np.ndarray:
+    """The largest in falling order, one more than may be taken out, float64."""
+    count = min(int(norms.shape[1] * _FEW) + 1, norms.shape[1])
+    least = norms.shape[1] - count
+    return np.sort(np.partition(norms, least, axis=1)[:, least:], axis=1)[:, ::-1].astype(np.float64)
+
+
+def _last(norms: np.ndarray, count: int) -> np.ndarray:
+    """Where the largest are, (H, count) ascending; of equals the first."""
+    found = []
+    for row in norms:
+        least = np.partition(row, row.size - count)[row.size - count]
+        longer, equal = np.flatnonzero(row > least), np.flatnonzero(row == least)
+        found.append(np.sort(np.concatenate([longer, equal[: count - longer.size]])))
+    return np.array(found)
+
+
+def _counts(most: int) -> list[int]:
+    """0 and powers of 2."""
+    return [0, *(2**k for k in range(most.bit_length()))]
+
+
+def operations(problem: Problem, n_rows: int, n_keys: int, grad: bool) -> float:
+    """Multiply-adds times 2 of what is exact, as the exact engine counts them."""
+    H, G, n, _ = problem.q.shape
+    n_k = problem.k.shape[1]
+    whole, causal = exact_operations(replace(problem, hi=None), grad), problem.hi is not None
+    # A row of a causal problem costs a tile, and rows see the long keys before them by calls of their own.
+    rows = n_rows * (_TILE if causal else 1) / (G * n)
+    calls = H * ((n_keys if causal else 1) * (n_keys > 0) + (n_rows if causal else G) * (n_rows > 0))
+    return whole * (rows + n_keys / n_k) + calls * _CALL * (3 if grad else 1)
+
+
+def memory(problem: Problem, n_rows: int, n_keys: int, grad: bool) -> float:
+    """Bytes beyond those of the rest."""
+    H, G, n, d = problem.q.shape
+    n_k, d_v = problem.v.shape[1:]
+    item = problem.q.itemsize
+    copies = (n_rows > 0) * H * G * n * d + (n_keys > 0) * H * n_k * (d + d_v)
+    return (copies + H * G * n * (d_v + 4) * (3 if grad else 1)) * item + H * n_k
+
+
+def merge(problem: Problem, split: Split, bound: float, o: np.ndarray, lse: np.ndarray) -> None:
+    """o and lse of the rest become those of the whole, in place.
+
+    Parameters
+    ----------
+    problem : Problem
+        The whole.
+    split : Split
+    bound : float
+        A bound on ``|scale <q, k>|``, or inf.
+    o, lse : (H, G, n, d_v), (H, G, n) float64 arrays
+
+    Notes
+    -----
+    Time: n pairs for every long key, n_k for every long query.
+    """
+    for rows, _, part in _parts(problem, split):
+        part_o, part_lse, _ = exact.forward(part, bound, True)
+        exact.merge(o[rows], lse[rows], part_o, part_lse)
+    if split.rows is not None:
+        exact.forward_rows(problem, bound, split.rows, o, lse)
+
+
+def backward(problem: Problem, split: Split, centre: np.ndarray | None, saved: Saved, do: np.ndarray):
+    """dq, dk, dv of ``<do, O>``, and None, for there is no bias.
+
+    Notes
+    -----
+    Each part's backward pass, with the whole's O and denominators: ``dS = P (do V^T - <do, O>)`` splits over keys and
+    over rows.
+    """
+    short = do if split.rows is None else np.where(split.rows[..., None], 0, do)
+    dq, dk, dv, _ = polynomial_engine.backward(split.rest, saved.polynomial, short)
+    if saved.rest_o is not None:
+        # The polynomial's keys are centred, which a row's gradient forgets where dS sums to 0.
+        share = exact.share(saved.rest_lse, saved.lse)
+        sums = np.einsum("hgnc,hgnc->hgn", short, saved.rest_o - saved.o, dtype=np.float64) * share
+        dq += (problem.scale * sums[..., None] * centre[:, None, None]).astype(dq.dtype)
+    for rows, (head, keys), part in _parts(problem, split):
+        o, lse, part_do = (np.ascontiguousarray(X[rows]) for X in (saved.o, saved.lse, short))
+        found = exact.backward(part, exact.resume(part, np.inf, o, lse), part_do)
+        dq[rows] += found[0]
+        dk[head, keys] += found[1]
+        dv[head, keys] += found[2]
+    if split.rows is not None:
+        exact.backward_rows(problem, np.inf, split.rows, saved.o, saved.lse, do, dq, dk, dv)
+    return dq, dk, dv, None
+
+
+def _parts(problem: Problem, split: Split) -> Iterator[tuple[tuple, tuple, Problem]]:
+    """Rows, slots with their long keys, and the problem of these without a mask: causal, rows are cut at these keys."""
+    if split.keys is None:
+        return
+    H, _, n, _ = problem.q.shape
+    head = np.arange(H)[:, None]
+    if problem.hi is None:
+        yield (slice(None),) * 3, (head, split.keys), _part(problem, problem.q, head, split.keys)
+        return
+    for h in range(H):
+        cuts = np.clip(split.keys[h] - problem.q_offset, 0, n)
+        for count, (first, last) in enumerate(zip(cuts, [*cuts[1:], n], strict=True), start=1):
+            if first < last:
+                keys = split.keys[h : h + 1, :count]
+                q = np.ascontiguousarray(problem.q[h : h + 1, :, first:last])
+                rows = (slice(h, h + 1), slice(None), slice(first, last))
+                yield rows, (head[h : h + 1], keys), _part(problem, q, head[h : h + 1], keys)
+
+
+def _part(problem: Problem, q: np.ndarray, head: np.ndarray, keys: np.ndarray) -> Problem:
+    mask = None if problem.key_mask is None else problem.key_mask[head, keys]
+    return replace(problem, q=q, k=problem.k[head, keys], v=problem.v[head, keys], hi=None, q_offset=0, key_mask=mask)

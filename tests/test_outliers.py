@@ -1,0 +1,206 @@
+"""A few long keys and queries: computed exactly beside the polynomial, whose bound the others keep small."""
+
+import math
+
+import cases
+import numpy as np
+import oracle
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import ropecy
+
+SHAPES = {
+    "plain": {},
+    "causal": {"causal": True},
+    "causal_more_keys": {"n": 500, "n_k": 620, "causal": True, "q_offset": 120},
+    "causal_rows_before_the_keys": {"n": 620, "n_k": 600, "causal": True, "q_offset": -15},
+    "key_mask": {"mask": True},
+    "key_mask_causal": {"mask": True, "causal": True},
+    "grouped": {"heads": 4, "key_heads": 2, "n": 450, "n_k": 430},
+    "grouped_causal": {"heads": 4, "key_heads": 2, "causal": True},
+}
+
+
+def make(rng, *, n=600, n_k=600, d=4, heads=1, key_heads=1, dtype=np.float64, long=30.0, mask=False, offset=0.0, **how):
+    """Rows of one length but for three keys and two queries of every head; keys around `offset`."""
+    case = {
+        "Q": cases.unit_rows(rng.standard_normal((heads, n, d))),
+        "K": cases.unit_rows(rng.standard_normal((key_heads, n_k, d))),
+        "V": rng.uniform(-1, 1, (key_heads, n_k, 3)),
+        "R": None if offset else oracle.Rope(d),
+    }
+    for X, count in (("K", 3), ("Q", 2)):
+        for rows in case[X]:
+            rows[rng.choice(len(rows), count, replace=False)] *= long
+    case["K"] += offset
+    if mask:
+        case["key_mask"] = rng.random(n_k) < 0.8
+    case = {name: X.astype(dtype) if name in "QKV" else X for name, X in case.items()}
+    return {**case, **how}
+
+
+def long_rows(case):
+    norms = np.linalg.norm(case["Q"], axis=-1)
+    return norms > 2 * np.median(norms)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_forward(shape, dtype, rng, ours):
+    case = make(rng, dtype=dtype, **SHAPES[shape])
+    options = {"method": "polynomial", "eps": 1e-3, "return_certificate": True, "return_lse": True}
+    O, certificate, lse = ropecy.attention(**ours(case), **options)
+    dense = oracle.attention(**case)
+    assert certificate.engine == "polynomial" and certificate.bound < 1.1
+    assert certificate.n_exact_rows == np.count_nonzero(long_rows(case))
+    # Values are stored: a row of one key has no range.
+    assert np.all(np.abs(O - dense.O) <= certificate.error * dense.value_range + np.finfo(dtype).eps)
+    np.testing.assert_allclose(lse, dense.lse, rtol=0, atol=2e-3)
+    exactly = ropecy.attention(**ours(case), method="exact", return_certificate=True)[1]
+    assert certificate.rounding >= exactly.rounding
+    # Long queries are exact, up to what rounding makes of their scores.
+    exact = np.abs(O - dense.O)[long_rows(case)]
+    assert exact.max() <= (1e-3 if dtype == np.float32 else 1e-12)
+    assert np.all(certificate.rows_truncation <= certificate.truncation)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("offset", [0.0, 2.0], ids="offset={}".format)
+def test_gradients(shape, offset, rng, ours):
+    case = make(rng, long=5.0, offset=offset, **SHAPES[shape])
+    options = {"method": "polynomial", "eps": 1e-6}
+    plan = ropecy.plan(**ours(case), **options, grad=True)
+    assert "3 long keys and 2 long queries" in plan.reason or "long keys and" in plan.reason
+    assert (plan._rest._scores.centre is not None) == bool(offset)
+    _, vjp = ropecy.attention_vjp(**ours(case), **options)
+    dense = oracle.attention(**case)
+    dO = rng.standard_normal(dense.O.shape)
+    expected = dense.backward(dO)
+    for name in ("dQ", "dK", "dV"):
+        found = getattr(vjp(dO), name)
+        room = 3e-6 * np.abs(expected[name]).max()
+        np.testing.assert_allclose(found, expected[name], rtol=0, atol=room, err_msg=name)
+
+
+def test_gradients_are_within_their_certificate(rng, ours):
+    case = make(rng, long=8.0, causal=True)
+    _, vjp = ropecy.attention_vjp(**ours(case), method="polynomial", eps=1e-2)
+    dense = oracle.attention(**case)
+    dO = rng.standard_normal(dense.O.shape)
+    g, expected = vjp(dO), dense.backward(dO)
+    e = g.certificate.error
+    omega = dense.ranges(np.einsum("...ic,...jc->...ij", dO, dense.v)[..., None])[..., 0]
+    diameter = 2 * np.linalg.norm(dense.k, axis=-1).max()
+    dq = np.linalg.norm(g.dQ - expected["dQ"], axis=-1)
+    assert np.all(dq <= dense.scale * math.atanh(e) / 4 * omega * diameter + 1e-12)
+    dv = np.abs(g.dV - expected["dV"])
+    assert np.all(dv <= 2 * e / (1 - e) * np.swapaxes(dense.P, -1, -2) @ np.abs(dO))
+
+
+def test_long_queries_close_to_each_other(rng, ours):
+    case = make(rng, long=1.0, causal=True)
+    for row in (300, 306, 590):
+        case["Q"][0, row] *= 8
+    case["K"][0, 305] *= 8
+    _, vjp = ropecy.attention_vjp(**ours(case), method="polynomial", eps=1e-6)
+    assert vjp.certificate.n_exact_rows in (3, 4)  # a power of 2
+    dense = oracle.attention(**case)
+    dO = rng.standard_normal(dense.O.shape)
+    g, expected = vjp(dO), dense.backward(dO)
+    for name in ("dQ", "dK", "dV"):
+        np.testing.assert_allclose(getattr(g, name), expected[name], rtol=0, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_scores_of_hundreds(causal, rng, ours):
+    case = make(rng, long=30.0, causal=causal)  # a long query meets a long key with a score of up to 900
+    O, certificate = ropecy.attention(**ours(case), method="polynomial", eps=1e-6, return_certificate=True)
+    dense = oracle.attention(**case)
+    assert np.isfinite(O).all()
+    assert np.all(np.abs(O - dense.O) <= certificate.error * dense.value_range + 1e-15)
+    assert dense.lse.max() > 100
+
+
+def test_beside_moments(rng, ours):
+    case = make(rng, n=900, n_k=900, d=16)
+    options = {"method": "polynomial", "eps": 1e-2, "return_certificate": True}
+    O, certificate = ropecy.attention(**ours(case), **options)
+    dense = oracle.attention(**case)
+    assert certificate.rule == "moments" and certificate.degree == 2
+    spread = dense.value_range
+    error = np.divide(np.abs(O - dense.O), spread, out=np.zeros_like(O), where=spread > 0).max(axis=-1)
+    assert np.all(error <= certificate.rows_truncation + certificate.rounding)
+    assert error.max() > 1e-5
+
+
+def test_a_degree_is_kept_and_refused(rng, ours):
+    case = ours(make(rng))
+    options = {"method": "polynomial", "eps": 1e-2, "return_certificate": True}
+    assert ropecy.attention(**case, **options, degree=5)[1].degree == 5
+    with pytest.raises(ropecy.BoundedEntryError, match="scores are bounded by B = "):
+        ropecy.attention(**case, **options, degree=1)
+
+
+def test_auto_takes_it_and_plan_says_so(rng):
+    n, d = 20_000, 8
+    Q, K, V = (cases.unit_rows(rng.standard_normal((n, d))).astype(np.float32) for _ in range(3))
+    assert "long" not in ropecy.plan(Q, K, V).reason
+    Q[rng.choice(n, 4, replace=False)] *= 40
+    plan = ropecy.plan(Q, K, V)
+    assert plan.engine == "polynomial" and plan.reason.endswith("4 long queries exactly")
+    K[rng.choice(n, 8, replace=False)] *= 40
+    plan = ropecy.plan(Q, K, V)
+    assert plan.engine == "polynomial" and plan.reason.endswith("8 long keys and 4 long queries exactly")
+    assert plan.seconds["polynomial"] < plan.seconds["exact"] / 5
+    # Where every key is long, none is.
+    assert ropecy.plan(Q, K * 40, V).engine == "exact"
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_bits_do_not_depend_on_threads_and_inputs_stay(causal, threads, rng, ours):
+    case = ours(make(rng, heads=2, key_heads=2, dtype=np.float32, causal=causal))
+    before = {name: case[name].copy() for name in "QKV"}
+    results = []
+    for count in (1, threads):
+        O, vjp = ropecy.attention_vjp(**case, method="polynomial", eps=1e-2, threads=count)
+        g = vjp(O)
+        results.append((O, g.dQ, g.dK, g.dV))
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_array_equal(one, other)
+    for name, X in before.items():
+        np.testing.assert_array_equal(case[name], X)
+
+
+def test_products_with_the_matrix(rng):
+    case = make(rng, long=6.0)
+    A = ropecy.AttentionMatrix(case["Q"], case["K"], method="polynomial", eps=1e-7)
+    dense = oracle.attention(case["Q"], case["K"], case["V"]).A
+    X = rng.standard_normal((600, 2))
+    size = dense @ np.abs(X)
+    assert np.all(np.abs(A @ X - dense @ X) <= 3e-7 * size)
+    size = np.swapaxes(dense, -1, -2) @ np.abs(X)
+    assert np.all(np.abs(A.T @ X - np.swapaxes(dense, -1, -2) @ X) <= 3e-7 * size)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    n=st.integers(300, 420),
+    n_k=st.integers(300, 420),
+    long=st.floats(1.5, 60),
+    causal=st.booleans(),
+    masked=st.booleans(),
+    dtype=st.sampled_from([np.float32, np.float64]),
+    eps=st.sampled_from([1e-2, 1e-3]),
+)
+def test_no_certificate_is_exceeded(ours, seed, n, n_k, long, causal, masked, dtype, eps):
+    rng = np.random.default_rng(seed)
+    offset = float(rng.integers(0, 2))
+    case = make(rng, n=n, n_k=n_k, d=2, long=long, mask=masked, causal=causal, offset=offset, dtype=dtype)
+    case["K"][..., rng.integers(0, n_k), :] *= rng.choice([1.0, long, -long])
+    O, certificate = ropecy.attention(**ours(case), eps=eps, method="polynomial", return_certificate=True)
+    dense = oracle.attention(**case)
+    rows = certificate.rows_truncation + certificate.rounding
+    assert np.all(np.abs(O - dense.O) <= rows[..., None] * dense.value_range + np.finfo(dtype).eps)
