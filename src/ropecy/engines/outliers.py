@@ -76,7 +76,7 @@ class Norms:
         self._keys = _norms(k) * problem.q.dtype.type(scores.k_factor)
         if problem.key_mask is not None:
             self._keys *= problem.key_mask
-        self._longest = tuple(_longest(norms) for norms in (self._queries, self._keys))
+        self._longest = _longest(self._queries), _longest(self._keys)
         self._problem = problem
         kept = self._keys <= self._longest[1][:, -1:]
         kept &= True if problem.key_mask is None else problem.key_mask
@@ -104,13 +104,14 @@ class Norms:
         """The problem without so many queries and keys of every slot."""
         problem = self._problem
         rest, keys, rows = problem, None, None
+        queries, longest = self._longest
         if n_rows:
             rows = np.zeros(self._queries.shape, bool)
-            np.put_along_axis(rows, _last(self._queries, n_rows), True, axis=1)
+            np.put_along_axis(rows, _last(self._queries, queries[:, n_rows - 1], n_rows), True, axis=1)
             rows = rows.reshape(problem.q.shape[:3])
             rest = replace(rest, q=np.where(rows[..., None], 0, problem.q))
         if n_keys:
-            keys = _last(self._keys, n_keys)
+            keys = _last(self._keys, longest[:, n_keys - 1], n_keys)
             mask = np.ones(self._keys.shape, bool) if problem.key_mask is None else problem.key_mask.copy()
             np.put_along_axis(mask, keys, False, axis=1)
             k, v = (np.where(mask[..., None], X, 0) for X in (problem.k, problem.v))
@@ -123,18 +124,16 @@ def _norms(X: np.ndarray) -> np.ndarray:
 
 
 def _longest(norms: np.ndarray) -> np.ndarray:
-    """The largest in falling order, one more than may be taken out, float64."""
+    """The largest in falling order, one more than may be taken out."""
     count = min(int(norms.shape[1] * _FEW) + 1, norms.shape[1])
-    least = norms.shape[1] - count
-    return np.sort(np.partition(norms, least, axis=1)[:, least:], axis=1)[:, ::-1].astype(np.float64)
+    return np.sort(norms, axis=1)[:, : -count - 1 : -1]
 
 
-def _last(norms: np.ndarray, count: int) -> np.ndarray:
-    """Where the largest are, (H, count) ascending; of equals the first."""
+def _last(norms: np.ndarray, least: np.ndarray, count: int) -> np.ndarray:
+    """Where the largest are, (H, count) ascending, the least of them being `least` (H,); of equals the first."""
     found = []
-    for row in norms:
-        least = np.partition(row, row.size - count)[row.size - count]
-        longer, equal = np.flatnonzero(row > least), np.flatnonzero(row == least)
+    for row, bound in zip(norms, least, strict=True):
+        longer, equal = np.flatnonzero(row > bound), np.flatnonzero(row == bound)
         found.append(np.sort(np.concatenate([longer, equal[: count - longer.size]])))
     return np.array(found)
 
