@@ -268,7 +268,9 @@ class Evaluation:
             self._forward = self._plan.forward(problem, want_lse=want_lse or near)
             self.o, lse = self._forward.o, self._forward.lse
             self.certificate = self._certificate(self._forward.certificate)
-            self.gradient_certificate = self._plan.gradient_certificate if grad else None
+            self.gradient_certificate = self._forward.gradient_certificate
+            if grad and self.gradient_certificate.rows_truncation is not None:
+                self.gradient_certificate = self._certificate(self.gradient_certificate)
         self.lse = call.lse_to_user(lse) if want_lse else None
 
     def _certificate(self, certificate: Certificate) -> Certificate:
@@ -288,7 +290,7 @@ class Evaluation:
         do, exponent = without_overflow(self.call.from_user(dO), largest)
         if near is not None:
             near = exact.near_scale_gradient(problem, forward.o, forward.lse, do)
-        return self.call.gradients(*self._plan.backward(problem, forward, do), dscale_near=near, exponent=exponent)
+        return self.call.gradients(*forward.backward(problem, do), dscale_near=near, exponent=exponent)
 
 
 def without_overflow(do: np.ndarray, largest: float) -> tuple[np.ndarray, int]:

@@ -42,11 +42,14 @@ class MomentRule:
         Bound of the variance over j of <X, y_j y_j^T>, ||X||_F = 1, y the keys as used: for fourth moments.
     seed : int or None
         Of the coins behind `fourth`.
+    weights : MomentPolynomial or None
+        What backward has in the place of `polynomial`, of the same order.
     """
 
     polynomial: MomentPolynomial
     fourth: np.ndarray | None = field(default=None, repr=False)
     seed: int | None = None
+    weights: MomentPolynomial | None = None
 
     def truncation(
         self, problem: Problem, scores: Scores, moment: np.ndarray, spread: np.ndarray, inverse: np.ndarray
@@ -64,8 +67,21 @@ class MomentRule:
         -----
         Time O(n), with fourth moments O(n d).
         """
-        p = self.polynomial
-        a, b = p.radius
+        h = self._radius(self.polynomial, problem, scores, moment, inverse)
+        share = np.minimum(spread * (1 + 8 * float(np.finfo(problem.q.dtype).eps)), 1.0)
+        with np.errstate(all="ignore"):
+            return np.where(h < 1, np.where(inverse > 0, h / (1 - h) * share, 0.0), math.inf)
+
+    def gradient(self, problem: Problem, scores: Scores, moment: np.ndarray, inverse: np.ndarray) -> np.ndarray:
+        """What a row does to the certificate of gradients, (H, G, n) float64: see `gradient_error`."""
+        radii = (self._radius(p, problem, scores, moment, inverse) for p in (self.polynomial, self.weights))
+        return np.where(inverse > 0, gradient_error(*radii), 0.0)
+
+    def _radius(
+        self, r: MomentPolynomial, problem: Problem, scores: Scores, moment: np.ndarray, inverse: np.ndarray
+    ) -> np.ndarray:
+        """The sum over keys of the radius of r by the denominator of `polynomial`: (H, G, n)."""
+        p, (a, b) = self.polynomial, r.radius
         # sum_j s^k / Z. Moments are sums that may cancel: their rounding is in units of the largest term, times m / Z.
         mean = np.maximum(moment.astype(np.float64) / p.coefficients[p.order], 0.0)
         unit = float(np.finfo(problem.q.dtype).eps) / 2
@@ -75,9 +91,29 @@ class MomentRule:
             size = np.einsum("hgnd,hgnd->hgn", problem.q, problem.q, dtype=np.float64) * scores.q_factor**2
             second = np.divide(mean, per_key, out=np.zeros_like(mean), where=per_key > 0)
             h += b * per_key * (second**2 + size**2 * self.fourth[:, None, None])
-        share = np.minimum(spread * (1 + 16 * unit), 1.0)
-        with np.errstate(all="ignore"):
-            return np.where(h < 1, np.where(inverse > 0, h / (1 - h) * share, 0.0), math.inf)
+        return h
+
+
+def gradient_error(h: np.ndarray, h_r: np.ndarray) -> np.ndarray:
+    """The least e that `Certificate` may say of gradients, by rows: h and h_r are the radii of p and r, their sum over
+    keys divided by the denominator.
+
+    Notes
+    -----
+    Forward gives Z^ and T^, with |Z / Z^ - 1| <= h; backward's weights are r(s_ij) / Z^_i, off by delta_ij / Z^_i.
+    Let a_ij = <dO_i, V_j>, abar_i their mean under P_i, and a^_i = <dO_i, T^_i>, which p > 0 keeps in the range omega_i
+    of a_i. Then (certificates.md 2)
+
+        dS^_ij - dS_ij = delta_ij / Z^_i (a_ij - a^_i) + P_ij ((Z / Z^ - 1) (a_ij - abar_i) + Z / Z^ (abar_i - a^_i)),
+
+    with Z / Z^ |abar_i - a^_i| <= h omega_i and sum_j P_ij |a_ij - abar_i| <= omega_i / 2. So dQ_i is off by
+    ``c omega_i max ||k_j|| (h_r + 3/2 h)``, keys centred as they are used, and dK, over the keys, by no more than
+    ``c omega_i ||q_i|| (h_r + 2 h)`` a row. dV has p's own weights: off by 2 h. e is the least for which these are
+    ``c artanh(e) / 2 omega_i max ||k_j||`` and ``2 e / (1 - e)``.
+    """
+    with np.errstate(all="ignore"):
+        zeta = h_r + 2 * h
+        return np.where(h < 1, np.maximum(np.tanh(2 * h_r + 3 * h), zeta / (2 + zeta)), math.inf)
 
 
 def reach(problem: Problem, values: Values, chunk: int) -> np.ndarray:
@@ -172,13 +208,17 @@ class Sample:
 
     def truncation(self, p: MomentPolynomial, fourth: np.ndarray | None) -> np.ndarray:
         """About what `MomentRule.truncation` will find for the sampled rows; fourth None stands for Gaussian scores."""
+        h = self.radius(p, fourth)
+        return np.where(h < 1, h / np.maximum(1 - h, 1e-300) * min(1.0, 1.1 * self.share), math.inf)
+
+    def radius(self, p: MomentPolynomial, fourth: np.ndarray | None = None) -> np.ndarray:
+        """About a sampled row's sum of radii by its denominator."""
         a, b = p.radius
         R = a * self._tail(p.order) * self.second ** (p.order // 2)
         if b:
             R += b * (3 * self.second**2 if fourth is None else self.second**2 + self.size**2 * fourth[:, None])
         with np.errstate(over="ignore"):
-            h = R * np.exp(-self.first)
-        return np.where(h < 1, h / np.maximum(1 - h, 1e-300) * min(1.0, 1.1 * self.share), math.inf)
+            return R * np.exp(-self.first)
 
     def kappa(self) -> float:
         """The second moment over the fourth of the worst row, were scores Gaussian; rounded to a power of 2."""

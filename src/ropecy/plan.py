@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import secrets
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +22,7 @@ from .engines import outliers
 from .engines import polynomial as polynomial_engine
 from .engines import scan as scan_engine
 from .moments import MomentRule
+from .polynomial import MomentPolynomial
 from .problem import Problem, prepare_for
 from .relative import RelativeFamily
 from .rotary import Rotary
@@ -102,8 +104,8 @@ def make_plan(
 ) -> Plan:
     """The cheapest engine that certifies eps, or the one that was insisted on.
 
-    Gradients and products with A (`each_weight`) ask that every weight be near exp: moments and samples, which speak of
-    sums over keys, do not serve them.
+    Products with A (`each_weight`) ask that every weight be near exp: moments and samples, which speak of sums over
+    keys, do not serve them; nor do samples serve gradients.
 
     A problem in pieces is planned as a whole, of which `measured` was found together; memory is that of a `piece`.
     """
@@ -246,13 +248,13 @@ def _at_once(
     if not missing and not relative and method in ("auto", "polynomial"):
         worst, refusal = _by_worst_case(problem, scores, values, eps, degree, grad)
         chosen = worst
-        if not (grad or each_weight):
-            chosen = _by_moments(problem, scores, values, eps, method, degree, seed, worst) or worst
+        if not each_weight:
+            chosen = _by_moments(problem, scores, values, eps, method, degree, seed, grad, worst) or worst
         if chosen is None and (method == "polynomial" or degree is not None):
             raise BoundedEntryError(refusal)
     if chosen is not None:
         seconds["polynomial"] = chosen.operations / speed
-        sizes["polynomial"] = polynomial_engine.memory(piece, chosen.degree, grad)
+        sizes["polynomial"] = polynomial_engine.memory(piece, chosen.degree, grad, chosen.grad_degree)
 
     by_scan = None
     if relative and not problem.empty and method in ("auto", "polynomial"):
@@ -310,7 +312,7 @@ def _beside_outliers(problem: Problem, scores: Scores, values: Values, most: flo
         extra = outliers.operations(problem, n_rows, n_keys, grad)
         if extra >= best or not (n_rows or n_keys):
             continue
-        g = _expected_degree(problem, values, B, None if grad or how["each_weight"] else square, eps)
+        g = _expected_degree(problem, values, B, None if how["each_weight"] else square, eps / 4 if grad else eps)
         if g is None or g > (degree or g):
             continue
         total = extra + polynomial_engine.operations(problem, degree or g, grad)
@@ -375,9 +377,9 @@ def _polynomial_plan(problem, scores, values, choice, grad, reason, seconds, siz
     if grad:
         made.gradient_certificate = replace(
             certificate,
-            degree=choice.degree + 1,
-            n_features=poly.n_features(d, choice.degree + 1),
-            truncation=choice.polynomial.error,
+            degree=choice.grad_degree,
+            n_features=poly.n_features(d, choice.grad_degree),
+            truncation=choice.polynomial.error if rule is None else choice.gradient_truncation,
             rounding=4 * certificate.rounding,
         )
     return made
@@ -461,13 +463,14 @@ def _by_moments(
     method: str,
     degree: int | None,
     seed: int | None,
+    grad: bool,
     worst: Choice | None,
 ) -> Choice | None:
     """The cheapest degree below that of the worst case that moments are expected to certify, or None."""
-    most = degree or (worst.degree - 1 if worst else _MOST_BY_MOMENTS)
+    most = degree or (worst.degree - (not grad) if worst else _MOST_BY_MOMENTS)
     allowed = eps - polynomial_rounding(problem, scores.bound, values)
-    exact = exact_operations(problem, False)
-    if most < 2 or allowed <= 0 or scores.bound > poly.MAX_BOUND or (degree and worst):
+    exact = exact_operations(problem, grad)
+    if most < 2 or allowed <= 0 or scores.bound > poly.MAX_BOUND or (degree and worst and not grad):
         return None
     if method == "auto" and exact < _TOO_SMALL:
         return None
@@ -478,31 +481,55 @@ def _by_moments(
     for g in range(degree or 2, most + 1):
         # Nothing dearer than what is already at hand.
         limit = min([c.operations for c in (worst, best) if c is not None], default=math.inf)
-        base = polynomial_engine.operations(problem, g, False)
-        if base >= limit:
+        if polynomial_engine.operations(problem, g, False) >= limit:
             break
-        for kappa in (0.0, sample.kappa()) if g < 4 and problem.hi is None else (0.0,):
-            p = poly.fit_moments(B, g, kappa)
-            if p is None:
-                continue
-            operations, rule = base, MomentRule(p)
-            expected = sample.truncation(p, None)
-            if kappa:
+        kappas = (0.0, sample.kappa()) if g < 4 and problem.hi is None and not grad else (0.0,)
+        for p, r in ((p, r) for kappa in kappas for p, r in _weights(B, g, kappa, grad)):
+            grad_degree = r.degree + 1 if grad else None
+            operations = polynomial_engine.operations(problem, g, grad, grad_degree)
+            rule = MomentRule(p, weights=r)
+            if p.radius[1]:
                 operations += moments.fourth_operations(problem)
-                if operations >= limit or np.mean(expected > allowed) > _FEW:
+            if operations >= limit:
+                continue
+            expected, of_gradient = sample.truncation(p, None), 0.0
+            if p.radius[1]:
+                if np.mean(expected > allowed) > _FEW:
                     continue
                 fourth = fourth or moments.fourth_moments(problem, scores, seed)
                 rule = MomentRule(p, *fourth)
                 expected = sample.truncation(p, rule.fourth)
-            share = float(np.mean(expected > allowed))
+            failing = expected > allowed
+            if grad:
+                errors = moments.gradient_error(sample.radius(p), sample.radius(r))
+                failing |= errors > 2 * allowed
+                of_gradient = float(np.max(errors, where=~failing, initial=0.0))
+            share = float(np.mean(failing))
             if share > _FEW:
                 continue
             rows = math.ceil(H * G * n * (1.5 * share + 1 / 512)) + 8
             operations += rows * exact / (H * G * n)
             if operations < limit:
-                truncation = float(np.max(expected, where=expected <= allowed, initial=0.0))
-                best, limit = Choice(p, truncation, operations, rule, rows), operations
+                truncation = float(np.max(expected, where=~failing, initial=0.0))
+                best, limit = Choice(p, truncation, operations, rule, rows, of_gradient), operations
     return best
+
+
+def _weights(
+    B: float, degree: int, kappa: float, grad: bool
+) -> Iterator[tuple[MomentPolynomial, MomentPolynomial | None]]:
+    """What forward may have for weights at that degree, and with each what backward may have."""
+    p = poly.fit_moments(B, degree, kappa)
+    if p is None:
+        return
+    if not grad:
+        yield p, None
+        return
+    yield p, poly.taylor(B, p.order)
+    for g in (p.order, p.order + 1):
+        r = poly.fit_moments(B, g)
+        if r is not None:
+            yield p, r
 
 
 def _plan(problem, engine, scores, values, certificate, grad, reason, seconds, sizes, eps) -> Plan:

@@ -342,11 +342,11 @@ class MomentPolynomial:
     B : float
         Half-width of the interval.
     degree : int
-        g, at least 2.
+        g.
     coefficients : tuple of float
         c_0, ..., c_g. Those below `order` are Taylor's, but for their own rounding, which is the caller's to count.
     order : int
-        k, the largest even number <= g.
+        k, even: the largest number <= g of that kind, or g + 1.
     radius : (float, float)
         The second is 0 where no moment past k is used.
     """
@@ -356,6 +356,14 @@ class MomentPolynomial:
     coefficients: tuple[float, ...]
     order: int
     radius: tuple[float, float]
+
+
+def taylor(B: float, order: int) -> MomentPolynomial:
+    """T_{k-1}, whose error s^k phi_k(s) is at most s^k phi_k(B), k = `order` even: weights for a backward pass, which
+    may be negative.
+    """
+    largest = sum(_phi_ends(order, B)) * (1 + 80 * _UNIT)
+    return MomentPolynomial(B, order - 1, tuple(1 / math.factorial(t) for t in range(order)), order, (largest, 0.0))
 
 
 @lru_cache(maxsize=1024)

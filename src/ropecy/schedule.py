@@ -24,12 +24,19 @@ _ENGINES = {"exact": exact_engine, "polynomial": polynomial_engine, "fft": fft_e
 
 @dataclass(slots=True)
 class Forward:
-    """A forward pass and what backward needs of it."""
+    """A forward pass, what backward needs of it, and the plan that made it."""
 
     o: np.ndarray
     lse: np.ndarray | None
     certificate: Certificate
     saved: Any
+    plan: Plan
+    gradient_certificate: Certificate | None = None
+    exact_rows: np.ndarray | None = None  # (H, G, n), where there will be a backward pass
+
+    def backward(self, problem: Problem, do: np.ndarray):
+        """dq, dk, dv and the gradient of the bias's symbol, or None."""
+        return self.plan._backward(problem, self, do)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +54,8 @@ class Choice:
         None is the worst case.
     n_exact_rows : int
         How many rows, all heads together, may be computed exactly where their certificate is too large.
+    gradient_truncation : float
+        Of the gradient, expected of rows that are not computed exactly ("moments").
     """
 
     polynomial: poly.Polynomial | poly.MomentPolynomial
@@ -54,11 +63,18 @@ class Choice:
     operations: float
     rule: MomentRule | None = None
     n_exact_rows: int = 0
+    gradient_truncation: float = 0.0
 
     @property
     def degree(self) -> int:
         """Of the features."""
         return max(1, self.polynomial.degree)
+
+    @property
+    def grad_degree(self) -> int:
+        """Of backward's features."""
+        weights = None if self.rule is None else self.rule.weights
+        return self.degree + 1 if weights is None else weights.degree + 1
 
 
 @dataclass(slots=True)
@@ -113,31 +129,38 @@ class Plan:
             return self._forward_beside_outliers(problem)
         if self.engine == "exact":
             o, lse, saved = exact_engine.forward(problem, self._scores.plain, want_lse)
-            return Forward(o, lse, self.certificate, saved)
+            return self._result(o, lse, saved)
         if self.engine == "fft":
             o, lse, saved = fft_engine.forward(problem, self._scores, self._choice.polynomial, self._symbol, want_lse)
-            return Forward(o, lse, self.certificate, saved)
+            return self._result(o, lse, saved)
         if self._split is not None:
             o, lse, saved = scan_engine.forward(
                 problem, self._split, self._scores, self._values, self._choice.polynomial, grad, want_lse
             )
-            return Forward(o, lse, self.certificate, saved)
+            return self._result(o, lse, saved)
         if self._choice.rule is not None:
-            return self._forward_by_moments(problem, want_lse)
+            return self._forward_by_moments(problem, want_lse, grad)
         o, lse, saved = polynomial_engine.forward(
             problem, self._scores, self._values, self._choice.polynomial, grad, want_lse
         )
-        return Forward(o, lse, self.certificate, saved)
+        return self._result(o, lse, saved)
 
-    def _forward_by_moments(self, problem: Problem, want_lse: bool) -> Forward:
+    def _result(self, o: np.ndarray, lse: np.ndarray | None, saved: Any) -> Forward:
+        """What is certified before it is computed."""
+        return Forward(o, lse, self.certificate, saved, self, self.gradient_certificate)
+
+    def _forward_by_moments(self, problem: Problem, want_lse: bool, grad: bool) -> Forward:
         """The polynomial's rows, those exactly whose certificate is too large; or all by the second choice."""
         scores, rule, certificate = self._scores, self._choice.rule, self.certificate
         reach = moments.reach(problem, self._values, polynomial_engine.chunk(problem))
         o, lse, saved = polynomial_engine.forward(
-            problem, scores, self._values, rule.polynomial, False, want_lse, reach
+            problem, scores, self._values, rule.polynomial, grad, want_lse or grad, reach, weights=rule.weights
         )
         rows = rule.truncation(problem, scores, saved.moment, saved.spread, saved.inverse)
         failed = ~(rows <= self.eps - certificate.rounding)
+        if grad:
+            of_gradient = rule.gradient(problem, scores, saved.moment, saved.inverse)
+            failed |= ~(of_gradient <= 2 * (self.eps - certificate.rounding))
         n_failed = int(np.count_nonzero(failed))
         if n_failed > self._choice.n_exact_rows:
             if self._second is not None:
@@ -152,33 +175,41 @@ class Plan:
             exact_engine.forward_rows(problem, scores.plain, failed, o, lse)
             rows[failed] = 0.0
             rounding = max(rounding, exact_rounding(problem, scores.plain, self._values))
-        certificate = replace(
-            certificate,
-            truncation=float(rows.max()),
-            rounding=rounding,
-            rows_truncation=rows,
+        found = replace(certificate, rounding=rounding, n_exact_rows=n_failed)
+        certificate = replace(found, truncation=float(rows.max()), rows_truncation=rows)
+        if not grad:
+            return Forward(o, lse, certificate, saved, self)
+        of_gradient[failed] = 0.0
+        gradient = replace(
+            self.gradient_certificate,
+            truncation=float(of_gradient.max()),
+            rounding=4 * rounding,
+            rows_truncation=of_gradient,
             n_exact_rows=n_failed,
         )
-        return Forward(o, lse, certificate, saved)
+        return Forward(o, lse, certificate, saved, self, gradient, failed if n_failed else None)
 
     def _forward_beside_outliers(self, problem: Problem) -> Forward:
         """The rest by its own plan, merged with the long keys; and the long queries."""
         split, grad = self._outliers, self.gradient_certificate is not None
         rest = self._rest.forward(split.rest, True)
-        o, lse, saved = rest.o, rest.lse, None
-        centred = grad and split.keys is not None and self._rest._scores.centre is not None
-        own = (o.copy(), lse.copy()) if centred else (None, None)
-        rest_lse = lse.copy() if grad else None
+        o, lse = rest.o, rest.lse
+        own, own_lse = (o.copy(), lse.copy()) if grad else (None, None)
         outliers.merge(problem, split, self._scores.plain, o, lse)
+        gradient = rest.gradient_certificate
         if grad:
-            inverse = rest.saved.inverse * exact_engine.share(rest_lse, lse)
-            polynomial = replace(rest.saved, o=o, inverse=inverse.astype(problem.q.dtype))
-            saved = outliers.Saved(*own, o, lse, polynomial)
+            rest.lse = lse
+            if rest.plan.engine == "exact":
+                rest.saved = exact_engine.resume(split.rest, np.inf, o, lse)
+            else:
+                inverse = rest.saved.inverse * exact_engine.share(own_lse, lse)
+                rest.saved = replace(rest.saved, o=o, inverse=inverse.astype(problem.q.dtype))
+            gradient = replace(gradient, rounding=max(gradient.rounding, self.gradient_certificate.rounding))
         certificate = replace(rest.certificate, rounding=max(rest.certificate.rounding, self.certificate.rounding))
         if split.rows is not None:
             count = certificate.n_exact_rows + int(np.count_nonzero(split.rows))
             certificate = replace(certificate, n_exact_rows=count)
-        return Forward(o, lse, certificate, saved)
+        return Forward(o, lse, certificate, outliers.Saved(rest, own, own_lse, o, lse), self, gradient)
 
     def _forward_by_sample(self, problem: Problem, want_lse: bool) -> Forward:
         """The first degree whose error in sampled rows, doubled, is within eps."""
@@ -194,7 +225,7 @@ class Plan:
             if truncation <= self.eps - certificate.rounding:
                 n_features = poly.n_features(problem.q.shape[-1], p.degree)
                 found = replace(certificate, degree=p.degree, n_features=n_features, truncation=truncation)
-                return Forward(o, lse, found, saved)
+                return Forward(o, lse, found, saved, self)
         if self._second is not None:
             return self._second.forward(problem, want_lse)
         raise BoundedEntryError(
@@ -203,12 +234,18 @@ class Plan:
             "has no bound"
         )
 
-    def backward(self, problem: Problem, forward: Forward, do: np.ndarray):
-        """dq, dk, dv and the gradient of the bias's symbol, or None."""
+    def _backward(self, problem: Problem, forward: Forward, do: np.ndarray):
         if self._outliers is not None:
             return outliers.backward(problem, self._outliers, self._rest._scores.centre, forward.saved, do)
-        engine = _ENGINES[self.engine] if self._split is None else scan_engine
-        return engine.backward(problem, forward.saved, do)
+        if self._split is not None:
+            return scan_engine.backward(problem, forward.saved, do)
+        rows = forward.exact_rows
+        if rows is None:
+            return _ENGINES[self.engine].backward(problem, forward.saved, do)
+        # To the others these rows have no gradient.
+        found = polynomial_engine.backward(problem, forward.saved, np.where(rows[..., None], 0, do))
+        exact_engine.backward_rows(problem, self._scores.plain, rows, forward.o, forward.lse, do, *found[:3])
+        return found
 
     def __str__(self) -> str:
         H, G, n, d, n_k, d_v, dtype = self.shape

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +23,6 @@ from ..bounds import Scores
 from ..costs import exact_operations
 from ..problem import Problem
 from . import exact
-from . import polynomial as polynomial_engine
 
 # What a call of the exact engine costs beside its pairs, in operations, and rows of its tiles.
 _CALL = 1e7
@@ -57,13 +57,13 @@ class Split:
 
 @dataclass(slots=True)
 class Saved:
-    """What backward needs of forward."""
+    """What backward needs of forward: a forward pass of the rest with the whole's results, and its own results."""
 
-    rest_o: np.ndarray | None  # of the kept keys alone, where those are centred
-    rest_lse: np.ndarray | None
+    rest: Any
+    own: np.ndarray | None
+    own_lse: np.ndarray | None
     o: np.ndarray
     lse: np.ndarray
-    polynomial: polynomial_engine.Saved
 
 
 class Norms:
@@ -195,11 +195,13 @@ def backward(problem: Problem, split: Split, centre: np.ndarray | None, saved: S
     over rows.
     """
     short = do if split.rows is None else np.where(split.rows[..., None], 0, do)
-    dq, dk, dv, _ = polynomial_engine.backward(split.rest, saved.polynomial, short)
-    if saved.rest_o is not None:
+    dq, dk, dv, _ = saved.rest.backward(split.rest, short)
+    if split.keys is not None and centre is not None and saved.rest.plan.engine == "polynomial":
         # The polynomial's keys are centred, which a row's gradient forgets where dS sums to 0.
-        share = exact.share(saved.rest_lse, saved.lse)
-        sums = np.einsum("hgnc,hgnc->hgn", short, saved.rest_o - saved.o, dtype=np.float64) * share
+        share = exact.share(saved.own_lse, saved.lse)
+        sums = np.einsum("hgnc,hgnc->hgn", short, saved.own - saved.o, dtype=np.float64) * share
+        if saved.rest.exact_rows is not None:
+            sums[saved.rest.exact_rows] = 0
         dq += (problem.scale * sums[..., None] * centre[:, None, None]).astype(dq.dtype)
     for rows, (head, keys), part in _parts(problem, split):
         o, lse, part_do = (np.ascontiguousarray(X[rows]) for X in (saved.o, saved.lse, short))

@@ -72,6 +72,7 @@ def forward(
     reach: np.ndarray | None = None,
     ranks: Any = None,
     decay: np.ndarray | None = None,
+    weights: MomentPolynomial | None = None,
 ) -> tuple[np.ndarray, np.ndarray | None, Saved]:
     """O (H, G, n, d_v), lse float64 or None, and what backward needs.
 
@@ -84,7 +85,7 @@ def forward(
         Whose middle is taken from v and given back to O: an offset far past the range must not drown it in rounding.
     p : Polynomial
     grad : bool
-        Whether states hold the degree more that backward needs.
+        Whether there will be a backward pass.
     want_lse : bool
     reach : array, optional
         As `moments.reach` makes it: moment and spread are measured too, p being a MomentPolynomial.
@@ -92,6 +93,8 @@ def forward(
         Who hold other pieces of the sequence, where this is a piece of it; one state goes between them.
     decay : (H,) float64 array, optional
         Causal: weights are multiplied by exp(-decay (i + q_offset - j)).
+    weights : MomentPolynomial, optional
+        What backward has in the place of p.
 
     Notes
     -----
@@ -99,7 +102,7 @@ def forward(
     causal, pairs in chunks of a few hundred tokens are exact and a first pass sums up the keys of each segment.
     Memory: some states of ``F (d_v + 1)`` float64.
     """
-    monomials = _monomials_for(problem, p, grad)
+    monomials = _monomials_for(problem, p, (weights or p) if grad else None)
     scan = _monomials.Scan(
         problem.q,
         problem.k,
@@ -134,7 +137,8 @@ def backward(problem: Problem, saved: Saved, do: np.ndarray, ranks: Any = None):
     With S = phi(k)^T [v 1], dN = [do, -<do, o>] / den: dphi(q) = dN (w S)^T, dS = phi(q)^T dN,
     dphi(k) = [v 1] (w dS)^T, dv = phi(k) dS, then the features' own derivatives. The features of dq and dk are those of
     an antiderivative of p, one degree more, so that the pairs have the weights p(s_ij) / den_i there too: a softmax
-    gradient of positive weights. Four products of forward's size at that degree, five where causal.
+    gradient of positive weights; or of weights r of its own, for which dS = r / den (do v^T - <do, o>) need not add up
+    to 0 over a row. Four products of forward's size at that degree, five where causal.
     """
     scan, results = saved.scan, (saved.o, saved.inverse, do)
     if ranks is None:
@@ -152,7 +156,7 @@ def backward(problem: Problem, saved: Saved, do: np.ndarray, ranks: Any = None):
 def decoding_monomials(d: int, p: Polynomial) -> Monomials:
     """The monomials of a state that is decoded from, which is float64 whatever the data are."""
     rows = np.empty((1, 1, 0, d))
-    return _monomials_for(Problem(q=rows, k=rows[0], v=rows[0], scale=1.0), p, grad=False)
+    return _monomials_for(Problem(q=rows, k=rows[0], v=rows[0], scale=1.0), p, None)
 
 
 def key_states(k: np.ndarray, v: np.ndarray, monomials: Monomials, middle: np.ndarray, threads: int) -> np.ndarray:
@@ -167,28 +171,32 @@ def key_states(k: np.ndarray, v: np.ndarray, monomials: Monomials, middle: np.nd
     return _monomials.Scan(q, k, v, None, False, 0, monomials, None, middle, 1.0, 1.0, parts, threads).key_states()
 
 
-def operations(problem: Problem, degree: int, grad: bool) -> float:
-    """Multiply-adds times 2 of forward, and of backward where grad, with what is not a product counted by its time."""
+def operations(problem: Problem, degree: int, grad: bool, grad_degree: int | None = None) -> float:
+    """Multiply-adds times 2 of forward, and of backward where grad, with what is not a product counted by its time.
+
+    `grad_degree` is that of backward's features, one more than `degree` unless weights have their own.
+    """
     H, G, n, d = problem.q.shape
     n_k, columns = problem.k.shape[1], problem.v.shape[2] + 1
     causal = problem.hi is not None
-    low, top = n_features(d, degree) * columns, n_features(d, degree + 1) * columns
+    low, top = (n_features(d, g) * columns for g in (degree, grad_degree or degree + 1))
     keys, queries = 2.0 * H * n_k, 2.0 * H * G * n
-    state = top if grad else low
+    state = max(low, top) if grad else low
     total = (2 if causal else 1) * keys * state + queries * low
     if grad:
-        total += queries * top + keys * (top + low) + (2 if causal else 1) * queries * top + causal * keys * top
+        total += queries * top + keys * (top + low) + (2 if causal else 1) * queries * state + causal * keys * state
     # Features, transposes and exact pairs inside chunks, in units of the products' operations.
     per_token = 60 * (d + columns) + 2 * n_features(d, degree)
     return total + (keys + queries) * per_token * (4 if grad else 1) + queries * causal * 200 * (d + columns)
 
 
-def memory(problem: Problem, degree: int, grad: bool) -> float:
+def memory(problem: Problem, degree: int, grad: bool, grad_degree: int | None = None) -> float:
     """Bytes beyond inputs and outputs."""
     H, G, n, d = problem.q.shape
-    state = n_features(d, degree + grad) * (problem.v.shape[2] + 1)
+    most = max(degree, grad_degree or degree + 1) if grad else degree
+    state = n_features(d, most) * (problem.v.shape[2] + 1)
     item = problem.q.itemsize
-    states = state * 8 * H * segments(problem, degree + grad) * (2 if grad else 1)
+    states = state * 8 * H * segments(problem, most) * (2 if grad else 1)
     workspaces = problem.threads * state * (8 + (4 if grad else 3) * item)
     return states + workspaces + (2 if grad else 1) * H * state * item + H * G * n * (8 + item)
 
@@ -207,11 +215,14 @@ def segments(problem: Problem, state_degree: int) -> int:
     return max(1, min(-(-_SEGMENTS // H), tokens // max(1024, 2 * features), _STATE_BYTES // state))
 
 
-def _monomials_for(problem: Problem, p: Polynomial | MomentPolynomial, grad: bool) -> Monomials:
+def _monomials_for(
+    problem: Problem, p: Polynomial | MomentPolynomial, r: Polynomial | MomentPolynomial | None
+) -> Monomials:
+    """Those of a forward pass with weights p and of a backward pass with weights r, if there is one."""
     d = problem.q.shape[-1]
     lanes, _ = _monomials.blocking(problem.q.dtype)
     degree = max(1, p.degree)
-    grad_degree = degree + 1 if grad else 0
+    grad_degree = 0 if r is None else max(1, r.degree) + 1
     state_degree = max(degree, grad_degree)
     offset, count, pitch, multinomials = _layout(d, state_degree, lanes)
     degrees = np.repeat(np.arange(state_degree + 1), np.diff(np.append(offset, pitch)))
@@ -229,7 +240,7 @@ def _monomials_for(problem: Problem, p: Polynomial | MomentPolynomial, grad: boo
         count=count,
         pitch=pitch,
         weights=weigh(p.coefficients),
-        grad_weights=weigh(antiderivative(p)) if grad else None,
+        grad_weights=None if r is None else weigh(antiderivative(r)),
     )
 
 
