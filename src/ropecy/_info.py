@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib.metadata import version
 
 import numpy as np
 
@@ -35,6 +34,8 @@ def info() -> Info:
     >>> info()["instruction set"] in ("baseline", "v3", "v4")
     True
     """
+    from importlib.metadata import version  # as long to import as a third of this package
+
     return Info(
         {
             "ropecy": version("ropecy"),

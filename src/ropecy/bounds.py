@@ -123,12 +123,13 @@ def kept_keys(problem: Problem, ranks: Any = Alone) -> np.ndarray:
     return np.maximum(ranks.total(kept), 1)
 
 
-def measure(problem: Problem, ranks: Any = Alone) -> Scores:
+def measure(problem: Problem, ranks: Any = Alone, centre: bool = True) -> Scores:
     """Bounds by Cauchy-Schwarz, from all queries and from the keys that key_mask keeps; the worst slot's.
 
     Notes
     -----
-    Time O(n d): three reads of k, one of q. Rounding of the norms is on the safe side.
+    Time O(n d): one read of q and k, and two more of k to see whether to `centre` it is better. Rounding of the norms
+    is on the safe side.
     """
     if problem.family is not None:
         return _measure_family(problem)
@@ -140,6 +141,8 @@ def measure(problem: Problem, ranks: Any = Alone) -> Scores:
         q_norm = ranks.largest(_rows.largest_norms(q.reshape(H, G * n, d), None, None, problem.threads))
         plain_norm = ranks.largest(_rows.largest_norms(k, keep, None, problem.threads))
         plain = float((q_norm * plain_norm).max()) * scale * room
+        if not centre:
+            return Scores(plain if math.isfinite(plain) else math.inf, math.inf, None, 1.0, 1.0)
         total = ranks.total(_rows.columns(k, keep, problem.threads)[0])
         mean = (total / kept_keys(problem, ranks)[:, None]).astype(k.dtype)
         mean_norm = ranks.largest(_rows.largest_norms(k, keep, mean, problem.threads))

@@ -238,8 +238,8 @@ def _at_once(
         certificate = nothing_to_do()
         return _plan(problem, "exact", scores, None, certificate, grad, "no query sees a key", {}, {}, eps)
 
-    scores, values = measured or (measure(problem), measure_values(problem))
     piece = piece or problem
+    scores, values = measured or (measure(problem, centre=method != "exact"), measure_values(problem))
     speed = rate(problem.q.dtype.name) * problem.threads
     seconds = {"exact": exact_operations(problem, grad) / speed}
     sizes = {"exact": exact_bytes(piece, grad)}

@@ -245,14 +245,16 @@ def rotate_rows(
     # cos is even and sin odd to the bit, so the transpose is the rotation by -theta.
     theta = -theta if adjoint else theta
     blocks, positions = _split(np.asarray(positions, np.int64))
-    coarse = _table(blocks * _rotary.FINE, theta)
-    coarse *= factor
+    if isinstance(blocks, range):
+        coarse = _coarse_table(blocks, theta.tobytes(), factor)
+    else:
+        coarse = _table(blocks * _rotary.FINE, theta) * factor
     rows = np.broadcast_to(positions, X.shape[:-1])
     _rotary.rotate(
         X,
-        _offsets(X, 2),
+        _offsets(X.shape[:-2], X.strides[:-2], X.itemsize),
         positions.reshape(-1),
-        _offsets(rows, 1),
+        _offsets(rows.shape[:-1], rows.strides[:-1], rows.itemsize),
         rows.strides[-1] // rows.itemsize,
         coarse,
         _fine_table(theta.tobytes()),
@@ -264,11 +266,11 @@ def rotate_rows(
     return out
 
 
-def _split(positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _split(positions: NDArray[np.int64]) -> tuple[range | NDArray[np.int64], NDArray[np.int64]]:
     """The blocks a of 512 positions that are met, and for each position 512 a + b its 512 (index of a) + b."""
     first, last = (int(p) // _rotary.FINE for p in (positions.min(), positions.max()))
     if last - first <= 8 + positions.size // 16:
-        blocks = np.arange(first, last + 1)
+        blocks = range(first, last + 1)
         return blocks, positions - first * _rotary.FINE if first else np.ascontiguousarray(positions)
     # Far apart: a table of all blocks between would cost more than a sort.
     blocks, index = np.unique(positions // _rotary.FINE, return_inverse=True)
@@ -295,13 +297,22 @@ def _fine_table(theta: bytes) -> NDArray[np.float64]:
     return table
 
 
-def _offsets(array: NDArray, inner: int) -> NDArray[np.intp]:
-    """Where, in elements, each index of the leading axes begins; `inner` trailing axes are left out."""
-    lead = array.ndim - inner
-    offsets = np.zeros(array.shape[:lead], np.intp)
-    for axis in range(lead):
-        steps = np.arange(array.shape[axis], dtype=np.intp) * (array.strides[axis] // array.itemsize)
-        offsets += steps.reshape((-1,) + (1,) * (lead - axis - 1))
+@lru_cache(maxsize=8)
+def _coarse_table(blocks: range, theta: bytes, factor: float) -> NDArray[np.float64]:
+    """factor times the table of the first positions of blocks, which calls of one length share."""
+    table = _table(np.arange(blocks.start, blocks.stop) * _rotary.FINE, np.frombuffer(theta)) * factor
+    table.flags.writeable = False
+    return table
+
+
+@lru_cache(maxsize=32)
+def _offsets(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> NDArray[np.intp]:
+    """Where, in elements, each index of some leading axes begins."""
+    offsets = np.zeros(shape, np.intp)
+    for axis, (length, stride) in enumerate(zip(shape, strides, strict=True)):
+        steps = np.arange(length, dtype=np.intp) * (stride // itemsize)
+        offsets += steps.reshape((-1,) + (1,) * (len(shape) - axis - 1))
+    offsets.flags.writeable = False
     return offsets.reshape(-1)
 
 

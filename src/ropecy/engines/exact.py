@@ -273,20 +273,25 @@ def _tables(problem: Problem, bound: float, gain: float) -> Tables:
     far = n + n_k  # past every j - i
     lo = -far if problem.lo is None else max(-far, problem.lo + problem.q_offset)
     hi = far if problem.hi is None else min(far, problem.hi + problem.q_offset)
-    offset = (n_k - 1) - np.arange(n + n_k - 1)  # j - i at u = i - j + n_k - 1
 
     symbol = None
     reach = bound
     if problem.bias is not None or problem.lo is not None or problem.hi is not None:
-        bias = np.zeros((1, 1, 1)) if problem.bias is None else problem.bias[..., ::-1]
-        allowed = (offset >= lo) & (offset <= hi)
-        values = np.where(allowed, bias * (LOG2E / gain), -np.inf)
-        symbol = np.pad(values, ((0, 0), (0, 0), (block, tile)), constant_values=-np.inf).astype(dtype, order="C")
-        if problem.bias is not None:
-            reach += float(np.abs(np.where(allowed, bias, 0)).max(initial=0))
+        lead = (1, 1) if problem.bias is None else problem.bias.shape[:2]
+        symbol = np.full((*lead, block + n + n_k - 1 + tile), -np.inf, dtype)
+        # Offsets fall with the index.
+        first, last = (min(max(n_k - 1 - edge, 0), n + n_k - 1) for edge in (hi, lo - 1))
+        inside = symbol[..., block + first : block + last]
+        if problem.bias is None:
+            inside[...] = 0
+        else:
+            bias = problem.bias[..., ::-1][..., first:last]
+            inside[...] = bias * (LOG2E / gain)
+            reach += float(np.abs(bias).max(initial=0))
     factor = None
     if problem.near is not None:
         width, scale_near = problem.near
+        offset = (n_k - 1) - np.arange(n + n_k - 1)  # j - i at u = i - j + n_k - 1
         near = np.abs(offset - problem.q_offset) < width
         factor = np.pad(np.where(near, scale_near, problem.scale) * LOG2E, (block, tile)).astype(dtype)
         reach = math.inf
