@@ -85,6 +85,37 @@ def test_bad_arguments(rng):
         ropecy.check(V, Q, K, V, return_lse=True)
 
 
+@pytest.mark.parametrize("name", [name for name in cases.SPECS if "without_batch" not in name])
+def test_gradients(name, rng, ours):
+    case = cases.make(name, rng)
+    dense = oracle.attention(**case)
+    dO = rng.standard_normal(dense.O.shape)
+    dQ = dense.backward(dO)["dQ"]
+    evidence = ropecy.check(dQ, **ours(case), dO=dO, rows=10**6)
+    assert evidence.error <= 1e-11
+    assert evidence.n_rows == evidence.n_rows_total == np.prod(dQ.shape[:-1])
+    largest = np.linalg.norm(dQ, axis=-1).max()
+    row = tuple(int(i) for i in rng.integers(dQ.shape[:-1]))
+    dQ[row] += 0.1 * largest / np.sqrt(dQ.shape[-1])
+    evidence = ropecy.check(dQ, **ours(case), dO=dO, rows=10**6)
+    assert evidence.index == row and evidence.error == pytest.approx(0.1, rel=1e-6)
+    assert "of the largest row of dQ" in str(evidence)
+
+
+def test_gradients_of_a_sample(rng):
+    Q, K, V, dO = rng.uniform(-1, 1, (4, 1000, 4)).astype(np.float32)
+    _, vjp = ropecy.attention_vjp(Q, K, V, eps=1e-2, causal=True)
+    evidence = ropecy.check(vjp(dO).dQ, Q, K, V, dO=dO, causal=True, rows=50, seed=1)
+    assert 0 < evidence.error < 1e-2 and evidence.n_rows == 50
+    assert ropecy.check(0 * Q, Q, K, V, dO=0 * dO, rows=50).error == 0
+    with pytest.raises(ValueError, match=r"dO: got shape \(999, 4\)"):
+        ropecy.check(Q, Q, K, V, dO=dO[1:])
+    with pytest.raises(ValueError, match=r"O: got shape \(999, 4\)"):
+        ropecy.check(Q[1:], Q, K, V, dO=dO)
+    with pytest.raises(ValueError, match=r"Q: got shape \(1000, 4\), wants the leading axes \(2,\)"):
+        ropecy.check(Q, Q, np.stack([K, K]), V, dO=np.stack([dO, dO]))
+
+
 def test_nothing_to_check():
     empty = np.zeros((0, 2))
     assert ropecy.check(empty, empty, np.ones((3, 2)), np.ones((3, 2))).error == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +13,7 @@ from numpy.typing import ArrayLike
 from . import _validate
 from .bounds import measure
 from .engines import exact as exact_engine
-from .problem import Problem, prepare_for
+from .problem import Call, Problem, prepare_for
 from .relative import RelativeFamily
 from .rotary import Rotary
 
@@ -27,7 +28,8 @@ class Evidence:
     ----------
     error : float
         The largest ``|O_ic - Attn_ic| / range_j(V_jc)`` over the sampled rows i and all c, range over the keys that row
-        i sees. A column that is constant there counts 0 where O has its value, within rounding, and else inf.
+        i sees. A column that is constant there counts 0 where O has its value, within rounding, and else inf. Of a
+        gradient, the largest ``||dQ_i - exact_i||`` by the largest ``||exact_i||``.
     index : tuple of int
         The row where it is: O[index].
     n_rows, n_rows_total : int
@@ -36,6 +38,8 @@ class Evidence:
         Of the coins that chose the rows.
     confidence, fraction : float
         With this confidence, at most this fraction of all rows has a larger error.
+    of : str
+        What `error` is a part of.
     """
 
     error: float
@@ -45,9 +49,10 @@ class Evidence:
     seed: int
     confidence: float
     fraction: float
+    of: str = "the range of the values"
 
     def __str__(self) -> str:
-        found = f"{self.n_rows:,} of {self.n_rows_total:,} rows: error <= {self.error:.2g} of the range of the values"
+        found = f"{self.n_rows:,} of {self.n_rows_total:,} rows: error <= {self.error:.2g} of {self.of}"
         if self.n_rows == self.n_rows_total:
             return found
         return (
@@ -65,9 +70,13 @@ def check(
     *,
     rows: int = 459,
     seed: int | None = None,
+    dO: ArrayLike | None = None,
     **options: Any,
 ) -> Evidence:
     """max_i max_c |O_ic - (D^-1 A V)_ic| / range_j(V_jc) over `rows` rows i drawn at random and computed exactly.
+
+    With dO the same of a gradient: O is dQ of <dO, D^-1 A V>, and what is found is max_i ||dQ_i - exact_i|| by the
+    largest ||exact_i|| of the sample.
 
     Parameters
     ----------
@@ -80,6 +89,8 @@ def check(
         0.99 of all rows but 1%.
     seed : int, optional
         By default fresh, and given back, so that the rows can be drawn again.
+    dO : (..., n, d_v) array, optional
+        As for the vjp of `attention_vjp`.
 
     Returns
     -------
@@ -88,11 +99,13 @@ def check(
     Raises
     ------
     TypeError, ValueError
-        As `attention` does, and where O has another shape or dtype than its result, or NaN or Inf.
+        As `attention` does, and where O has another shape or dtype than its result, or NaN or Inf; with dO, where Q
+        lacks leading axes of the result, over which dQ is a sum.
 
     Notes
     -----
-    Rows are computed in float64, whatever the dtype. Time ``rows n_k (d + d_v)``, several times that where a mask or
+    Rows are computed in float64, whatever the dtype. Time ``rows n_k (d + d_v)``, two and a half of them more for a
+    gradient, several times that where a mask or
     a bias goes by j - i. If more than a fraction b of all rows had a larger error than the sample, m rows would have
     missed them with probability at most ``(1 - b)^m``.
 
@@ -106,7 +119,15 @@ def check(
     _validate.check_values(V)
     rows = _validate.check_count("rows", rows)
     call = prepare_for("check", Q, K, V, R, {**options, "seed": seed})
-    O = _validate.check_like("O", O, call.dtype, call.shape)
+    shape = call.shape
+    if dO is not None:
+        dO = _validate.check_like("dO", dO, call.dtype, call.shape)
+        _validate.check_finite("dO", dO)
+        shape = np.shape(Q)
+        if shape[:-1] != call.shape[:-1]:
+            wanted = f"wants the leading axes {call.shape[:-2]} of the result where dO is given"
+            raise ValueError(f"Q: got shape {shape}, {wanted}")
+    O = _validate.check_like("O", O, call.dtype, shape)
     _validate.check_finite("O", O)
     seed = call.how["seed"]
     seed = secrets.randbits(63) if seed is None else seed
@@ -116,11 +137,15 @@ def check(
     fraction = 0.0 if count == total else 1 - (1 - _CONFIDENCE) ** (1 / count)
     chosen = np.sort(np.random.default_rng(seed).choice(total, count, replace=False)) if total else np.empty(0, int)
     error, worst = 0.0, 0
-    if count and call.shape[-1]:
+    if count and dO is not None:
+        found = _gradient_errors(call, O, dO, chosen)
+        error, worst = float(found.max()), int(chosen[found.argmax()])
+    elif count and call.shape[-1]:
         found = row_errors(_in_float64(problem), call.from_user(O).astype(np.float64), chosen, _unit(call.dtype))
         error, worst = float(found.max()), int(chosen[found.argmax()])
     index = tuple(int(i) for i in np.unravel_index(worst, call.shape[:-1])) if total else ()
-    return Evidence(error, index, count, total, seed, _CONFIDENCE, fraction)
+    of = Evidence.of if dO is None else "the largest row of dQ"
+    return Evidence(error, index, count, total, seed, _CONFIDENCE, fraction, of)
 
 
 def row_errors(problem: Problem, o: np.ndarray, chosen: np.ndarray, unit: float) -> np.ndarray:
@@ -156,6 +181,23 @@ def row_errors(problem: Problem, o: np.ndarray, chosen: np.ndarray, unit: float)
             ratio = np.max(off[~constant] / (high - low)[~constant], initial=0.0)
         found[at] = np.inf if np.any(off[constant] > allowed) else ratio
     return found
+
+
+def _gradient_errors(call: Call, dQ: np.ndarray, dO: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """||dQ_i - exact_i|| of the rows `chosen`, flat indices, by the largest ||exact_i|| among them."""
+    problem = _in_float64(call.problem)
+    dq, dk, dv = (np.zeros_like(X) for X in (problem.q, problem.k, problem.v))
+    if not problem.empty:
+        marked = np.zeros(problem.q.shape[:3], bool)
+        marked.reshape(-1)[chosen] = True
+        do = call.from_user(dO).astype(np.float64)
+        o, lse = np.zeros_like(do), np.full(marked.shape, -np.inf)
+        exact_engine.forward_rows(problem, math.inf, marked, o, lse)
+        exact_engine.backward_rows(problem, math.inf, marked, o, lse, do, dq, dk, dv)
+    exact = call.gradients(dq, np.zeros_like(dk), np.zeros_like(dv), None)["dQ"]
+    exact, dQ = (X.reshape(-1, X.shape[-1])[chosen].astype(np.float64) for X in (exact, dQ))
+    off, largest = np.linalg.norm(dQ - exact, axis=1), np.linalg.norm(exact, axis=1).max()
+    return off / largest if largest else np.where(off > 0, np.inf, 0.0)
 
 
 def draw(risk: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
