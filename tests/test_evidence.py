@@ -85,7 +85,11 @@ def test_bad_arguments(rng):
         ropecy.check(V, Q, K, V, return_lse=True)
 
 
-@pytest.mark.parametrize("name", [name for name in cases.SPECS if "without_batch" not in name])
+# dQ is 0 where there is one key or no scale, and a sum over heads where Q lacks an axis.
+WITHOUT_GRADIENT = {"one_key", "no_scale", "one_token", "queries_without_batch", "keys_without_batch"}
+
+
+@pytest.mark.parametrize("name", [name for name in cases.SPECS if name not in WITHOUT_GRADIENT])
 def test_gradients(name, rng, ours):
     case = cases.make(name, rng)
     dense = oracle.attention(**case)
