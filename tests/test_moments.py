@@ -325,7 +325,7 @@ def test_no_certificate_is_violated(kind, seed, degree, fourth, causal, masked, 
 def test_head_sizes_that_people_use_are_certified(d, eps, features, rng):
     n = 4096 if d < 128 else 2560
     Q, K = (cases.unit_rows(x).astype(np.float32) for x in rng.standard_normal((2, n, d)))
-    V = rng.uniform(-1, 1, (n, 3)).astype(np.float32)
+    V = rng.uniform(-1, 1, (n, 16)).astype(np.float32)
     R = ropecy.Rotary(d)
     O, certificate = ropecy.attention(Q, K, V, R, eps=eps, method="polynomial", seed=1, return_certificate=True)
     assert certificate.rule == "moments"

@@ -16,7 +16,20 @@ from . import moments
 from . import polynomial as poly
 from .bounds import Scores, Values, exact_rounding, measure, measure_values, polynomial_rounding
 from .certificate import BoundedEntryError, Certificate, PerformanceWarning, nothing_to_do
-from .costs import available_memory, cheaper, exact_bytes, exact_operations, fits, rate
+from .costs import (
+    Work,
+    available_memory,
+    cheaper,
+    exact_bytes,
+    exact_work,
+    fits,
+    fourth_work,
+    moments_work,
+    operations_work,
+    polynomial_work,
+    sample_work,
+    seconds_of,
+)
 from .engines import fft as fft_engine
 from .engines import outliers
 from .engines import polynomial as polynomial_engine
@@ -29,7 +42,7 @@ from .rotary import Rotary
 from .schedule import Choice, Plan
 
 _MINUTE = 60.0
-# Seconds of exact work below which auto does not ask what transforms would cost.
+# Seconds of exact work, as `costs` knows them, below which auto does not ask what transforms would cost.
 _WORTH_ASKING = 0.02
 # Past this degree moments are not tried where the worst case has no degree at all.
 _MOST_BY_MOMENTS = 6
@@ -38,10 +51,10 @@ _FEW = 0.03
 # Rows that judge a degree by their error, and rows of a tile of the exact engine.
 _SAMPLED_ROWS = 256
 _TILE = 48
-# Operations of exact attention below which looking at moments costs more than they save.
-_TOO_SMALL = 2e7
-# Operations that looking for outliers costs for each entry of q and k, about, and by how much work must be past that.
-_LOOKING = 100
+# What looking at moments may cost, as a part of what is at hand without them.
+_LOOK = 0.08
+# Seconds that looking for outliers costs for each entry of q and k, about, and by how much work must be past that.
+_LOOKING = 8e-10
 _WORTH_LOOKING = 20
 
 
@@ -123,6 +136,7 @@ def make_plan(
             made = _by_sample(problem, made, eps, degree, seed) or made
     else:
         made = _by_proof(problem, **how)
+    made.seconds = {engine: seconds_of(work, problem.threads, grad) for engine, work in made._works.items()}
     if not fits(made.bytes.get(made.engine, 0.0)):
         raise MemoryError(
             f"the {made.engine} engine needs {made.bytes[made.engine] / 2**30:.3g} GiB beyond inputs and outputs, "
@@ -143,28 +157,26 @@ def _by_sample(
     """Degrees to be tried whose work, all together, is below that of what is proved; None where there are none."""
     if proved is None:
         scores, values = measure(problem), measure_values(problem)
-        seconds, sizes = {}, {}
+        works, sizes = {}, {}
     else:
-        scores, values, seconds, sizes = proved._scores, proved._values, dict(proved.seconds), dict(proved.bytes)
+        scores, values, works, sizes = proved._scores, proved._values, dict(proved._works), dict(proved.bytes)
     rounding = polynomial_rounding(problem, scores.bound, values)
     if rounding >= eps or scores.bound > poly.MAX_BOUND:
         return None
     H, G, n, d = problem.q.shape
-    exact = exact_operations(problem, False)
     rows = min(_SAMPLED_ROWS, H * G * n)
     # Where j - i matters, each row costs a tile.
-    sampling = exact * min(1.0, rows * (1 if problem.hi is None else _TILE) / (H * G * n))
-    limit = math.inf
-    if proved is not None:
-        limit = exact if proved.engine == "exact" else proved._choice.operations
-    if proved is not None and exact < _TOO_SMALL:
+    share = min(1.0, rows * (1 if problem.hi is None else _TILE) / (H * G * n))
+    sampling = exact_work(problem, False).times(share) + sample_work(problem)
+    limit = math.inf if proved is None else works[proved.engine].nominal
+    if sampling.nominal > limit:
         return None
     B, trials, total = poly.B_grid(scores.bound), [], 0.0
     kappa = moments.Sample(problem, scores, values).kappa()
     for g in [degree] if degree else range(1, _MOST_BY_MOMENTS + 1):
         line = poly.MomentPolynomial(B, 1, (1.0, 1.0), 0, (0.0, 0.0))
         p = line if g == 1 else poly.fit_moments(B, g, kappa * (g == 2))
-        total += polynomial_engine.operations(problem, g, False) + sampling
+        total += (polynomial_work(problem, g, False) + sampling).nominal
         if total >= limit or not fits(polynomial_engine.memory(problem, g, False)):
             break
         if p is not None:
@@ -172,8 +184,7 @@ def _by_sample(
     if not trials:
         return None
     first = trials[0].degree
-    speed = rate(problem.q.dtype.name) * problem.threads
-    seconds["polynomial"] = (polynomial_engine.operations(problem, first, False) + sampling) / speed
+    works["polynomial"] = polynomial_work(problem, first, False) + sampling
     sizes["polynomial"] = polynomial_engine.memory(problem, first, False)
     certificate = Certificate(
         "polynomial",
@@ -187,7 +198,7 @@ def _by_sample(
         n_sampled=rows,
     )
     reason = "the smallest degree whose error in sampled rows, doubled, is within eps"
-    made = _plan(problem, "polynomial", scores, values, certificate, False, reason, seconds, sizes, eps)
+    made = _plan(problem, "polynomial", scores, values, certificate, False, reason, works, sizes, eps)
     made._trials, made._second = trials, proved
     return made
 
@@ -204,9 +215,7 @@ def _by_proof(problem: Problem, **how: Any) -> Plan:
         if made is None:
             most, scores, values = math.inf, measure(problem), measure_values(problem)
         else:
-            exact = exact_operations(problem, how["grad"])
-            most = exact if made.engine == "exact" else made._choice.operations
-            scores, values = made._scores, made._values
+            most, scores, values = made._works[made.engine].nominal, made._scores, made._values
         made = _beside_outliers(problem, scores, values, most, **how) or made
     if made is None:
         raise refusal
@@ -239,33 +248,38 @@ def _at_once(
         return _plan(problem, "exact", scores, None, certificate, grad, "no query sees a key", {}, {}, eps)
 
     piece = piece or problem
-    scores, values = measured or (measure(problem, centre=method != "exact"), measure_values(problem))
-    speed = rate(problem.q.dtype.name) * problem.threads
-    seconds = {"exact": exact_operations(problem, grad) / speed}
+    works = {"exact": exact_work(problem, grad)}
+    plain = not missing and not relative and method in ("auto", "polynomial")
+    small = plain and method == "auto" and degree is None and _too_small(problem, works["exact"], grad)
+    centre = method != "exact" and not small
+    scores, values = measured or (measure(problem, centre=centre), measure_values(problem))
     sizes = {"exact": exact_bytes(piece, grad)}
     worst = chosen = None
     refusal = f"the polynomial engine does not do {missing}" if missing else None
-    if not missing and not relative and method in ("auto", "polynomial"):
+    if small:
+        refusal = "the cheapest engine, whatever the degree"
+    elif plain:
         worst, refusal = _by_worst_case(problem, scores, values, eps, degree, grad)
         chosen = worst
         if not each_weight:
-            chosen = _by_moments(problem, scores, values, eps, method, degree, seed, grad, worst) or worst
+            at_hand = works["exact"], worst
+            chosen = _by_moments(problem, scores, values, eps, method, degree, seed, grad, *at_hand) or worst
         if chosen is None and (method == "polynomial" or degree is not None):
             raise BoundedEntryError(refusal)
     if chosen is not None:
-        seconds["polynomial"] = chosen.operations / speed
+        works["polynomial"] = chosen.work
         sizes["polynomial"] = polynomial_engine.memory(piece, chosen.degree, grad, chosen.grad_degree)
 
     by_scan = None
     if relative and not problem.empty and method in ("auto", "polynomial"):
-        by_scan, refusal = _scan_plan(problem, scores, values, eps, degree, grad, method, seconds, sizes)
-        if by_scan is not None and method == "auto" and not cheaper("polynomial", seconds, sizes):
+        by_scan, refusal = _scan_plan(problem, scores, values, eps, degree, grad, method, works, sizes)
+        if by_scan is not None and method == "auto" and not cheaper("polynomial", works, sizes):
             by_scan = None
 
     by_fft = None
     none_yet = chosen is None and by_scan is None
-    if method == "fft" or (method == "auto" and none_yet and seconds["exact"] > _WORTH_ASKING):
-        by_fft, no_fft = _fft_plan(problem, scores, values, eps, degree, grad, method, seconds, sizes)
+    if method == "fft" or (method == "auto" and none_yet and works["exact"].nominal > _WORTH_ASKING):
+        by_fft, no_fft = _fft_plan(problem, scores, values, eps, degree, grad, method, works, sizes)
         if method == "fft" and by_fft is None:
             raise BoundedEntryError(no_fft)
 
@@ -273,23 +287,23 @@ def _at_once(
         certificate = Certificate(
             "exact", None, None, scores.plain, "exact", 0.0, exact_rounding(problem, scores.plain, values)
         )
-        return _plan(problem, "exact", scores, values, certificate, grad, reason, seconds, sizes, eps)
+        return _plan(problem, "exact", scores, values, certificate, grad, reason, works, sizes, eps)
 
     def by_polynomial(choice, reason):
-        made = _polynomial_plan(problem, scores, values, choice, grad, reason, seconds, sizes, eps)
+        made = _polynomial_plan(problem, scores, values, choice, grad, reason, works, sizes, eps)
         if choice.rule is not None:
             affordable = worst is not None and fits(polynomial_engine.memory(problem, worst.degree, grad))
-            if affordable and (method == "polynomial" or worst.operations / speed < seconds["exact"]):
+            if affordable and (method == "polynomial" or worst.work.nominal < works["exact"].nominal):
                 made._second = by_polynomial(worst, reason)
             elif method == "auto":
                 made._second = exactly("moments certify too few rows")
         return made
 
-    if by_fft is not None and (method == "fft" or cheaper("fft", seconds, sizes)):
+    if by_fft is not None and (method == "fft" or cheaper("fft", works, sizes)):
         made = by_fft
     elif by_scan is not None:
         made = by_scan
-    elif chosen is not None and (method == "polynomial" or cheaper("polynomial", seconds, sizes)):
+    elif chosen is not None and (method == "polynomial" or cheaper("polynomial", works, sizes)):
         insisted = "method='polynomial'" if method == "polynomial" else "the cheapest engine that certifies eps"
         made = by_polynomial(chosen, insisted)
     else:
@@ -300,24 +314,26 @@ def _at_once(
 
 def _beside_outliers(problem: Problem, scores: Scores, values: Values, most: float, **how: Any) -> Plan | None:
     """The plan of a few long keys and queries exactly and the rest by a polynomial, or None where none costs less than
-    `most` operations.
+    `most` seconds.
     """
     eps, degree, grad = how["eps"], how["degree"], how["grad"]
-    exact = exact_operations(problem, grad)
-    if min(most, exact) < _WORTH_LOOKING * _LOOKING * (problem.q.size + problem.k.size) or scores.plain == math.inf:
+    exact = exact_work(problem, grad)
+    looking = _LOOKING * (problem.q.size + problem.k.size)
+    # Where nothing else is left, a look is worth it.
+    if (most < math.inf and most < _WORTH_LOOKING * looking) or scores.plain == math.inf:
         return None
     norms = outliers.Norms(problem, scores)
     best, chosen = most, None
     for n_rows, n_keys, B, square in norms.candidates():
-        extra = outliers.operations(problem, n_rows, n_keys, grad)
-        if extra >= best or not (n_rows or n_keys):
+        extra = outliers.work(problem, n_rows, n_keys, grad)
+        if extra.nominal >= best or not (n_rows or n_keys):
             continue
         g = _expected_degree(problem, values, B, None if how["each_weight"] else square, eps / 4 if grad else eps)
         if g is None or g > (degree or g):
             continue
-        total = extra + polynomial_engine.operations(problem, degree or g, grad)
-        if total < best:
-            best, chosen = total, (n_rows, n_keys)
+        total = extra + polynomial_work(problem, degree or g, grad)
+        if total.nominal < best:
+            best, chosen = total.nominal, (n_rows, n_keys)
     if chosen is None:
         return None
     split = norms.split(*chosen)
@@ -325,16 +341,16 @@ def _beside_outliers(problem: Problem, scores: Scores, values: Values, most: flo
         rest = _at_once(split.rest, **how)
     except BoundedEntryError:
         return None
-    extra = outliers.operations(problem, *chosen, grad)
-    if rest.engine != "polynomial" or rest._choice.operations + extra >= most:
+    if rest.engine != "polynomial":
         return None
-    speed = rate(problem.q.dtype.name) * problem.threads
-    seconds = {"exact": exact / speed, "polynomial": (rest._choice.operations + extra) / speed}
+    works = {"exact": exact, "polynomial": rest._choice.work + outliers.work(problem, *chosen, grad)}
+    if works["polynomial"].nominal >= most:
+        return None
     sizes = {"exact": rest.bytes["exact"]}
     sizes["polynomial"] = rest.bytes["polynomial"] + outliers.memory(problem, *chosen, grad)
     rounding = max(rest.certificate.rounding, exact_rounding(problem, scores.plain, values))
     reason = f"{rest.reason}: {split}"
-    made = _plan(problem, "polynomial", scores, values, rest.certificate, grad, reason, seconds, sizes, eps)
+    made = _plan(problem, "polynomial", scores, values, rest.certificate, grad, reason, works, sizes, eps)
     made.certificate = replace(rest.certificate, rounding=rounding)
     if grad:
         made.gradient_certificate = replace(rest.gradient_certificate, rounding=4 * rounding)
@@ -359,7 +375,12 @@ def _expected_degree(problem: Problem, values: Values, B: float, square: float |
     return None if degree is None else max(1, degree)
 
 
-def _polynomial_plan(problem, scores, values, choice, grad, reason, seconds, sizes, eps) -> Plan:
+def _too_small(problem: Problem, exact: Work, grad: bool) -> bool:
+    """Whether no degree is cheaper than exact work, so that none need be looked for."""
+    return polynomial_work(problem, 1, grad).nominal >= exact.nominal
+
+
+def _polynomial_plan(problem, scores, values, choice, grad, reason, works, sizes, eps) -> Plan:
     d, rule = fft_engine.terms(problem), choice.rule
     certificate = Certificate(
         "polynomial",
@@ -372,7 +393,7 @@ def _polynomial_plan(problem, scores, values, choice, grad, reason, seconds, siz
         seed=None if rule is None else rule.seed,
         failure=0.0 if rule is None or rule.seed is None else moments.FAILURE,
     )
-    made = _plan(problem, "polynomial", scores, values, certificate, grad, reason, seconds, sizes, eps)
+    made = _plan(problem, "polynomial", scores, values, certificate, grad, reason, works, sizes, eps)
     made._choice = choice
     if grad:
         made.gradient_certificate = replace(
@@ -385,8 +406,8 @@ def _polynomial_plan(problem, scores, values, choice, grad, reason, seconds, siz
     return made
 
 
-def _scan_plan(problem, scores, values, eps, degree, grad, method, seconds, sizes) -> tuple[Plan | None, str | None]:
-    """The plan of a near field and decayed states; or None, and why there is none. Notes its seconds and bytes."""
+def _scan_plan(problem, scores, values, eps, degree, grad, method, works, sizes) -> tuple[Plan | None, str | None]:
+    """The plan of a near field and decayed states; or None, and why there is none. Notes its work and bytes."""
     split, lacking = scan_engine.split(problem, poly.relative_error_for(eps) / 8)
     if split is None:
         if method == "polynomial":
@@ -403,14 +424,13 @@ def _scan_plan(problem, scores, values, eps, degree, grad, method, seconds, size
             raise BoundedEntryError(refusal)
         return None, refusal
     degree = max(1, p.degree)
-    work = scan_engine.operations(split, degree, grad)
-    seconds["polynomial"] = work / (rate(problem.q.dtype.name) * problem.threads)
+    work = works["polynomial"] = scan_engine.work(split, degree, grad)
     sizes["polynomial"] = scan_engine.memory(split, degree, grad)
     error = (1 + p.error) * (1 + part) - 1
     insisted = "method='polynomial'" if method == "polynomial" else "the cheapest engine that certifies eps"
     reason = f"{insisted}: {split}"
     made = _polynomial_plan(
-        problem, scores, values, Choice(p, poly.tau(error), work), grad, reason, seconds, sizes, eps
+        problem, scores, values, Choice(p, poly.tau(error), work), grad, reason, works, sizes, eps
     )
     made._split = split
     made.certificate = replace(made.certificate, rounding=rounding)
@@ -419,8 +439,8 @@ def _scan_plan(problem, scores, values, eps, degree, grad, method, seconds, size
     return made, None
 
 
-def _fft_plan(problem, scores, values, eps, degree, grad, method, seconds, sizes) -> tuple[Plan | None, str | None]:
-    """The plan of the fft engine; or None, and why there is none. Notes its seconds and bytes."""
+def _fft_plan(problem, scores, values, eps, degree, grad, method, works, sizes) -> tuple[Plan | None, str | None]:
+    """The plan of the fft engine; or None, and why there is none. Notes its work and bytes."""
     if fft_engine.unsupported(problem):
         return None, None
     base = fft_engine.base_rounding(problem, scores.bound, values)
@@ -428,16 +448,15 @@ def _fft_plan(problem, scores, values, eps, degree, grad, method, seconds, sizes
     p, refusal = _certified(problem, scores, values, eps, degree, base + eps / 8)
     if p is None:
         return None, refusal
-    degree, speed = max(1, p.degree), rate(problem.q.dtype.name) * problem.threads
-    work = fft_engine.operations(problem, degree, grad)
+    degree = max(1, p.degree)
+    work = works["fft"] = operations_work(problem, fft_engine.operations(problem, degree, grad))
     sizes["fft"] = fft_engine.memory(problem, degree, grad)
-    seconds["fft"] = work / speed
-    if method == "auto" and not cheaper("fft", seconds, sizes):
+    if method == "auto" and not cheaper("fft", works, sizes):
         return None, None
     symbol = fft_engine.survey(problem, p, eps / 8)
     n = problem.q.shape[2]
     rows = sum(last - first for first, last in symbol.exact_rows)
-    seconds["fft"] = work * (1 + symbol.unseen) / 2 / speed + rows / n * seconds["exact"]
+    works["fft"] = work.times((1 + symbol.unseen) / 2) + works["exact"].times(rows / n)
     if rows > n / 2:
         return None, (
             f"the bias or the family is so large that transforms lose {rows:,} of {n:,} rows in rounding "
@@ -445,7 +464,7 @@ def _fft_plan(problem, scores, values, eps, degree, grad, method, seconds, sizes
         )
     reason = "method='fft'" if method == "fft" else "the cheapest engine that certifies eps"
     choice = Choice(p, poly.tau(p.error), work)
-    made = _polynomial_plan(problem, scores, values, choice, grad, reason, seconds, sizes, eps)
+    made = _polynomial_plan(problem, scores, values, choice, grad, reason, works, sizes, eps)
     made.engine, made._symbol = "fft", symbol
     made.certificate = replace(made.certificate, engine="fft", rounding=base + symbol.rounding)
     if grad:
@@ -464,33 +483,38 @@ def _by_moments(
     degree: int | None,
     seed: int | None,
     grad: bool,
+    exact: Work,
     worst: Choice | None,
 ) -> Choice | None:
     """The cheapest degree below that of the worst case that moments are expected to certify, or None."""
     most = degree or (worst.degree - (not grad) if worst else _MOST_BY_MOMENTS)
     allowed = eps - polynomial_rounding(problem, scores.bound, values)
-    exact = exact_operations(problem, grad)
     if most < 2 or allowed <= 0 or scores.bound > poly.MAX_BOUND or (degree and worst and not grad):
         return None
-    if method == "auto" and exact < _TOO_SMALL:
-        return None
+    # What is at hand; a degree that was asked for is looked at, whatever it costs.
+    free = method == "auto" and degree is None
+    at_hand = [work.nominal for work in (worst and worst.work, free and exact) if work]
+    if free:
+        looking = sample_work(problem).nominal
+        least = polynomial_work(problem, 2, grad, 2) + moments_work(problem)
+        if looking > _LOOK * min(at_hand) or least.nominal + looking > min(at_hand):
+            return None
     H, G, n, _ = problem.q.shape
     sample = moments.Sample(problem, scores, values)
     B = poly.B_grid(scores.bound)
     best, fourth = None, None
     for g in range(degree or 2, most + 1):
         # Nothing dearer than what is already at hand.
-        limit = min([c.operations for c in (worst, best) if c is not None], default=math.inf)
-        if polynomial_engine.operations(problem, g, False) >= limit:
+        limit = min([*at_hand, math.inf if best is None else best.work.nominal])
+        if (polynomial_work(problem, g, False) + moments_work(problem)).nominal >= limit:
             break
         kappas = (0.0, sample.kappa()) if g < 4 and problem.hi is None and not grad else (0.0,)
         for p, r in ((p, r) for kappa in kappas for p, r in _weights(B, g, kappa, grad)):
-            grad_degree = r.degree + 1 if grad else None
-            operations = polynomial_engine.operations(problem, g, grad, grad_degree)
+            work = polynomial_work(problem, g, grad, r.degree + 1 if grad else None) + moments_work(problem)
             rule = MomentRule(p, weights=r)
             if p.radius[1]:
-                operations += moments.fourth_operations(problem)
-            if operations >= limit:
+                work += fourth_work(problem)
+            if work.nominal >= limit:
                 continue
             expected, of_gradient = sample.truncation(p, None), 0.0
             if p.radius[1]:
@@ -508,10 +532,10 @@ def _by_moments(
             if share > _FEW:
                 continue
             rows = math.ceil(H * G * n * (1.5 * share + 1 / 512)) + 8
-            operations += rows * exact / (H * G * n)
-            if operations < limit:
+            work += exact.times(rows / (H * G * n))
+            if work.nominal < limit:
                 truncation = float(np.max(expected, where=~failing, initial=0.0))
-                best, limit = Choice(p, truncation, operations, rule, rows, of_gradient), operations
+                best, limit = Choice(p, truncation, work, rule, rows, of_gradient), work.nominal
     return best
 
 
@@ -532,10 +556,10 @@ def _weights(
             yield p, r
 
 
-def _plan(problem, engine, scores, values, certificate, grad, reason, seconds, sizes, eps) -> Plan:
+def _plan(problem, engine, scores, values, certificate, grad, reason, works, sizes, eps) -> Plan:
     shape = (*problem.q.shape, problem.k.shape[1], problem.v.shape[2], problem.q.dtype.name)
     gradient = replace(certificate, rounding=4 * certificate.rounding) if grad else None
-    return Plan(engine, certificate, gradient, reason, seconds, sizes, shape, eps, scores, values, None, None)
+    return Plan(engine, certificate, gradient, reason, {}, sizes, shape, eps, scores, values, None, None, works)
 
 
 def _by_worst_case(
@@ -545,8 +569,7 @@ def _by_worst_case(
     p, refusal = _certified(problem, scores, values, eps, degree)
     if p is None:
         return None, refusal
-    operations = polynomial_engine.operations(problem, max(1, p.degree), grad)
-    return Choice(p, poly.tau(p.error), operations), None
+    return Choice(p, poly.tau(p.error), polynomial_work(problem, max(1, p.degree), grad)), None
 
 
 def _certified(
@@ -577,8 +600,11 @@ def _certified(
     if needed is None:
         return None, f"{where}: no degree certifies eps = {eps:g}; {cure}"
     if needed > 1:
-        # smallest_degree speaks of a slightly larger bound, whose polynomial is in its cache.
-        p = poly.minimax(B, needed - 1)
-        if p.error <= e:
-            return p, None
+        # smallest_degree speaks of a slightly larger bound, whose polynomials are in its cache. This one takes a
+        # millisecond: only where its error, about (B / bound)^needed times that of the other, may do.
+        bound = poly.B_grid(B)
+        if poly.minimax(bound, needed - 1).error * (B / bound) ** needed <= 1.02 * e:
+            p = poly.minimax(B, needed - 1)
+            if p.error <= e:
+                return p, None
     return poly.minimax(poly.B_grid(B), max(1, needed)), None

@@ -11,6 +11,7 @@ from . import evidence, moments
 from . import polynomial as poly
 from .bounds import Scores, Values, exact_rounding
 from .certificate import BoundedEntryError, Certificate
+from .costs import Work
 from .engines import exact as exact_engine
 from .engines import fft as fft_engine
 from .engines import outliers
@@ -48,8 +49,8 @@ class Choice:
     polynomial : Polynomial or MomentPolynomial
     truncation : float
         Proved ("worst case"), or expected of rows that are not computed exactly ("moments").
-    operations : float
-        As the exact engine counts them, of the rows computed exactly too.
+    work : Work
+        That of the rows computed exactly too.
     rule : MomentRule or None
         None is the worst case.
     n_exact_rows : int
@@ -60,7 +61,7 @@ class Choice:
 
     polynomial: poly.Polynomial | poly.MomentPolynomial
     truncation: float
-    operations: float
+    work: Work
     rule: MomentRule | None = None
     n_exact_rows: int = 0
     gradient_truncation: float = 0.0
@@ -107,6 +108,7 @@ class Plan:
     _values: Values | None = field(repr=False)
     _choice: Choice | None = field(repr=False)
     _second: Plan | None = field(repr=False)  # what runs where too many rows fail
+    _works: dict[str, Work] = field(repr=False)  # by engine, whatever the threads
     _trials: list[poly.MomentPolynomial] | None = field(default=None, repr=False)  # to be judged by sampled rows
     _symbol: fft_engine.Symbol | None = field(default=None, repr=False)
     _split: scan_engine.Split | None = field(default=None, repr=False)

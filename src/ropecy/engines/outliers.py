@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 
 from ..bounds import Scores
-from ..costs import exact_operations
+from ..costs import Work, exact_work
 from ..problem import Problem
 from . import exact
 
-# What a call of the exact engine costs beside its pairs, in operations, and rows of its tiles.
-_CALL = 1e7
+# Seconds that a call of the exact engine costs beside its pairs, and rows of its tiles.
+_CALL = 8e-5
 _TILE = 48
 # At most this part of the rows may be long.
 _FEW = 1 / 32
@@ -143,15 +143,15 @@ def _counts(most: int) -> list[int]:
     return [0, *(2**k for k in range(most.bit_length()))]
 
 
-def operations(problem: Problem, n_rows: int, n_keys: int, grad: bool) -> float:
-    """Multiply-adds times 2 of what is exact, as the exact engine counts them."""
+def work(problem: Problem, n_rows: int, n_keys: int, grad: bool) -> Work:
+    """Of what is exact."""
     H, G, n, _ = problem.q.shape
     n_k = problem.k.shape[1]
-    whole, causal = exact_operations(replace(problem, hi=None), grad), problem.hi is not None
+    whole, causal = exact_work(replace(problem, hi=None), grad), problem.hi is not None
     # A row of a causal problem costs a tile, and rows see the long keys before them by calls of their own.
     rows = n_rows * (_TILE if causal else 1) / (G * n)
     calls = H * ((n_keys if causal else 1) * (n_keys > 0) + (n_rows if causal else G) * (n_rows > 0))
-    return whole * (rows + n_keys / n_k) + calls * _CALL * (3 if grad else 1)
+    return whole.times(rows + n_keys / n_k) + Work(calls * _CALL * (3 if grad else 1))
 
 
 def memory(problem: Problem, n_rows: int, n_keys: int, grad: bool) -> float:

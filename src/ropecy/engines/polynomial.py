@@ -171,25 +171,6 @@ def key_states(k: np.ndarray, v: np.ndarray, monomials: Monomials, middle: np.nd
     return _monomials.Scan(q, k, v, None, False, 0, monomials, None, middle, 1.0, 1.0, parts, threads).key_states()
 
 
-def operations(problem: Problem, degree: int, grad: bool, grad_degree: int | None = None) -> float:
-    """Multiply-adds times 2 of forward, and of backward where grad, with what is not a product counted by its time.
-
-    `grad_degree` is that of backward's features, one more than `degree` unless weights have their own.
-    """
-    H, G, n, d = problem.q.shape
-    n_k, columns = problem.k.shape[1], problem.v.shape[2] + 1
-    causal = problem.hi is not None
-    low, top = (n_features(d, g) * columns for g in (degree, grad_degree or degree + 1))
-    keys, queries = 2.0 * H * n_k, 2.0 * H * G * n
-    state = max(low, top) if grad else low
-    total = (2 if causal else 1) * keys * state + queries * low
-    if grad:
-        total += queries * top + keys * (top + low) + (2 if causal else 1) * queries * state + causal * keys * state
-    # Features, transposes and exact pairs inside chunks, in units of the products' operations.
-    per_token = 60 * (d + columns) + 2 * n_features(d, degree)
-    return total + (keys + queries) * per_token * (4 if grad else 1) + queries * causal * 200 * (d + columns)
-
-
 def memory(problem: Problem, degree: int, grad: bool, grad_degree: int | None = None) -> float:
     """Bytes beyond inputs and outputs."""
     H, G, n, d = problem.q.shape
@@ -212,7 +193,7 @@ def segments(problem: Problem, state_degree: int) -> int:
     tokens = max(n, problem.k.shape[1])
     features = n_features(d, state_degree)
     state = 8 * H * features * (problem.v.shape[2] + 1)
-    return max(1, min(-(-_SEGMENTS // H), tokens // max(1024, 2 * features), _STATE_BYTES // state))
+    return max(1, min(-(-_SEGMENTS // H), tokens // max(1024, features), _STATE_BYTES // state))
 
 
 def _monomials_for(

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..bounds import Scores, Values, exact_rounding, polynomial_rounding
-from ..costs import exact_operations
+from ..costs import Work, exact_work, polynomial_work
 from ..forms import FarGradient, Tail
-from ..kernels import _exact, _monomials
+from ..kernels import _monomials
 from ..polynomial import Polynomial
 from ..problem import Problem
 from . import exact
@@ -23,6 +23,8 @@ from . import polynomial as polynomial_engine
 
 # exp of this is far from underflow in float32; a row's nearest key may fade no further.
 _FADED = 60.0
+# Seconds of an entry of O that is merged with that of another part.
+_MERGE = 4e-10
 
 
 @dataclass(slots=True)
@@ -199,17 +201,13 @@ def rounding(split: Split, scores: Scores, values: Values) -> float:
     return total + exact_rounding(near, bound, values)
 
 
-def operations(split: Split, degree: int, grad: bool) -> float:
-    """Multiply-adds times 2 of forward, and of backward where grad, with what is not a product counted by its time."""
+def work(split: Split, degree: int, grad: bool) -> Work:
+    """Of forward, and of backward where grad."""
     H, G, n, _ = split.whole.q.shape
-    merging = 40.0 * H * G * n * (split.whole.v.shape[2] + 4)
-    total = sum(polynomial_engine.operations(far.problem, degree, grad) + merging for far in split.far)
-    if split.near is not None:
-        # A band is computed in whole tiles and blocks.
-        tile, block, _ = _exact.blocking(split.near.q.dtype)
-        band = replace(split.near, lo=split.near.lo - tile - block // 2, hi=split.near.hi + tile)
-        total += exact_operations(band, grad)
-    return total
+    total = Work(H * G * n * (split.whole.v.shape[2] + 4) * _MERGE * len(split.far))
+    for far in split.far:
+        total += polynomial_work(far.problem, degree, grad)
+    return total if split.near is None else total + exact_work(split.near, grad)
 
 
 def memory(split: Split, degree: int, grad: bool) -> float:
