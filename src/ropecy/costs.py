@@ -15,7 +15,6 @@ from functools import lru_cache
 
 import numpy as np
 
-from .certificate import Certificate
 from .engines import exact as exact_engine
 from .engines import family as family_engine
 from .engines import polynomial as polynomial_engine
@@ -214,16 +213,20 @@ def _polynomial_work(shape, n_k, d_v, dtype, causal, offset, degree, grad_degree
     )
 
 
-def pays_from(problem: Problem, certificate: Certificate, grad: bool) -> int | None:
-    """About the least n, to two digits, from which such a polynomial beats exact attention on n queries and n keys."""
+def pays_from(
+    problem: Problem, degree: int, grad: bool, *, moments: bool = False, fourth: bool = False
+) -> int | None:
+    """About the least n, to two digits, from which a polynomial beats exact attention on n queries and n keys.
+
+    With what certifies it by moments, and by the fourth of them.
+    """
     H, G, _, d = problem.q.shape
 
     def pays(n: int) -> bool:
         made = shaped((H, G, n, d), n, problem.v.shape[2], problem.q.dtype, problem.hi is not None)
-        work = polynomial_work(made, certificate.degree, grad)
-        if certificate.rule == "moments":
-            work += moments_work(made)
-            work += fourth_work(made) if certificate.failure else Work()
+        work = polynomial_work(made, degree, grad)
+        work += moments_work(made) if moments else Work()
+        work += fourth_work(made) if fourth else Work()
         return work.nominal < exact_work(made, grad).nominal
 
     n = 16

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from .engines import fft as fft_engine
 from .engines import outliers
 from .engines import polynomial as polynomial_engine
 from .engines import scan as scan_engine
+from .explain import Alternative, table
 from .moments import MomentRule
 from .problem import Problem
 
@@ -78,7 +79,7 @@ class Choice:
         return self.degree + 1 if weights is None else weights.degree + 1
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class Plan:
     """Which engine runs, what it promises, and why; ``print(plan)`` explains itself.
 
@@ -94,6 +95,11 @@ class Plan:
         Why this engine.
     seconds, bytes : dict
         By engine: predicted time on this machine, and memory beyond inputs and outputs.
+    alternatives : tuple of Alternative
+        What `plan` found of each engine, with its ``name``, ``certificate`` (None where it has none, and why as
+        ``refusal``), ``seconds``, ``bytes``, and ``pays_from``, the n from which it beats exact attention.
+    advice : tuple of Alternative
+        What would let a polynomial in, or a cheaper one, and what that comes to.
     """
 
     engine: str
@@ -104,16 +110,19 @@ class Plan:
     bytes: dict[str, float]
     shape: tuple[int, ...]
     eps: float
-    _scores: Scores = field(repr=False)
-    _values: Values | None = field(repr=False)
-    _choice: Choice | None = field(repr=False)
-    _second: Plan | None = field(repr=False)  # what runs where too many rows fail
-    _works: dict[str, Work] = field(repr=False)  # by engine, whatever the threads
-    _trials: list[poly.MomentPolynomial] | None = field(default=None, repr=False)  # to be judged by sampled rows
-    _symbol: fft_engine.Symbol | None = field(default=None, repr=False)
-    _split: scan_engine.Split | None = field(default=None, repr=False)
-    _outliers: outliers.Split | None = field(default=None, repr=False)
-    _rest: Plan | None = field(default=None, repr=False)  # of what is left without outliers
+    _scores: Scores
+    _values: Values | None
+    _choice: Choice | None
+    _second: Plan | None  # what runs where too many rows fail
+    _works: dict[str, Work]  # by engine, whatever the threads
+    _trials: list[poly.MomentPolynomial] | None = None  # to be judged by sampled rows
+    _symbol: fft_engine.Symbol | None = None
+    _split: scan_engine.Split | None = None
+    alternatives: tuple[Alternative, ...] = ()
+    advice: tuple[Alternative, ...] = ()
+    _spread: tuple[float, float] | None = None  # root mean square of a row's scores, at most
+    _outliers: outliers.Split | None = None
+    _rest: Plan | None = None  # of what is left without outliers
 
     def forward(self, problem: Problem, want_lse: bool) -> Forward:
         """O, and lse where it is wanted.
@@ -250,17 +259,7 @@ class Plan:
         return found
 
     def __str__(self) -> str:
-        H, G, n, d, n_k, d_v, dtype = self.shape
-        what = "forward and backward" if self.gradient_certificate else "forward"
-        lines = [
-            f"{what}: {H * G} x {n:,} queries, {H} x {n_k:,} keys, d = {d}, d_v = {d_v}, {dtype}, eps = {self.eps:g}",
-            f"scores    |s| <= {self._scores.plain:.4g} (Cauchy-Schwarz), {self._scores.bound:.4g} {self._scores.how}",
-        ]
-        for engine in self.seconds:
-            mark = "->" if engine == self.engine else "  "
-            lines.append(f"{mark} {engine:<10} {self.seconds[engine]:9.3g} s {self.bytes[engine] / 2**20:10,.1f} MiB")
-        lines.append(f"result    {self.certificate}")
-        if self.gradient_certificate:
-            lines.append(f"gradient  {self.gradient_certificate}")
-        lines.append(f"because   {self.reason}")
-        return "\n".join(lines)
+        return table(self)
+
+    def __repr__(self) -> str:
+        return f"Plan({self.certificate}; {self.seconds.get(self.engine, 0.0):.2g} s)"

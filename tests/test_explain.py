@@ -1,0 +1,134 @@
+"""What plan() says: a row for each engine, and advice that does what it promises."""
+
+import re
+
+import cases
+import numpy as np
+import pytest
+
+import ropecy
+from ropecy import costs
+
+
+def rows(rng, n, d, scale=1.0):
+    Q, K = (scale * cases.unit_rows(x) for x in rng.standard_normal((2, n, d)))
+    return Q.astype(np.float32), K.astype(np.float32), rng.uniform(-1, 1, (n, d)).astype(np.float32)
+
+
+def by_name(alternatives):
+    return {alternative.name: alternative for alternative in alternatives}
+
+
+def test_table_of_a_problem_in_the_regime(rng):
+    Q, K, V = rows(rng, 4000, 8)
+    plan = ropecy.plan(Q, K, V, ropecy.Rotary(8), causal=True)
+    lines = str(plan).splitlines()
+    assert lines[0] == "forward: 1 x 4,000 queries, 1 x 4,000 keys, d = 8, d_v = 8, float32, eps = 0.001"
+    assert re.match(r"scores    \|s\| <= 1 \(Cauchy-Schwarz\), .*; root mean square of a row 0\.35, at most", lines[1])
+    assert lines[2].split() == ["engine", "degree", "features", "error", "seconds", "MiB", "pays", "from", "n"]
+    names = by_name(plan.alternatives)
+    assert list(names)[:2] == ["exact", "polynomial, worst case"] and "fft" in names
+    marked = [line for line in lines if line.startswith("->")]
+    assert len(marked) == 1 and marked[0].split()[1].rstrip(",") == plan.engine == "polynomial"
+    worst = names["polynomial, worst case"]
+    row = next(line for line in lines if "polynomial, worst case" in line)
+    assert f"{worst.certificate.n_features:,}" in row and f"{worst.certificate.error:.1e}" in row
+    assert f"{worst.seconds:.3g}" in row and f"{worst.pays_from:,}" in row
+    assert f"result    {plan.certificate}" in lines and f"because   {plan.reason}" in lines
+    assert repr(plan).startswith("Plan(polynomial, degree ") and "\n" not in repr(plan)
+
+
+def test_every_row_is_what_that_engine_would_do(rng):
+    Q, K, V = rows(rng, 1500, 16)
+    options = {"R": ropecy.Rotary(16), "seed": 1}
+    names = by_name(ropecy.plan(Q, K, V, **options).alternatives)
+    for name, alternative in names.items():
+        method = name.split(",")[0]
+        forced = ropecy.plan(Q, K, V, **options, method=method)
+        if name != "polynomial, worst case":
+            assert alternative.certificate == forced.certificate
+            assert alternative.seconds == pytest.approx(forced.seconds[method])
+            assert alternative.bytes == forced.bytes[method]
+    assert names["polynomial, moments"].certificate.degree < names["polynomial, worst case"].certificate.degree
+    assert names["polynomial, moments"].pays_from < names["polynomial, worst case"].pays_from
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_refusals_stand_in_the_row(grad, rng):
+    Q, K, V = rows(rng, 300, 8, scale=6.0)
+    plan = ropecy.plan(Q, K, V, grad=grad)
+    assert plan.engine == "exact"
+    refused = by_name(plan.alternatives)["polynomial, worst case"]
+    assert refused.certificate is None and refused.pays_from is None and refused.seconds == np.inf
+    assert refused.refusal.startswith("no degree certifies eps = 0.001")
+    assert f"polynomial, worst case   no: {refused.refusal}" in str(plan)
+    windowed = ropecy.plan(Q, K, V, window=50)
+    assert "no: method='polynomial' does not do a window" in str(windowed)
+    assert windowed.advice == ()
+
+
+def test_advice_for_scores_past_the_regime(rng):
+    Q, K, V = rows(rng, 2000, 16, scale=4.0)
+    plan = ropecy.plan(Q, K, V, ropecy.Rotary(16), scale=16**-0.5)
+    advice = by_name(plan.advice)
+    assert "instead   " in str(plan) and str(plan).count("pays from n = ") == len(advice)
+    assert 'certify="sample"' not in advice  # B = 64 is past what any polynomial is fitted for
+    normalised = advice["q and k normalised to a root mean square of 1, scale=1/d"]
+    unit_Q, unit_K = (cases.unit_rows(X) for X in (Q, K))
+    made = ropecy.plan(unit_Q, unit_K, V, ropecy.Rotary(16), method="polynomial")
+    assert normalised.certificate.degree == made.certificate.degree
+    assert normalised.certificate.error == pytest.approx(made.certificate.error, rel=0.01)
+    assert normalised.certificate.bound == pytest.approx(1.0, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "scale", "options", "changed"),
+    [
+        ("scale=1/d", 1.0, {"scale": 16**-0.5}, {"scale": 1 / 16}),
+        ("eps=0.01", 1.0, {"scale": 4 / 16}, {"scale": 4 / 16, "eps": 1e-2}),
+        ('certify="sample"', 1.0, {"scale": 4 / 16}, {"scale": 4 / 16, "certify": "sample"}),
+    ],
+)
+def test_advice_is_what_the_changed_call_gets(change, scale, options, changed, rng):
+    Q, K, V = rows(rng, 3000, 16, scale)
+    R = ropecy.Rotary(16)
+    advice = by_name(ropecy.plan(Q, K, V, R, seed=3, **options).advice)[change]
+    made = ropecy.plan(Q, K, V, R, seed=3, method="polynomial", **changed)
+    assert advice.certificate == made.certificate
+    assert advice.seconds == pytest.approx(made.seconds["polynomial"])
+    assert f"{change}: degree {made.certificate.degree}, " in str(ropecy.plan(Q, K, V, R, seed=3, **options))
+
+
+def test_advice_of_float64(rng):
+    Q, K, V = rows(rng, 2000, 4)
+    plan = ropecy.plan(Q, K, V, eps=1e-6, scale=4 / 4)
+    assert plan.engine == "exact" and "rounding in float32 alone" in str(plan)
+    advice = by_name(plan.advice)["float64"]
+    made = ropecy.plan(*(X.astype(float) for X in (Q, K, V)), eps=1e-6, scale=4 / 4, method="polynomial")
+    assert advice.certificate == made.certificate and made.certificate.error < 1e-6
+
+
+def test_no_advice_where_nothing_is_to_be_gained(rng):
+    Q, K, V = rows(rng, 3000, 4)
+    plan = ropecy.plan(Q, K, V, scale=0.2 / 4)
+    assert plan.engine == "polynomial"
+    assert all(2 * alternative.seconds < plan.seconds["polynomial"] for alternative in plan.advice)
+    assert ropecy.plan(Q, K, V, scale=0.2 / 4, method="exact").advice == ()
+
+
+def test_plans_of_nothing_print_too():
+    plan = ropecy.plan(np.zeros((0, 4)), np.zeros((5, 4)), np.zeros((5, 2)))
+    assert plan.alternatives == plan.advice == ()
+    assert "because   no query sees a key" in str(plan)
+
+
+def test_pays_from_is_where_predictions_cross(rng):
+    Q, K, V = rows(rng, 500, 8)
+    for grad in (False, True):
+        worst = by_name(ropecy.plan(Q, K, V, grad=grad).alternatives)["polynomial, worst case"]
+        cheaper = []
+        for n in (worst.pays_from, int(0.8 * worst.pays_from)):
+            made = costs.shaped((1, 1, n, 8), n, 8, np.dtype(np.float32), False)
+            polynomial = costs.polynomial_work(made, worst.certificate.degree, grad)
+            cheaper.append(polynomial.nominal < costs.exact_work(made, grad).nominal)
+        assert cheaper == [True, False]
