@@ -1,4 +1,4 @@
-"""``python -m ropecy demo | plan | info``."""
+"""``python -m ropecy demo | plan | map | info``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import demo
+from . import demo, regime
 from ._info import info
 from .plan import plan
 from .rotary import Rotary
@@ -21,15 +21,15 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m ropecy",
         description="Softmax attention with rotary positions, certified, in almost linear time.",
     )
-    commands = parser.add_subparsers(dest="command", metavar="demo | plan | info", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="demo | plan | map | info", required=True)
     shared = argparse.ArgumentParser(add_help=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    shared.add_argument("--d", type=_even, default=8, help="width of a head, even")
     shared.add_argument("--eps", type=_between_0_and_1, default=1e-3, help="the error to certify, in units of range(V)")
     shared.add_argument("--seed", type=_at_least(0), default=0, help="of the random numbers")
 
     for name, run, add, about in (
         ("demo", _demo, _demo_options, "the loss of a real text and its gradient, certified, and a few training steps"),
         ("plan", _plan, _plan_options, "which engine would run on random rows of a given size, its cost, its error"),
+        ("map", _map, _map_options, "where a polynomial is certified and from which n it pays; or each head of a file"),
     ):
         command = commands.add_parser(
             name,
@@ -48,6 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _demo_options(command: argparse.ArgumentParser) -> None:
+    _width(command)
     command.add_argument("--n", type=_at_least(2), help=f"number of tokens (default: {demo.TOKENS}, or what there is)")
     command.add_argument("--steps", type=_at_least(1), default=40, help="number of optimisation steps")
     command.add_argument("--file", type=Path, help="text to read (default: Python's language reference)")
@@ -65,13 +66,13 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _plan_options(command: argparse.ArgumentParser) -> None:
+    _width(command)
     command.add_argument("--n", type=_at_least(1), default=65536, help="number of queries and of keys")
     command.add_argument("--d-v", type=_at_least(1), help="width of the values (default: d)")
     command.add_argument("--heads", type=_at_least(1), default=1, help="number of heads")
     command.add_argument("--bound", type=_positive, default=1.0, help="B, which no score exceeds")
     command.add_argument("--dtype", choices=("float32", "float64"), default="float32")
-    command.add_argument("--causal", action="store_true", help="row i sees the keys j <= i")
-    command.add_argument("--grad", action="store_true", help="plan for the gradient too")
+    _what_is_asked(command)
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -85,6 +86,48 @@ def _plan(options: argparse.Namespace) -> None:
     V = normal(options.d_v or d)
     # Rows of RMS 1 have scores within 1 at the default scale.
     print(plan(Q, K, V, Rotary(d), scale=options.bound / d, causal=options.causal, eps=options.eps, grad=grad))
+
+
+def _map_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "file", type=Path, nargs="?", metavar="FILE", help="an .npz or .safetensors with Q and K, (..., n, d), rotated"
+    )
+    command.add_argument("--scale", type=_positive, help="of the scores of FILE (default: 1/d)")
+    command.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="without FILE")
+    command.add_argument("--plot", type=Path, metavar="FILE.png", help="draw from which n a polynomial pays")
+    _what_is_asked(command)
+
+
+def _map(options: argparse.Namespace) -> None:
+    how = {"causal": options.causal, "grad": options.grad}
+    asked = [f"eps = {options.eps:g}", *(name for name, wanted in how.items() if wanted)]
+    found, heads = [], []
+    try:
+        if options.plot is not None:
+            demo.check_plot(options.plot)
+        if options.file is not None:
+            heads = list(regime.heads(regime.read_rows(options.file), eps=options.eps, scale=options.scale, **how))
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        options.fail(str(error))
+    if options.file is None or options.plot is not None:
+        found = list(regime.cells(options.eps, dtype=options.dtype, seed=options.seed, **how))
+    what = ", ".join([options.dtype if options.file is None else str(options.file), *asked])
+    if options.file is None:
+        regime.print_map(found, what)
+    else:
+        regime.print_heads(heads, what)
+    if options.plot is not None:
+        regime.draw(options.plot, found, heads, what)
+        print(f"\ndrawn to {options.plot}")
+
+
+def _width(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--d", type=_even, default=8, help="width of a head, even")
+
+
+def _what_is_asked(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--causal", action="store_true", help="row i sees the keys j <= i")
+    command.add_argument("--grad", action="store_true", help="plan for the gradient too")
 
 
 def _info(options: argparse.Namespace) -> None:

@@ -1,0 +1,237 @@
+"""``python -m ropecy map``: where a polynomial is certified and from which n it pays, by width and bound, or by head.
+
+Of random directions, whose moments are those of the sphere, or of the heads in a file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from . import polynomial as poly
+from .bounds import measure_values, polynomial_rounding
+from .certificate import BoundedEntryError
+from .costs import pays_from
+from .moments import Sample
+from .plan import make_plan
+from .problem import Problem, prepare
+
+WIDTHS = (4, 8, 16, 32, 64, 128)
+BOUNDS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+_TOKENS = 4096  # of random directions, whose moments are looked at
+
+SETH = """\
+Where SETH forbids hope: for d = O(log n), errors of 1/poly(n) and entries of q and k within b, Alman and Song (NeurIPS
+2023, arXiv:2302.13214; with RoPE arXiv:2505.11892, its gradient arXiv:2412.17316) have time n^(1+o(1)) where b =
+o(sqrt(log n)), and none below n^(2-o(1)) for b = C sqrt(log n), C some constant, unless SETH fails. At scale 1/d such
+entries give scores within B = b^2: the border is where B grows as log n, which is 8.3 at 4,096 tokens, 11.1 at 65,536
+and 13.8 at a million. It is a statement on growth, and says nothing of one n; a trained model's scores of 20 to 70 are
+past it at any length that there is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A polynomial that certifies eps: its degree, its features, and the n from which it pays, or None."""
+
+    degree: int
+    n_features: int
+    pays_from: int | None
+
+    def __str__(self) -> str:
+        return f"{self.degree:>6} {_count(self.n_features):>11} {_count(self.pays_from):>12}"
+
+
+_HEAD, _NONE = (f"{a:>6} {b:>11} {c:>12}" for a, b, c in (("degree", "features", "pays from n"), "---"))
+
+
+def _count(n: int | None) -> str:
+    if n is None:
+        return "-"
+    return f"{n:,}" if n < 10**8 else f"{n:.1e}"
+
+
+def cells(
+    eps: float, *, dtype: str = "float32", causal: bool = False, grad: bool = False, seed: int = 0
+) -> Iterator[tuple[int, float, Entry | None, Entry | None]]:
+    """d, B, and what is certified by the worst case and by moments, d_v = d; None where nothing is.
+
+    Parameters
+    ----------
+    eps : float
+    dtype : str
+    causal, grad : bool
+        Of what is asked; moments do not serve gradients.
+    seed : int
+        Of random directions.
+    """
+    rng = np.random.default_rng(seed)
+    for d in WIDTHS:
+        q, k, v = rng.standard_normal((3, _TOKENS, d))
+        q, k = (X * math.sqrt(d) / np.linalg.norm(X, axis=1, keepdims=True) for X in (q, k))
+        q, k, v = (X.astype(dtype) for X in (q, k, v))
+        for B in BOUNDS:
+            problem = Problem(q=q[None, None], k=k[None], v=v[None], scale=B / d, hi=0 if causal else None)
+            yield d, B, _worst_case(problem, B, eps, grad), None if grad else _by_moments(problem, eps, seed)
+
+
+def _worst_case(problem: Problem, B: float, eps: float, grad: bool) -> Entry | None:
+    left = eps - polynomial_rounding(problem, B, measure_values(problem))
+    degree = None if left <= 0 else poly.smallest_degree(B, poly.relative_error_for(left))
+    return None if degree is None else _entry(problem, max(1, degree), grad)
+
+
+def _by_moments(problem: Problem, eps: float, seed: int) -> Entry | None:
+    how = {"eps": eps, "certify": "proof", "method": "polynomial", "degree": None, "seed": seed, "grad": False}
+    try:
+        certificate = make_plan(problem, **how).certificate
+    except (BoundedEntryError, MemoryError):
+        return None
+    if certificate.rule != "moments":
+        return None
+    return _entry(problem, certificate.degree, False, moments=True, fourth=certificate.failure > 0)
+
+
+def _entry(problem: Problem, degree: int, grad: bool, **rule: bool) -> Entry:
+    return Entry(degree, poly.n_features(problem.q.shape[-1], degree), pays_from(problem, degree, grad, **rule))
+
+
+def print_map(found: list[tuple[int, float, Entry | None, Entry | None]], what: str) -> None:
+    """The table, and what is known of its border."""
+    print(f"{what}; n as predicted for one head, d_v = d\n")
+    print(f"{'':10} {'by the worst case':^31} | {'by moments, of random directions':^31}")
+    print(f"{'d':>4} {'B':>5} {_HEAD} | {_HEAD}")
+    for d, B, worst, moments in found:
+        if B == BOUNDS[0]:
+            print()
+        print(f"{d:>4} {B:>5g} {worst or _NONE} | {moments or _NONE}")
+    print(f"\n{SETH}")
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A head of a file.
+
+    Attributes
+    ----------
+    index : tuple of int
+        In the leading axes of Q.
+    n : int
+        Keys.
+    bound : float
+        B.
+    spread : float
+        The largest root mean square of a row of its scores.
+    worst : Entry or None
+    engine : str
+        What auto takes; and the seconds of that and of exact attention.
+    seconds, exact : float
+    """
+
+    index: tuple[int, ...]
+    n: int
+    bound: float
+    spread: float
+    worst: Entry | None
+    engine: str
+    seconds: float
+    exact: float
+
+
+def read_rows(path: Path) -> dict[str, np.ndarray]:
+    """The arrays Q, K and, where it is there, V of an .npz or a .safetensors file.
+
+    Raises
+    ------
+    ImportError
+        The file is of safetensors, and that is not installed.
+    ValueError
+        Another kind of file, or one without Q and K.
+    """
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as arrays:
+            found = {name: arrays[name] for name in arrays.files if name in ("Q", "K", "V")}
+            names = arrays.files
+    elif path.suffix == ".safetensors":
+        try:
+            from safetensors import safe_open
+        except ImportError:
+            raise ImportError(
+                f"{path} needs safetensors: pip install safetensors, or ropecy with its extra [safetensors]"
+            ) from None
+        with safe_open(path, framework="numpy") as arrays:
+            names = list(arrays.keys())
+            found = {name: arrays.get_tensor(name) for name in names if name in ("Q", "K", "V")}
+    else:
+        raise ValueError(f"wants a file that ends in .npz or .safetensors, got {str(path)!r}")
+    if missing := {"Q", "K"} - set(found):
+        raise ValueError(f"{path} wants arrays Q and K, (..., n, d), got {sorted(names)}: no {min(missing)}")
+    return found
+
+
+def heads(
+    rows: dict[str, np.ndarray], *, eps: float, scale: float | None, causal: bool, grad: bool
+) -> Iterator[Head]:
+    """Each head of Q and K, as they meet in the score: projected, rotated. Without V it is as wide as K.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `plan` does.
+    """
+    call = prepare(rows["Q"], rows["K"], rows.get("V", rows["K"]), scale=scale, causal=causal, eps=eps)
+    whole, how = call.problem, call.how | {"grad": grad}
+    H, G = whole.q.shape[:2]
+    for place, index in enumerate(np.ndindex(*call.lead)):
+        h, g = divmod(place, G)
+        one = slice(h, h + 1)
+        problem = replace(whole, q=whole.q[one, g : g + 1], k=whole.k[one], v=whole.v[one])
+        made, exact = make_plan(problem, **how), make_plan(problem, **how | {"method": "exact"})
+        bound = made._scores.bound
+        spread = math.sqrt(float(Sample(problem, made._scores, made._values).second.max()))
+        worst = None if bound > poly.MAX_BOUND else _worst_case(problem, bound, eps, grad)
+        engine = made.engine if made.certificate.degree is None else f"{made.engine}, {made.certificate.degree}"
+        yield Head(
+            index, problem.k.shape[1], bound, spread, worst, engine, made.seconds[made.engine], exact.seconds["exact"]
+        )
+
+
+def print_heads(found: list[Head], what: str) -> None:
+    """A row for each head."""
+    print(f"{what}\n")
+    print(f"{'':35} {'by the worst case':^31} | {'auto':^36}")
+    print(f"{'head':>12} {'B':>9} {'rms, at most':>12} {_HEAD} | {'engine, degree':<16} {'seconds':>9} {'exact':>9}")
+    for one in found:
+        print(
+            f"{','.join(map(str, one.index)) or '-':>12} {one.bound:>9.3g} {one.spread:>12.2g} {one.worst or _NONE} | "
+            f"{one.engine:<16} {one.seconds:>9.3g} {one.exact:>9.3g}"
+        )
+    exact = sum(one.engine == "exact" for one in found)
+    print(f"\n{exact} of {len(found)} heads are computed exactly\n\n{SETH}")
+
+
+def draw(path: Path, found: list[tuple[int, float, Entry | None, Entry | None]], rows: list[Head], what: str) -> None:
+    """From which n a polynomial pays, by B, a line for each width; heads as dots; and where scores pass log n."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.6), layout="constrained")
+    axes = figure.subplots()
+    top = 1e8
+    for place, d in enumerate(WIDTHS):
+        for column, style in ((2, "o-"), (3, "o--")):
+            points = [(cell[1], cell[column].pays_from) for cell in found if cell[0] == d and cell[column] is not None]
+            points = [(B, n) for B, n in points if n is not None and n < top]
+            label = f"d = {d}" if column == 2 else None
+            axes.loglog(*zip(*points, strict=True) if points else ([], []), style, color=f"C{place}", ms=3, label=label)
+    axes.plot([], [], "k--", label="by moments")
+    if rows:
+        axes.plot([one.bound for one in rows], [one.n for one in rows], "kx", label="heads of the file")
+    B = np.geomspace(BOUNDS[0], max([2 * BOUNDS[-1], *(1.2 * one.bound for one in rows)]), 200)
+    axes.fill_between(B, 16, np.exp(np.minimum(B, math.log(top))), color="0.85", label="B > log n (SETH)")
+    axes.set(ylim=(16, top), xlim=(B[0], B[-1]), title=what)
+    axes.set(xlabel="B, which no score exceeds", ylabel="n from which a polynomial pays")
+    axes.legend(fontsize=8, ncols=2, loc="upper left")
+    figure.savefig(path, dpi=90)
