@@ -129,6 +129,6 @@ def test_pays_from_is_where_predictions_cross(rng):
         cheaper = []
         for n in (worst.pays_from, int(0.8 * worst.pays_from)):
             made = costs.shaped((1, 1, n, 8), n, 8, np.dtype(np.float32), False)
-            polynomial = costs.polynomial_work(made, worst.certificate.degree, grad)
+            polynomial = costs.polynomial_work(made, worst.certificate.degree, grad)  # worst case: one more in backward
             cheaper.append(polynomial.nominal < costs.exact_work(made, grad).nominal)
         assert cheaper == [True, False]

@@ -48,7 +48,8 @@ def test_cells_are_what_plan_says(narrow, rng):
         Q, K = (cases.unit_rows(x).astype(np.float32) for x in rng.standard_normal((2, 1000, d)))
         for B in (0.25, 1.0, 2.0):
             worst, moments = found[d, B]
-            plan = ropecy.plan(Q, K, scale=0.999 * B / d, method="polynomial", grad=True)  # the worst case
+            plan = ropecy.plan(Q, K, scale=0.999 * B / d, method="polynomial")
+            plan = next(a for a in plan.alternatives if a.name == "polynomial, worst case")
             assert (worst.degree, worst.n_features) == (plan.certificate.degree, plan.certificate.n_features)
             assert moments is None or moments.degree < worst.degree
         assert found[d, 8.0] == (None, None)  # rounding
@@ -65,8 +66,11 @@ def test_auto_takes_the_polynomial_from_there_on(narrow, rng):
         assert ropecy.plan(Q, K, V, causal=True, grad=True, scale=0.999 * B / d).engine == engine
 
 
-def test_moments_do_not_serve_gradients(narrow):
-    assert all(moments is None for *_, moments in regime.cells(1e-2, grad=True))
+def test_gradients_have_moments_too(narrow):
+    forward, backward = (by_cell(regime.cells(1e-3, grad=grad)) for grad in (False, True))
+    assert [worst and worst.degree for worst, _ in forward.values()] == [w and w.degree for w, _ in backward.values()]
+    worst, moments = backward[16, 1.0]
+    assert moments.degree < worst.degree and moments.pays_from < worst.pays_from
 
 
 def test_table(narrow, capsys):

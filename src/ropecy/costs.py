@@ -214,17 +214,18 @@ def _polynomial_work(shape, n_k, d_v, dtype, causal, offset, degree, grad_degree
 
 
 def pays_from(
-    problem: Problem, degree: int, grad: bool, *, moments: bool = False, fourth: bool = False
+    problem: Problem, degree: int, grad_degree: int | None, *, moments: bool = False, fourth: bool = False
 ) -> int | None:
     """About the least n, to two digits, from which a polynomial beats exact attention on n queries and n keys.
 
-    With what certifies it by moments, and by the fourth of them.
+    `grad_degree`, of backward's features, is None where there is no backward pass. With what certifies a polynomial by
+    moments, and by the fourth of them.
     """
-    H, G, _, d = problem.q.shape
+    (H, G, _, d), grad = problem.q.shape, grad_degree is not None
 
     def pays(n: int) -> bool:
         made = shaped((H, G, n, d), n, problem.v.shape[2], problem.q.dtype, problem.hi is not None)
-        work = polynomial_work(made, degree, grad)
+        work = polynomial_work(made, degree, grad, grad_degree)
         work += moments_work(made) if moments else Work()
         work += fourth_work(made) if fourth else Work()
         return work.nominal < exact_work(made, grad).nominal

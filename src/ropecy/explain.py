@@ -97,10 +97,10 @@ def _tried(name: str, problem: Problem, make: Callable[[], Plan]) -> Alternative
         made = make()
     except (BoundedEntryError, NotImplementedError, MemoryError) as error:
         return Alternative(name, None, refusal=str(error).split(";")[0].split("): ")[-1])
-    certificate, grad, least = made.certificate, made.gradient_certificate is not None, None
+    certificate, gradient, least = made.certificate, made.gradient_certificate, None
     if made.engine == "polynomial" and polynomial_engine.unsupported(problem) is None:
         rule = {"moments": certificate.rule == "moments", "fourth": certificate.failure > 0}
-        least = pays_from(problem, certificate.degree, grad, **rule)
+        least = pays_from(problem, certificate.degree, gradient and gradient.degree, **rule)
     engine = made.engine
     return Alternative(name, certificate, made.seconds[engine], made.bytes[engine], least)
 

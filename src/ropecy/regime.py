@@ -64,7 +64,7 @@ def cells(
     eps : float
     dtype : str
     causal, grad : bool
-        Of what is asked; moments do not serve gradients.
+        Of what is asked.
     seed : int
         Of random directions.
     """
@@ -75,28 +75,34 @@ def cells(
         q, k, v = (X.astype(dtype) for X in (q, k, v))
         for B in BOUNDS:
             problem = Problem(q=q[None, None], k=k[None], v=v[None], scale=B / d, hi=0 if causal else None)
-            yield d, B, _worst_case(problem, B, eps, grad), None if grad else _by_moments(problem, eps, seed)
+            yield d, B, _worst_case(problem, B, eps, grad), _by_moments(problem, eps, grad, seed)
 
 
 def _worst_case(problem: Problem, B: float, eps: float, grad: bool) -> Entry | None:
     left = eps - polynomial_rounding(problem, B, measure_values(problem))
     degree = None if left <= 0 else poly.smallest_degree(B, poly.relative_error_for(left))
-    return None if degree is None else _entry(problem, max(1, degree), grad)
+    if degree is None:
+        return None
+    degree = max(1, degree)
+    return _entry(problem, degree, degree + 1 if grad else None)
 
 
-def _by_moments(problem: Problem, eps: float, seed: int) -> Entry | None:
-    how = {"eps": eps, "certify": "proof", "method": "polynomial", "degree": None, "seed": seed, "grad": False}
+def _by_moments(problem: Problem, eps: float, grad: bool, seed: int) -> Entry | None:
+    how = {"eps": eps, "certify": "proof", "method": "polynomial", "degree": None, "seed": seed, "grad": grad}
     try:
-        certificate = make_plan(problem, **how).certificate
+        made = make_plan(problem, **how)
     except (BoundedEntryError, MemoryError):
         return None
+    certificate, gradient = made.certificate, made.gradient_certificate
     if certificate.rule != "moments":
         return None
-    return _entry(problem, certificate.degree, False, moments=True, fourth=certificate.failure > 0)
+    rule = {"moments": True, "fourth": certificate.failure > 0}
+    return _entry(problem, certificate.degree, gradient and gradient.degree, **rule)
 
 
-def _entry(problem: Problem, degree: int, grad: bool, **rule: bool) -> Entry:
-    return Entry(degree, poly.n_features(problem.q.shape[-1], degree), pays_from(problem, degree, grad, **rule))
+def _entry(problem: Problem, degree: int, grad_degree: int | None, **rule: bool) -> Entry:
+    n_features = poly.n_features(problem.q.shape[-1], degree)
+    return Entry(degree, n_features, pays_from(problem, degree, grad_degree, **rule))
 
 
 def print_map(found: list[tuple[int, float, Entry | None, Entry | None]], what: str) -> None:
