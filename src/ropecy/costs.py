@@ -71,34 +71,47 @@ _STATE, _STREAM, _BYTE = 0.7e-9, 0.1e-9, 0.08e-9
 _REUSED = 2**25
 # Longer sequences than this are nobody's.
 _LONGEST = 2**40
+# The norm of a row, which is sorted, with a part that grows with d.
+_NORM = 1.6e-8, 1.2e-9
 # Of moments: a sampled row or key, with a part that grows with d^2; a certified row; a key in a step of Lanczos.
 _SAMPLE, _CERTIFIED, _LANCZOS = (1.5e-8, 5.5e-11), 1e-8, (1.5e-8, 5.7e-11)
 # A problem that is run to compare this machine with the table: keys and queries, width.
 _REFERENCE = 384, 32
 
 
-@dataclass(frozen=True, slots=True)
 class Work:
     """Seconds of one thread: `alone`, and `parts` (seconds, pieces), whose pieces threads share."""
 
-    alone: float = 0.0
-    parts: tuple[tuple[float, float], ...] = ()
+    __slots__ = ("_one", "_two", "alone", "parts")
+
+    def __init__(self, alone: float = 0.0, parts: tuple[tuple[float, float], ...] = ()) -> None:
+        self.alone, self.parts = alone, parts
+        # Sums of works, of which a plan compares many, are sums of these.
+        self._one, self._two = self.seconds(1), self.seconds(2)
 
     def __add__(self, other: Work) -> Work:
-        return Work(self.alone + other.alone, self.parts + other.parts)
+        one, two = self._one + other._one, self._two + other._two
+        return self._of(self.alone + other.alone, self.parts + other.parts, one, two)
 
     def times(self, factor: float) -> Work:
         """So often."""
-        return Work(self.alone * factor, tuple((seconds * factor, pieces) for seconds, pieces in self.parts))
+        parts = tuple((seconds * factor, pieces) for seconds, pieces in self.parts)
+        return self._of(self.alone * factor, parts, self._one * factor, self._two * factor)
+
+    @classmethod
+    def _of(cls, alone, parts, one, two) -> Work:
+        work = object.__new__(cls)
+        work.alone, work.parts, work._one, work._two = alone, parts, one, two
+        return work
 
     def seconds(self, threads: int) -> float:
         """Of so many threads; whole pieces go to a thread."""
-        return self.alone + sum(s * math.ceil(pieces / threads) / pieces for s, pieces in self.parts)
+        return self.alone + sum([s * math.ceil(pieces / threads) / pieces for s, pieces in self.parts])
 
     @property
     def nominal(self) -> float:
         """What choices go by, whatever the number of threads: the geometric mean of the seconds of one and of two."""
-        return math.sqrt(self.seconds(1) * self.seconds(2))
+        return math.sqrt(self._one * self._two)
 
 
 def speeds(dtype: np.dtype) -> Speeds:
@@ -251,11 +264,17 @@ def operations_work(problem: Problem, operations: float) -> Work:
     return Work(0.0, ((operations / rate, 2 * problem.threads),))
 
 
-def sample_work(problem: Problem) -> Work:
-    """Of `moments.Sample`."""
+def sample_work(problem: Problem, grad: bool) -> Work:
+    """Of `moments.Sample`, and of what is asked of it."""
     H, G, n, d = problem.q.shape
     rows, keys = min(H * G * n, SAMPLED_ROWS), min(H * problem.k.shape[1], H * SAMPLED_KEYS)
-    return Work(5e-5 + (rows + keys) * (_SAMPLE[0] + _SAMPLE[1] * d * d))
+    return Work((8e-4 if grad else 2.5e-4) + (rows + keys) * (_SAMPLE[0] + _SAMPLE[1] * d * d))
+
+
+def norms_work(problem: Problem) -> Work:
+    """Of `engines.outliers.Norms`, and of a look at what they offer."""
+    H, G, n, d = problem.q.shape
+    return Work(2.5e-4 + H * (G * n + problem.k.shape[1]) * (_NORM[0] + _NORM[1] * d))
 
 
 def moments_work(problem: Problem) -> Work:

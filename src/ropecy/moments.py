@@ -167,7 +167,8 @@ class Sample:
         self._x, self._y, self._count = x, y, count
         self._products = y.swapaxes(1, 2) @ y / count[:, None, None]
         self.second = np.einsum("hrd,hrd->hr", x @ self._products, x)
-        self.first = np.einsum("hrd,hd->hr", x, y.sum(axis=1) / count[:, None])
+        with np.errstate(over="ignore"):
+            self._inverse = np.exp(-np.einsum("hrd,hd->hr", x, y.sum(axis=1) / count[:, None]))
         self.size = np.einsum("hrd,hrd->hr", x, x)
         spread = (values.high - values.low).astype(np.float64)
         off = np.abs(values.mean - values.middle)
@@ -220,8 +221,8 @@ class Sample:
         R = a * self._tail(p.order) * self.second ** (p.order // 2)
         if b:
             R += b * (3 * self.second**2 if fourth is None else self.second**2 + self.size**2 * fourth[:, None])
-        with np.errstate(over="ignore"):
-            return R * np.exp(-self.first)
+        with np.errstate(over="ignore", invalid="ignore"):
+            return R * self._inverse
 
     def kappa(self) -> float:
         """The second moment over the fourth of the worst row, were scores Gaussian; rounded to a power of 2."""

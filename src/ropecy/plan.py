@@ -25,6 +25,7 @@ from .costs import (
     fits,
     fourth_work,
     moments_work,
+    norms_work,
     operations_work,
     polynomial_work,
     sample_work,
@@ -52,11 +53,8 @@ _FEW = 0.03
 # Rows that judge a degree by their error, and rows of a tile of the exact engine.
 _SAMPLED_ROWS = 256
 _TILE = 48
-# What looking at moments may cost, as a part of what is at hand without them.
-_LOOK = 0.08
-# Seconds that looking for outliers costs for each entry of q and k, about, and by how much work must be past that.
-_LOOKING = 8e-10
-_WORTH_LOOKING = 20
+# What looking at moments, and for outliers, may cost, as a part of what is at hand without.
+_LOOK_AT_MOMENTS, _LOOK_FOR_OUTLIERS = 0.08, 0.04
 
 
 def plan(
@@ -100,7 +98,7 @@ def plan(
     >>> Q, K = np.random.default_rng(0).uniform(-1, 1, (2, 5000, 4))
     >>> print(plan(Q, K, Rotary(4)))
     forward: 1 x 5,000 queries, 1 x 5,000 keys, d = 4, d_v = 1, float64, eps = 0.001
-    scores    |s| <= ... (Cauchy-Schwarz), ...; root mean square of a row 0.17, at most 0.28
+    scores    |s| <= ... (Cauchy-Schwarz), ...; root mean square of a row 0.17, at most 0.2...
        engine                   degree    features    error   seconds        MiB  pays from n
     ...
     -> polynomial, ...
@@ -181,7 +179,7 @@ def _by_sample(
     rows = min(_SAMPLED_ROWS, H * G * n)
     # Where j - i matters, each row costs a tile.
     share = min(1.0, rows * (1 if problem.hi is None else _TILE) / (H * G * n))
-    sampling = exact_work(problem, False).times(share) + sample_work(problem)
+    sampling = exact_work(problem, False).times(share) + sample_work(problem, False)
     limit = math.inf if proved is None else works[proved.engine].nominal
     if sampling.nominal > limit:
         return None
@@ -332,9 +330,8 @@ def _beside_outliers(problem: Problem, scores: Scores, values: Values, most: flo
     """
     eps, degree, grad = how["eps"], how["degree"], how["grad"]
     exact = exact_work(problem, grad)
-    looking = _LOOKING * (problem.q.size + problem.k.size)
     # Where nothing else is left, a look is worth it.
-    if (most < math.inf and most < _WORTH_LOOKING * looking) or scores.plain == math.inf:
+    if (most < math.inf and norms_work(problem).nominal > _LOOK_FOR_OUTLIERS * most) or scores.plain == math.inf:
         return None
     norms = outliers.Norms(problem, scores)
     best, chosen = most, None
@@ -509,9 +506,9 @@ def _by_moments(
     free = method == "auto" and degree is None
     at_hand = [work.nominal for work in (worst and worst.work, free and exact) if work]
     if free:
-        looking = sample_work(problem).nominal
+        looking = sample_work(problem, grad).nominal
         least = polynomial_work(problem, 2, grad, 2) + moments_work(problem)
-        if looking > _LOOK * min(at_hand) or least.nominal + looking > min(at_hand):
+        if looking > _LOOK_AT_MOMENTS * min(at_hand) or least.nominal + looking > min(at_hand):
             return None
     H, G, n, _ = problem.q.shape
     sample = moments.Sample(problem, scores, values)

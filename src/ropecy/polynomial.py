@@ -358,6 +358,7 @@ class MomentPolynomial:
     radius: tuple[float, float]
 
 
+@lru_cache(maxsize=1024)
 def taylor(B: float, order: int) -> MomentPolynomial:
     """T_{k-1}, whose error s^k phi_k(s) is at most s^k phi_k(B), k = `order` even: weights for a backward pass, which
     may be negative.
