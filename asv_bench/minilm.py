@@ -73,7 +73,7 @@ def main():
             exact, worst = exact + (certificate.engine == "exact"), max(worst, error)
             degrees = [a.certificate.degree for a in plan.alternatives[1:2] if a.certificate is not None]
             print(
-                f"{layer:>5} {head:>4} {plan._scores.bound:6.1f} {np.abs(scores).max():12.1f} "
+                f"{layer:>5} {head:>4} {plan.certificate.bound:6.1f} {np.abs(scores).max():12.1f} "
                 f"{scores.std(axis=1).max():13.2f}  {f'degree {degrees[0]}' if degrees else 'no':<10}  "
                 f"{certificate.engine:<10} {error:7.1e} {certificate.error:11.1e}"
             )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import moments
-from .bounds import measure_values, polynomial_rounding
+from .bounds import measure, measure_values, polynomial_rounding
 from .certificate import BoundedEntryError, Certificate
 from .costs import pays_from
 from .engines import polynomial as polynomial_engine
@@ -71,8 +71,10 @@ def explain(problem: Problem, made: Plan, how: dict[str, Any], make: Callable[..
     """
     if problem.empty:
         return
+    # A plan that is exact need not know what centring does.
+    made._shown = measure(problem)
     if problem.family is None:
-        second = moments.Sample(problem, made._scores, made._values).second
+        second = moments.Sample(problem, made._shown, made._values).second
         made._spread = float(np.sqrt(np.mean(second))), float(np.sqrt(np.max(second)))
 
     def polynomial(name: str, problem: Problem = problem, **changes: Any) -> Alternative:
@@ -87,7 +89,7 @@ def explain(problem: Problem, made: Plan, how: dict[str, Any], make: Callable[..
     made.alternatives = tuple(found)
     if polynomial_engine.unsupported(problem) is None and how["method"] in ("auto", "polynomial"):
         now = made.seconds[made.engine]
-        changes = _changes(problem, how, made._scores.bound)
+        changes = _changes(problem, how, made._shown.bound)
         tried = (polynomial(name, changed, **options) for name, changed, options in changes)
         made.advice = tuple(a for a in tried if _helps(a, made, now))
 
@@ -147,7 +149,10 @@ def table(plan: Plan) -> str:
     """What ``print(plan)`` shows."""
     H, G, n, d, n_k, d_v, dtype = plan.shape
     what = "forward and backward" if plan.gradient_certificate else "forward"
-    scores = f"|s| <= {plan._scores.plain:.4g} (Cauchy-Schwarz), {plan._scores.bound:.4g} {plan._scores.how}"
+    known = plan._shown or plan._scores
+    scores = f"|s| <= {known.plain:.4g} (Cauchy-Schwarz)"
+    if plan._shown is not None or known.bound < known.plain:
+        scores += f", {known.bound:.4g} {known.how}"
     if plan._spread is not None:
         scores += f"; root mean square of a row {plan._spread[0]:.2g}, at most {plan._spread[1]:.2g}"
     lines = [

@@ -54,7 +54,7 @@ _FEW = 0.03
 _SAMPLED_ROWS = 256
 _TILE = 48
 # What looking at moments, and for outliers, may cost, as a part of what is at hand without.
-_LOOK_AT_MOMENTS, _LOOK_FOR_OUTLIERS = 0.08, 0.04
+_LOOK_AT_MOMENTS, _LOOK_FOR_OUTLIERS = 0.16, 0.04
 
 
 def plan(

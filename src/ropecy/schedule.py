@@ -120,7 +120,8 @@ class Plan:
     _split: scan_engine.Split | None = None
     alternatives: tuple[Alternative, ...] = ()
     advice: tuple[Alternative, ...] = ()
-    _spread: tuple[float, float] | None = None  # root mean square of a row's scores, at most
+    _shown: Scores | None = None  # what is said of the scores, beside the root mean square of a row's and the largest
+    _spread: tuple[float, float] | None = None
     _outliers: outliers.Split | None = None
     _rest: Plan | None = None  # of what is left without outliers
 
