@@ -330,8 +330,8 @@ def _beside_outliers(problem: Problem, scores: Scores, values: Values, most: flo
     """
     eps, degree, grad = how["eps"], how["degree"], how["grad"]
     exact = exact_work(problem, grad)
-    # Where nothing else is left, a look is worth it.
-    if (most < math.inf and norms_work(problem).nominal > _LOOK_FOR_OUTLIERS * most) or scores.plain == math.inf:
+    # Where nothing else is left, a look is worth it. Without a bound, work is too small or scores are too large.
+    if (most < math.inf and norms_work(problem).nominal > _LOOK_FOR_OUTLIERS * most) or scores.bound == math.inf:
         return None
     norms = outliers.Norms(problem, scores)
     best, chosen = most, None

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from . import polynomial as poly
-from .bounds import measure_values, polynomial_rounding
+from .bounds import measure, measure_values, polynomial_rounding
 from .certificate import BoundedEntryError
 from .costs import pays_from
 from .moments import Sample
@@ -196,8 +196,8 @@ def heads(
         one = slice(h, h + 1)
         problem = replace(whole, q=whole.q[one, g : g + 1], k=whole.k[one], v=whole.v[one])
         made, exact = make_plan(problem, **how), make_plan(problem, **how | {"method": "exact"})
-        bound = made._scores.bound
-        spread = math.sqrt(float(Sample(problem, made._scores, made._values).second.max()))
+        scores = measure(problem)
+        bound, spread = scores.bound, math.sqrt(float(Sample(problem, scores, made._values).second.max()))
         worst = None if bound > poly.MAX_BOUND else _worst_case(problem, bound, eps, grad)
         engine = made.engine if made.certificate.degree is None else f"{made.engine}, {made.certificate.degree}"
         yield Head(
