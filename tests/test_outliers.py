@@ -143,6 +143,13 @@ def test_a_degree_is_kept_and_refused(rng, ours):
         ropecy.attention(**case, **options, degree=1)
 
 
+def test_scores_too_large_for_the_dtype(rng, ours):
+    case = ours(make(rng, long=200.0, dtype=np.float32))  # scores of 40,000, whose last bit is 0.004
+    with pytest.raises(ropecy.BoundedEntryError, match="no degree certifies"):
+        ropecy.attention(**case, method="polynomial")
+    assert ropecy.attention(**case, return_certificate=True)[1].engine == "exact"
+
+
 def test_auto_takes_it_and_plan_says_so(rng):
     n, d = 20_000, 8
     Q, K, V = (cases.unit_rows(rng.standard_normal((n, d))).astype(np.float32) for _ in range(3))
@@ -199,7 +206,7 @@ def test_no_certificate_is_exceeded(ours, seed, n, n_k, long, causal, masked, dt
     rng = np.random.default_rng(seed)
     offset = float(rng.integers(0, 2))
     case = make(rng, n=n, n_k=n_k, d=2, long=long, mask=masked, causal=causal, offset=offset, dtype=dtype)
-    case["K"][..., rng.integers(0, n_k), :] *= rng.choice([1.0, long, -long])
+    case["K"][..., rng.integers(0, n_k), :] *= rng.choice([1.0, 2.0, -1.5])
     O, certificate = ropecy.attention(**ours(case), eps=eps, method="polynomial", return_certificate=True)
     dense = oracle.attention(**case)
     rows = certificate.rows_truncation + certificate.rounding

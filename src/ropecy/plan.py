@@ -360,6 +360,8 @@ def _beside_outliers(problem: Problem, scores: Scores, values: Values, most: flo
     sizes = {"exact": rest.bytes["exact"]}
     sizes["polynomial"] = rest.bytes["polynomial"] + outliers.memory(problem, *chosen, grad)
     rounding = max(rest.certificate.rounding, exact_rounding(problem, scores.plain, values))
+    if rest.certificate.truncation + rounding > eps:
+        return None
     reason = f"{rest.reason}: {split}"
     made = _plan(problem, "polynomial", scores, values, rest.certificate, grad, reason, works, sizes, eps)
     made.certificate = replace(rest.certificate, rounding=rounding)
