@@ -62,7 +62,7 @@ def main():
     _, ours = run(weights, tokens, "ropecy")
     scale = layers[0][0].shape[-1] ** -0.5
     print(f"{tokens['input_ids'].shape[1]} tokens of Python's language reference, eps = {options.eps:g}\n")
-    print("layer head      B  largest |s|  rms of a row  polynomial  auto         error   certified")
+    print("layer head      B  largest |s|  std of a row  polynomial  auto         error   certified")
     exact, worst, plans = 0, 0.0, {}
     for layer, heads in enumerate(layers):
         for head, (q, k, v) in enumerate(zip(*heads, strict=True)):
