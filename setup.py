@@ -21,6 +21,7 @@ EXTENSIONS = {
     "_rows": ["rows"],
     "_exact": ["exact"],
     "_monomials": ["monomials"],
+    "_quartic": ["quartic"],
     "_toeplitz": ["toeplitz"],
     "_fftw": [],
 }

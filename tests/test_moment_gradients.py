@@ -35,8 +35,8 @@ def run(problem, degree, lower, do):
         return None
     reach = moments.reach(problem, values, engine.chunk(problem))
     o, _, saved = engine.forward(problem, scores, values, p, True, False, reach, weights=r)
-    rule = moments.MomentRule(p, weights=r)
-    e = rule.gradient(problem, scores, saved.moment, saved.inverse)
+    rule = moments.MomentRule(p, 0.0, scores, weights=r)
+    e = rule.gradient(problem, rule.fits(problem), saved.moment, saved.inverse)
     return *engine.backward(problem, saved, do)[:3], e, scores
 
 

@@ -1,63 +1,17 @@
-"""Certificates by moments of the scores: never violated, attained where they can be, and good enough to be of use."""
+"""Certificates by moments of the scores: attained where they can be, and good enough to be of use."""
 
 import math
 
 import cases
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from moment_cases import CHUNK, as_they_are, by_moments, problem_of, row_errors
 
 import ropecy
 from ropecy import moments
 from ropecy import polynomial as poly
 from ropecy.bounds import measure, measure_values
-from ropecy.engines import polynomial as engine
-from ropecy.problem import Problem
-
-CHUNK = 192  # of causal scans: pairs inside one are exact
-
-
-def problem_of(q, k, v, causal=False, mask=None, q_offset=0, scale=1.0):
-    """q (H, G, n, d), k (H, n_k, d), v (H, n_k, d_v); what mask hides is 0, as engines are promised."""
-    if mask is not None:
-        k, v = np.where(mask[..., None], k, 0), np.where(mask[..., None], v, 0)
-    return Problem(q=q, k=k, v=v, scale=scale, hi=0 if causal else None, q_offset=q_offset, key_mask=mask)
-
-
-def by_moments(problem, degree, kappa=0.0):
-    """O, the certificate of its rows, and whether there is one (p > 0)."""
-    scores, values = measure(problem), measure_values(problem)
-    p = poly.fit_moments(poly.B_grid(scores.bound), degree, kappa)
-    if p is None:
-        return None
-    fourth = moments.fourth_moments(problem, scores, seed=5) if kappa else (None, None)
-    reach = moments.reach(problem, values, engine.chunk(problem))
-    o, _, saved = engine.forward(problem, scores, values, p, False, False, reach)
-    return o, moments.MomentRule(p, *fourth).truncation(problem, scores, saved.moment, saved.spread, saved.inverse)
-
-
-def row_errors(problem, o):
-    """max_c |O - Attn| / range of the values that the row sees, (H, G, n), plain NumPy."""
-    H, G, n, _ = problem.q.shape
-    n_k = problem.k.shape[1]
-    q, k, v = (x.astype(float) for x in (problem.q, problem.k, problem.v))
-    seen = np.ones((n, n_k), bool)
-    if problem.hi is not None:
-        seen = np.arange(n_k) <= np.arange(n)[:, None] + problem.q_offset
-    seen = np.broadcast_to(seen, (H, 1, n, n_k))
-    if problem.key_mask is not None:
-        seen = seen & problem.key_mask[:, None, None, :]
-    s = np.where(seen, problem.scale * q @ k[:, None].swapaxes(-1, -2), -np.inf)
-    w = np.exp(s - np.maximum(s.max(axis=-1, keepdims=True), -1e300))
-    total = w.sum(axis=-1, keepdims=True)
-    exact = np.divide(w, total, out=np.zeros_like(w), where=total > 0) @ v[:, None]
-    every = np.where(seen[..., None], v[:, None, None], np.nan)
-    with np.errstate(all="ignore"):
-        spread = np.nanmax(every, axis=-2, initial=-np.inf) - np.nanmin(every, axis=-2, initial=np.inf)
-        error = np.where(spread > 0, np.abs(o - exact) / spread, 0)
-    return error.max(axis=-1)
-
+from ropecy.plan import make_plan
 
 # ---- the polynomials ----
 
@@ -105,35 +59,136 @@ def test_odd_degrees_are_refused_where_they_may_be_negative():
     assert poly.fit_moments(8.0, 2) is not None
 
 
-# ---- fourth moments ----
+@pytest.mark.parametrize("B", [0.01, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize(("degree", "kappa"), [(2, 0), (3, 0), (4, 0), (2, 8.0), (3, 8.0)])
+def test_radius_without_the_second_moment_past_k(B, degree, kappa):
+    p = poly.fit_moments(B, degree, kappa / B**2)
+    if p is None:
+        return
+    s = np.linspace(-B, B, 4001)[:, None]
+    gap = np.abs(np.polyval(p.coefficients[::-1], s.astype(np.longdouble)) - np.exp(s.astype(np.longdouble)))
+    allowed = p.alone * np.abs(s) ** p.order
+    assert np.all(gap <= allowed * (1 + 1e-12) + 1e-18)
+    assert np.max(gap[[0, -1]] / allowed[[0, -1]]) > 0.999
+    assert (p.alone == pytest.approx(p.radius[0], rel=1e-6)) == (kappa == 0)
 
 
-@pytest.mark.parametrize(("d", "n"), [(1, 9), (3, 40), (6, 500), (8, 5)])
-@pytest.mark.parametrize("masked", [False, True])
-def test_variance_of_products_is_bounded_from_above_and_not_far(d, n, masked, rng):
-    k = rng.standard_normal((2, n, d)) + 0.5
-    mask = rng.random((2, n)) < 0.7 if masked else None
-    problem = problem_of(k[:, None], k, k, mask=mask)
+# ---- a polynomial for every row ----
+
+
+@pytest.mark.parametrize(("degree", "kappa"), [(2, 0), (3, 0), (4, 0), (5, 0), (2, 8.0), (3, 8.0)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_every_row_has_the_polynomial_of_its_own_size(degree, kappa, causal, rng):
+    H, G, n, d = 2, 2, 2 * CHUNK + 11, 3
+    q, k = rng.standard_normal((H, G, n, d)), rng.standard_normal((H, n, d))
+    q *= rng.choice([1e-9, 0.03, 0.5, 1.0], (H, G, n, 1)) / np.linalg.norm(q, axis=-1, keepdims=True)
+    k /= np.linalg.norm(k, axis=-1, keepdims=True) * np.array([1.0, 0.7])[:, None, None]
+    problem = problem_of(q, k, rng.uniform(-1, 1, (H, n, 2)), causal=causal)
     scores = measure(problem)
-    found, _ = moments.fourth_moments(problem, scores, seed=3)
-    for head in range(2):
-        y = problem.k[head] if mask is None else problem.k[head][mask[head]]
-        y = (y if scores.centre is None else y - scores.centre[head]) * scores.k_factor
-        products = np.einsum("ma,mb->mab", y, y).reshape(len(y), -1)
-        largest = np.linalg.eigvalsh(np.cov(products.T, bias=True).reshape(d * d, d * d))[-1]
-        assert largest <= found[head] * (1 + 1e-12)
-        assert found[head] <= 1.5 * largest + 1e-12
+    o, *_ = by_moments(problem, degree, kappa, scores)
+    for head, group in np.ndindex(H, G):
+        y = k[head] - (0 if scores.centre is None else scores.centre[head])
+        s = q[head, group] @ y.T
+        size = np.linalg.norm(q[head, group], axis=1) * np.linalg.norm(y, axis=1).max()
+        far = np.arange(n) < np.arange(n)[:, None] // CHUNK * CHUNK if causal else np.ones((n, n), bool)
+        seen = np.arange(n) <= np.arange(n)[:, None] if causal else far
+        w = np.exp(s)
+        for i in range(n):
+            B = poly.B_grid(size[i] * (1 + 1e-12))
+            w[i, far[i]] = np.polyval(poly.fit_moments(B, degree, kappa / B**2).coefficients[::-1], s[i, far[i]])
+        w *= seen
+        expected = w @ problem.v[head] / w.sum(axis=1, keepdims=True)
+        np.testing.assert_allclose(o[head, group], expected, atol=1e-13)
 
 
-def test_seed_decides_the_coins(rng):
-    k = rng.standard_normal((1, 300, 12))
-    problem = problem_of(k[:, None], k, k)
-    scores = measure(problem)
-    (one, seed), (two, _) = moments.fourth_moments(problem, scores, 7), moments.fourth_moments(problem, scores, 7)
-    assert seed == 7
-    assert one == two
-    fresh = {moments.fourth_moments(problem, scores, None)[1] for _ in range(3)}
-    assert len(fresh) == 3
+def test_sizes_of_rows_bound_their_scores(rng):
+    for dtype in (np.float32, np.float64):
+        q, k = rng.standard_normal((2, 3, 40, 5)), rng.standard_normal((2, 30, 5)) + 1
+        q[0, 0, :5], k[1] = q[0, 0, :5] * 1e-23, k[1] * 1e18  # squares that float32 does not hold
+        q[1] *= 1e-18
+        q[0, 0, 0] = 0
+        problem = problem_of(q.astype(dtype), k.astype(dtype), k.astype(dtype), scale=-0.3)
+        scores = measure(problem)
+        y = problem.k.astype(float) - (0 if scores.centre is None else scores.centre[:, None].astype(float))
+        s = np.abs(problem.scale * problem.q.astype(float) @ y[:, None].swapaxes(2, 3)).max(axis=3)
+        norms = np.linalg.norm(problem.q.astype(float), axis=3) * np.linalg.norm(y, axis=2).max(axis=1)[:, None, None]
+        sizes = scores.of_rows(problem)
+        assert np.all(s <= sizes)
+        np.testing.assert_allclose(sizes, 0.3 * norms, rtol=1e-4)
+        assert sizes.max() == pytest.approx(scores.bound, rel=1e-6)
+
+
+def test_a_short_query_is_bounded_though_float32_holds_no_square_of_it():
+    q, k = np.full((1, 1, 4, 1), 1e-23, np.float32), np.full((1, 4, 1), 1e18, np.float32)
+    k[0, ::2] *= -1
+    assert measure(problem_of(q, k, k)).bound >= 0.99e-5
+
+
+@pytest.mark.parametrize("factor", [40.0, 1e6])
+@pytest.mark.parametrize(("degree", "eps"), [(2, 1e-2), (3, 1e-3)])
+def test_long_queries_spoil_no_other_row(factor, degree, eps, rng):
+    Q, K, V = bulk(rng, n=3000)
+    short, _ = ropecy.attention(Q, K, V, eps=eps, degree=degree, method="polynomial", return_certificate=True)
+    long = rng.choice(3000, 8, replace=False)
+    Q[long] *= factor
+    O, certificate = ropecy.attention(Q, K, V, eps=eps, degree=degree, method="polynomial", return_certificate=True)
+    assert certificate.rule == "moments"
+    assert certificate.bound == pytest.approx(1, rel=1e-6)
+    assert certificate.n_exact_rows == 8
+    assert certificate.error <= eps
+    assert np.flatnonzero(certificate.rows_truncation == 0).tolist() == sorted(long)
+    others = np.delete(np.arange(3000), long)
+    np.testing.assert_allclose(O[others], short[others], atol=1e-12)
+    exact = ropecy.attention(Q[long], K, V, method="exact")
+    np.testing.assert_allclose(O[long], exact, atol=1e-9)
+
+
+def test_rows_past_the_bound_are_exact_however_small_their_moments(rng):
+    # A long query that no key has much of: its certificate is small, but the rounding that is certified is for less.
+    Q, K, V = bulk(rng, n=3000)
+    K[:, 0] = 1e-3 * np.sign(K[:, 0])
+    Q[7] = 0
+    Q[7, 0] = 8
+    problem = problem_of(Q[None, None], K[None], V[None], scale=1 / 16)
+    made = make_plan(problem, eps=1e-1, certify="proof", method="polynomial", degree=2, seed=None, grad=False)
+    assert made.certificate.bound > 1.9
+    made._scores = made._scores.within(1.01)
+    assert made.forward(problem, False).certificate.n_exact_rows == 1
+
+
+def test_long_queries_between_the_sampled_ones_are_known(rng):
+    Q, K, V = bulk(rng, n=8192, d=8)
+    Q[1:201:2] *= 2
+    O, certificate = ropecy.attention(Q, K, V, eps=2e-2, degree=2, method="polynomial", return_certificate=True)
+    assert certificate.rule == "moments"
+    assert certificate.n_exact_rows == 100
+
+
+def test_causal_rows_that_fail_alone_cost_a_tile_each(rng):
+    Q, K, V = bulk(rng, n=4096)
+    work = []
+    for long in (slice(4000, 4020), slice(3000, 4000, 50)):
+        q = Q.copy()
+        q[long] *= 40
+        plan = ropecy.plan(q, K, V, eps=1e-2, degree=2, causal=True, method="polynomial")
+        work.append(plan._choice.work.nominal)
+    assert work[1] > 1.5 * work[0]
+
+
+def test_queries_of_many_sizes_are_kept_up_to_what_eps_allows(rng):
+    # Log-normal norms: rows fail one by one, the longest first.
+    Q, K, V = bulk(rng, n=4000)
+    Q *= np.exp(0.25 * rng.standard_normal((4000, 1)))
+    eps = 2e-2
+    O, certificate = ropecy.attention(Q, K, V, eps=eps, method="polynomial", degree=2, return_certificate=True)
+    assert certificate.rule == "moments"
+    assert 8 < certificate.n_exact_rows < 200
+    size = np.linalg.norm(Q, axis=1) / 4
+    failed = certificate.rows_truncation == 0
+    assert size[failed].min() > 0.7 * size[~failed].max()
+    errors = np.abs(O - ropecy.attention(Q, K, V, method="exact")) / (V.max(axis=0) - V.min(axis=0))
+    assert np.all(errors.max(axis=1) <= certificate.rows_truncation + certificate.rounding)
+    assert certificate.error <= eps
 
 
 # ---- the certificate ----
@@ -151,20 +206,16 @@ def far_key(n, place, causal=False, size=1.0):
 def test_certificate_is_attained(degree):
     problem = far_key(40, 3)
     problem.k[0, 4], problem.v[0, 4] = 1.0, 0.0  # keeps centring from paying
-    o, rows = by_moments(problem, degree)
+    o, rows, *_ = by_moments(problem, degree)
     errors = row_errors(problem, o)
     assert np.all(errors <= rows + 1e-13)
     # The two keys are charged alike, and the errors of one have the other's sign.
     assert errors.max() >= 0.45 * rows.max()
     alone = far_key(40, 3)
-    scores, values = measure(alone), measure_values(alone)
-    scores.bound, scores.centre, scores.q_factor, scores.k_factor = 1.0, None, 1.0, 1.0
-    p = poly.fit_moments(1.0, degree)
-    _, _, saved = engine.forward(alone, scores, values, p, False, False, moments.reach(alone, values, CHUNK))
-    rows = moments.MomentRule(p).truncation(alone, scores, saved.moment, saved.spread, saved.inverse)
-    errors = row_errors(alone, saved.o)
+    o, rows, *_ = by_moments(alone, degree, scores=as_they_are(alone))
+    errors = row_errors(alone, o)
     assert np.all(errors <= rows + 1e-13)
-    assert errors.max() >= 0.99 * rows.max()
+    assert errors.max() >= 0.97 * rows.max()
 
 
 @pytest.mark.parametrize("degree", [2, 4])
@@ -173,44 +224,15 @@ def test_causal_certificate_is_of_the_far_keys_that_a_row_sees(degree):
     problem = far_key(n, 3, causal=True)
     problem.k[0, CHUNK + 5] = 1.0  # seen by exp inside its own chunk
     problem.k[0, 2 * CHUNK :] = np.where(np.arange(CHUNK) % 2, 1.0, -1.0)[:, None]  # far for no row
-    scores, values = measure(problem), measure_values(problem)
-    scores.bound, scores.centre, scores.q_factor, scores.k_factor = 1.0, None, 1.0, 1.0
-    p = poly.fit_moments(1.0, degree)
-    o, _, saved = engine.forward(problem, scores, values, p, False, False, moments.reach(problem, values, CHUNK))
-    rows = moments.MomentRule(p).truncation(problem, scores, saved.moment, saved.spread, saved.inverse)[0, 0]
-    errors = row_errors(problem, o)[0, 0]
+    o, rows, saved, rule = by_moments(problem, degree, scores=as_they_are(problem))
+    p = rule.fits(problem)._fits[0]
+    rows, errors = rows[0, 0], row_errors(problem, o)[0, 0]
     assert np.all(errors <= rows + 1e-13)
     assert rows[:CHUNK].max() < 1e-13
-    assert np.all(errors[CHUNK : 2 * CHUNK] >= 0.98 * rows[CHUNK : 2 * CHUNK])
+    assert np.all(errors[CHUNK : 2 * CHUNK] >= 0.97 * rows[CHUNK : 2 * CHUNK])
     # One more key of size 1 is far for the last chunk.
     moment = saved.moment[0, 0] / saved.inverse[0, 0] / p.coefficients[degree]
     np.testing.assert_allclose(moment[[0, CHUNK, 2 * CHUNK, n - 1]], [0, 1, 2, 2], atol=1e-12)
-
-
-@pytest.mark.parametrize("degree", [2, 3])
-@pytest.mark.parametrize("masked", [False, True])
-def test_fourth_moments_are_attained_up_to_the_room_of_lanczos(degree, masked, rng):
-    k = rng.uniform(-1, 1, (1, 500, 1))
-    k[0, :2] = [[-1.0], [1.0]]
-    problem = problem_of(np.ones((1, 1, 4, 1)), k, (k < -0.9) + 0.0, scale=0.6)
-    if masked:
-        mask = rng.random((1, 500)) < 0.5
-        mask[0, :2] = True
-        problem = problem_of(problem.q, k, problem.v, mask=mask, scale=0.6)
-        k = k[:, mask[0]]
-    scores = measure(problem)
-    p = poly.fit_moments(poly.B_grid(scores.bound), degree, 1.0)
-    fourth, _ = moments.fourth_moments(problem, scores, 1)
-    s = (k[0, :, 0] - (0 if scores.centre is None else scores.centre[0, 0])) * scores.k_factor * scores.q_factor
-    o, rows = by_moments(problem, degree, kappa=1.0)
-    w = np.polyval(p.coefficients[::-1], s)
-    x4 = scores.q_factor**4
-    fourth_moment = np.mean(s**2) ** 2 + x4 * fourth[0]
-    assert np.mean(s**4) <= fourth_moment * (1 + 1e-12)
-    h = (p.radius[0] * np.mean(s**2) + p.radius[1] * fourth_moment) / np.mean(w)
-    share = max(1 - o[0, 0, 0, 0], o[0, 0, 0, 0])
-    assert rows[0, 0, 0] == pytest.approx(h / (1 - h) * share, rel=1e-9)
-    assert np.all(row_errors(problem, o) <= rows)
 
 
 def test_values_away_from_their_middle_are_charged_the_longer_way(rng):
@@ -219,14 +241,16 @@ def test_values_away_from_their_middle_are_charged_the_longer_way(rng):
     v[0, ::50] = 1.0
     v[..., 2] = 7.0  # constant: nothing can go wrong
     problem = problem_of(k[:, None], k, v)
-    o, rows = by_moments(problem, 2)
+    o, rows, _, rule = by_moments(problem, 2)
     scores = measure(problem)
-    p = poly.fit_moments(poly.B_grid(scores.bound), 2)
     y = k[0] - (0 if scores.centre is None else scores.centre[0])
     s = k[0] @ y.T
-    w = np.polyval(p.coefficients[::-1], s)
-    h = p.radius[0] * np.sum(s**2, axis=1) / w.sum(axis=1)
-    np.testing.assert_allclose(rows[0, 0], h / (1 - h) * np.maximum(1 - o, o)[0, 0, :, 0], rtol=1e-9)
+    for i in range(300):
+        B = poly.B_grid(np.linalg.norm(k[0, i]) * np.linalg.norm(y, axis=1).max() * (1 - 1e-7))
+        p = poly.fit_moments(B, 2)
+        w = np.polyval(p.coefficients[::-1], s[i])
+        h = p.radius[0] * np.sum(s[i] ** 2) / w.sum()
+        assert rows[0, 0, i] == pytest.approx(h / (1 - h) * np.maximum(1 - o, o)[0, 0, i, 0], rel=1e-8)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -246,74 +270,6 @@ def test_reach_holds_for_every_row_of_a_causal_chunk(masked, rng):
             for o in (seen.min(axis=0), seen.max(axis=0), seen.mean(axis=0)):
                 allowed = (half + np.abs(o - values.middle[head] - middle)) * per_range
                 assert np.all(np.abs(seen - o).max(axis=0) <= allowed * spread * (1 + 1e-12))
-
-
-DATA = ("gauss", "one direction", "two clusters", "all negative", "heavy tails", "signs", "one far key")
-
-
-def adversarial(kind, rng, shape, size):
-    """Queries and keys of the kind, scores up to about `size`."""
-    H, G, n, n_k, d = shape
-    q, k = rng.standard_normal((H, G, n, d)), rng.standard_normal((H, n_k, d))
-    axis = rng.standard_normal(d)
-    if kind == "one direction":
-        k = rng.standard_normal((H, n_k, 1)) * axis
-        q = rng.choice([-1.0, 1.0], (H, G, n, 1)) * axis
-    elif kind == "two clusters":
-        k = rng.choice([-1.0, 1.0], (H, n_k, 1), p=[0.1, 0.9]) * axis + 0.01 * k
-    elif kind == "all negative":
-        q, k = axis + 0.01 * q, -axis + 0.01 * k
-    elif kind == "heavy tails":
-        k = rng.standard_t(2, (H, n_k, d))
-    elif kind == "signs":
-        q, k = np.sign(q), np.sign(k)
-    elif kind == "one far key":
-        k *= 0.01
-        k[:, 0] = -axis
-        q = axis + 0.1 * q
-    largest = np.linalg.norm(q, axis=-1).max() * np.linalg.norm(k, axis=-1).max()
-    return q * (size / max(largest, 1e-30)), k
-
-
-@settings(max_examples=400, deadline=None, derandomize=True)
-@given(
-    kind=st.sampled_from(DATA),
-    seed=st.integers(0, 2**32),
-    degree=st.sampled_from([2, 3, 4, 5, 6]),
-    fourth=st.booleans(),
-    causal=st.booleans(),
-    masked=st.booleans(),
-    size=st.sampled_from([0.1, 0.5, 1.0, 2.0, 3.5]),
-    values=st.sampled_from(["uniform", "signs of the error", "rare", "ramp"]),
-    dtype=st.sampled_from([np.float32, np.float64]),
-)
-def test_no_certificate_is_violated(kind, seed, degree, fourth, causal, masked, size, values, dtype):
-    rng = np.random.default_rng(seed)
-    H, G, d = rng.integers(1, 3), rng.integers(1, 3), rng.integers(1, 5)
-    n, n_k = (int(rng.integers(190, 420)),) * 2 if causal else (int(rng.integers(1, 8)), int(rng.integers(1, 30)))
-    q, k = adversarial(kind, rng, (H, G, n, n_k, d), size)
-    s = np.einsum("d,hmd->hm", q[0, 0, -1], k)[..., None]
-    v = {
-        "uniform": rng.uniform(-1, 1, (H, n_k, 2)),
-        "signs of the error": np.concatenate([np.sign(s), s < -0.5 * size], axis=-1),
-        "rare": rng.random((H, n_k, 2)) < 0.1,
-        "ramp": np.arange(n_k)[None, :, None] + 0.1 * s,
-    }[values]
-    mask = rng.random((H, n_k)) < 0.7 if masked else None
-    offset = int(rng.integers(-5, 5)) if causal else 0
-    problem = problem_of(*(x.astype(dtype) for x in (q, k, v)), causal=causal, mask=mask, q_offset=offset)
-    if problem.empty:
-        return
-    kappa = float(rng.choice([0.5, 4.0, 32.0])) if fourth and degree < 4 and not causal else 0.0
-    found = by_moments(problem, degree, kappa)
-    if found is None:
-        return
-    o, rows = found
-    scores, spread = measure(problem), measure_values(problem)
-    unit = float(np.finfo(dtype).eps) / 2
-    # Rounding is in units of the largest range of a column, over all keys: what a row sees of one may be less.
-    slack = unit * (12 + 4 * math.exp(2 * scores.bound) + 2 * spread.offset) * 50
-    assert np.all(row_errors(problem, o) <= rows * (1 + 1e-6) + slack)
 
 
 # ---- what users see ----

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,8 @@ class Scores:
         their product is scale times the largest entry.
     how : str
         How `bound` betters `plain`.
+    keys : (H,) array or None
+        The largest ``||k_j - centre||`` of each slot; None with a family.
     """
 
     plain: float
@@ -48,6 +50,22 @@ class Scores:
     q_factor: float
     k_factor: float
     how: str = "with keys centred"
+    keys: np.ndarray | None = None
+
+    def of_rows(self, problem: Problem) -> np.ndarray:
+        """Of every row its own bound ``|scale| ||q_i|| max_j ||k_j - centre||``, (H, G, n) float64."""
+        H, G, n, d = problem.q.shape
+        factor = abs(problem.scale) * _room(problem.q) * self.keys
+        with np.errstate(all="ignore"):
+            return _rows.norms(problem.q.reshape(H, G * n, d), factor, problem.threads).reshape(H, G, n)
+
+    def within(self, B: float) -> Scores:
+        """The same for the rows whose bound is at most B, with factors for their sizes."""
+        if B >= self.bound:
+            return self
+        balance = math.sqrt(B / self.bound)
+        how = f"{self.how}, but for the longest queries"
+        return replace(self, bound=B, q_factor=self.q_factor / balance, k_factor=self.k_factor * balance, how=how)
 
 
 @dataclass(slots=True)
@@ -136,7 +154,7 @@ def measure(problem: Problem, ranks: Any = Alone, centre: bool = True) -> Scores
     q, k, keep = problem.q, problem.k, problem.key_mask
     H, G, n, d = q.shape
     scale = abs(problem.scale)
-    room = 1 + 4 * (d + 8) * float(np.finfo(q.dtype).eps)
+    room = _room(q)
     with np.errstate(all="ignore"):
         q_norm = ranks.largest(_rows.largest_norms(q.reshape(H, G * n, d), None, None, problem.threads))
         plain_norm = ranks.largest(_rows.largest_norms(k, keep, None, problem.threads))
@@ -150,8 +168,15 @@ def measure(problem: Problem, ranks: Any = Alone, centre: bool = True) -> Scores
     if not math.isfinite(plain):
         return Scores(math.inf, math.inf, None, 1.0, 1.0)
     if shifted < plain:
-        return Scores(plain, shifted, mean, *_factors(problem.scale, float(q_norm.max()), float(mean_norm.max())))
-    return Scores(plain, plain, None, *_factors(problem.scale, float(q_norm.max()), float(plain_norm.max())))
+        factors = _factors(problem.scale, float(q_norm.max()), float(mean_norm.max()))
+        return Scores(plain, shifted, mean, *factors, keys=mean_norm)
+    factors = _factors(problem.scale, float(q_norm.max()), float(plain_norm.max()))
+    return Scores(plain, plain, None, *factors, keys=plain_norm)
+
+
+def _room(q: np.ndarray) -> float:
+    """What rounding takes from products of two norms at most."""
+    return 1 + 4 * (q.shape[-1] + 8) * float(np.finfo(q.dtype).eps)
 
 
 def _measure_family(problem: Problem) -> Scores:

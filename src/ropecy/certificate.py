@@ -26,15 +26,16 @@ class Certificate:
     degree, n_features : int or None
         Of the polynomial.
     bound : float
-        B, a bound of every (centred) score.
+        B, a bound of every (centred) score of a row that is not computed exactly.
     rule : str
         What the bound of the truncation rests on: "exact" (there is none), "worst case" (every score may be B),
         "moments" (of the scores of each row; proved once the row is computed), or "sampled": not proved, but twice the
         largest error of `n_sampled` rows, half of them those that have most to fear, half drawn from the others.
     truncation : float
-        Error of the polynomial, in units of max_c range_j(V_jc).
+        Error of the polynomial, in units of range_j(V_jc), column by column.
     rounding : float
-        Of floating point, in the same units: a model of its size, not a proof.
+        Of floating point, in units of the largest range_j(V_jc) of all columns and heads (of max |V| where all are
+        constant): a model of its size, not a proof.
     rows_truncation : (..., n) float64 array or None
         `truncation` row by row, in units of the range over the keys that the row sees; None in a plan.
     n_exact_rows : int
@@ -47,13 +48,13 @@ class Certificate:
 
     Notes
     -----
-    Of a result O, ``|O_ic - Attn_ic| <= error * range_j(V_jc)``. Of gradients, with e = error, omega_i the range over j
-    of <dO_i, V_j>, P the softmax weights, zeta = 2 e / (1 - e) and c = abs(scale): dQ_i is within
-    ``c artanh(e) / 4 omega_i diam(K)``, dK_j within ``c zeta sum_i P_ij omega_i ||Q_i||``, and dV_jc within
-    ``zeta sum_i P_ij |dO_ic|``. By moments diam(K) is twice the largest ``||K_j - mean of K||`` (or ``||K_j||``, if
-    that is less), and what is said of dK and dV holds of the sum over j: with ddX for what dX is off by,
-    ``sum_j ||ddK_j|| <= c zeta sum_i omega_i ||Q_i||`` and ``sum_j |ddV_jc| <= zeta sum_i |dO_ic|``. Of the projection
-    of X, ``||ddW||_F <= sum_i ||X_i|| ||ddY_i||``, Y = X W.
+    Of a result O, ``|O_ic - Attn_ic| <= truncation range_j(V_jc) + rounding max_c range_j(V_jc)``, the maximum over
+    all heads too. Of gradients, with e = error, omega_i the range over j of <dO_i, V_j>, P the softmax weights,
+    zeta = 2 e / (1 - e) and c = abs(scale): dQ_i is within ``c artanh(e) / 4 omega_i diam(K)``, dK_j within
+    ``c zeta sum_i P_ij omega_i ||Q_i||``, and dV_jc within ``zeta sum_i P_ij |dO_ic|``. By moments diam(K) is twice the
+    largest ``||K_j - mean of K||`` (or ``||K_j||``, if that is less), and what is said of dK and dV holds of the sum
+    over j: with ddX for what dX is off by, ``sum_j ||ddK_j|| <= c zeta sum_i omega_i ||Q_i||`` and ``sum_j |ddV_jc| <=
+    zeta sum_i |dO_ic|``. Of the projection of X, ``||ddW||_F <= sum_i ||X_i|| ||ddY_i||``, Y = X W.
     """
 
     engine: str

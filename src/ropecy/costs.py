@@ -19,7 +19,7 @@ from .engines import exact as exact_engine
 from .engines import family as family_engine
 from .engines import polynomial as polynomial_engine
 from .kernels import _exact
-from .moments import SAMPLED_KEYS, SAMPLED_ROWS, STEPS
+from .moments import SAMPLED_KEYS, SAMPLED_ROWS, STEPS, prefixes
 from .polynomial import n_features
 from .problem import Problem
 
@@ -73,8 +73,8 @@ _REUSED = 2**25
 _LONGEST = 2**40
 # The norm of a row, which is sorted, with a part that grows with d.
 _NORM = 1.6e-8, 1.2e-9
-# Of moments: a sampled row or key, with a part that grows with d^2; a certified row; a key in a step of Lanczos.
-_SAMPLE, _CERTIFIED, _LANCZOS = (1.5e-8, 5.5e-11), 1e-8, (1.5e-8, 5.7e-11)
+# Of moments: a sampled row or key, with a part that grows with d^2; a certified row; a step of Lanczos beside products.
+_SAMPLE, _CERTIFIED, _LANCZOS = (1.5e-8, 5.5e-11), 1.5e-8, (1e-4, 4e-8)
 # A problem that is run to compare this machine with the table: keys and queries, width.
 _REFERENCE = 384, 32
 
@@ -285,8 +285,12 @@ def moments_work(problem: Problem) -> Work:
 
 def fourth_work(problem: Problem) -> Work:
     """Of `moments.fourth_moments`."""
-    H, n_k, d = problem.k.shape
-    return Work(H * STEPS * (2e-5 + n_k * (_LANCZOS[0] + _LANCZOS[1] * d * d)))
+    H, _, d = problem.k.shape
+    stops, product = prefixes(problem), speeds(problem.q.dtype).product * 1e-9
+    keys = H * STEPS * float(stops.sum())
+    # Vectors are made orthogonal by one thread.
+    alone = H * len(stops) * STEPS * (_LANCZOS[0] + _LANCZOS[1] * d * d)
+    return Work(alone, ((keys * product * (1.5 * d * d + 12 * d), H * len(stops) * 64),))
 
 
 def _pairs(problem: Problem, ahead: float, behind: float) -> float:

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from . import _validate
-from .bounds import measure
 from .engines import exact as exact_engine
+from .kernels import _rows
 from .problem import Call, Problem, prepare_for
 from .relative import RelativeFamily
 from .rotary import Rotary
@@ -148,31 +148,40 @@ def check(
     return Evidence(error, index, count, total, seed, _CONFIDENCE, fraction, of)
 
 
-def row_errors(problem: Problem, o: np.ndarray, chosen: np.ndarray, unit: float) -> np.ndarray:
+def row_errors(
+    problem: Problem, o: np.ndarray, chosen: np.ndarray, unit: float, bound: float = np.inf
+) -> np.ndarray:
     """max_c |o_ic - Attn_ic| / range_j(v_jc) of the rows `chosen`, flat indices into (H, G, n), computed exactly.
 
-    Columns without range may be off by 64 `unit` of their value.
+    Columns without range may be off by 64 `unit` of their value. `bound` is that of the scores.
     """
     H, G, n = problem.q.shape[:3]
     marked = np.zeros(H * G * n, bool)
     marked[chosen] = True
     exact = np.zeros_like(o)
     if not problem.empty:
-        exact_engine.forward_rows(problem, measure(problem).plain, marked.reshape(H, G, n), exact, None)
+        exact_engine.forward_rows(problem, bound, marked.reshape(H, G, n), exact, None)
     found = np.empty(len(chosen))
+    everywhere = problem.lo is None and problem.hi is None
+    if everywhere:
+        _, lows, highs = _rows.columns(problem.v, problem.key_mask, problem.threads)
     seen, low, high = (-1, 0, 0), None, None
     for at, (head, group, row) in enumerate(zip(*np.unravel_index(chosen, (H, G, n)), strict=True)):
-        first, last = _band(problem, row)
-        start = first
-        if seen[:2] == (head, first) and seen[2] <= last:
-            start = seen[2]  # rows come in order: only what is new is looked at
+        if everywhere:
+            low, high = lows[head], highs[head]
         else:
-            low, high = np.full(o.shape[-1], np.inf), np.full(o.shape[-1], -np.inf)
-        v = problem.v[head, start:last]
-        if problem.key_mask is not None:
-            v = v[problem.key_mask[head, start:last]]
-        low, high = np.minimum(low, v.min(axis=0, initial=np.inf)), np.maximum(high, v.max(axis=0, initial=-np.inf))
-        seen = (head, first, last)
+            first, last = _band(problem, row)
+            start = first
+            if seen[:2] == (head, first) and seen[2] <= last:
+                start = seen[2]  # rows come in order: only what is new is looked at
+            else:
+                low, high = np.full(o.shape[-1], np.inf), np.full(o.shape[-1], -np.inf)
+            v = problem.v[head, start:last]
+            if problem.key_mask is not None:
+                v = v[problem.key_mask[head, start:last]]
+            low = np.minimum(low, v.min(axis=0, initial=np.inf))
+            high = np.maximum(high, v.max(axis=0, initial=-np.inf))
+            seen = (head, first, last)
         off = np.abs(o[head, group, row] - exact[head, group, row])
         constant = high <= low
         # A row that sees no key is 0.

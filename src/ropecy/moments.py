@@ -1,24 +1,49 @@
 """Moments of the scores: what the bulk of the keys says of a row's error, where the largest score says too much.
 
-With weights p(s), ``|p(s) - e^s| <= radius(s)``, h_i the sum of radius over the keys of row i divided by its
+With weights p_i(s), ``|p_i(s) - e^s| <= radius_i(s)``, h_i the sum of radius_i over the keys of row i divided by its
 denominator, and T the row that is computed,
 
     |Attn_ic - T_ic| <= h_i / (1 - h_i) max_j |V_jc - T_ic|,
 
-since sum_j p(s_ij) (V_j - T_i) = 0. The radius is a polynomial, so h_i takes moments of the scores: the k-th is the
-share of degree k in the denominator, right for every mask, and the fourth is bounded by the largest eigenvalue of the
-covariance of the matrices k_j k_j^T. Nothing of this is in the papers.
+since sum_j p_i(s_ij) (V_j - T_i) = 0. The radius is a polynomial, so h_i takes moments of the scores: the k-th is the
+share of degree k in the denominator, right for every mask. Keys' sums do not depend on p_i, so every row has its own,
+for the size of its own scores, and a long query spoils no other row.
+
+Fourth moments, of degrees 2 and 3, come from an eigenvalue. For any matrix M, with a = x^T M x and m keys,
+s^2 = a + <x x^T, y y^T - M>, hence
+
+    sum_j s_j^4 = 2 a sum_j s_j^2 - m a^2 + sum_j <x x^T, y_j y_j^T - M>^2 <= (sum_j s_j^2)^2 / m + ||x||^4 Lambda,
+
+where Lambda is the largest eigenvalue of the last sum over symmetric matrices. M being the mean over a longer stretch
+of keys, and Lambda the sum over that stretch, it holds for the keys that come first as well: causal rows share a few
+prefixes. Nothing of this is in the papers.
+
+What was tried and left out, with n = 65,536 and d = 64:
+
+* Errors of whole rows, ``||Attn_i - T_i|| <= h_i / (1 - h_i) max_j ||V_j - T_i||``, are sharper than entries added
+  up, by 1.4 (uniform V) to 3.3 (Gaussian). Certificates are of entries, in units of their column's range, which that
+  bounds 5.7 and 2.1 times worse: it would not change a degree.
+* A polynomial of degree 2 without the products of the d - r coordinates (eigenvectors of the keys and queries) that
+  scores have least of adds ``c_2 sum_j y_j^2`` to h, y their share of a score. At a certificate 1.25 times larger, that
+  is 2,145 features down to 93 to 254 where nothing is rotated (eigenvalues falling as 1/k to 1/k^2), to 192 to 605
+  where half of the coordinates are, and to 1,064 to 2,100 where all are: rotations average over each pair.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import secrets
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from .bounds import Scores, Values, kept_keys
+from . import polynomial as poly
+from .bounds import Scores, Values, polynomial_rounding
+from .engines import exact as exact_engine
+from .engines import polynomial as engine
+from .kernels import _quartic
 from .polynomial import MomentPolynomial
 from .problem import Problem
 
@@ -28,70 +53,165 @@ FAILURE = 1e-6
 
 SAMPLED_KEYS = 4096
 SAMPLED_ROWS = 2048
-_BLOCK = 2048
+# Of the rows, or of the work, may be expected to be exact beside a polynomial; and rows of a tile of the exact engine.
+_FEW = 0.03
+TILE = 48
+_CUT = 0.5  # of the sampled rows, at most, are left out for their size
+_SHORTEST_PREFIX = 1536  # of causal keys that have fourth moments of their own
+
+
+class RowFits:
+    """A polynomial for every row, of one degree: `polynomial.fit_moments` at the row's own bound, rounded up.
+
+    Parameters
+    ----------
+    sizes : array
+        B_i, of any shape.
+    degree : int
+    kappa : float
+        As in `fit_moments`, for scores in units of B_i.
+    """
+
+    def __init__(self, sizes: np.ndarray, degree: int, kappa: float) -> None:
+        self.sizes, self._past = sizes, ~(sizes <= poly.MAX_BOUND)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            # Rounding of the logarithm is far below the 1e-6 of a step that it is kept away from.
+            steps = poly.STEPS_PER_OCTAVE * np.log2(poly.MAX_BOUND / sizes) - 1e-6
+        steps = np.where(self._past, 0, np.clip(steps, 0, 45 * poly.STEPS_PER_OCTAVE)).astype(np.intp)
+        there = np.flatnonzero(np.bincount(steps.reshape(-1)))
+        place = np.zeros(there.max(initial=0) + 1, np.intp)
+        place[there] = np.arange(len(there))
+        self._index = place[steps]
+        bounds = (poly.B_grid(poly.MAX_BOUND * 2.0 ** (-i / poly.STEPS_PER_OCTAVE) * (1 - 1e-9)) for i in there)
+        self._fits = [poly.fit_moments(B, degree, kappa / B**2) for B in bounds]
+
+    def of_rows(self, what) -> np.ndarray:
+        """what(p) by rows; inf where a row has no polynomial."""
+        found = np.array([math.inf if p is None else what(p) for p in self._fits])[self._index]
+        found[self._past] = math.inf
+        return found
+
+    def ratio(self, p: MomentPolynomial, dtype: np.dtype) -> np.ndarray | None:
+        """What the two top degrees of p are multiplied by to be the row's (c/monomials.h); None where all are p."""
+        if all(fit in (None, p) for fit in self._fits):
+            return None
+        g, ratio = p.degree, np.ones((2, *self._index.shape), dtype)
+        below, top = (self.of_rows(lambda fit, t=t: fit.coefficients[t] / p.coefficients[t]) for t in (g - 1, g))
+        kept = np.isfinite(top)
+        ratio[0, kept] = below[kept]
+        ratio[1, kept] = (top[kept] / ratio[0, kept]).astype(dtype)
+        return ratio
+
+
+@dataclass(slots=True)
+class Fourth:
+    """Sums over the first keys of a slot that stand in for fourth moments.
+
+    Attributes
+    ----------
+    stops : (L,) int array
+        Increasing; the last is the number of keys.
+    largest : (H, L) array
+        Lambda of the first `stops` keys, in units of the fourth power of the largest: with B_i in the place of ||x||.
+    seed : int
+        Of the coins behind it.
+    """
+
+    stops: np.ndarray
+    largest: np.ndarray
+    seed: int
+
+    def of_rows(self, far: np.ndarray) -> np.ndarray:
+        """Lambda for rows that see the first `far` keys (n,) by polynomial: (H, n)."""
+        return self.largest[:, np.searchsorted(self.stops, far)]
 
 
 @dataclass(slots=True)
 class MomentRule:
-    """A polynomial, and what certifies its rows once they are computed.
+    """A family of polynomials, one for a row, and what certifies rows once they are computed.
 
     Attributes
     ----------
     polynomial : MomentPolynomial
-    fourth : (H,) array or None
-        Bound of the variance over j of <X, y_j y_j^T>, ||X||_F = 1, y the keys as used: for fourth moments.
-    seed : int or None
-        Of the coins behind `fourth`.
+        That of the largest bound of a row that is kept.
+    kappa : float
+        As in `RowFits`.
+    scores : Scores
+        For rows of such bounds.
+    fourth : Fourth or None
+    n_long : int
+        How many rows are past that bound, and exact.
     weights : MomentPolynomial or None
-        What backward has in the place of `polynomial`, of the same order.
+        What backward has in the place of `polynomial`, of the same order. Then all rows have `polynomial` itself, for
+        dV has its weights.
     """
 
     polynomial: MomentPolynomial
-    fourth: np.ndarray | None = field(default=None, repr=False)
-    seed: int | None = None
+    kappa: float
+    scores: Scores
+    fourth: Fourth | None = field(default=None, repr=False)
+    n_long: int = 0
     weights: MomentPolynomial | None = None
 
+    def fits(self, problem: Problem) -> RowFits:
+        """Every row's polynomial."""
+        sizes = self.scores.of_rows(problem)
+        if self.weights is not None:
+            sizes = np.maximum(sizes, self.scores.bound)
+        return RowFits(sizes, self.polynomial.degree, self.kappa)
+
     def truncation(
-        self, problem: Problem, scores: Scores, moment: np.ndarray, spread: np.ndarray, inverse: np.ndarray
+        self, problem: Problem, fits: RowFits, moment: np.ndarray, spread: np.ndarray, inverse: np.ndarray
     ) -> np.ndarray:
         """Bound of |T_ic - Attn_ic| / range_j(V_jc) by rows, (H, G, n) float64; inf where there is none.
 
         Parameters
         ----------
         problem : Problem
-        scores : Scores
+        fits : RowFits
+            The polynomials that the rows were computed with.
         moment, spread, inverse : (H, G, n) arrays
             As `engines.polynomial.forward` measures them.
 
         Notes
         -----
-        Time O(n), with fourth moments O(n d).
+        Time O(n).
         """
-        h = self._radius(self.polynomial, problem, scores, moment, inverse)
+        h = self._radius(problem, fits, moment, inverse)
         share = np.minimum(spread * (1 + 8 * float(np.finfo(problem.q.dtype).eps)), 1.0)
         with np.errstate(all="ignore"):
             return np.where(h < 1, np.where(inverse > 0, h / (1 - h) * share, 0.0), math.inf)
 
-    def gradient(self, problem: Problem, scores: Scores, moment: np.ndarray, inverse: np.ndarray) -> np.ndarray:
+    def gradient(self, problem: Problem, fits: RowFits, moment: np.ndarray, inverse: np.ndarray) -> np.ndarray:
         """What a row does to the certificate of gradients, (H, G, n) float64: see `gradient_error`."""
-        radii = (self._radius(p, problem, scores, moment, inverse) for p in (self.polynomial, self.weights))
-        return np.where(inverse > 0, gradient_error(*radii), 0.0)
-
-    def _radius(
-        self, r: MomentPolynomial, problem: Problem, scores: Scores, moment: np.ndarray, inverse: np.ndarray
-    ) -> np.ndarray:
-        """The sum over keys of the radius of r by the denominator of `polynomial`: (H, G, n)."""
-        p, (a, b) = self.polynomial, r.radius
-        # sum_j s^k / Z. Moments are sums that may cancel: their rounding is in units of the largest term, times m / Z.
-        mean = np.maximum(moment.astype(np.float64) / p.coefficients[p.order], 0.0)
+        r, mean = self.weights, self._mean(fits, moment)
         unit = float(np.finfo(problem.q.dtype).eps) / 2
-        h = a * mean + 16 * unit * math.exp(p.B) * (a + b * p.B**2) * p.B**p.order
-        if self.fourth is not None:
-            per_key = inverse * kept_keys(problem)[:, None, None].astype(np.float64)
-            size = np.einsum("hgnd,hgnd->hgn", problem.q, problem.q, dtype=np.float64) * scores.q_factor**2
-            second = np.divide(mean, per_key, out=np.zeros_like(mean), where=per_key > 0)
-            h += b * per_key * (second**2 + size**2 * self.fourth[:, None, None])
-        return h
+        radius = r.radius[0] * mean + 16 * unit * math.exp(r.B) * r.radius[0] * r.B**r.order
+        errors = gradient_error(self._radius(problem, fits, moment, inverse), radius)
+        return np.where(inverse > 0, errors, 0.0)
+
+    def _mean(self, fits: RowFits, moment: np.ndarray) -> np.ndarray:
+        """sum_j s^k / Z by rows."""
+        with np.errstate(all="ignore"):
+            return np.maximum(moment.astype(np.float64) / fits.of_rows(lambda p: p.coefficients[p.order]), 0.0)
+
+    def _radius(self, problem: Problem, fits: RowFits, moment: np.ndarray, inverse: np.ndarray) -> np.ndarray:
+        """The sum over keys of a row's radius by its denominator: (H, G, n)."""
+        k, unit, mean = self.polynomial.order, float(np.finfo(problem.q.dtype).eps) / 2, self._mean(fits, moment)
+        with np.errstate(all="ignore"):
+            # With the rounding of the coefficient that the moment was measured with.
+            h = mean * fits.of_rows(lambda p: p.alone + 8 * unit * p.coefficients[k])
+            if self.fourth is not None:
+                far = far_keys(problem)
+                kept = kept_before(problem, far)[:, None] * inverse.astype(np.float64)
+                fourth = np.divide(mean**2, kept, out=np.zeros_like(mean), where=kept > 0)
+                fourth += fits.sizes**4 * self.fourth.of_rows(far)[:, None] * inverse
+                both = mean * fits.of_rows(lambda p: p.radius[0] + 8 * unit * p.coefficients[k])
+                h = np.minimum(h, both + fourth * fits.of_rows(lambda p: p.radius[1]))
+            # Moments are sums that may cancel: their rounding is in units of the largest term, times m / Z.
+            return h + fits.of_rows(
+                lambda p: 16 * unit * math.exp(p.B) * max(p.alone, p.radius[0] + p.radius[1] * p.B**2) * p.B**k
+            )
 
 
 def gradient_error(h: np.ndarray, h_r: np.ndarray) -> np.ndarray:
@@ -114,6 +234,22 @@ def gradient_error(h: np.ndarray, h_r: np.ndarray) -> np.ndarray:
     with np.errstate(all="ignore"):
         zeta = h_r + 2 * h
         return np.where(h < 1, np.maximum(np.tanh(2 * h_r + 3 * h), zeta / (2 + zeta)), math.inf)
+
+
+def far_keys(problem: Problem) -> np.ndarray:
+    """How many keys a row sees by polynomial: all there are, or, causal, those before its chunk's first; (n,)."""
+    n, n_k = problem.q.shape[2], problem.k.shape[1]
+    if problem.hi is None:
+        return np.full(n, n_k)
+    chunk = engine.chunk(problem)
+    return np.clip((np.arange(n) + problem.q_offset) // chunk * chunk, 0, n_k)
+
+
+def kept_before(problem: Problem, ends: np.ndarray) -> np.ndarray:
+    """How many of the first `ends` keys key_mask keeps, (H, len(ends))."""
+    if problem.key_mask is None:
+        return np.broadcast_to(ends, (problem.k.shape[0], len(ends)))
+    return np.pad(np.cumsum(problem.key_mask, axis=1), ((0, 0), (1, 0)))[:, ends]
 
 
 def reach(problem: Problem, values: Values, chunk: int) -> np.ndarray:
@@ -150,150 +286,244 @@ def reach(problem: Problem, values: Values, chunk: int) -> np.ndarray:
 
 
 class Sample:
-    """What some rows and some keys say of moments before the work: for choosing a degree, not for certifying one."""
+    """What some rows and some keys say of moments before the work: for choosing a degree, not for certifying one.
+
+    Rows are every so many, and those that are longer than all of these.
+
+    Attributes
+    ----------
+    index, weight : (R,) arrays
+        Flat indices into (H, G, n), increasing, and how many rows each stands for.
+    sizes : (H, G, n) array
+        The bounds B_i of all rows.
+    """
 
     def __init__(self, problem: Problem, scores: Scores, values: Values) -> None:
         H, G, n, d = problem.q.shape
         key_step = max(1, problem.k.shape[1] // SAMPLED_KEYS)
-        row_step = max(1, n // max(16, SAMPLED_ROWS // (H * G)))
-        y = problem.k[:, ::key_step].astype(np.float64)
-        y = (y if scores.centre is None else y - scores.centre[:, None]) * scores.k_factor
-        count = np.full(H, y.shape[1])
+        self._y = self._some_keys(problem, scores, key_step)
+        count = np.full(H, self._y.shape[1])
         if problem.key_mask is not None:
-            keep = problem.key_mask[:, ::key_step]
-            y *= keep[..., None]
-            count = np.maximum(keep.sum(axis=1), 1)
-        x = (problem.q[:, :, ::row_step].astype(np.float64) * scores.q_factor).reshape(H, -1, d)
-        self._x, self._y, self._count = x, y, count
-        self._products = y.swapaxes(1, 2) @ y / count[:, None, None]
-        self.second = np.einsum("hrd,hrd->hr", x @ self._products, x)
-        with np.errstate(over="ignore"):
-            self._inverse = np.exp(-np.einsum("hrd,hd->hr", x, y.sum(axis=1) / count[:, None]))
-        self.size = np.einsum("hrd,hrd->hr", x, x)
+            count = np.maximum(problem.key_mask[:, ::key_step].sum(axis=1), 1)
+        rows = _quartic.Rows(self._y, None, None, 1.0, problem.threads)
+        self._products = rows.apply([self._y.shape[1]], None)[0][:, 0] / count[:, None, None]
+
+        self.sizes = scores.of_rows(problem)
+        sizes = self.sizes.reshape(-1)
+        row_step = max(1, n // max(16, SAMPLED_ROWS // (H * G)))
+        some = np.arange(H * G * n).reshape(H * G, n)[:, ::row_step].reshape(-1)
+        longer = np.flatnonzero(sizes > 1.01 * sizes[some].max(initial=0))
+        few = longer[:: max(1, len(longer) // SAMPLED_ROWS)]
+        self.index = np.concatenate([some, few])
+        self.weight = np.repeat(
+            [(sizes.size - len(longer)) / max(1, len(some)), len(longer) / max(1, len(few))], [len(some), len(few)]
+        )
+        order = np.argsort(self.index, kind="stable")
+        self.index, self.weight = self.index[order], self.weight[order]
+        self._head, self._row = self.index // (G * n), self.index % n
+        self._x = problem.q.reshape(-1, d)[self.index] * np.float64(scores.q_factor)
+        self.second, self.first = np.empty((2, len(self.index)))
+        mean = self._y.sum(axis=1, dtype=np.float64) / count[:, None]
+        for head, rows in self._by_head():
+            x = self._x[rows]
+            self.second[rows] = np.einsum("rd,rd->r", x @ self._products[head], x)
+            self.first[rows] = x @ mean[head]
         spread = (values.high - values.low).astype(np.float64)
         off = np.abs(values.mean - values.middle)
         self.share = 0.5 + float(np.divide(off, spread, out=np.zeros_like(off), where=spread > 0).max(initial=0))
         self._tails: dict[int, float] = {}
 
-    def risk(self, problem: Problem, scores: Scores, inverse: np.ndarray, chunk: int) -> np.ndarray:
+    @staticmethod
+    def _some_keys(problem: Problem, scores: Scores, step: int) -> np.ndarray:
+        y = problem.k[:, ::step]
+        y = (y if scores.centre is None else y - scores.centre[:, None]) * problem.k.dtype.type(scores.k_factor)
+        if problem.key_mask is not None:
+            y *= problem.key_mask[:, ::step, None]
+        return np.ascontiguousarray(y)
+
+    def _by_head(self) -> Iterator[tuple[int, slice]]:
+        cuts = np.searchsorted(self._head, np.arange(len(self._y) + 1))
+        return ((head, slice(*ends)) for head, ends in enumerate(itertools.pairwise(cuts)))
+
+    def risk(self, problem: Problem, scores: Scores, inverse: np.ndarray) -> np.ndarray:
         """What the certificates of rows grow with, about: far keys times their second moment by the denominator.
 
         (H, G, n). inf where the denominator is not positive though the row sees keys.
         """
         H, G, n, d = problem.q.shape
-        x = problem.q.reshape(H, G * n, d) * problem.q.dtype.type(scores.q_factor)
-        second = np.einsum("hrd,hrd->hr", x @ self._products.astype(x.dtype), x).reshape(H, G, n)
+        q, products = problem.q.reshape(H, G * n, d), self._products * scores.q_factor**2
+        second = np.einsum("hrd,hrd->hr", q @ products.astype(q.dtype), q).reshape(H, G, n)
         n_k = problem.k.shape[1]
-        ends = n_k if problem.hi is None else np.arange(n) + problem.q_offset + problem.hi + 1
-        far = n_k if problem.hi is None else np.clip((ends - 1) // chunk * chunk, 0, n_k)
-        if problem.key_mask is None:
-            sees = np.broadcast_to(ends > 0, (H, 1, n))
-        else:
-            kept = np.cumsum(problem.key_mask, axis=1)
-            sees = (np.broadcast_to(ends, n) > 0) & (kept[:, np.clip(ends, 1, n_k) * np.ones(n, int) - 1] > 0)
-            sees = sees[:, None]
-        return np.where(inverse > 0, far * second * inverse, np.where(sees, np.inf, 0.0))
+        ends = np.full(n, n_k) if problem.hi is None else np.arange(n) + problem.q_offset + problem.hi + 1
+        sees = kept_before(problem, np.clip(ends, 0, n_k))[:, None] > 0
+        return np.where(inverse > 0, far_keys(problem) * second * inverse, np.where(sees, np.inf, 0.0))
 
     def _tail(self, k: int) -> float:
         """max_i m_k(i) / m_2(i)^(k/2) over a few rows and keys."""
         if k == 2:
             return 1.0
         if k not in self._tails:
-            x = self._x[:, :: max(1, self._x.shape[1] // 64)]
-            y = self._y[:, :: max(1, self._y.shape[1] // 1024)]
-            s = x @ y.swapaxes(1, 2)
-            square = s * s
-            second, power = np.mean(square, axis=2), square
-            for _ in range(k // 2 - 1):  # pow is fifty times slower than a product
-                power = power * square
-            with np.errstate(all="ignore"):
-                self._tails[k] = float(np.nanmax(np.mean(power, axis=2) / second ** (k // 2), initial=1.0))
+            found = [1.0]
+            for head, rows in self._by_head():
+                x = self._x[rows]
+                y = self._y[head, :: max(1, self._y.shape[1] // 1024)]
+                s = x[:: max(1, len(x) // 64)] @ y.T.astype(np.float64)
+                square = s * s
+                power = square
+                for _ in range(k // 2 - 1):  # pow is fifty times slower than a product
+                    power = power * square
+                with np.errstate(all="ignore"):
+                    ratio = np.mean(power, axis=1) / np.mean(square, axis=1) ** (k // 2)
+                    found.append(np.nanmax(ratio, initial=1.0))
+            self._tails[k] = float(max(found))
         return self._tails[k]
 
-    def truncation(self, p: MomentPolynomial, fourth: np.ndarray | None) -> np.ndarray:
-        """About what `MomentRule.truncation` will find for the sampled rows; fourth None stands for Gaussian scores."""
-        h = self.radius(p, fourth)
-        return np.where(h < 1, h / np.maximum(1 - h, 1e-300) * min(1.0, 1.1 * self.share), math.inf)
+    def fits(self, degree: int, kappa: float, least: float = 0.0) -> RowFits:
+        """The polynomials of the sampled rows, whose bounds are taken to be at least that."""
+        return RowFits(np.maximum(self.sizes.reshape(-1)[self.index], least), degree, kappa)
 
-    def radius(self, p: MomentPolynomial, fourth: np.ndarray | None = None) -> np.ndarray:
-        """About a sampled row's sum of radii by its denominator."""
-        a, b = p.radius
-        R = a * self._tail(p.order) * self.second ** (p.order // 2)
-        if b:
-            R += b * (3 * self.second**2 if fourth is None else self.second**2 + self.size**2 * fourth[:, None])
-        with np.errstate(over="ignore", invalid="ignore"):
-            return R * self._inverse
+    def mean(self, problem: Problem, order: int) -> np.ndarray:
+        """About the sum of scores to the power `order` by the denominator, of sampled rows."""
+        far, seen = far_keys(problem)[self._row], np.maximum(seen_keys(problem)[self._row], 1)
+        with np.errstate(over="ignore"):
+            return far / seen * self._tail(order) * self.second ** (order // 2) * np.exp(-self.first)
+
+    def radius(self, problem: Problem, fits: RowFits, order: int, fourth: Fourth | None = None) -> np.ndarray:
+        """About a sampled row's sum of radii by its denominator; fourth None stands for Gaussian scores."""
+        mean = self.mean(problem, order)
+        with np.errstate(all="ignore"):
+            h = fits.of_rows(lambda p: p.alone) * mean
+            b = fits.of_rows(lambda p: p.radius[1])
+            if np.any(b > 0):
+                m4 = 3 * self.second**2
+                if fourth is not None:
+                    far = far_keys(problem)[self._row]
+                    largest = fourth.largest[self._head, np.searchsorted(fourth.stops, far)]
+                    m4 = self.second**2 + fits.sizes**4 * largest / np.maximum(far, 1)
+                h = np.fmin(h, (fits.of_rows(lambda p: p.radius[0]) + b * m4 / self.second) * mean)
+        return h
+
+    def truncation(self, h: np.ndarray) -> np.ndarray:
+        """About what `MomentRule.truncation` makes of such radii."""
+        with np.errstate(all="ignore"):
+            return np.where(h < 1, h / np.maximum(1 - h, 1e-300) * min(1.0, 1.1 * self.share), math.inf)
+
+    def kept(
+        self, problem: Problem, values: Values, eps: float, B: float, h: np.ndarray, h_r: np.ndarray | None = None
+    ) -> tuple[float, int, float, float] | None:
+        """Where rows within B are kept: the part of all exact work that the others are, how many of these there may be,
+        and the truncation of the kept and of their gradient. None where others are too many.
+
+        Rows fail that are past the bound, of which all are known, and rows whose truncation is past what rounding
+        leaves of eps, for which the sample speaks, whose radii are h and in backward h_r.
+        """
+        G, n = problem.q.shape[1:3]
+        grad, total = h_r is not None, self.sizes.size
+        allowed = eps - polynomial_rounding(problem, B, values)
+        expected = self.truncation(h)
+        of_gradient = gradient_error(h, h_r) if grad else np.zeros_like(h)
+        long = self.sizes.reshape(-1)[self.index] > B
+        others = ~(long | ((expected <= allowed) & (of_gradient <= 2 * allowed)))
+        pairs = max(1.0, len(problem.k) * G * exact_engine.pairs(problem))
+        work = self.weight * seen_keys(problem)[self._row] / pairs
+        if problem.hi is not None:
+            # A row that fails alone costs a tile.
+            rows = np.pad(long | others, 1)
+            work *= np.where(rows[2:] | rows[:-2], 1.0, TILE)
+        share = work[long].sum() + 1.5 * work[others].sum()
+        count = np.count_nonzero(self.sizes > B) + 1.5 * self.weight[others].sum()
+        if count > _FEW * total and share > _FEW:
+            return None
+        truncation = (float(np.max(errors, where=~(long | others), initial=0.0)) for errors in (expected, of_gradient))
+        return float(share), math.ceil(count + total / 512) + 8, *truncation
+
+    def cuts(self, bound: float) -> list[float]:
+        """Bounds of the rows that may be kept: `bound`, and lower ones that leave out 1, 2, 4, ... sampled rows."""
+        sizes = np.sort(self.sizes.reshape(-1)[self.index])[::-1]
+        found = [bound]
+        for count in 2 ** np.arange(int(_CUT * len(sizes)).bit_length()):
+            # Less than a step of the grid changes nothing.
+            if sizes[count] < 0.97 * found[-1]:
+                found.append(float(sizes[count]))
+        return [B for B in found if B <= poly.MAX_BOUND]
 
     def kappa(self) -> float:
-        """The second moment over the fourth of the worst row, were scores Gaussian; rounded to a power of 2."""
-        second = float(self.second.max())
-        return 2.0 ** min(40, max(-40, round(math.log2(1 / (3 * second))))) if second > 0 else 1.0
+        """B_i^2 over three times the second moment for the worst row: the ratio of the second moment and the fourth,
+        in units of B_i, were scores Gaussian; rounded to a power of 2.
+        """
+        worst = int(self.second.argmax())
+        second, size = float(self.second[worst]), float(self.sizes.reshape(-1)[self.index[worst]])
+        if not 0 < second < math.inf or not 0 < size < math.inf:
+            return 1.0
+        return 2.0 ** min(40, max(-1, round(2 * math.log2(size) - math.log2(3 * second))))
 
 
-def fourth_moments(problem: Problem, scores: Scores, seed: int | None) -> tuple[np.ndarray, int]:
-    """(H,): lam >= the variance over j of <X, y_j y_j^T>, for all ||X||_F = 1, y the keys as used; and the seed.
+def seen_keys(problem: Problem) -> np.ndarray:
+    """How many keys a row sees, masked or not, (n,)."""
+    n, n_k = problem.q.shape[2], problem.k.shape[1]
+    if problem.hi is None:
+        return np.full(n, n_k)
+    return np.clip(np.arange(n) + problem.q_offset + problem.hi + 1, 0, n_k)
 
-    So that mean_j s_ij^4 <= (mean_j s_ij^2)^2 + ||x_i||^4 lam.
+
+def prefixes(problem: Problem) -> np.ndarray:
+    """How many keys have fourth moments together: all, and, causal, halves of halves too."""
+    n_k, chunk = problem.k.shape[1], engine.chunk(problem)
+    stops = [n_k]
+    while problem.hi is not None and stops[-1] > 2 * _SHORTEST_PREFIX:
+        stops.append(-(-stops[-1] // (2 * chunk)) * chunk)
+    return np.array(stops[::-1])
+
+
+def fourth_moments(problem: Problem, scores: Scores, seed: int | None) -> Fourth:
+    """Lambda >= the sum over j of <X, y_j y_j^T - mean>^2, for all symmetric X of norm 1, of each stretch of keys.
 
     Notes
     -----
-    20 steps of Lanczos for X -> mean_j (y_j^T X y_j - mean) y_j y_j^T on symmetric matrices from a Gaussian start. Its
-    largest Ritz value theta has theta >= (1 - e) lam for all data but with probability 1.648 sqrt(N)
+    20 steps of Lanczos for X -> sum_j (y_j^T X y_j - mean) y_j y_j^T on symmetric matrices from a Gaussian start. Its
+    largest Ritz value theta has theta >= (1 - e) Lambda for all data but with probability 1.648 sqrt(N)
     exp(-sqrt(e) (2 k - 1)) over its own coins, N = d (d + 1) / 2 (Kuczynski and Wozniakowski 1992): e is where that is
-    1e-6, shared by the slots. Time 80 n_k d^2 in products of matrices, memory n_k d.
+    1e-6, shared by the slots and stretches. Time 40 n_k d^2 in products of matrices, twice that where causal; memory
+    2 n_k d.
     """
     if seed is None:
         seed = secrets.randbits(63)
     rng = np.random.default_rng(seed)
     H, _, d = problem.k.shape
+    stops = prefixes(problem)
+    rows = _quartic.Rows(problem.k, problem.key_mask, scores.centre, scores.k_factor, problem.threads)
+    steps = min(STEPS, d * (d + 1) // 2)
+    theta = _largest_variance(rows, stops, kept_before(problem, stops), steps, rng)
     # More steps than dimensions change nothing, so the statement for STEPS holds for fewer too.
-    room = math.log(1.648 * math.sqrt(d * (d + 1) / 2) * H / FAILURE) / (2 * STEPS - 1)
-    unit = float(np.finfo(problem.k.dtype).eps)
-    found = np.empty(H)
-    for head in range(H):
-        y = problem.k[head]
-        if problem.key_mask is not None:
-            y = y[problem.key_mask[head]]
-        y = (y if scores.centre is None else y - scores.centre[head]) * y.dtype.type(scores.k_factor)
-        found[head] = _largest_variance(y, min(STEPS, d * (d + 1) // 2), rng) / (1 - room * room)
-        # Products are in the data's precision.
-        found[head] += 64 * unit * float(np.einsum("md,md->m", y, y).max(initial=0)) ** 2
-    return found, seed
+    room = math.log(1.648 * math.sqrt(d * (d + 1) / 2) * theta.size / FAILURE) / (2 * STEPS - 1)
+    size = (scores.keys * abs(scores.k_factor))[:, None] ** 4
+    largest = np.divide(theta / (1 - room * room), size, out=np.zeros_like(theta), where=size > 0)
+    # Products are in the data's precision.
+    return Fourth(stops, largest + 64 * float(np.finfo(problem.k.dtype).eps) * stops, seed)
 
 
-def _largest_variance(y: np.ndarray, steps: int, rng: np.random.Generator) -> float:
-    """The largest Ritz value after `steps` steps of Lanczos, every vector made orthogonal to all before it."""
-    m, d = y.shape
-    if m == 0:
-        return 0.0
-    start = rng.standard_normal((d, d))
-    X = start + start.T  # Gaussian in an orthonormal basis of symmetric matrices
-    basis, diagonal, beside = [], [], []
-    norm = np.linalg.norm(X)
-    for _ in range(steps):
-        X = X / norm
-        basis.append(X)
-        image = np.zeros((d, d))
-        total, plain = 0.0, np.zeros((d, d))
-        small = X.astype(y.dtype)
-        for first in range(0, m, _BLOCK):
-            rows = y[first : first + _BLOCK]
-            values = np.einsum("md,md->m", rows @ small, rows)
-            image += (values[:, None] * rows).T @ rows
-            plain += rows.T @ rows if len(basis) == 1 else 0
-            total += float(values.sum(dtype=np.float64))
-        if len(basis) == 1:
-            mean = plain / m
-        image = image / m - total / m * mean
-        diagonal.append(float(np.vdot(image, X)))
+def _largest_variance(rows: _quartic.Rows, stops: np.ndarray, kept: np.ndarray, steps: int, rng) -> np.ndarray:
+    """The largest Ritz values after `steps` steps of Lanczos, every vector made orthogonal to all before it: (H, L)."""
+    products = rows.apply(stops, None)[0]
+    H, L, d, _ = products.shape
+    # With einsum: products of BLAS leave threads behind that spin.
+    start = rng.standard_normal((H, L, d, d))
+    X = start + start.swapaxes(2, 3)  # Gaussian in an orthonormal basis of symmetric matrices
+    X /= np.linalg.norm(X, axis=(2, 3), keepdims=True)
+    basis, T = np.empty((steps, H, L, d, d)), np.zeros((H, L, steps, steps))
+    for k in range(steps):
+        basis[k] = X
+        image, total = rows.apply(stops, X)
+        image -= (total / np.maximum(kept, 1))[..., None, None] * products
+        T[..., k, k] = np.einsum("hlab,hlab->hl", image, X)
         for _ in range(2):
-            for other in basis:
-                image -= np.vdot(image, other) * other
-        norm = np.linalg.norm(image)
-        beside.append(norm)
-        if norm <= 1e-14 * max(1e-300, abs(diagonal[0])):
-            break
-        X = 0.5 * (image + image.T)
-    k = len(diagonal)
-    T = np.diag(diagonal) + np.diag(beside[: k - 1], 1) + np.diag(beside[: k - 1], -1)
-    return max(0.0, float(np.linalg.eigvalsh(T)[-1]))
+            part = np.einsum("khlab,hlab->khl", basis[: k + 1], image)
+            image -= np.einsum("khl,khlab->hlab", part, basis[: k + 1])
+        norm = np.sqrt(np.einsum("hlab,hlab->hl", image, image))
+        # A space that is exhausted goes on with 0.
+        norm[norm <= 1e-14 * np.abs(T[..., 0, 0])] = 0
+        if k + 1 < steps:
+            T[..., k, k + 1] = T[..., k + 1, k] = norm
+            image += image.swapaxes(2, 3)
+            X = 0.5 * np.divide(image, norm[..., None, None], out=np.zeros_like(image), where=norm[..., None, None] > 0)
+    return np.maximum(np.linalg.eigvalsh(T)[..., -1], 0)

@@ -48,11 +48,9 @@ _MINUTE = 60.0
 _WORTH_ASKING = 0.02
 # Past this degree moments are not tried where the worst case has no degree at all.
 _MOST_BY_MOMENTS = 6
-# Of the rows may be expected to need exact work.
-_FEW = 0.03
-# Rows that judge a degree by their error, and rows of a tile of the exact engine.
-_SAMPLED_ROWS = 256
-_TILE = 48
+_LONGEST = 1e4
+# Rows that judge a degree by their error: whole tiles.
+_SAMPLED_ROWS = 240
 # What looking at moments, and for outliers, may cost, as a part of what is at hand without.
 _LOOK_AT_MOMENTS, _LOOK_FOR_OUTLIERS = 0.16, 0.04
 
@@ -139,13 +137,15 @@ def make_plan(
     sampling = certify == "sample" and method in ("auto", "polynomial") and not (grad or each_weight or problem.empty)
     if sampling and polynomial_engine.unsupported(problem) is None:
         try:
-            made = _by_proof(problem, **how)
+            # The price to beat. Moments take longer to look at than sampled rows to compute.
+            proved = _at_once(problem, **how | {"each_weight": True})
         except BoundedEntryError:
-            made = _by_sample(problem, None, eps, degree, seed)
-            if made is None:
-                raise
+            proved = None
+        made = _by_sample(problem, proved, eps, degree, seed)
+        if made is None:
+            made = _by_proof(problem, **how)
         else:
-            made = _by_sample(problem, made, eps, degree, seed) or made
+            made._proof = lambda problem: _by_proof(problem, **how)
     else:
         made = _by_proof(problem, **how)
     made.seconds = {engine: seconds_of(work, problem.threads, grad) for engine, work in made._works.items()}
@@ -178,16 +178,16 @@ def _by_sample(
     H, G, n, d = problem.q.shape
     rows = min(_SAMPLED_ROWS, H * G * n)
     # Where j - i matters, each row costs a tile.
-    share = min(1.0, rows * (1 if problem.hi is None else _TILE) / (H * G * n))
+    share = min(1.0, rows * (1 if problem.hi is None else moments.TILE) / (H * G * n))
     sampling = exact_work(problem, False).times(share) + sample_work(problem, False)
     limit = math.inf if proved is None else works[proved.engine].nominal
     if sampling.nominal > limit:
         return None
     B, trials, total = poly.B_grid(scores.bound), [], 0.0
-    kappa = moments.Sample(problem, scores, values).kappa()
+    sample = moments.Sample(problem, scores, values)
     for g in [degree] if degree else range(1, _MOST_BY_MOMENTS + 1):
-        line = poly.MomentPolynomial(B, 1, (1.0, 1.0), 0, (0.0, 0.0))
-        p = line if g == 1 else poly.fit_moments(B, g, kappa * (g == 2))
+        line = poly.MomentPolynomial(B, 1, (1.0, 1.0), 0, (0.0, 0.0), 0.0)
+        p = line if g == 1 else poly.fit_moments(B, g, sample.kappa() / B**2 * (g == 2))
         total += (polynomial_work(problem, g, False) + sampling).nominal
         if total >= limit or not fits(polynomial_engine.memory(problem, g, False)):
             break
@@ -211,7 +211,7 @@ def _by_sample(
     )
     reason = "the smallest degree whose error in sampled rows, doubled, is within eps"
     made = _plan(problem, "polynomial", scores, values, certificate, False, reason, works, sizes, eps)
-    made._trials, made._second = trials, proved
+    made._trials, made._sample = trials, sample
     return made
 
 
@@ -302,8 +302,11 @@ def _at_once(
         return _plan(problem, "exact", scores, values, certificate, grad, reason, works, sizes, eps)
 
     def by_polynomial(choice, reason):
-        made = _polynomial_plan(problem, scores, values, choice, grad, reason, works, sizes, eps)
+        kept = scores if choice.rule is None else choice.rule.scores
+        made = _polynomial_plan(problem, kept, values, choice, grad, reason, works, sizes, eps)
         if choice.rule is not None:
+            if choice.rule.n_long:
+                made.reason += f": {choice.rule.n_long:,} long queries exactly"
             affordable = worst is not None and fits(polynomial_engine.memory(problem, worst.degree, grad))
             if affordable and (method == "polynomial" or worst.work.nominal < works["exact"].nominal):
                 made._second = by_polynomial(worst, reason)
@@ -403,8 +406,8 @@ def _polynomial_plan(problem, scores, values, choice, grad, reason, works, sizes
         "worst case" if rule is None else "moments",
         choice.truncation,
         polynomial_rounding(problem, scores.bound, values),
-        seed=None if rule is None else rule.seed,
-        failure=0.0 if rule is None or rule.seed is None else moments.FAILURE,
+        seed=None if rule is None or rule.fourth is None else rule.fourth.seed,
+        failure=0.0 if rule is None or rule.fourth is None else moments.FAILURE,
     )
     made = _plan(problem, "polynomial", scores, values, certificate, grad, reason, works, sizes, eps)
     made._choice = choice
@@ -501,8 +504,7 @@ def _by_moments(
 ) -> Choice | None:
     """The cheapest degree below that of the worst case that moments are expected to certify, or None."""
     most = degree or (worst.degree - (not grad) if worst else _MOST_BY_MOMENTS)
-    allowed = eps - polynomial_rounding(problem, scores.bound, values)
-    if most < 2 or allowed <= 0 or scores.bound > poly.MAX_BOUND or (degree and worst and not grad):
+    if most < 2 or scores.plain == math.inf or (degree and worst and not grad):
         return None
     # What is at hand; a degree that was asked for is looked at, whatever it costs.
     free = method == "auto" and degree is None
@@ -512,43 +514,41 @@ def _by_moments(
         least = polynomial_work(problem, 2, grad, 2) + moments_work(problem)
         if looking > _LOOK_AT_MOMENTS * min(at_hand) or least.nominal + looking > min(at_hand):
             return None
-    H, G, n, _ = problem.q.shape
     sample = moments.Sample(problem, scores, values)
-    B = poly.B_grid(scores.bound)
+    # Features of a query that is longer than this would overflow in backward, where it counts 0 times.
+    cuts = [B for B in sample.cuts(scores.bound) if not grad or scores.bound <= _LONGEST * B]
     best, fourth = None, None
     for g in range(degree or 2, most + 1):
         # Nothing dearer than what is already at hand.
         limit = min([*at_hand, math.inf if best is None else best.work.nominal])
         if (polynomial_work(problem, g, False) + moments_work(problem)).nominal >= limit:
             break
-        kappas = (0.0, sample.kappa()) if g < 4 and problem.hi is None and not grad else (0.0,)
-        for p, r in ((p, r) for kappa in kappas for p, r in _weights(B, g, kappa, grad)):
-            work = polynomial_work(problem, g, grad, r.degree + 1 if grad else None) + moments_work(problem)
-            rule = MomentRule(p, weights=r)
-            if p.radius[1]:
-                work += fourth_work(problem)
-            if work.nominal >= limit:
-                continue
-            expected, of_gradient = sample.truncation(p, None), 0.0
-            if p.radius[1]:
-                if np.mean(expected > allowed) > _FEW:
+        for kappa in (0.0, sample.kappa()) if g < 4 and not grad else (0.0,):
+            order, extra = g - g % 2, moments_work(problem)
+            h = sample.radius(problem, sample.fits(g, kappa), order)
+            if kappa:
+                extra += fourth_work(problem)
+                kept = (sample.kept(problem, values, eps, B, h) for B in cuts)
+                if (polynomial_work(problem, g, grad) + extra).nominal >= limit or not any(kept):
                     continue
                 fourth = fourth or moments.fourth_moments(problem, scores, seed)
-                rule = MomentRule(p, *fourth)
-                expected = sample.truncation(p, rule.fourth)
-            failing = expected > allowed
-            if grad:
-                errors = moments.gradient_error(sample.radius(p), sample.radius(r))
-                failing |= errors > 2 * allowed
-                of_gradient = float(np.max(errors, where=~failing, initial=0.0))
-            share = float(np.mean(failing))
-            if share > _FEW:
-                continue
-            rows = math.ceil(H * G * n * (1.5 * share + 1 / 512)) + 8
-            work += exact.times(rows / (H * G * n))
-            if work.nominal < limit:
-                truncation = float(np.max(expected, where=~failing, initial=0.0))
-                best, limit = Choice(p, truncation, work, rule, rows, of_gradient), work.nominal
+                h = sample.radius(problem, sample.fits(g, kappa), order, fourth)
+            for B in cuts:
+                for p, r in _weights(poly.B_grid(B), g, kappa, grad):
+                    h_r = None
+                    if grad:
+                        h = sample.radius(problem, sample.fits(g, kappa, B), order)
+                        h_r = r.radius[0] * sample.mean(problem, order)
+                    work = polynomial_work(problem, g, grad, r.degree + 1 if grad else None) + extra
+                    kept = sample.kept(problem, values, eps, B, h, h_r) if work.nominal < limit else None
+                    if kept is None:
+                        continue
+                    part, rows, truncation, of_gradient = kept
+                    work += exact.times(part)
+                    if work.nominal < limit:
+                        limit, n_long = work.nominal, int(np.count_nonzero(sample.sizes > B))
+                        rule = MomentRule(p, kappa, scores.within(B), fourth if kappa else None, n_long, r)
+                        best = Choice(p, truncation, work, rule, rows, of_gradient)
     return best
 
 
@@ -556,7 +556,7 @@ def _weights(
     B: float, degree: int, kappa: float, grad: bool
 ) -> Iterator[tuple[MomentPolynomial, MomentPolynomial | None]]:
     """What forward may have for weights at that degree, and with each what backward may have."""
-    p = poly.fit_moments(B, degree, kappa)
+    p = poly.fit_moments(B, degree, kappa / B**2)
     if p is None:
         return
     if not grad:

@@ -48,8 +48,8 @@ MAX_DEGREE = 40
 MAX_BOUND = 32.0
 
 _UNIT = 2.0**-53
-_STEPS_PER_OCTAVE = 24
-_MANTISSAS = tuple(2.0 ** (k / _STEPS_PER_OCTAVE - 1) for k in range(_STEPS_PER_OCTAVE + 1))
+STEPS_PER_OCTAVE = 24
+_MANTISSAS = tuple(2.0 ** (k / STEPS_PER_OCTAVE - 1) for k in range(STEPS_PER_OCTAVE + 1))
 _SMALLEST_BOUND = 2.0**-40
 _POINTS_PER_DEGREE = 10
 _MAX_EXCHANGES = 40
@@ -349,6 +349,8 @@ class MomentPolynomial:
         k, even: the largest number <= g of that kind, or g + 1.
     radius : (float, float)
         The second is 0 where no moment past k is used.
+    alone : float
+        The radius that does without it: |p(s) - e^s| <= alone s^k.
     """
 
     B: float
@@ -356,6 +358,7 @@ class MomentPolynomial:
     coefficients: tuple[float, ...]
     order: int
     radius: tuple[float, float]
+    alone: float
 
 
 @lru_cache(maxsize=1024)
@@ -364,7 +367,8 @@ def taylor(B: float, order: int) -> MomentPolynomial:
     may be negative.
     """
     largest = sum(_phi_ends(order, B)) * (1 + 80 * _UNIT)
-    return MomentPolynomial(B, order - 1, tuple(1 / math.factorial(t) for t in range(order)), order, (largest, 0.0))
+    coefficients = tuple(1 / math.factorial(t) for t in range(order))
+    return MomentPolynomial(B, order - 1, coefficients, order, (largest, 0.0), largest)
 
 
 @lru_cache(maxsize=1024)
@@ -405,9 +409,11 @@ def fit_moments(B: float, degree: int, kappa: float = 0.0) -> MomentPolynomial |
     taylor = [1 / math.factorial(t) for t in range(k)]
     if kappa and degree == 3:
         top, radius = [1 / 2, 1 / 6], (0.0, sum(_phi_ends(4, B)))
+        alone = B * B * radius[1]
     elif kappa:
         constant, radius = _best_constant(k, B, kappa)
         top = [constant]
+        alone = max(largest - constant, constant - (even - odd))
     elif degree == k:
         top, radius = [even], (odd, 0.0)
     else:
@@ -416,7 +422,10 @@ def fit_moments(B: float, degree: int, kappa: float = 0.0) -> MomentPolynomial |
         least = float(np.min(phi - slope * s)) - gap
         top, radius = [0.5 * (even + least), slope], (0.5 * (even - least), 0.0)
     # Rounding of the top coefficients and of all sums of positive terms.
+    if not kappa:
+        alone = radius[0]
     radius = ((radius[0] + 16 * _UNIT * largest) * (1 + 64 * _UNIT), radius[1] * (1 + 64 * _UNIT))
+    alone = (alone + 16 * _UNIT * largest) * (1 + 64 * _UNIT)
     if degree != k:
         # Even degrees need no look: T_{g-1} + c s^g >= T_g > 0. Between points p leaves its polygon by at most this.
         s = np.linspace(-B, 0, 1025)
@@ -424,7 +433,7 @@ def fit_moments(B: float, degree: int, kappa: float = 0.0) -> MomentPolynomial |
         room = (B / 1024) ** 2 / 8 * bent + 64 * _UNIT * math.exp(B)
         if np.min(_horner([*taylor, *top], s)) <= 1.001 * room:
             return None
-    return MomentPolynomial(B, degree, (*taylor, *top), k, radius)
+    return MomentPolynomial(B, degree, (*taylor, *top), k, radius, alone)
 
 
 def _phi_ends(k: int, B: float) -> tuple[float, float]:

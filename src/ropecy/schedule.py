@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -116,6 +117,8 @@ class Plan:
     _second: Plan | None  # what runs where too many rows fail
     _works: dict[str, Work]  # by engine, whatever the threads
     _trials: list[poly.MomentPolynomial] | None = None  # to be judged by sampled rows
+    _sample: moments.Sample | None = None
+    _proof: Callable[[Problem], Plan] | None = None  # where these refuse them
     _symbol: fft_engine.Symbol | None = None
     _split: scan_engine.Split | None = None
     alternatives: tuple[Alternative, ...] = ()
@@ -165,13 +168,16 @@ class Plan:
         """The polynomial's rows, those exactly whose certificate is too large; or all by the second choice."""
         scores, rule, certificate = self._scores, self._choice.rule, self.certificate
         reach = moments.reach(problem, self._values, polynomial_engine.chunk(problem))
+        fits = rule.fits(problem)
+        ratio = fits.ratio(rule.polynomial, problem.q.dtype)
         o, lse, saved = polynomial_engine.forward(
-            problem, scores, self._values, rule.polynomial, grad, want_lse or grad, reach, weights=rule.weights
+            problem, scores, self._values, rule.polynomial, grad, want_lse or grad, reach, ratio, weights=rule.weights
         )
-        rows = rule.truncation(problem, scores, saved.moment, saved.spread, saved.inverse)
+        rows = rule.truncation(problem, fits, saved.moment, saved.spread, saved.inverse)
+        rows[fits.sizes > scores.bound] = np.inf
         failed = ~(rows <= self.eps - certificate.rounding)
         if grad:
-            of_gradient = rule.gradient(problem, scores, saved.moment, saved.inverse)
+            of_gradient = rule.gradient(problem, fits, saved.moment, saved.inverse)
             failed |= ~(of_gradient <= 2 * (self.eps - certificate.rounding))
         n_failed = int(np.count_nonzero(failed))
         if n_failed > self._choice.n_exact_rows:
@@ -228,23 +234,25 @@ class Plan:
         scores, certificate = self._scores, self.certificate
         rng = np.random.default_rng(certificate.seed)
         unit = float(np.finfo(problem.q.dtype).eps) / 2
-        sample = moments.Sample(problem, scores, self._values)
         for p in self._trials:
             o, lse, saved = polynomial_engine.forward(problem, scores, self._values, p, False, want_lse)
-            risk = sample.risk(problem, scores, saved.inverse, polynomial_engine.chunk(problem))
-            errors = evidence.row_errors(problem, o, evidence.draw(risk, certificate.n_sampled, rng), unit)
+            risk = self._sample.risk(problem, scores, saved.inverse)
+            chosen = evidence.draw(risk, certificate.n_sampled, rng)
+            errors = evidence.row_errors(problem, o, chosen, unit, scores.plain)
             truncation = 2 * float(errors.max())
             if truncation <= self.eps - certificate.rounding:
                 n_features = poly.n_features(problem.q.shape[-1], p.degree)
                 found = replace(certificate, degree=p.degree, n_features=n_features, truncation=truncation)
                 return Forward(o, lse, found, saved, self)
-        if self._second is not None:
-            return self._second.forward(problem, want_lse)
+        try:
+            return self._proof(problem).forward(problem, want_lse)
+        except BoundedEntryError as error:
+            refusal = error
         raise BoundedEntryError(
             f"twice the error of {certificate.n_sampled} sampled rows is {truncation:.2g} at degree {p.degree}, past "
             f"eps = {self.eps:g}, and no proof certifies it for scores within B = {scores.bound:.4g}; method='exact' "
             "has no bound"
-        )
+        ) from refusal
 
     def _backward(self, problem: Problem, forward: Forward, do: np.ndarray):
         if self._outliers is not None:

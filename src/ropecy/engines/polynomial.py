@@ -70,6 +70,7 @@ def forward(
     grad: bool,
     want_lse: bool,
     reach: np.ndarray | None = None,
+    ratio: np.ndarray | None = None,
     ranks: Any = None,
     decay: np.ndarray | None = None,
     weights: MomentPolynomial | None = None,
@@ -89,6 +90,8 @@ def forward(
     want_lse : bool
     reach : array, optional
         As `moments.reach` makes it: moment and spread are measured too, p being a MomentPolynomial.
+    ratio : (2, H, G, n) array, optional
+        As `moments.RowFits` makes it: a polynomial for every row.
     ranks : ropecy._ranks.Ranks, optional
         Who hold other pieces of the sequence, where this is a piece of it; one state goes between them.
     decay : (H,) float64 array, optional
@@ -121,7 +124,7 @@ def forward(
     )
     order = 0 if reach is None else p.order
     if ranks is None:
-        o, inverse, lse, moment, spread = scan.forward(want_lse, order, reach)
+        o, inverse, lse, moment, spread = scan.forward(want_lse, order, reach, None, ratio)
     else:
         own = ranks.together(scan.key_states)
         start = ranks.before(own) if problem.hi is not None else ranks.total(own)

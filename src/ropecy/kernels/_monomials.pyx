@@ -40,6 +40,7 @@ cdef extern from "c/monomials.h" nogil:
         size_t packed_size, grad_packed_size
         void *o
         void *inverse
+        const void *ratio
         double *lse
         int order
         void *moment
@@ -244,10 +245,11 @@ cdef class Scan:
         self.workspace = None
         return self.grad_states.sum(axis=1)
 
-    def forward(self, bint want_lse, int order=0, reach=None, start=None):
+    def forward(self, bint want_lse, int order=0, reach=None, start=None, ratio=None):
         """o (H, G, n, d_v), inverse denominators (H, G, n), lse float64 or None, moment and spread (H, G, n) or None.
 
-        The last two, of what certifies rows (c/monomials.h), where `reach` (H, 1 or chunks, 3, d_v) is given. `start`
+        The last two, of what certifies rows (c/monomials.h), where `reach` (H, 1 or chunks, 3, d_v) is given. `ratio`
+        (2, H, G, n) gives every row a polynomial of its own. `start`
         (H, d_v + 1, pitch) is the state of keys that lie elsewhere, after `key_states` has summed those here: of what
         comes before where causal, else of all keys there are.
         """
@@ -265,6 +267,7 @@ cdef class Scan:
             moment, spread = np.zeros(shape, q.dtype), np.zeros(shape, q.dtype)
             self.p.order, self.p.reaches = order, reach.shape[1]
         self.p.moment, self.p.spread, self.p.reach = pointer(moment), pointer(spread), pointer(reach)
+        self.p.ratio = pointer(ratio)
         if self.causal:
             self.p.earlier = start is not None
             exclusive_sum(self.states, start, self.decay)

@@ -12,11 +12,14 @@ cnp.import_array()
 cdef extern from "c/rows.h" nogil:
     ctypedef double (*norm_function "rc_norm_function")(const void *, ptrdiff_t, ptrdiff_t, const unsigned char *,
                                                         const void *) noexcept nogil
+    ctypedef void (*norms_function "rc_norms_function")(const void *, ptrdiff_t, ptrdiff_t, double,
+                                                        double *) noexcept nogil
     ctypedef void (*columns_function "rc_columns_function")(const void *, ptrdiff_t, ptrdiff_t, const unsigned char *,
                                                             double *, void *, void *) noexcept nogil
 
     ctypedef struct rc_rows_kernels:
         norm_function norm_f32, norm_f64
+        norms_function norms_f32, norms_f64
         columns_function columns_f32, columns_f64
 
     const rc_rows_kernels *rc_rows_select(int level)
@@ -45,6 +48,22 @@ def largest_norms(x, keep, shift, int threads):
                          NULL if kept == NULL else <const unsigned char *>kept + head * n + first,
                          NULL if centre == NULL else centre + head * d * item)
     return np.sqrt(found.max(axis=1))
+
+
+def norms(x, factor, int threads):
+    """factor_h ||x_hi||, (H, n) float64, of x (H, n, d), factor (H,) float64."""
+    cdef norms_function measure = kernels.norms_f32 if x.dtype == np.float32 else kernels.norms_f64
+    cdef ptrdiff_t H = x.shape[0], n = x.shape[1], d = x.shape[2], item = x.itemsize
+    cdef ptrdiff_t rows = max(<ptrdiff_t>1, PIECE // d), count = max(<ptrdiff_t>1, pieces(n, rows)), task, head, first
+    cdef const char *data = <const char *>pointer(x)
+    cdef const double *factors = <const double *>pointer(factor)
+    found = np.empty((H, n))
+    cdef double *out = <double *>pointer(found)
+    for task in prange(H * count, nogil=True, num_threads=threads, schedule="static", use_threads_if=H * count > 1):
+        head = task // count
+        first = task % count * rows
+        measure(data + (head * n + first) * d * item, min(rows, n - first), d, factors[head], out + head * n + first)
+    return found
 
 
 def columns(x, keep, int threads):

@@ -109,8 +109,10 @@ static void RC_NAME(update)(const RC_NAME(monomials) * y, int degree, int tokens
     }
 }
 
-/* phi[f][token] for monomials of degree < `degree`, `vectors` vectors of tokens. */
-RC_INLINE void RC_NAME(token_features)(const RC_NAME(monomials) * y, int degree, const REAL *xt, REAL *phi, const int vectors) {
+/* phi[f][token] for monomials of degree < `degree`, `vectors` vectors of tokens; those of degree - 1 times ratio[token]
+ * unless that is NULL. */
+RC_INLINE void RC_NAME(token_features)(const RC_NAME(monomials) * y, int degree, const REAL *xt, const REAL *ratio, REAL *phi,
+                                       const int vectors) {
     const int width = vectors * LANES;
     RC_UNROLL for (int v = 0; v < vectors; v++) STORE(phi + v * LANES, SPLAT((REAL)1));
     for (int s = 1; s < degree; s++)
@@ -120,6 +122,8 @@ RC_INLINE void RC_NAME(token_features)(const RC_NAME(monomials) * y, int degree,
             REAL *dst = phi + (y->offset[s] + RC_NAME(count)(y, s, m)) * width;
             vreal x[VECTORS];
             RC_UNROLL for (int v = 0; v < vectors; v++) x[v] = LOAD(xt + m * width + v * LANES);
+            if (ratio && s == degree - 1)
+                RC_UNROLL for (int v = 0; v < vectors; v++) x[v] *= LOAD(ratio + v * LANES);
             for (ptrdiff_t i = 0; i < length; i++)
                 RC_UNROLL for (int v = 0; v < vectors; v++)
                     STORE(dst + i * width + v * LANES, LOAD(src + i * width + v * LANES) * x[v]);
@@ -168,12 +172,13 @@ RC_INLINE void RC_NAME(take_back)(REAL *value, REAL *moment) {
 }
 
 /* N[c][token] = sum_f packed[f][c] phi_f(token) for a tile; phi holds TILE * below(degree). moment[token], unless it is
- * NULL, is the share of degree `order` (degree or degree - 1) in the last column. */
-static void RC_NAME(evaluate)(const RC_NAME(monomials) * y, int degree, int order, const REAL *xt, const REAL *packed, REAL *phi,
-                              REAL *N, REAL *moment) {
+ * NULL, is the share of degree `order` (degree or degree - 1) in the last column. A polynomial for every token:
+ * ratio[token], or NULL, multiplies the terms of degree - 1 and more; those of degree are xt_top times terms of degree - 1. */
+static void RC_NAME(evaluate)(const RC_NAME(monomials) * y, int degree, int order, const REAL *xt, const REAL *ratio,
+                              const REAL *xt_top, const REAL *packed, REAL *phi, REAL *N, REAL *moment) {
     const ptrdiff_t low_end = RC_NAME(below)(y, degree), d = y->d, aside = order < degree ? y->offset[order] : low_end;
     const int blocks = rc_blocks((int)y->columns, ROWS);
-    RC_NAME(token_features)(y, degree, xt, phi, VECTORS);
+    RC_NAME(token_features)(y, degree, xt, ratio, phi, VECTORS);
     for (ptrdiff_t i = 0; i < y->columns * TILE; i++)
         N[i] = 0;
     for (int b = 0; b < blocks; b++) {
@@ -198,7 +203,7 @@ static void RC_NAME(evaluate)(const RC_NAME(monomials) * y, int degree, int orde
                 const ptrdiff_t length = rc_min(PREFIX, RC_NAME(count)(y, degree - 1, m + 1) - i);
                 if (length > 0)
                     product(length, prefix + i * TILE, TILE, top + (RC_NAME(count)(y, degree, m) + i) * R, R, C, TILE,
-                            RC_ADD_SCALED, xt + m * TILE);
+                            RC_ADD_SCALED, xt_top + m * TILE);
             }
         if (split && order == degree)
             RC_NAME(take_back)(last, moment);
@@ -323,7 +328,7 @@ static void RC_NAME(differentiate)(const RC_NAME(monomials) * y, int degree, con
     const ptrdiff_t d = y->d;
     for (ptrdiff_t i = 0; i < d * WIDE; i++)
         dx[i] = 0;
-    RC_NAME(token_features)(y, degree, xt, phi, 2);
+    RC_NAME(token_features)(y, degree, xt, 0, phi, 2);
     for (int s = degree; s >= 2; s--) {
         ptrdiff_t first = 0;
         const ptrdiff_t before = RC_NAME(count)(y, s - 1, d);

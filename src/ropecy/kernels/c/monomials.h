@@ -44,6 +44,9 @@ typedef struct {
     size_t packed_size, grad_packed_size;
 
     void *o, *inverse; /* (heads, groups, n, d_v), (heads, groups, n): 1 / denominator */
+    /* NULL or (2, heads, groups, n): a polynomial for every row, whose terms of degree - 1 and more are multiplied by the
+     * first, and those of degree by the second as well. */
+    const void *ratio;
     double *lse;       /* NULL or (heads, groups, n), of the scores without centre */
 
     /* What certifies a row, or NULL. The share of degree `order` (degree or degree - 1) in its denominator, and

@@ -25,7 +25,7 @@ typedef struct {
     REAL *part, *base;                                /* (columns, pitch): since the last fold; the master, rounded */
     double *master;                                   /* (columns, pitch) */
     REAL *packed, *grad_packed;                       /* the scan's own */
-    REAL *xt, *scaled, *phi, *N, *dN, *dphi, *dx, *moment; /* tiles by token lanes */
+    REAL *xt, *xt_top, *scaled, *phi, *N, *dN, *dphi, *dx, *moment, *ratio; /* tiles by token lanes */
     REAL *keys, *key_columns, *key_pack, *column_pack; /* a chunk's keys: [key][d], [key][wide_columns], packed */
     REAL *E, *dE, *dk, *dv;                           /* exact pairs: [BLOCK][TILE]; [CHUNK][wide], [CHUNK][wide_columns] */
     double chunk_fall;                                /* fall[CHUNK], not rounded to REAL */
@@ -62,6 +62,7 @@ static size_t RC_NAME(lay_out)(const rc_monomials_problem *p, char *base, RC_NAM
     w->low = RC_NAME(take)(base, &used, w->update_tokens * w->low_pitch);
     w->panel = RC_NAME(take)(base, &used, w->update_tokens * (PANEL + LANES));
     w->xt = RC_NAME(take)(base, &used, d * TILE);
+    w->xt_top = RC_NAME(take)(base, &used, d * TILE);
     w->scaled = RC_NAME(take)(base, &used, d * TILE);
     w->phi = RC_NAME(take)(base, &used, low * TILE);
     w->N = RC_NAME(take)(base, &used, columns * TILE);
@@ -69,6 +70,7 @@ static size_t RC_NAME(lay_out)(const rc_monomials_problem *p, char *base, RC_NAM
     w->dphi = RC_NAME(take)(base, &used, (low + GRAD_ROWS) * WIDE);
     w->dx = RC_NAME(take)(base, &used, d * TILE);
     w->moment = RC_NAME(take)(base, &used, TILE);
+    w->ratio = RC_NAME(take)(base, &used, TILE);
     w->keys = RC_NAME(take)(base, &used, CHUNK * d);
     w->key_columns = RC_NAME(take)(base, &used, CHUNK * w->wide_columns);
     w->key_pack = RC_NAME(take)(base, &used, CHUNK * d);
@@ -146,6 +148,24 @@ static void RC_NAME(load_query_tile)(const rc_monomials_problem *p, RC_NAME(room
 
 /* ---- forward ---- */
 
+/* N, and moment where it is wanted, of a tile of queries in xt: rows [row, row + rows). */
+static void RC_NAME(evaluate_queries)(const rc_monomials_problem *p, RC_NAME(room) * w, ptrdiff_t lane, ptrdiff_t row, ptrdiff_t rows,
+                                      const REAL *packed) {
+    REAL *ratio = 0, *top = w->xt, *moment = p->moment ? w->moment : 0;
+    if (p->ratio) {
+        const REAL *below = (const REAL *)p->ratio + lane * p->n + row, *further = below + p->heads * p->groups * p->n;
+        ratio = w->ratio, top = w->xt_top;
+        for (ptrdiff_t i = 0; i < TILE; i++)
+            ratio[i] = i < rows ? further[i] : 0;
+        for (ptrdiff_t a = 0; a < p->d; a++)
+            for (ptrdiff_t i = 0; i < TILE; i++)
+                top[a * TILE + i] = w->xt[a * TILE + i] * ratio[i];
+        for (ptrdiff_t i = 0; i < rows; i++)
+            ratio[i] = below[i];
+    }
+    RC_NAME(evaluate)(&w->y, p->degree, p->order, w->xt, ratio, top, packed, w->phi, w->N, moment);
+}
+
 /* moment and spread of a tile, N being numerators and denominators of centred values. A denominator that is not above
  * 0, though the row sees keys, makes moment inf. */
 static void RC_NAME(finish_certificate)(const rc_monomials_problem *p, const RC_NAME(room) * w, ptrdiff_t head, ptrdiff_t first,
@@ -195,8 +215,7 @@ static void RC_NAME(forward)(const rc_monomials_problem *p, ptrdiff_t head, ptrd
     for (ptrdiff_t row = chunk * p->chunk; row < end; row += TILE) {
         const ptrdiff_t rows = rc_min(TILE, end - row);
         RC_NAME(tile_load)(RC_NAME(queries)(p, lane, row), p->d, rows, p->d, (REAL)p->q_factor, 0, w.xt, TILE);
-        RC_NAME(evaluate)(&w.y, p->degree, p->order, w.xt, (const REAL *)p->packed + head * p->packed_size, w.phi, w.N,
-                          p->moment ? w.moment : 0);
+        RC_NAME(evaluate_queries)(p, &w, lane, row, rows, (const REAL *)p->packed + head * p->packed_size);
         RC_NAME(finish)(p, &w, head, lane, row, rows, 0);
     }
 }
@@ -222,7 +241,7 @@ static void RC_NAME(scan_forward)(const rc_monomials_problem *p, ptrdiff_t head,
                 const ptrdiff_t limit = row + p->q_offset - chunk * p->chunk, seen = rc_min(keys, limit + rows);
                 RC_NAME(load_query_tile)(p, &w, lane, row, rows, TILE);
                 if (first > 0 || p->earlier) {
-                    RC_NAME(evaluate)(&w.y, p->degree, p->order, w.xt, w.packed, w.phi, w.N, p->moment ? w.moment : 0);
+                    RC_NAME(evaluate_queries)(p, &w, lane, row, rows, w.packed);
                     for (ptrdiff_t i = 0; p->decay && i < w.y.columns * TILE; i++)
                         w.N[i] *= w.fall[limit + i % TILE];
                     for (ptrdiff_t i = 0; p->decay && i < TILE; i++)
@@ -285,7 +304,7 @@ static void RC_NAME(differentiate_keys)(const rc_monomials_problem *p, RC_NAME(r
     for (ptrdiff_t j = row; j < end; j += TILE) {
         const ptrdiff_t rows = rc_min(TILE, end - j);
         RC_NAME(tile_load)(RC_NAME(keys)(p, head, j), p->d, rows, p->d, (REAL)p->k_factor, centre, w->xt, TILE);
-        RC_NAME(evaluate)(&w->y, p->degree, 0, w->xt, packed, w->phi, w->N, 0);
+        RC_NAME(evaluate)(&w->y, p->degree, 0, w->xt, 0, w->xt, packed, w->phi, w->N, 0);
         for (ptrdiff_t i = 0; i < rows; i++) {
             const REAL weight = p->decay ? w->fall[stop - (j + i)] : 1;
             for (ptrdiff_t c = 0; c < p->d_v; c++)

@@ -9,12 +9,15 @@
 
 /* norm2 = max_i ||x_i - shift||^2, or 0; shift may be NULL. */
 typedef double (*rc_norm_function)(const void *x, ptrdiff_t n, ptrdiff_t d, const unsigned char *keep, const void *shift);
+/* norms[i] = factor ||x_i|| */
+typedef void (*rc_norms_function)(const void *x, ptrdiff_t n, ptrdiff_t d, double factor, double *norms);
 /* sum, low and high (d each) over the kept rows: 0, +inf and -inf where there are none. */
 typedef void (*rc_columns_function)(const void *x, ptrdiff_t n, ptrdiff_t d, const unsigned char *keep, double *sum, void *low,
                                     void *high);
 
 typedef struct {
     rc_norm_function norm_f32, norm_f64;
+    rc_norms_function norms_f32, norms_f64;
     rc_columns_function columns_f32, columns_f64;
 } rc_rows_kernels;
 

@@ -2,27 +2,45 @@
 
 #define PARTS 4 /* independent sums, so that a row does not wait for its own additions */
 
+/* ||x - shift||^2. Squares that float32 cannot hold are summed in float64: a short query may meet a long key. */
+RC_INLINE double RC_NAME(norm2)(const REAL *x, ptrdiff_t d, const REAL *shift) {
+    REAL sum[PARTS] = {0};
+    ptrdiff_t a = 0;
+    for (; a + PARTS <= d; a += PARTS)
+        for (int part = 0; part < PARTS; part++) {
+            const REAL y = shift ? x[a + part] - shift[a + part] : x[a + part];
+            sum[part] += y * y;
+        }
+    for (; a < d; a++) {
+        const REAL y = shift ? x[a] - shift[a] : x[a];
+        sum[0] += y * y;
+    }
+    double whole = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    if (whole < 1e-30) {
+        whole = 0;
+        for (a = 0; a < d; a++) {
+            const double y = shift ? x[a] - shift[a] : x[a];
+            whole += y * y;
+        }
+    }
+    return whole;
+}
+
 static double RC_NAME(norm)(const void *rows, ptrdiff_t n, ptrdiff_t d, const unsigned char *keep, const void *centre) {
-    const REAL *x = rows, *shift = centre;
-    REAL largest = 0;
+    const REAL *x = rows;
+    double largest = 0;
     for (ptrdiff_t i = 0; i < n; i++, x += d) {
         if (keep && !keep[i])
             continue;
-        REAL sum[PARTS] = {0};
-        ptrdiff_t a = 0;
-        for (; a + PARTS <= d; a += PARTS)
-            for (int part = 0; part < PARTS; part++) {
-                const REAL y = shift ? x[a + part] - shift[a + part] : x[a + part];
-                sum[part] += y * y;
-            }
-        for (; a < d; a++) {
-            const REAL y = shift ? x[a] - shift[a] : x[a];
-            sum[0] += y * y;
-        }
-        const REAL norm2 = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-        largest = norm2 > largest ? norm2 : largest;
+        const double size = RC_NAME(norm2)(x, d, centre);
+        largest = size > largest ? size : largest;
     }
     return largest;
+}
+
+static void RC_NAME(norms)(const void *rows, ptrdiff_t n, ptrdiff_t d, double factor, double *norms) {
+    for (ptrdiff_t i = 0; i < n; i++)
+        norms[i] = factor * __builtin_sqrt(RC_NAME(norm2)((const REAL *)rows + i * d, d, 0));
 }
 
 static void RC_NAME(columns)(const void *rows, ptrdiff_t n, ptrdiff_t d, const unsigned char *keep, double *sum, void *least,

@@ -1,0 +1,87 @@
+"""What certificates cost, and what sampled ones miss."""
+
+import statistics
+import time
+
+import numpy as np
+
+import ropecy
+from ropecy import polynomial
+
+from . import inputs
+
+# d, degree, and the eps that it is certified for by second moments and, where that takes them, by fourth ones.
+HEADS = {"64": (64, 2, 2.5e-3, 1e-3), "32": (32, 2, 5e-3, 2e-3), "16": (16, 3, 1e-3, None)}
+
+
+class Cost:
+    """Attention of 65,536 tokens, against the same degree certified by the largest score alone."""
+
+    params = (list(HEADS), ("second", "fourth"))
+    param_names = ("d", "moments")
+    timeout = 300
+
+    def setup(self, head, moments):
+        d, degree, *eps = HEADS[head]
+        eps = eps[moments == "fourth"]
+        if eps is None:
+            raise NotImplementedError("second moments do")
+        *tokens, _ = inputs.arrays(65536, d)
+        loose = polynomial.tau(2 * polynomial.minimax(1.0, degree).error)
+
+        def run(eps, **options):
+            return ropecy.attention(
+                *tokens, eps=eps, method="polynomial", scale=1 / d, seed=1, return_certificate=True, **options
+            )
+
+        self.with_, self.without = (lambda: run(eps)), (lambda: run(loose, degree=degree))
+        (_, by_moments), (_, worst) = self.with_(), self.without()
+        assert (by_moments.rule, worst.rule) == ("moments", "worst case")
+        assert by_moments.degree == worst.degree == degree
+        assert (by_moments.seed is not None) == (moments == "fourth")
+
+    def track_cost(self, head, moments):
+        ratios = []
+        for _ in range(9):
+            start = time.perf_counter()
+            self.without()
+            middle = time.perf_counter()
+            self.with_()
+            ratios.append((time.perf_counter() - middle) / (middle - start))
+        return statistics.median(ratios) - 1
+
+    track_cost.unit = "of the forward pass"
+
+
+class Sampled:
+    """certify="sample", 65,536 tokens of width 64: what twenty seeds are off by, over all rows, and how fast it is."""
+
+    timeout = 600
+
+    def setup(self):
+        self.tokens = inputs.arrays(65536, 64)[:3]
+
+    def run(self, seed):
+        return ropecy.attention(*self.tokens, certify="sample", scale=1 / 64, seed=seed, return_certificate=True)
+
+    def track_error(self):
+        exact = ropecy.attention(*self.tokens, scale=1 / 64, method="exact")
+        spread = np.ptp(self.tokens[2], axis=0)
+        found = [self.run(seed) for seed in range(20)]
+        assert all(certificate.n_features < 200 for _, certificate in found)
+        return max(float((np.abs(O - exact) / spread).max()) for O, _ in found)
+
+    def track_times_faster_than_sdpa(self):
+        sdpa = inputs.forward("sdpa", 65536, 64, False)
+        self.run(0)
+        seconds = []
+        for _ in range(7):
+            start = time.perf_counter()
+            self.run(0)
+            seconds.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        sdpa()
+        return (time.perf_counter() - start) / statistics.median(seconds)
+
+    track_error.unit = "range(V)"
+    track_times_faster_than_sdpa.unit = "times"
