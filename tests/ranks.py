@@ -1,5 +1,7 @@
 """What tests/test_mpi.py runs under mpiexec: each function below is a test that all ranks run together."""
 
+import dataclasses
+import math
 import sys
 import time
 
@@ -11,6 +13,8 @@ from oracle import Rope
 
 import ropecy
 import ropecy.mpi
+from ropecy import _network, evidence
+from ropecy._ranks import Ranks
 
 COMM = MPI.COMM_WORLD
 
@@ -83,6 +87,8 @@ def compare(case, how, same=True, **options):
             want = want[..., rows if name == "dQ" else keys, :]
         assert X.dtype == want.dtype, name
         tolerance = 10 * unit * (1 + np.abs(expected[name]).max(initial=0))
+        # A slope's sums the gradients of scores times their distances.
+        tolerance *= case["K"].shape[-2] if name == "dbias" else 1
         np.testing.assert_allclose(X, want, rtol=0, atol=tolerance, err_msg=name)
     same_bits = vars(vjp(dO[..., rows, :]))
     assert all(np.array_equal(X, same_bits[name]) for name, X in found.items() if name != "certificate")
@@ -152,6 +158,322 @@ def test_polynomial_over_many_chunks():
             compare(case, "whole chunks", method="polynomial", threads=2)
 
 
+def relative_cases(rng):
+    """Biases and near fields that the polynomial engine does, each with whether its fit is exact."""
+    slopes = np.array([2.0**-8, 0.3])
+    for n, n_k, q_offset in ((500, 500, 0), (300, 450, 150), (230, 300, -20), (40, 300, 280)):
+        Q, K = (rng.uniform(-1, 1, (2, m, 4)) for m in (n, n_k))
+        case = {"Q": Q, "K": K + 1.0, "V": rng.standard_normal((2, n_k, 3)), "q_offset": q_offset}
+        case["key_mask"] = rng.random(n_k) < 0.7
+        for causal in (False, True):
+            for bias, near in (
+                (ropecy.RelativeBias.alibi(0.05), None),
+                (ropecy.RelativeBias.alibi(slopes), None),
+                (ropecy.RelativeBias.t5(rng.standard_normal((2, 16)), num_buckets=16, max_distance=60), None),
+                (ropecy.RelativeBias(rng.standard_normal(101)), (70, 3.0)),
+                (None, (40, 3.0)),
+            ):
+                yield {**case, "bias": bias, "near": near, "causal": causal}
+
+
+def test_decayed_states():
+    rng = np.random.default_rng(11)
+    for i, case in enumerate(relative_cases(rng)):
+        how = ("unequal", "empty first", "empty last")[i % 3]
+        compare(case, how, same=i % 2 == 0, method="polynomial", eps=1e-12, threads=1)
+    # Grouped heads with slopes of their own, which end the sharing of keys.
+    Q, V = rng.uniform(-1, 1, (4, 250, 4)), rng.standard_normal((2, 250, 3))
+    bias = ropecy.RelativeBias.alibi(np.array([0.01, 0.3, 0.1, 1.0]))
+    for near in (None, (30, 2.0)):
+        case = {"Q": Q, "K": Q[:2], "V": V, "bias": bias, "near": near, "R": ropecy.Rotary(4)}
+        compare({**case, "causal": near is None}, "unequal", method="polynomial", eps=1e-12)
+
+
+def test_decayed_states_over_many_chunks():
+    rng = np.random.default_rng(12)
+    n = 192 * 10  # chunks of one process and of whole ones are the same, from both ends
+    for dtype in (np.float64, np.float32):
+        for bias in (
+            ropecy.RelativeBias.kerple(1.0, 0.1),
+            ropecy.RelativeBias.alibi(2.0**-8),
+            ropecy.RelativeBias.alibi(40.0),
+        ):
+            for causal in (False, True):
+                Q, K = rng.uniform(-1, 1, (2, 1, n, 3)).astype(dtype)
+                V = rng.standard_normal((1, n, 2)).astype(dtype)
+                case = {"Q": Q, "K": K, "V": V, "bias": bias, "causal": causal}
+                compare(case, "whole chunks", method="polynomial", eps=1e-2, threads=2)
+
+
+def test_keys_hidden_over_pieces():
+    X = np.ones((100, 4))
+    options = {"causal": True, "bias": ropecy.RelativeBias.alibi(1.0), "method": "polynomial"}
+    start = 100 * COMM.rank + np.arange(100)
+    a = ropecy.mpi.attention
+    if COMM.size > 1:
+        # From the middle of one piece to the middle of the next: 60 / slope tokens are the most.
+        hidden = (start >= 50) & (start < 150)
+        raises(NotImplementedError, "fades away", a, X, X, X, key_mask=~hidden, **options)
+        plan = ropecy.mpi.plan(COMM, X, X, X, key_mask=~hidden, **{**options, "method": "auto"})
+        assert plan.engine == "exact"
+    O = a(COMM, X, X, X, key_mask=(start < 50) | (start >= 105), **options)
+    np.testing.assert_allclose(O, 1.0, rtol=0, atol=1e-12)
+    raises(NotImplementedError, "fades away", a, X, X, X, q_offset=70, key_mask=start > 3, **options)
+    raises(NotImplementedError, "a sequence in pieces", a, X, X, X, method="fft")
+
+
+def dense(case):
+    """O, lse and the range of V that each row sees, without a bias."""
+    Q, K, V = (case[name].astype(np.float64) for name in "QKV")
+    n, n_k = Q.shape[-2], K.shape[-2]
+    seen = np.broadcast_to(case.get("key_mask", np.ones(n_k, bool)), (n, n_k))
+    if case.get("causal"):
+        seen = seen & (np.arange(n_k) <= np.arange(n)[:, None] + case.get("q_offset", 0))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        A = np.where(seen, np.exp(Q @ K.swapaxes(-1, -2) / Q.shape[-1]), 0)
+        D = A.sum(axis=-1)
+        O = np.where(D[..., None] > 0, A @ V / D[..., None], 0)
+        shown = seen[..., None] & np.ones(V.shape[:-2] + (1, 1, 1), bool)
+        spread = [np.where(shown, V[..., None, :, :], end * np.inf) for end in (-1, 1)]
+        return O, np.log(D), spread[0].max(axis=-2) - spread[1].min(axis=-2)
+
+
+def judged_case(rng, causal, dtype=np.float64):
+    """Rows that moments certify at a small degree, and some that they do not."""
+    n = 700
+    Q, K = (cases.unit_rows(rng.standard_normal((2, n, 16))) for _ in "QK")
+    Q[..., ::173, :] *= 1.5
+    V = rng.uniform(-1, 1, (2, n, 3)) + np.arange(n)[:, None] / 300
+    case = {"Q": Q.astype(dtype), "K": K.astype(dtype), "V": V.astype(dtype), "causal": causal}
+    return {**case, "key_mask": rng.random(n) < 0.8, "q_offset": 0 if causal else 5}
+
+
+def within_certificate(case, how, same, rule, **options):
+    """What a certificate says of a rank's rows holds, and is the same on all ranks; twice the same bits."""
+    own, mine = piece(case, how, same)
+    O, certificate, lse = (
+        X for X in ropecy.mpi.attention(COMM, **own, **options, return_certificate=True, return_lse=True)
+    )
+    assert certificate.rule == rule, certificate
+    expected, expected_lse, spread = (X[..., mine["Q"]] if X.ndim == 2 else X[..., mine["Q"], :] for X in dense(case))
+    rows = certificate.rows_truncation
+    assert rows.shape == O.shape[:-1]
+    # Rounding is in units of the range over all keys.
+    rounding = certificate.rounding * np.ptp(case["V"], axis=-2).max()
+    allowed = rows[..., None] * np.where(np.isfinite(spread), spread, 0) + rounding
+    assert np.all(np.abs(O - expected) <= allowed + 1e-14)
+    assert np.all(np.abs(O - expected)[rows == 0] <= 1e-12 if O.dtype == np.float64 else 1e-5)
+    np.testing.assert_allclose(lse, expected_lse, rtol=0, atol=0.2)
+    everyone = COMM.allgather((certificate, rows.max(initial=0), np.count_nonzero(rows == 0)))
+    assert all(other == certificate for other, _, _ in everyone)
+    if rule != "sampled":
+        assert certificate.truncation == max(largest for _, largest, _ in everyone)
+    again = ropecy.mpi.attention(COMM, **own, **options)
+    assert np.array_equal(again, O)
+    return certificate, sum(exact for _, _, exact in everyone)
+
+
+def test_moments_over_pieces():
+    rng = np.random.default_rng(13)
+    for causal in (False, True):
+        for how, same in (("unequal", True), ("empty first", False), ("empty last", False)):
+            case = judged_case(rng, causal)
+            certificate, exact = within_certificate(
+                case, how, same, "moments", method="polynomial", eps=3e-3, degree=3
+            )
+            assert certificate.n_exact_rows > 0
+            # Rows of which no key is beyond their own chunk are exact too.
+            assert exact >= certificate.n_exact_rows if causal else exact == certificate.n_exact_rows
+    case = judged_case(rng, True, np.float32)
+    within_certificate(case, "unequal", True, "moments", method="polynomial", eps=3e-3)
+
+
+def test_gradients_by_moments():
+    rng = np.random.default_rng(16)
+    n = 192 * 10
+    for causal in (False, True):
+        Q, K = (cases.unit_rows(rng.standard_normal((2, n, 8))) for _ in "QK")
+        Q[..., ::233, :] *= 1.5
+        V, dO = rng.uniform(-1, 1, (2, 2, n, 3))
+        case = {"Q": Q, "K": K, "V": V, "causal": causal, "key_mask": rng.random(n) < 0.9}
+        own, mine = piece(case, "whole chunks")
+        options = {"method": "polynomial", "eps": 4e-3}
+        # A communicator of one has the whole, with the same plan.
+        O, alone = ropecy.mpi.attention_vjp(MPI.COMM_SELF, **case, **options)
+        expected, exact = alone(dO), ropecy.attention_vjp(**case, method="exact")[1](dO)
+        got, vjp = ropecy.mpi.attention_vjp(COMM, **own, **options)
+        found = vjp(dO[:, mine["Q"]])
+        assert vjp.certificate.rule == "moments" and vjp.certificate.n_exact_rows > 0, vjp.certificate
+        for ours, theirs in ((vjp.certificate, alone.certificate), (found.certificate, expected.certificate)):
+            np.testing.assert_allclose(ours.truncation, theirs.truncation, rtol=1e-9)
+            assert dataclasses.replace(ours, truncation=0.0) == dataclasses.replace(theirs, truncation=0.0)
+            np.testing.assert_allclose(ours.rows_truncation, theirs.rows_truncation[:, mine["Q"]], rtol=1e-9)
+        np.testing.assert_allclose(got, O[:, mine["Q"]], rtol=0, atol=1e-12)
+        for name, rows in (("dQ", "Q"), ("dK", "K"), ("dV", "K")):
+            X, truth = getattr(found, name), getattr(exact, name)[:, mine[rows]]
+            np.testing.assert_allclose(X, getattr(expected, name)[:, mine[rows]], rtol=0, atol=1e-11)
+            assert np.linalg.norm(X - truth) <= 2e-2 * np.linalg.norm(truth), name
+
+
+def test_moments_that_fail_leave_it_to_the_second_choice():
+    make, options = ropecy.mpi.make_plan, {"method": "polynomial", "eps": 3e-3}
+    case = judged_case(np.random.default_rng(14), True)
+    second = None
+
+    def made(*args, **how):
+        plan = make(*args, **how)
+        plan._choice = dataclasses.replace(plan._choice, n_exact_rows=0)
+        if second == "exact":
+            plan._second = make(*args, **{**how, "method": "exact"})
+        return plan
+
+    ropecy.mpi.make_plan = made
+    try:
+        for second in ("worst case", "exact"):
+            for how, same in (("unequal", True), ("empty last", False)):
+                within_certificate(case, how, same, second, **options)
+        own, _ = piece(case, "unequal", same=False)
+        second = None
+        a = ropecy.mpi.attention
+        raises(ropecy.BoundedEntryError, "of 1,400 rows, past the 0 planned", a, **own, **options, degree=3)
+    finally:
+        ropecy.mpi.make_plan = make
+
+
+def test_samples_over_pieces():
+    rng = np.random.default_rng(15)
+    options = {"method": "polynomial", "certify": "sample", "eps": 1e-2, "seed": 5, "degree": 2}
+    for causal in (False, True):
+        case = judged_case(rng, causal)
+        for how, same in (("unequal", True), ("empty first", False), ("empty last", False)):
+            certificate, _ = within_certificate(case, how, same, "sampled", **options)
+            assert (certificate.degree, certificate.n_sampled) == (2, 256)
+    own, _ = piece(case, "unequal")
+    raises(ropecy.BoundedEntryError, "sampled rows", ropecy.mpi.attention, **own, **{**options, "eps": 1e-5})
+    # The rows drawn are those that one process would draw.
+    risk = rng.permutation(500).astype(float)
+    for count in (1, 60, 499, 600):
+        alone = evidence.draw(risk, count, np.random.default_rng(1))
+        first, last = cuts(500, "unequal")[COMM.rank :][:2]
+        own = evidence.draw(risk[first:last], count, np.random.default_rng(1), Ranks(COMM))
+        found = np.concatenate(COMM.allgather(own + first))
+        assert len(found) == min(count, 500)
+        half = np.sort(risk)[500 - count // 2 :] if count < 500 else []
+        assert np.all(np.sort(risk[found])[len(found) - len(half) :] >= half)
+        assert np.array_equal(found, alone)
+
+
+def counted(function):
+    """What Ranks counts of the bytes that this rank sends in function(), and messages of the ring."""
+    made, messages = [], []
+    new, start = Ranks.__init__, Ranks._start
+
+    def kept(self, comm):
+        new(self, comm)
+        made.append(self)
+
+    def counting(self, arrays, *places):
+        messages.extend(arrays)
+        return start(self, arrays, *places)
+
+    Ranks.__init__, Ranks._start = kept, counting
+    try:
+        function()
+    finally:
+        Ranks.__init__, Ranks._start = new, start
+    return sum(ranks.sent for ranks in made), len(messages)
+
+
+def check_exchange(case, how, same=True, grads=(False, True), **options):
+    """The bytes that a plan says against those counted, forward and gradient; all ranks have the same plan."""
+    own, _ = piece(case, how, same)
+    network = ropecy.mpi.Network(1e-6, 1e9)
+
+    def gradient():
+        O, vjp = ropecy.mpi.attention_vjp(COMM, **own, **options)
+        vjp(np.ones_like(O))
+
+    calls = {
+        False: lambda: ropecy.mpi.attention(COMM, **own, **options),
+        True: gradient,
+    }
+    for grad in grads:
+        plan = ropecy.plan(**own, **options, grad=grad, comm=COMM, network=network)
+        sent, messages = counted(calls[grad])
+        assert plan.exchange.own.sent == sent, (plan.exchange, sent)
+        everyone = COMM.allgather(plan.exchange.own)
+        assert sum(t.sent for t in everyone) == sum(t.received for t in everyone)
+        worst = plan.exchange.worst
+        for name in ("sent", "received", "messages"):
+            assert getattr(worst, name) == max(getattr(t, name) for t in everyone)
+        seconds = 1e-6 * worst.messages + 1e-9 * max(worst.sent, worst.received)
+        np.testing.assert_allclose(plan.exchange.seconds, seconds)
+        same_everywhere = (plan.engine, plan.certificate, plan.gradient_certificate, plan.seconds, plan.bytes, worst)
+        assert all(other == same_everywhere for other in COMM.allgather(same_everywhere))
+        assert f"{COMM.size} ranks; this one sends {sent:,} bytes" in str(plan)
+        yield plan, messages
+
+
+def test_plan_says_what_is_sent():
+    rng = np.random.default_rng(9)
+    for i, name in enumerate(cases.SPECS):
+        case = ours(cases.make(name, np.random.default_rng(7)))
+        how = ("unequal", "empty last")[i % 2]
+        plans = list(check_exchange(case, how, same=how == "unequal", method="exact", threads=1))
+        for grad, (plan, messages) in enumerate(plans):
+            H, _, _, d, _, d_v, dtype = plan.shape
+            others = _network.bounds((H, d, d_v), np.dtype(dtype).itemsize, COMM.size)
+            shared = [case.get(X) for X in ("W", "W_Q", "W_K", "W_V", "bias", "near")]
+            if grad:
+                others += _network.maxima(8, COMM.size)
+                for _ in range(sum(X is not None for X in shared)):
+                    others += _network.totals(1, COMM.size)
+            assert plan.engine == "exact"
+            assert plan.exchange.own.messages == others.messages + messages
+    Q, K, V = cases.unit_rows(rng.standard_normal((3, 600, 5)))
+    W = 0.5 * np.eye(5)
+    for causal in (False, True):
+        for how, same in (("unequal", True), ("empty last", False)):
+            case = {"Q": Q, "K": K, "V": V[:, :3], "W": W, "causal": causal}
+            for plan, _ in check_exchange(case, how, same, method="polynomial"):
+                assert plan.engine == "polynomial"
+    for i, case in list(enumerate(relative_cases(rng)))[::3]:
+        for plan, _ in check_exchange(case, ("unequal", "empty last")[i % 2], i % 4 > 1, method="polynomial", eps=1e-2):
+            assert plan.engine == "polynomial"
+    for causal in (False, True):
+        case = judged_case(rng, causal)
+        case["Q"] = cases.unit_rows(case["Q"])
+        for certify, rule in (("proof", "moments"), ("sample", "sampled")):
+            for how, same in (("unequal", True), ("empty last", False)):
+                options = {"method": "polynomial", "eps": 2.4e-3, "certify": certify, "seed": 1}
+                options["degree"] = 2 if certify == "sample" else None
+                for plan, _ in check_exchange(case, how, same, grads=(False,), **options):
+                    assert plan.certificate.rule == rule
+    # Nothing but the state, whatever n is: two exchanges of its parts, and what bounds take.
+    sent = []
+    for n in (1000, 4000):
+        Q, K, V = cases.unit_rows(rng.standard_normal((3, n, 5)))
+        own, _ = piece({"Q": Q, "K": K, "V": V, "causal": True}, "unequal")
+        plan = ropecy.mpi.plan(COMM, **own, method="polynomial", degree=3, eps=1e-2)
+        sent.append(plan.exchange.own.sent)
+        state = math.comb(8, 3) * 6 * 8
+        assert 2 * state * (COMM.size - 1) / COMM.size <= sent[-1] <= (2 * state + 1000) * (COMM.size - 1)
+    assert sent[0] == sent[1]
+
+
+def test_plan_without_values_and_of_nothing():
+    X = np.ones((5, 4))
+    plan = ropecy.mpi.plan(COMM, X, X, ropecy.Rotary(4), causal=True)
+    assert plan.shape[:5] == (1, 1, 5 * COMM.size, 4, 5 * COMM.size)
+    network = plan.exchange.network
+    assert network == ropecy.mpi.plan(COMM, X, X).exchange.network, "measured twice"
+    assert all(other == network for other in COMM.allgather(network))
+    assert network.latency < 1 and network.bandwidth > 1e5
+    plan = ropecy.mpi.plan(COMM, X[:0], X, X, grad=True, network=ropecy.mpi.Network(1.0, 1.0))
+    assert plan.engine == "exact"
+    assert plan.exchange.own.sent == 8 * (COMM.size > 1)
+
+
 def test_loss():
     rng = np.random.default_rng(5)
     A = cases.unit_rows(rng.standard_normal((2, 90, 4)))
@@ -200,6 +522,14 @@ def test_bad_input_raises_on_every_rank():
     raises(ropecy.BoundedEntryError, "bounded by B = ", a, X, np.eye(5, 4), X, scale=1000.0, method="polynomial")
     family = ropecy.RelativeFamily(np.zeros((9, 4, 4)))
     raises(NotImplementedError, "rank 0: R: got a RelativeFamily", a, X, X, X, family)
+    plan = ropecy.mpi.plan
+    raises(ValueError, f"rank {last}: K: got NaN at index (3, 0)", plan, X, bad, X)
+    raises(TypeError, "rank 0: plan() got an unexpected keyword argument 'W_X'", plan, X, X, X, W_X=1)
+    raises(TypeError, "rank 0: grad: got", plan, X, X, X, grad=1)
+    raises(TypeError, "rank 0: network: got float, wants a ropecy.mpi.Network", plan, X, X, X, network=1e9)
+    raises(ropecy.BoundedEntryError, "bounded by B = ", plan, X, np.eye(5, 4), X, scale=1000.0, method="polynomial")
+    raises(ValueError, "latency: got -1, wants seconds", lambda comm: ropecy.mpi.Network(-1, 1))
+    raises(ValueError, "bandwidth: got 0, wants bytes a second", lambda comm: ropecy.mpi.Network(1, 0))
     if COMM.size > 1:
         mine = COMM.rank == last
         odd = np.ones((5, 3 if mine else 4))
@@ -212,6 +542,11 @@ def test_bad_input_raises_on_every_rank():
         raises(ValueError, f"rank {last}: W: got an array (4, 4)", a, X, X, X, W=np.eye(4) * (1 + mine))
         other = ropecy.mpi.attention_vjp if mine else a
         raises(ValueError, f"rank {last}: function", other, X, X, X)
+        raises(ValueError, f"rank {last}: return_lse: got True, wants False", a, X, X, X, return_lse=mine)
+        raises(ValueError, f"rank {last}: grad: got True, wants False", plan, X, X, X, grad=mine)
+        raises(ValueError, f"rank {last}: arrays: got Q, K, wants Q, K, V", plan, X, X, None if mine else X)
+        network = ropecy.mpi.Network(1e-6, 1e9 + mine)
+        raises(ValueError, f"rank {last}: network: got Network(", plan, X, X, X, network=network)
 
 
 if __name__ == "__main__":

@@ -37,3 +37,11 @@ def mpiexec(ranks, *command, limit=120, **environment):
 @pytest.mark.parametrize("name", TESTS)
 def test_ranks(name, ranks):
     assert "passed" in mpiexec(ranks, SCRIPT, name)
+
+
+def test_threads_of_which_one_alone_calls_mpi():
+    asked = "import mpi4py; mpi4py.rc.thread_level = 'funneled'; from mpi4py import MPI; print(MPI.Query_thread());"
+    run = "import ranks; ranks.test_polynomial_over_many_chunks()"
+    found = mpiexec(2, "-c", f"{asked} {run}", OMP_NUM_THREADS="2")
+    funneled = "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; print(MPI.THREAD_FUNNELED)"
+    assert found.split() == 2 * [subprocess.check_output([sys.executable, "-c", funneled], text=True).strip()]

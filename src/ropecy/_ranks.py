@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from mpi4py import MPI
 
-from .plan import BoundedEntryError
+from . import _network
+from .certificate import BoundedEntryError
 
 # An error that one rank has, all raise: as its nearest kind among these.
 _ERRORS = (BoundedEntryError, NotImplementedError, MemoryError, TypeError, ValueError, ArithmeticError)
@@ -32,7 +35,8 @@ class Ranks:
     def __init__(self, comm: MPI.Intracomm) -> None:
         if not isinstance(comm, MPI.Intracomm):
             raise TypeError(f"comm: got {type(comm).__name__}, wants an mpi4py.MPI.Intracomm")
-        self._comm = _private(comm)
+        self._shared = _shared(comm)
+        self._comm = self._shared.comm
         self.rank: int = comm.rank
         self.size: int = comm.size
         self.sent = 0
@@ -67,6 +71,9 @@ class Ranks:
 
     def agree(self, facts: dict[str, Any]) -> None:
         """ValueError on every rank unless all have the same facts."""
+        digest = hashlib.blake2b(repr(facts).encode(), digest_size=16).digest()
+        if len(set(self._comm.allgather(digest))) == 1:
+            return
         everyone = self._comm.allgather(facts)
         for name in facts:
             for rank, other in enumerate(everyone):
@@ -79,43 +86,80 @@ class Ranks:
         """Every rank's value, in their order."""
         return self._comm.allgather(value)
 
+    def network(self) -> _network.Network:
+        """What messages between these ranks cost, measured once for each communicator."""
+        if self._shared.network is None:
+            self._shared.network = _network.measure(self._comm)
+        return self._shared.network
+
     def largest(self, X: np.ndarray) -> np.ndarray:
         """The largest of every rank's X, entry by entry."""
         X = np.asarray(X, order="C")
         found = np.empty_like(X)
         self._comm.Allreduce(X, found, MPI.MAX)
-        self.sent += X.nbytes
+        self.sent += X.nbytes * (self.size > 1)
         return found
+
+    def largest_before(self, X: np.ndarray) -> np.ndarray:
+        """The largest of all lower ranks' X, entry by entry; -inf where there are none."""
+        X = np.asarray(X, order="C")
+        found = np.full_like(X, -np.inf)
+        self._comm.Exscan(X, found, MPI.MAX)
+        self.sent += X.nbytes * (self.size > 1)
+        return found if self.rank else np.full_like(X, -np.inf)
+
+    def joined(self, X: np.ndarray, axis: int) -> np.ndarray:
+        """Every rank's X, in their order."""
+        self.sent += X.nbytes * (self.size - 1)
+        return np.concatenate(self._comm.allgather(X), axis)
 
     def total(self, X: np.ndarray) -> np.ndarray:
         """The sum of every rank's X, in float64."""
+        if X.size <= _network.FEW:
+            everyone = np.empty((self.size, X.size))
+            self._comm.Allgather(X.reshape(-1).astype(np.float64), everyone)
+            self.sent += everyone[0].nbytes * (self.size - 1)
+            return np.cumsum(everyone, axis=0)[-1].reshape(X.shape)
         sums = self._running(X)
         found = np.empty(sums.shape)
         self._comm.Allgather(sums[-1], found)
         self.sent += sums[-1].nbytes * (self.size - 1)
         return self._joined(found, X.shape)
 
-    def before(self, X: np.ndarray) -> np.ndarray:
-        """The sum of the X of all lower ranks."""
-        sums = self._running(X)
+    def before(self, X: np.ndarray, fall: np.ndarray | None = None) -> np.ndarray:
+        """The sum of the X of all lower ranks. X (H, ...) decays by fall[r] (H,) on its way past rank r."""
+        sums = self._running(X, fall)
         sums[1:] = sums[:-1]
         sums[0] = 0
         return self._joined(self._exchange(sums), X.shape)
 
-    def after(self, X: np.ndarray) -> np.ndarray:
-        """The sum of the X of all higher ranks."""
-        sums = self._running(X, backwards=True)
+    def after(self, X: np.ndarray, fall: np.ndarray | None = None) -> np.ndarray:
+        """The sum of the X of all higher ranks, as `before`."""
+        sums = self._running(X, fall, backwards=True)
         sums[:-1] = sums[1:]
         sums[-1] = 0
         return self._joined(self._exchange(sums), X.shape)
 
-    def _running(self, X: np.ndarray, backwards: bool = False) -> np.ndarray:
+    def turned(self) -> Turned:
+        """The same ranks in the other order."""
+        return Turned(self)
+
+    def _running(self, X: np.ndarray, fall: np.ndarray | None = None, backwards: bool = False) -> np.ndarray:
         """Row r: the sum of the X of ranks up to r (from r on), of the part of X that this rank is in charge of."""
         flat = np.zeros((self.size, -(-X.size // self.size)))
         flat.reshape(-1)[: X.size] = X.reshape(-1)
         parts = self._exchange(flat)
         order = slice(None, None, -1 if backwards else 1)
-        np.cumsum(parts[order], axis=0, out=parts[order])
+        if fall is None:
+            np.cumsum(parts[order], axis=0, out=parts[order])
+            return parts
+        # Which slot each number of the part belongs to.
+        slot = (self.rank * parts.shape[1] + np.arange(parts.shape[1])) // (X.size // len(X))
+        total = np.zeros(parts.shape[1])
+        for part, own in zip(parts[order], fall[order], strict=True):
+            total *= own[np.minimum(slot, len(X) - 1)]
+            total += part
+            part[:] = total
         return parts
 
     def _exchange(self, rows: np.ndarray) -> np.ndarray:
@@ -180,6 +224,14 @@ class Ranks:
         MPI.Request.Waitall(requests)
 
 
+class Turned:
+    """Ranks in the other order: what is before is after."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.before, self.after = ranks.after, ranks.before
+        self.together, self.gather, self.recut = ranks.together, ranks.gather, ranks.recut
+
+
 def _bytes(X: np.ndarray) -> list:
     flat = X.reshape(-1).view(np.uint8)
     return [flat, flat.size, MPI.BYTE]
@@ -189,11 +241,19 @@ def _kind(error: Exception) -> type[Exception]:
     return next((kind for kind in _ERRORS if isinstance(error, kind)), RuntimeError)
 
 
-def _private(comm: MPI.Intracomm) -> MPI.Intracomm:
-    """A communicator of the same ranks whose messages meet no one else's, made once for each communicator."""
+@dataclass(slots=True)
+class _Shared:
+    """What calls with one communicator share: its double, whose messages meet no one else's, and its network."""
+
+    comm: MPI.Intracomm
+    network: _network.Network | None = None
+
+
+def _shared(comm: MPI.Intracomm) -> _Shared:
+    """Made once for each communicator."""
     found = comm.Get_attr(_key())
     if found is None:
-        found = comm.Dup()
+        found = _Shared(comm.Dup())
         comm.Set_attr(_key(), found)
     return found
 
@@ -201,7 +261,7 @@ def _private(comm: MPI.Intracomm) -> MPI.Intracomm:
 def _key() -> int:
     global _keyval
     if _keyval is None:
-        _keyval = MPI.Comm.Create_keyval(delete_fn=lambda comm, key, private: private.Free())
+        _keyval = MPI.Comm.Create_keyval(delete_fn=lambda comm, key, shared: shared.comm.Free())
     return _keyval
 
 

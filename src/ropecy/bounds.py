@@ -95,8 +95,29 @@ class Values:
     far: bool = False
 
 
+@dataclass(slots=True)
+class Measured:
+    """What those who hold the pieces of a problem have found of it together.
+
+    Attributes
+    ----------
+    scores : Scores
+    values : Values
+    hidden : engines.scan.Hidden
+    sample : moments.Sample or None
+        Where moments may serve.
+    """
+
+    scores: Scores
+    values: Values
+    hidden: Any
+    sample: Any = None
+
+
 class Alone:
     """What one process knows is all there is; `ropecy._ranks.Ranks` asks the others."""
+
+    rank = 0
 
     @staticmethod
     def largest(X: np.ndarray) -> np.ndarray:
@@ -106,6 +127,16 @@ class Alone:
     @staticmethod
     def total(X: np.ndarray) -> np.ndarray:
         """The sum of every rank's X."""
+        return X
+
+    @staticmethod
+    def gather(value: Any) -> list[Any]:
+        """Every rank's value, in their order."""
+        return [value]
+
+    @staticmethod
+    def joined(X: np.ndarray, axis: int) -> np.ndarray:
+        """Every rank's X, in their order."""
         return X
 
 
@@ -124,6 +155,18 @@ def measure_values(problem: Problem, ranks: Any = Alone) -> Values:
     if crowded.any():
         middle = np.where(crowded, medians(problem).astype(v.dtype), middle)
     return Values(middle, 0.5 * largest / spread if spread else 1.0, low, high, mean, bool(crowded.any()))
+
+
+def range_elsewhere(problem: Problem, ranks: Any = Alone) -> tuple[np.ndarray, np.ndarray]:
+    """The least and the largest of the columns of v that all rows here see on other ranks, (H, d_v); inf and -inf where
+    that is none.
+    """
+    if ranks is Alone:
+        none = np.full((problem.v.shape[0], problem.v.shape[2]), np.inf, problem.v.dtype)
+        return none, -none
+    _, low, high = _rows.columns(problem.v, problem.key_mask, problem.threads)
+    largest = ranks.largest if problem.hi is None else ranks.largest_before
+    return -largest(-low), largest(high)
 
 
 def medians(problem: Problem) -> np.ndarray:

@@ -11,7 +11,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from . import _validate
+from .bounds import Alone, measure, range_elsewhere
 from .engines import exact as exact_engine
+from .engines import ring
 from .kernels import _rows
 from .problem import Call, Problem, prepare_for
 from .relative import RelativeFamily
@@ -141,7 +143,9 @@ def check(
         found = _gradient_errors(call, O, dO, chosen)
         error, worst = float(found.max()), int(chosen[found.argmax()])
     elif count and call.shape[-1]:
-        found = row_errors(_in_float64(problem), call.from_user(O).astype(np.float64), chosen, _unit(call.dtype))
+        exact = _in_float64(problem)
+        bound = measure(exact, centre=False).plain
+        found = row_errors(exact, call.from_user(O).astype(np.float64), chosen, _unit(call.dtype), bound)
         error, worst = float(found.max()), int(chosen[found.argmax()])
     index = tuple(int(i) for i in np.unravel_index(worst, call.shape[:-1])) if total else ()
     of = Evidence.of if dO is None else "the largest row of dQ"
@@ -149,22 +153,25 @@ def check(
 
 
 def row_errors(
-    problem: Problem, o: np.ndarray, chosen: np.ndarray, unit: float, bound: float = np.inf
+    problem: Problem, o: np.ndarray, chosen: np.ndarray, unit: float, bound: float = np.inf, ranks: Any = Alone
 ) -> np.ndarray:
     """max_c |o_ic - Attn_ic| / range_j(v_jc) of the rows `chosen`, flat indices into (H, G, n), computed exactly.
 
-    Columns without range may be off by 64 `unit` of their value. `bound` is that of the scores.
+    Columns without range may be off by 64 `unit` of their value. `bound` is that of the scores. Over ranks, each judges
+    its own rows.
     """
     H, G, n = problem.q.shape[:3]
     marked = np.zeros(H * G * n, bool)
     marked[chosen] = True
     exact = np.zeros_like(o)
-    if not problem.empty:
-        exact_engine.forward_rows(problem, bound, marked.reshape(H, G, n), exact, None)
+    if ranks is not Alone or not problem.empty:
+        ring.forward_rows(problem, bound, marked.reshape(H, G, n), exact, None, ranks)
+    elsewhere = range_elsewhere(problem, ranks)
     found = np.empty(len(chosen))
     everywhere = problem.lo is None and problem.hi is None
     if everywhere:
         _, lows, highs = _rows.columns(problem.v, problem.key_mask, problem.threads)
+        lows, highs = np.minimum(lows, elsewhere[0]), np.maximum(highs, elsewhere[1])
     seen, low, high = (-1, 0, 0), None, None
     for at, (head, group, row) in enumerate(zip(*np.unravel_index(chosen, (H, G, n)), strict=True)):
         if everywhere:
@@ -175,7 +182,7 @@ def row_errors(
             if seen[:2] == (head, first) and seen[2] <= last:
                 start = seen[2]  # rows come in order: only what is new is looked at
             else:
-                low, high = np.full(o.shape[-1], np.inf), np.full(o.shape[-1], -np.inf)
+                low, high = (X[head] for X in elsewhere)
             v = problem.v[head, start:last]
             if problem.key_mask is not None:
                 v = v[problem.key_mask[head, start:last]]
@@ -209,15 +216,29 @@ def _gradient_errors(call: Call, dQ: np.ndarray, dO: np.ndarray, chosen: np.ndar
     return off / largest if largest else np.where(off > 0, np.inf, 0.0)
 
 
-def draw(risk: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Flat indices of `count` rows in order: the half of largest `risk`, the others uniformly from all that remain."""
+def draw(risk: np.ndarray, count: int, rng: np.random.Generator, ranks: Any = Alone) -> np.ndarray:
+    """Flat indices of `count` rows in order: the half of largest `risk`, the others uniformly from all that remain.
+
+    Over ranks, `count` of all; each is given its own.
+    """
     flat = risk.reshape(-1)
-    if count >= flat.size:
+    sizes = np.array(ranks.gather(flat.size))
+    if count >= sizes.sum():
         return np.arange(flat.size)
     half = count // 2
-    order = np.argpartition(flat, flat.size - half) if half else np.arange(flat.size)
-    rest = rng.choice(order[: flat.size - half], count - half, replace=False)
-    return np.sort(np.concatenate([order[flat.size - half :], rest]))
+    most = min(half, flat.size)
+    top = np.argpartition(flat, flat.size - most)[flat.size - most :] if most else np.empty(0, int)
+    top = top[np.argsort(-flat[top], kind="stable")]
+    everyone = ranks.gather(flat[top])
+    owner = np.repeat(np.arange(len(everyone)), [len(X) for X in everyone])
+    taken = np.bincount(owner[np.argsort(-np.concatenate(everyone), kind="stable")[:half]], minlength=len(everyone))
+    remain = np.ones(flat.size, bool)
+    remain[top[: taken[ranks.rank]]] = False
+    drawn = rng.choice(sizes.sum() - half, count - half, replace=False)
+    drawn = drawn - (sizes - taken)[: ranks.rank].sum()
+    rest = np.flatnonzero(remain)
+    remain[rest[drawn[(drawn >= 0) & (drawn < rest.size)]]] = False
+    return np.flatnonzero(~remain)
 
 
 def _band(problem: Problem, row: int) -> tuple[int, int]:

@@ -159,6 +159,7 @@ def table(plan: Plan) -> str:
         f"{what}: {H * G} x {n:,} queries, {H} x {n_k:,} keys, d = {d}, d_v = {d_v}, {dtype}, eps = {plan.eps:g}",
         f"scores    {scores}",
         *(_engines(plan) if plan.alternatives else _seconds(plan)),
+        *([] if plan.exchange is None else [f"exchange  {plan.exchange}"]),
         f"result    {plan.certificate}",
     ]
     if plan.gradient_certificate:

@@ -36,11 +36,12 @@ import math
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from . import polynomial as poly
-from .bounds import Scores, Values, polynomial_rounding
+from .bounds import Alone, Scores, Values, polynomial_rounding, range_elsewhere
 from .engines import exact as exact_engine
 from .engines import polynomial as engine
 from .kernels import _quartic
@@ -252,7 +253,7 @@ def kept_before(problem: Problem, ends: np.ndarray) -> np.ndarray:
     return np.pad(np.cumsum(problem.key_mask, axis=1), ((0, 0), (1, 0)))[:, ends]
 
 
-def reach(problem: Problem, values: Values, chunk: int) -> np.ndarray:
+def reach(problem: Problem, values: Values, chunk: int, ranks: Any = Alone) -> np.ndarray:
     """middle - value_centre, half, 1 / range of every column, (H, 1 or chunks, 3, d_v) (kernels/c/monomials.h).
 
     Causal: values of the keys up to a chunk's end are within half of middle, and a row of the chunk sees at least the
@@ -267,11 +268,17 @@ def reach(problem: Problem, values: Values, chunk: int) -> np.ndarray:
             keep = problem.key_mask[..., None]
             least, most = np.where(keep, v, np.inf), np.where(keep, v, -np.inf)
         starts = np.arange(0, v.shape[1], chunk)
-        low = np.minimum.accumulate(np.minimum.reduceat(least, starts, axis=1), axis=1).astype(np.float64)
-        high = np.maximum.accumulate(np.maximum.reduceat(most, starts, axis=1), axis=1).astype(np.float64)
+        low, high = (X[:, None] for X in range_elsewhere(problem, ranks))
+        if starts.size:
+            low = np.concatenate([low, np.minimum.reduceat(least, starts, axis=1)], axis=1)
+            high = np.concatenate([high, np.maximum.reduceat(most, starts, axis=1)], axis=1)
+        low = np.minimum.accumulate(low, axis=1).astype(np.float64)
+        high = np.maximum.accumulate(high, axis=1).astype(np.float64)
         seen = high >= low
         low, high = np.where(seen, low, 0), np.where(seen, high, 0)
-        before = np.concatenate([np.zeros_like(low[:, :1]), (high - low)[:, :-1]], axis=1)
+        # What is up to a chunk's end, and what is before it.
+        before = (high - low)[:, : max(1, starts.size)]
+        low, high = (X[:, -max(1, starts.size) :] for X in (low, high))
     table = np.empty((*low.shape[:2], 3, v.shape[2]), dtype)
     centre = values.middle[:, None].astype(np.float64)
     table[:, :, 0] = 0.5 * low + 0.5 * high - centre
@@ -285,6 +292,12 @@ def reach(problem: Problem, values: Values, chunk: int) -> np.ndarray:
     return table
 
 
+def steps(problem: Problem, n: int, n_k: int) -> tuple[int, int]:
+    """Of so many rows and keys, each of how many is in a `Sample`."""
+    H, G = problem.q.shape[:2]
+    return max(1, n // max(16, SAMPLED_ROWS // (H * G))), max(1, n_k // SAMPLED_KEYS)
+
+
 class Sample:
     """What some rows and some keys say of moments before the work: for choosing a degree, not for certifying one.
 
@@ -292,36 +305,43 @@ class Sample:
 
     Attributes
     ----------
-    index, weight : (R,) arrays
-        Flat indices into (H, G, n), increasing, and how many rows each stands for.
-    sizes : (H, G, n) array
-        The bounds B_i of all rows.
+    index, weight, sizes : (R,) arrays
+        Flat indices into (H, G, n), increasing, how many rows each stands for, and the rows' bounds B_i.
+    n_rows : int
+        How many rows there are.
     """
 
-    def __init__(self, problem: Problem, scores: Scores, values: Values) -> None:
+    def __init__(self, problem: Problem, scores: Scores, values: Values, ranks: Any = Alone) -> None:
         H, G, n, d = problem.q.shape
-        key_step = max(1, problem.k.shape[1] // SAMPLED_KEYS)
-        self._y = self._some_keys(problem, scores, key_step)
-        count = np.full(H, self._y.shape[1])
-        if problem.key_mask is not None:
-            count = np.maximum(problem.key_mask[:, ::key_step].sum(axis=1), 1)
+        lengths = ranks.gather((n, problem.k.shape[1]))
+        total, n_k = np.sum(lengths, axis=0)
+        row_step, key_step = steps(problem, total, n_k)
+        own, count = self._some_keys(problem, scores, key_step)
+        self._y, count = ranks.joined(own, 1), np.maximum(ranks.total(count), 1)
         rows = _quartic.Rows(self._y, None, None, 1.0, problem.threads)
         self._products = rows.apply([self._y.shape[1]], None)[0][:, 0] / count[:, None, None]
 
-        self.sizes = scores.of_rows(problem)
-        sizes = self.sizes.reshape(-1)
-        row_step = max(1, n // max(16, SAMPLED_ROWS // (H * G)))
+        sizes = scores.of_rows(problem).reshape(H * G, n)
         some = np.arange(H * G * n).reshape(H * G, n)[:, ::row_step].reshape(-1)
-        longer = np.flatnonzero(sizes > 1.01 * sizes[some].max(initial=0))
-        few = longer[:: max(1, len(longer) // SAMPLED_ROWS)]
-        self.index = np.concatenate([some, few])
-        self.weight = np.repeat(
-            [(sizes.size - len(longer)) / max(1, len(some)), len(longer) / max(1, len(few))], [len(some), len(few)]
-        )
-        order = np.argsort(self.index, kind="stable")
-        self.index, self.weight = self.index[order], self.weight[order]
-        self._head, self._row = self.index // (G * n), self.index % n
-        self._x = problem.q.reshape(-1, d)[self.index] * np.float64(scores.q_factor)
+        most = ranks.largest(sizes.reshape(-1)[some].max(initial=0, keepdims=True))
+        longer = np.flatnonzero(sizes > 1.01 * most)
+        few = longer[:: max(1, len(longer) * len(lengths) // SAMPLED_ROWS)]
+        n_some, n_longer, n_few = np.sum(ranks.gather((len(some), len(longer), len(few))), axis=0)
+        weights = (H * G * total - n_longer) / max(1, n_some), n_longer / max(1, n_few)
+        own = np.concatenate([some, few])
+        lane, row = np.divmod(own, max(1, n))
+        first = sum(rows for rows, _ in lengths[: ranks.rank])
+        # A sampled row: its place among all, how many it stands for, its bound, and itself.
+        sample = np.empty((len(own), 3 + d))
+        sample[:, 0], sample[:, 1] = lane * total + first + row, np.repeat(weights, [len(some), len(few)])
+        sample[:, 2], sample[:, 3:] = sizes.reshape(-1)[own], problem.q.reshape(-1, d)[own]
+        sample = ranks.joined(sample, 0)
+        sample = sample[np.argsort(sample[:, 0], kind="stable")]
+        self.index, self.weight, self.sizes = sample[:, 0].astype(np.intp), sample[:, 1].copy(), sample[:, 2].copy()
+        self.n_rows = int(H * G * total)
+        self._every = sizes if ranks is Alone else None
+        self._head, self._row = self.index // max(1, G * total), self.index % max(1, total)
+        self._x = sample[:, 3:] * scores.q_factor
         self.second, self.first = np.empty((2, len(self.index)))
         mean = self._y.sum(axis=1, dtype=np.float64) / count[:, None]
         for head, rows in self._by_head():
@@ -334,18 +354,27 @@ class Sample:
         self._tails: dict[int, float] = {}
 
     @staticmethod
-    def _some_keys(problem: Problem, scores: Scores, step: int) -> np.ndarray:
+    def _some_keys(problem: Problem, scores: Scores, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Every so many keys as they are used, and of how many a slot keeps."""
         y = problem.k[:, ::step]
         y = (y if scores.centre is None else y - scores.centre[:, None]) * problem.k.dtype.type(scores.k_factor)
+        count = np.full(len(y), y.shape[1])
         if problem.key_mask is not None:
-            y *= problem.key_mask[:, ::step, None]
-        return np.ascontiguousarray(y)
+            mask = problem.key_mask[:, ::step]
+            y, count = y * mask[..., None], mask.sum(axis=1)
+        return np.ascontiguousarray(y), count
 
     def _by_head(self) -> Iterator[tuple[int, slice]]:
         cuts = np.searchsorted(self._head, np.arange(len(self._y) + 1))
         return ((head, slice(*ends)) for head, ends in enumerate(itertools.pairwise(cuts)))
 
-    def risk(self, problem: Problem, scores: Scores, inverse: np.ndarray) -> np.ndarray:
+    def longer(self, B: float) -> int:
+        """How many rows are past that bound: over ranks, about."""
+        if self._every is None:
+            return math.ceil(self.weight[self.sizes > B].sum())
+        return int(np.count_nonzero(self._every > B))
+
+    def risk(self, problem: Problem, scores: Scores, inverse: np.ndarray, ranks: Any = Alone) -> np.ndarray:
         """What the certificates of rows grow with, about: far keys times their second moment by the denominator.
 
         (H, G, n). inf where the denominator is not positive though the row sees keys.
@@ -354,9 +383,19 @@ class Sample:
         q, products = problem.q.reshape(H, G * n, d), self._products * scores.q_factor**2
         second = np.einsum("hrd,hrd->hr", q @ products.astype(q.dtype), q).reshape(H, G, n)
         n_k = problem.k.shape[1]
-        ends = np.full(n, n_k) if problem.hi is None else np.arange(n) + problem.q_offset + problem.hi + 1
-        sees = kept_before(problem, np.clip(ends, 0, n_k))[:, None] > 0
-        return np.where(inverse > 0, far_keys(problem) * second * inverse, np.where(sees, np.inf, 0.0))
+        kept = np.full((H, n_k), 1) if problem.key_mask is None else problem.key_mask
+        kept = np.pad(np.cumsum(kept, axis=1), ((0, 0), (1, 0)))
+        others = ranks.gather((n_k, kept[:, -1]))
+        if problem.hi is None:
+            far = sum(length for length, _ in others)
+            sees = sum(count for _, count in others)[:, None, None] > 0
+        else:
+            ends = np.arange(n) + problem.q_offset + problem.hi + 1
+            before = others[: ranks.rank]
+            far = sum(length for length, _ in before) + far_keys(problem)
+            seen = kept[:, np.clip(ends, 0, n_k)] + sum((count for _, count in before), np.zeros(H, int))[:, None]
+            sees = seen[:, None] > 0
+        return np.where(inverse > 0, far * second * inverse, np.where(sees, np.inf, 0.0))
 
     def _tail(self, k: int) -> float:
         """max_i m_k(i) / m_2(i)^(k/2) over a few rows and keys."""
@@ -380,7 +419,7 @@ class Sample:
 
     def fits(self, degree: int, kappa: float, least: float = 0.0) -> RowFits:
         """The polynomials of the sampled rows, whose bounds are taken to be at least that."""
-        return RowFits(np.maximum(self.sizes.reshape(-1)[self.index], least), degree, kappa)
+        return RowFits(np.maximum(self.sizes, least), degree, kappa)
 
     def mean(self, problem: Problem, order: int) -> np.ndarray:
         """About the sum of scores to the power `order` by the denominator, of sampled rows."""
@@ -418,11 +457,11 @@ class Sample:
         leaves of eps, for which the sample speaks, whose radii are h and in backward h_r.
         """
         G, n = problem.q.shape[1:3]
-        grad, total = h_r is not None, self.sizes.size
+        grad, total = h_r is not None, self.n_rows
         allowed = eps - polynomial_rounding(problem, B, values)
         expected = self.truncation(h)
         of_gradient = gradient_error(h, h_r) if grad else np.zeros_like(h)
-        long = self.sizes.reshape(-1)[self.index] > B
+        long = self.sizes > B
         others = ~(long | ((expected <= allowed) & (of_gradient <= 2 * allowed)))
         pairs = max(1.0, len(problem.k) * G * exact_engine.pairs(problem))
         work = self.weight * seen_keys(problem)[self._row] / pairs
@@ -431,7 +470,7 @@ class Sample:
             rows = np.pad(long | others, 1)
             work *= np.where(rows[2:] | rows[:-2], 1.0, TILE)
         share = work[long].sum() + 1.5 * work[others].sum()
-        count = np.count_nonzero(self.sizes > B) + 1.5 * self.weight[others].sum()
+        count = self.longer(B) + 1.5 * self.weight[others].sum()
         if count > _FEW * total and share > _FEW:
             return None
         truncation = (float(np.max(errors, where=~(long | others), initial=0.0)) for errors in (expected, of_gradient))
@@ -439,7 +478,7 @@ class Sample:
 
     def cuts(self, bound: float) -> list[float]:
         """Bounds of the rows that may be kept: `bound`, and lower ones that leave out 1, 2, 4, ... sampled rows."""
-        sizes = np.sort(self.sizes.reshape(-1)[self.index])[::-1]
+        sizes = np.sort(self.sizes)[::-1]
         found = [bound]
         for count in 2 ** np.arange(int(_CUT * len(sizes)).bit_length()):
             # Less than a step of the grid changes nothing.
@@ -452,7 +491,7 @@ class Sample:
         in units of B_i, were scores Gaussian; rounded to a power of 2.
         """
         worst = int(self.second.argmax())
-        second, size = float(self.second[worst]), float(self.sizes.reshape(-1)[self.index[worst]])
+        second, size = float(self.second[worst]), float(self.sizes[worst])
         if not 0 < second < math.inf or not 0 < size < math.inf:
             return 1.0
         return 2.0 ** min(40, max(-1, round(2 * math.log2(size) - math.log2(3 * second))))

@@ -18,17 +18,22 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from . import _validate
+from ._network import Exchange, Network, Traffic
 from ._ranks import Ranks
+from ._sender import Sender
 from .attention import VJP, Gradients, without_overflow
-from .bounds import measure, measure_values
+from .bounds import Measured, measure, measure_values
 from .engines import polynomial as polynomial_engine
+from .engines import scan as scan_engine
 from .engines.ring import Layout, Ring
-from .plan import Certificate, Plan, make_plan, nothing_to_do
+from .forms import FarGradient
+from .moments import Sample
+from .plan import Certificate, Plan, make_plan, nothing_to_do, wants_sample
 from .problem import Call, Problem, check, check_names, key_heads_of, length_of
 from .relative import RelativeFamily
 from .rotary import Rotary
 
-__all__ = ["attention", "attention_vjp", "loss_grad"]
+__all__ = ["Network", "attention", "attention_vjp", "loss_grad", "plan"]
 
 
 def attention(
@@ -68,9 +73,12 @@ def attention(
     -----
     The polynomial engine moves one state of F (d_v + 1) float64 whatever the length is, F = C(d + g, g). Under a causal
     mask, rows that lie on other ranks than the keys of their indices go there first, and their results come back; those
-    past all keys go to the last rank. The exact engine moves half of all pieces through every rank, with each pair of
-    ranks at work once. The same ranks give the same bits.
-    Certificates are those of the worst case.
+    past all keys go to the last rank. A bias or a near field that factors far out has a state for each of its terms,
+    which decays on its way, and its near pairs take pieces of the nearest ranks only. The exact engine moves half of
+    all pieces through every rank, with each pair of ranks at work once. The same ranks give the same bits.
+
+    Certificates are of the whole, by moments of scores too, but for the fourth at degrees 2 and 3: rows that fail are
+    told to all ranks, which compute them over their own keys. Outliers are not set apart.
     """
     flags = {"return_certificate": return_certificate, "return_lse": return_lse}
     evaluation = _Evaluation(Ranks(comm), "attention", Q, K, V, R, options, flags=flags)
@@ -152,6 +160,66 @@ def loss_grad(
     )
 
 
+def plan(
+    comm: Any,
+    Q: ArrayLike,
+    K: ArrayLike,
+    V: ArrayLike | None = None,
+    R: Rotary | None = None,
+    *,
+    grad: bool = False,
+    network: Network | None = None,
+    **options: Any,
+) -> Plan:
+    """What `attention` would do with these pieces, and what its ranks would send one another.
+
+    Parameters
+    ----------
+    comm, Q, K, V, R, **options
+        As in `attention`; V may be left out.
+    grad : bool
+        Plan for `attention_vjp` and one call of what it returns.
+    network : Network, optional
+        Latency and bandwidth between ranks. By default measured, in some milliseconds once for each communicator.
+
+    Returns
+    -------
+    Plan
+        As `ropecy.plan` gives it, the same on all ranks but for ``plan.exchange.own``, which is the rank's.
+        ``plan.exchange`` has bytes, messages and seconds; of the exact engine, whose messages travel while it computes,
+        these are the seconds there are to hide.
+
+    Raises
+    ------
+    TypeError, ValueError, BoundedEntryError, NotImplementedError, MemoryError
+        As `attention` does.
+
+    Notes
+    -----
+    Norms, means and ranges are measured, O(n d) a rank; no attention is computed.
+    """
+    if isinstance(V, Rotary | RelativeFamily) and R is None:
+        V, R = None, V
+    ranks = Ranks(comm)
+    ranks.together(_check_network, network)
+    ranks.agree({"network": network})
+    call, layout = _prepare(ranks, "plan", Q, K, V, R, options, {"grad": grad})
+    whole, piece = _whole(ranks, call, layout)
+    problem = replace(call.problem, lo=whole.lo, hi=whole.hi)
+    looked = False
+    if whole.empty:
+        made = make_plan(whole, **call.how, grad=grad)
+    else:
+        measured = _measured(ranks, call, problem, whole, grad)
+        made, looked = _make_plan(ranks, call, whole, piece, measured, grad), measured.sample is not None
+    masked = any(ranks.gather(problem.key_mask is not None))
+    own = Sender(call, problem, layout, ranks.rank, masked, grad).traffic(made, looked)
+    everyone = ranks.gather(own)
+    worst = Traffic(*(max(getattr(t, name) for t in everyone) for name in ("sent", "received", "messages")))
+    made.exchange = Exchange(ranks.size, own, worst, network or ranks.network())
+    return made
+
+
 class _VJP(VJP):
     """The rank's dO -> its gradients; all ranks call it together."""
 
@@ -192,53 +260,93 @@ class _Evaluation:
         self._target = None if target is None else ranks.together(self._checked_target, target)
         whole, piece = _whole(ranks, self.call, layout)
         problem = self._problem = replace(self.call.problem, lo=whole.lo, hi=whole.hi)
-        self._saved = self._ring = self._cuts = None
+        self._saved = self._judged = self._at_keys = self._ring = self._cuts = self._pieces = None
         if whole.empty:
             self.o = np.zeros(problem.q.shape[:3] + problem.v.shape[2:], problem.q.dtype)
             lse = np.full(problem.q.shape[:3], -np.inf)
             self.certificate = self.gradient_certificate = nothing_to_do()
         else:
-            made = self._plan = _make_plan(ranks, self.call, problem, whole, piece, grad)
-            self.certificate: Certificate = made.certificate
-            self.gradient_certificate = made.gradient_certificate
-            if made.engine == "polynomial":
-                if problem.hi is not None and not _aligned(layout):
-                    self._cuts, problem = _rows_at_keys(ranks, problem, layout)
-                    self._problem = problem
-                o, lse, self._saved = polynomial_engine.forward(
-                    problem, made._scores, made._values, made._choice.polynomial, grad, want_lse, ranks=ranks
-                )
-                self.o, lse = self._back(o), self._back(lse) if want_lse else None
-            else:
-                masked = any(ranks.gather(problem.key_mask is not None))
-                symbol = None if whole.bias is None else self.call.symbol
-                self._ring = Ring(problem, layout, ranks, made._scores.plain, masked, symbol)
-                self.o, lse = self._ring.forward()
+            measured = _measured(ranks, self.call, problem, whole, grad)
+            made = _make_plan(ranks, self.call, whole, piece, measured, grad)
+            masked = any(ranks.gather(problem.key_mask is not None))
+            symbol = None if whole.bias is None else self.call.symbol
+            pieces = scan_engine.Pieces(ranks, layout, masked, symbol)
+            self.o, lse = self._forward(made, pieces, grad, want_lse)
+            rows = self.certificate.rows_truncation
+            if rows is None:
+                rows = np.full(self.o.shape[:3], self.certificate.truncation)
+            self.certificate = replace(self.certificate, rows_truncation=self.call.lse_to_user(rows))
+            if grad and (rows := self.gradient_certificate.rows_truncation) is not None:
+                rows = self.call.lse_to_user(rows)
+                self.gradient_certificate = replace(self.gradient_certificate, rows_truncation=rows)
         self.lse = self.call.lse_to_user(lse) if want_lse else None
+
+    def _forward(
+        self, made: Plan, pieces: scan_engine.Pieces, grad: bool, want_lse: bool
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """o and lse of this rank's rows as planned; notes what backward needs, and the certificate."""
+        ranks, layout, problem = self.ranks, pieces.layout, self._problem
+        self.certificate, self.gradient_certificate = made.certificate, made.gradient_certificate
+        if made._split is not None:
+            self._pieces = pieces
+            o, lse, self._saved = scan_engine.forward(
+                problem, made._split, made._scores, made._values, made._choice.polynomial, grad, want_lse, pieces
+            )
+            return o, lse
+        if made.engine == "exact":
+            self._cuts = None
+            self._ring = Ring(problem, layout, ranks, made._scores.plain, pieces.masked, pieces.symbol)
+            return self._ring.forward()
+        if problem.hi is not None and not layout.aligned:
+            self._cuts, problem = _rows_at_keys(ranks, problem, layout)
+        if made.judged:
+            found = made.forward_judged(problem, want_lse, ranks)
+            if found is None:
+                return self._forward(made._second, pieces, grad, want_lse)
+            o, lse, self._judged, self._at_keys = found.o, found.lse, found, problem
+            self.certificate = self._rows_back(found.certificate)
+            self.gradient_certificate = self._rows_back(found.gradient_certificate) if grad else None
+        else:
+            self._at_keys = problem
+            o, lse, self._saved = polynomial_engine.forward(
+                problem, made._scores, made._values, made._choice.polynomial, grad, want_lse, ranks=ranks
+            )
+        return self._back(o), self._back(lse) if want_lse else None
 
     def gradients(self, dO: np.ndarray, largest: float) -> dict[str, np.ndarray]:
         """{"dQ": ..., ...} for the rank's dO, in the shape of its O, max |dO| = largest."""
         ranks, call = self.ranks, self.call
         largest = float(ranks.largest(np.array(largest)))
         do, exponent = without_overflow(call.from_user(dO), largest)
-        dbias, near = _DiagonalSum(call), np.float64(0)
+        shared = _Shared(call)
         if self._ring is not None:
-            dq, dk, dv, near = self._ring.backward(do, dbias.add)
-        elif self._saved is not None:
+            dq, dk, dv = self._ring.backward(do, shared)
+        elif self._pieces is not None:
+            dq, dk, dv, far = scan_engine.backward(self._problem, self._saved, do, shared)
+            if far is not None:
+                shared.add_diagonals(far, 0)
+        elif self._at_keys is not None:
             do = do if self._cuts is None else ranks.recut(do, *self._cuts)
-            dq, dk, dv, _ = polynomial_engine.backward(self._problem, self._saved, do, ranks)
+            if self._judged is not None:
+                dq, dk, dv, _ = self._judged.backward(self._at_keys, do, ranks)
+            else:
+                dq, dk, dv, _ = polynomial_engine.backward(self._at_keys, self._saved, do, ranks)
             dq = self._back(dq)
         else:
             dq, dk, dv = (np.zeros_like(X) for X in (self._problem.q, self._problem.k, self._problem.v))
-        near = None if call.problem.near is None else ranks.total(near)
+        near = None if call.problem.near is None else ranks.total(shared.near)
         gradients = call.gradients(dq, dk, dv, None, dscale_near=near, exponent=exponent, total=ranks.total)
         if "dbias" in gradients:
-            gradients["dbias"] = dbias.whole(ranks, exponent)
+            gradients["dbias"] = shared.bias(ranks, exponent)
         return gradients
 
     def _back(self, X: np.ndarray) -> np.ndarray:
         """Rows that were computed at their keys, on the ranks that asked for them."""
         return X if self._cuts is None else self.ranks.recut(X, *self._cuts[::-1])
+
+    def _rows_back(self, certificate: Certificate) -> Certificate:
+        rows = certificate.rows_truncation
+        return certificate if rows is None else replace(certificate, rows_truncation=self._back(rows))
 
     def difference(self) -> tuple[np.ndarray, float]:
         """O - E in the dtype computed in, and its largest entry."""
@@ -254,20 +362,26 @@ class _Evaluation:
         return E
 
 
-class _DiagonalSum:
-    """The gradient of a bias, gathered block by block in float64."""
+class _Shared:
+    """This rank's part of the gradients of a bias and of scale_near, gathered in float64."""
 
     def __init__(self, call: Call) -> None:
         self._call = call
-        self._sum: Any = None
+        self._bias: Any = None
+        self.near = np.float64(0)
 
-    def add(self, dsymbol: np.ndarray, first: int) -> None:
-        part = self._call.bias_gradient(dsymbol, first)
-        self._sum = part.astype(np.float64) if self._sum is None else self._sum + part
+    def add_scale_near(self, part: np.float64) -> None:
+        self.near += part
 
-    def whole(self, ranks: Ranks, exponent: int) -> np.ndarray:
+    def add_diagonals(self, part: np.ndarray | FarGradient, first: int) -> None:
+        """The bias's, as `Call.bias_gradient` takes it."""
+        found = self._call.bias_gradient(part, first).astype(np.float64)
+        self._bias = found if self._bias is None else self._bias + found
+
+    def bias(self, ranks: Ranks, exponent: int) -> np.ndarray:
+        """Of all ranks."""
         nothing = self._call.bias_gradient(None, 0)
-        own = nothing.astype(np.float64) if self._sum is None else self._sum
+        own = nothing.astype(np.float64) if self._bias is None else self._bias
         return np.ldexp(ranks.total(own), exponent).astype(nothing.dtype)
 
 
@@ -280,16 +394,17 @@ def _prepare(
         for name, value in flags.items():
             _validate.check_flag(name, value)
         check_names(function, options)
-        _validate.check_values(V)
+        if function != "plan":
+            _validate.check_values(V)
         if isinstance(R, RelativeFamily):
             raise NotImplementedError("R: got a RelativeFamily, which attention over MPI ranks does not do")
         return check(Q, K, V, R, **options)
 
     a, how = ranks.together(checked)
-    ranks.agree(_facts(function, a, how, options))
+    ranks.agree({**_facts(function, a, how, options), **flags})
     lengths = np.array(ranks.gather((a.n, a.n_k)))
     starts = np.cumsum(lengths, axis=0) - lengths
-    layout = Layout(*lengths.T.tolist(), *starts.T.tolist(), a.q_offset)
+    layout = Layout(*lengths.T.tolist(), *starts.T.tolist(), a.q_offset, a.lo, a.hi)
     q_start, k_start = layout.q_start[ranks.rank], layout.k_start[ranks.rank]
     a.q_offset += q_start - k_start
     if a.R is not None:
@@ -307,13 +422,15 @@ def _facts(function: str, a: _validate.Arguments, how: dict[str, Any], options: 
         X = options.get(name)
         return None if X is None else f"an array of leading axes {np.shape(X)[:-1]}"
 
+    given = {name: getattr(a, name) for name in "QKV" if getattr(a, name) is not None}
     return {
         "function": function,
+        "arrays": ", ".join(given),
         "dtype": str(a.dtype),
         "d": a.d,
         "d_v": a.d_v,
-        **{f"leading axes of {name}": getattr(a, name).shape[:-2] for name in "QKV"},
-        **{f"width of {name}": getattr(a, name).shape[-1] for name in "QKV"},
+        **{f"leading axes of {name}": X.shape[:-2] for name, X in given.items()},
+        **{f"width of {name}": X.shape[-1] for name, X in given.items()},
         **{name: _digest(getattr(a, name)) for name in ("W", "W_Q", "W_K", "W_V")},
         "R": repr(a.R),
         "scale": a.scale,
@@ -361,41 +478,44 @@ def _whole(ranks: Ranks, call: Call, layout: Layout) -> tuple[Problem, Problem]:
 
     whole = shaped(sum(layout.n), sum(layout.n_k), sum(threads))
     # Causal rows that the polynomial engine moves to their keys count where they are most.
-    rows = np.diff(_cuts_at_keys(layout)).tolist() if whole.hi is not None and not _aligned(layout) else []
+    rows = np.diff(layout.rows_at_keys()).tolist() if whole.hi is not None and not layout.aligned else []
     piece = shaped(max(layout.n + rows), max(layout.n_k), max(threads))
     if a.bias is not None and not whole.empty:
         first, last = -(sum(layout.n) - 1) - layout.q_offset, sum(layout.n_k) - 1 - layout.q_offset
-        whole.bias = call.symbol(first, last)
+        whole.bias, whole.tail = call.symbol(first, last), call.tail
     return whole, piece
 
 
-def _make_plan(ranks: Ranks, call: Call, problem: Problem, whole: Problem, piece: Problem, grad: bool) -> Plan:
-    """The plan of the whole, made by rank 0 of what all have measured, so that every rank has the same.
-
-    The worst case certifies it: moments of scores are not measured over ranks.
-    """
-    measured = measure(problem, ranks), measure_values(problem, ranks)
-    return ranks.first(make_plan, whole, **call.how, grad=grad, each_weight=True, measured=measured, piece=piece)
-
-
-def _aligned(layout: Layout) -> bool:
-    """Whether every row lies with the key of its index, or beyond all keys with the first or the last."""
-    keys = sum(layout.n_k)
-    for n, n_k, q_start, k_start in zip(layout.n, layout.n_k, layout.q_start, layout.k_start, strict=True):
-        offset = layout.q_offset + q_start - k_start
-        if n and not ((offset >= 0 or k_start == 0) and (offset + n <= n_k or k_start + n_k == keys)):
-            return False
-    return True
+def _measured(ranks: Ranks, call: Call, problem: Problem, whole: Problem, grad: bool) -> Measured:
+    """What all find of the whole together, the same on every rank."""
+    scores, values = measure(problem, ranks), measure_values(problem, ranks)
+    measured = Measured(scores, values, scan_engine.hidden_keys(problem, ranks))
+    if ranks.first(wants_sample, whole, scores, values, **call.how, grad=grad):
+        measured.sample = Sample(problem, scores, values, ranks)
+    return measured
 
 
-def _cuts_at_keys(layout: Layout) -> list[int]:
-    """Where rows are cut so that each lies with the key of its index, or with the first or the last key."""
-    n = sum(layout.n)
-    return [0, *(min(max(start - layout.q_offset, 0), n) for start in layout.k_start[1:]), n]
+def _make_plan(ranks: Ranks, call: Call, whole: Problem, piece: Problem, measured: Measured, grad: bool) -> Plan:
+    """The plan of the whole, made by rank 0 of what all have measured, so that every rank has the same."""
+
+    def planned() -> Plan:
+        unsampled = measured.sample is None
+        made = make_plan(whole, **call.how, grad=grad, each_weight=unsampled, measured=measured, piece=piece)
+        made._sample = None  # all have it
+        return made
+
+    made = ranks.first(planned)
+    made._sample = measured.sample
+    return made
+
+
+def _check_network(network: Any) -> None:
+    if not isinstance(network, Network | None):
+        raise TypeError(f"network: got {type(network).__name__}, wants a ropecy.mpi.Network")
 
 
 def _rows_at_keys(ranks: Ranks, problem: Problem, layout: Layout) -> tuple[tuple[list[int], list[int]], Problem]:
     """Where rows are cut and where at their keys, and the rank's problem with the rows that lie there."""
-    cuts = [*layout.q_start, sum(layout.n)], _cuts_at_keys(layout)
+    cuts = layout.rows, layout.rows_at_keys()
     offset = layout.q_offset + cuts[1][ranks.rank] - layout.k_start[ranks.rank]
     return cuts, replace(problem, q=ranks.recut(problem.q, *cuts), q_offset=offset)

@@ -5,16 +5,14 @@ from __future__ import annotations
 import math
 import secrets
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 from numpy.typing import ArrayLike
 
-from . import moments
+from . import by_moments, moments
 from . import polynomial as poly
-from .bounds import Scores, Values, exact_rounding, measure, measure_values, polynomial_rounding
+from .bounds import Measured, Scores, Values, exact_rounding, measure, measure_values, polynomial_rounding
 from .certificate import BoundedEntryError, Certificate, PerformanceWarning, nothing_to_do
 from .costs import (
     Work,
@@ -23,8 +21,6 @@ from .costs import (
     exact_bytes,
     exact_work,
     fits,
-    fourth_work,
-    moments_work,
     norms_work,
     operations_work,
     polynomial_work,
@@ -36,8 +32,6 @@ from .engines import outliers
 from .engines import polynomial as polynomial_engine
 from .engines import scan as scan_engine
 from .explain import explain
-from .moments import MomentRule
-from .polynomial import MomentPolynomial
 from .problem import Problem, prepare_for
 from .relative import RelativeFamily
 from .rotary import Rotary
@@ -46,13 +40,10 @@ from .schedule import Choice, Plan
 _MINUTE = 60.0
 # Seconds of exact work, as `costs` knows them, below which auto does not ask what transforms would cost.
 _WORTH_ASKING = 0.02
-# Past this degree moments are not tried where the worst case has no degree at all.
-_MOST_BY_MOMENTS = 6
-_LONGEST = 1e4
 # Rows that judge a degree by their error: whole tiles.
 _SAMPLED_ROWS = 240
-# What looking at moments, and for outliers, may cost, as a part of what is at hand without.
-_LOOK_AT_MOMENTS, _LOOK_FOR_OUTLIERS = 0.16, 0.04
+# What looking for outliers may cost, as a part of what is at hand without.
+_LOOK_FOR_OUTLIERS = 0.04
 
 
 def plan(
@@ -62,6 +53,7 @@ def plan(
     R: Rotary | RelativeFamily | None = None,
     *,
     grad: bool = False,
+    comm: Any = None,
     **options: Any,
 ) -> Plan:
     """What `attention` would do with these arguments: the bound B of its scores, the degree, the engine, the cost; what
@@ -73,6 +65,8 @@ def plan(
         As in `attention`, without ``return_certificate`` and ``return_lse``; V may be left out.
     grad : bool
         Plan for `attention_vjp`.
+    comm : mpi4py.MPI.Intracomm, optional
+        Plan for `ropecy.mpi.attention`, Q, K and V being this rank's piece: as `ropecy.mpi.plan`.
 
     Returns
     -------
@@ -93,6 +87,7 @@ def plan(
 
     Examples
     --------
+    >>> import numpy as np
     >>> Q, K = np.random.default_rng(0).uniform(-1, 1, (2, 5000, 4))
     >>> print(plan(Q, K, Rotary(4)))
     forward: 1 x 5,000 queries, 1 x 5,000 keys, d = 4, d_v = 1, float64, eps = 0.001
@@ -105,6 +100,10 @@ def plan(
     """
     if isinstance(V, Rotary | RelativeFamily) and R is None:
         V, R = None, V
+    if comm is not None:
+        from . import mpi
+
+        return mpi.plan(comm, Q, K, V, R, grad=grad, **options)
     call = prepare_for("plan", Q, K, V, R, options)
     how = {**call.how, "grad": grad}
     made = make_plan(call.problem, **how)
@@ -122,7 +121,7 @@ def make_plan(
     seed: int | None,
     grad: bool,
     each_weight: bool = False,
-    measured: tuple[Scores, Values] | None = None,
+    measured: Measured | None = None,
     piece: Problem | None = None,
 ) -> Plan:
     """The cheapest engine that certifies eps, or the one that was insisted on.
@@ -141,11 +140,13 @@ def make_plan(
             proved = _at_once(problem, **how | {"each_weight": True})
         except BoundedEntryError:
             proved = None
-        made = _by_sample(problem, proved, eps, degree, seed)
+        made = _by_sample(problem, proved, eps, degree, seed, measured, piece)
         if made is None:
             made = _by_proof(problem, **how)
-        else:
+        elif measured is None:
             made._proof = lambda problem: _by_proof(problem, **how)
+        else:
+            made._second = proved
     else:
         made = _by_proof(problem, **how)
     made.seconds = {engine: seconds_of(work, problem.threads, grad) for engine, work in made._works.items()}
@@ -164,11 +165,18 @@ def make_plan(
 
 
 def _by_sample(
-    problem: Problem, proved: Plan | None, eps: float, degree: int | None, seed: int | None
+    problem: Problem,
+    proved: Plan | None,
+    eps: float,
+    degree: int | None,
+    seed: int | None,
+    measured: Measured | None,
+    piece: Problem | None,
 ) -> Plan | None:
     """Degrees to be tried whose work, all together, is below that of what is proved; None where there are none."""
+    piece = piece or problem
     if proved is None:
-        scores, values = measure(problem), measure_values(problem)
+        scores, values = _bounds(problem, measured)
         works, sizes = {}, {}
     else:
         scores, values, works, sizes = proved._scores, proved._values, dict(proved._works), dict(proved.bytes)
@@ -184,12 +192,12 @@ def _by_sample(
     if sampling.nominal > limit:
         return None
     B, trials, total = poly.B_grid(scores.bound), [], 0.0
-    sample = moments.Sample(problem, scores, values)
-    for g in [degree] if degree else range(1, _MOST_BY_MOMENTS + 1):
+    sample = measured.sample if measured else moments.Sample(problem, scores, values)
+    for g in [degree] if degree else range(1, by_moments.MOST + 1):
         line = poly.MomentPolynomial(B, 1, (1.0, 1.0), 0, (0.0, 0.0), 0.0)
         p = line if g == 1 else poly.fit_moments(B, g, sample.kappa() / B**2 * (g == 2))
         total += (polynomial_work(problem, g, False) + sampling).nominal
-        if total >= limit or not fits(polynomial_engine.memory(problem, g, False)):
+        if total >= limit or not fits(polynomial_engine.memory(piece, g, False)):
             break
         if p is not None:
             trials.append(p)
@@ -197,7 +205,7 @@ def _by_sample(
         return None
     first = trials[0].degree
     works["polynomial"] = polynomial_work(problem, first, False) + sampling
-    sizes["polynomial"] = polynomial_engine.memory(problem, first, False)
+    sizes["polynomial"] = polynomial_engine.memory(piece, first, False)
     certificate = Certificate(
         "polynomial",
         first,
@@ -243,15 +251,16 @@ def _at_once(
     seed: int | None,
     grad: bool,
     each_weight: bool,
-    measured: tuple[Scores, Values] | None,
+    measured: Measured | None,
     piece: Problem | None,
 ) -> Plan:
     """As `_by_proof`, without a look at outliers."""
-    if method == "fft" and (lacking := fft_engine.unsupported(problem)):
+    lacking = fft_engine.unsupported(problem) if measured is None else "a sequence in pieces"
+    if method == "fft" and lacking:
         raise NotImplementedError(f"method='fft' does not do {lacking}; method='exact' and 'auto' do")
     missing = polynomial_engine.unsupported(problem)
-    # A relative position that factors far out; not where the sequence is in pieces.
-    relative = missing is not None and measured is None and (missing := scan_engine.unsupported(problem)) is None
+    # A relative position that factors far out.
+    relative = missing is not None and (missing := scan_engine.unsupported(problem)) is None
     if method == "polynomial" and missing:
         raise NotImplementedError(f"method='polynomial' does not do {missing}; method='exact' and 'auto' do")
     if problem.empty:
@@ -264,7 +273,7 @@ def _at_once(
     plain = not missing and not relative and method in ("auto", "polynomial")
     small = plain and method == "auto" and degree is None and _too_small(problem, works["exact"], grad)
     centre = method != "exact" and not small
-    scores, values = measured or (measure(problem, centre=centre), measure_values(problem))
+    scores, values = _bounds(problem, measured, centre)
     sizes = {"exact": exact_bytes(piece, grad)}
     worst = chosen = None
     refusal = f"the polynomial engine does not do {missing}" if missing else None
@@ -274,8 +283,9 @@ def _at_once(
         worst, refusal = _by_worst_case(problem, scores, values, eps, degree, grad)
         chosen = worst
         if not each_weight:
-            at_hand = works["exact"], worst
-            chosen = _by_moments(problem, scores, values, eps, method, degree, seed, grad, *at_hand) or worst
+            sample, at_hand = measured and measured.sample, (works["exact"], worst)
+            found = by_moments.choose(problem, scores, values, eps, method, degree, seed, grad, *at_hand, sample)
+            chosen = found or worst
         if chosen is None and (method == "polynomial" or degree is not None):
             raise BoundedEntryError(refusal)
     if chosen is not None:
@@ -284,13 +294,14 @@ def _at_once(
 
     by_scan = None
     if relative and not problem.empty and method in ("auto", "polynomial"):
-        by_scan, refusal = _scan_plan(problem, scores, values, eps, degree, grad, method, works, sizes)
+        hidden = measured and measured.hidden
+        by_scan, refusal = _scan_plan(problem, piece, hidden, scores, values, eps, degree, grad, method, works, sizes)
         if by_scan is not None and method == "auto" and not cheaper("polynomial", works, sizes):
             by_scan = None
 
     by_fft = None
     none_yet = chosen is None and by_scan is None
-    if method == "fft" or (method == "auto" and none_yet and works["exact"].nominal > _WORTH_ASKING):
+    if method == "fft" or (method == "auto" and not lacking and none_yet and works["exact"].nominal > _WORTH_ASKING):
         by_fft, no_fft = _fft_plan(problem, scores, values, eps, degree, grad, method, works, sizes)
         if method == "fft" and by_fft is None:
             raise BoundedEntryError(no_fft)
@@ -307,7 +318,7 @@ def _at_once(
         if choice.rule is not None:
             if choice.rule.n_long:
                 made.reason += f": {choice.rule.n_long:,} long queries exactly"
-            affordable = worst is not None and fits(polynomial_engine.memory(problem, worst.degree, grad))
+            affordable = worst is not None and fits(polynomial_engine.memory(piece, worst.degree, grad))
             if affordable and (method == "polynomial" or worst.work.nominal < works["exact"].nominal):
                 made._second = by_polynomial(worst, reason)
             elif method == "auto":
@@ -383,7 +394,7 @@ def _expected_degree(problem: Problem, values: Values, B: float, square: float |
         return None
     degree = poly.smallest_degree(B, poly.relative_error_for(allowed))
     if square is not None:
-        for g in range(2, min(degree or _MOST_BY_MOMENTS, _MOST_BY_MOMENTS) + 1):
+        for g in range(2, min(degree or by_moments.MOST, by_moments.MOST) + 1):
             p = poly.fit_moments(poly.B_grid(B), g)
             # The fourth moment of Gaussian scores is 3 times the square of the second.
             if p is not None and p.radius[0] * (1, 3, 15)[p.order // 2 - 1] * square ** (p.order // 2) < allowed:
@@ -422,14 +433,16 @@ def _polynomial_plan(problem, scores, values, choice, grad, reason, works, sizes
     return made
 
 
-def _scan_plan(problem, scores, values, eps, degree, grad, method, works, sizes) -> tuple[Plan | None, str | None]:
+def _scan_plan(
+    problem, piece, hidden, scores, values, eps, degree, grad, method, works, sizes
+) -> tuple[Plan | None, str | None]:
     """The plan of a near field and decayed states; or None, and why there is none. Notes its work and bytes."""
-    split, lacking = scan_engine.split(problem, poly.relative_error_for(eps) / 8)
+    split, lacking = scan_engine.split(problem, poly.relative_error_for(eps) / 8, hidden)
     if split is None:
         if method == "polynomial":
             raise NotImplementedError(f"method='polynomial' does not do {lacking}; method='exact' and 'auto' do")
         return None, f"the polynomial engine does not do {lacking}"
-    rounding = scan_engine.rounding(split, scores, values)
+    rounding = scan_engine.rounding(split, problem, scores, values)
     # Relative errors of a polynomial and of the sums of exponentials multiply.
     part = split.tail.error
     left = (poly.relative_error_for(max(eps - rounding, 1e-300)) - part) / (1 + part)
@@ -440,8 +453,8 @@ def _scan_plan(problem, scores, values, eps, degree, grad, method, works, sizes)
             raise BoundedEntryError(refusal)
         return None, refusal
     degree = max(1, p.degree)
-    work = works["polynomial"] = scan_engine.work(split, degree, grad)
-    sizes["polynomial"] = scan_engine.memory(split, degree, grad)
+    work = works["polynomial"] = scan_engine.work(split, problem, degree, grad)
+    sizes["polynomial"] = scan_engine.memory(split, piece, degree, grad)
     error = (1 + p.error) * (1 + part) - 1
     insisted = "method='polynomial'" if method == "polynomial" else "the cheapest engine that certifies eps"
     reason = f"{insisted}: {split}"
@@ -490,83 +503,32 @@ def _fft_plan(problem, scores, values, eps, degree, grad, method, works, sizes) 
     return made, None
 
 
-def _by_moments(
+def wants_sample(
     problem: Problem,
     scores: Scores,
     values: Values,
+    *,
     eps: float,
+    certify: str,
     method: str,
     degree: int | None,
     seed: int | None,
     grad: bool,
-    exact: Work,
-    worst: Choice | None,
-) -> Choice | None:
-    """The cheapest degree below that of the worst case that moments are expected to certify, or None."""
-    most = degree or (worst.degree - (not grad) if worst else _MOST_BY_MOMENTS)
-    if most < 2 or scores.plain == math.inf or (degree and worst and not grad):
-        return None
-    # What is at hand; a degree that was asked for is looked at, whatever it costs.
-    free = method == "auto" and degree is None
-    at_hand = [work.nominal for work in (worst and worst.work, free and exact) if work]
-    if free:
-        looking = sample_work(problem, grad).nominal
-        least = polynomial_work(problem, 2, grad, 2) + moments_work(problem)
-        if looking > _LOOK_AT_MOMENTS * min(at_hand) or least.nominal + looking > min(at_hand):
-            return None
-    sample = moments.Sample(problem, scores, values)
-    # Features of a query that is longer than this would overflow in backward, where it counts 0 times.
-    cuts = [B for B in sample.cuts(scores.bound) if not grad or scores.bound <= _LONGEST * B]
-    best, fourth = None, None
-    for g in range(degree or 2, most + 1):
-        # Nothing dearer than what is already at hand.
-        limit = min([*at_hand, math.inf if best is None else best.work.nominal])
-        if (polynomial_work(problem, g, False) + moments_work(problem)).nominal >= limit:
-            break
-        for kappa in (0.0, sample.kappa()) if g < 4 and not grad else (0.0,):
-            order, extra = g - g % 2, moments_work(problem)
-            h = sample.radius(problem, sample.fits(g, kappa), order)
-            if kappa:
-                extra += fourth_work(problem)
-                kept = (sample.kept(problem, values, eps, B, h) for B in cuts)
-                if (polynomial_work(problem, g, grad) + extra).nominal >= limit or not any(kept):
-                    continue
-                fourth = fourth or moments.fourth_moments(problem, scores, seed)
-                h = sample.radius(problem, sample.fits(g, kappa), order, fourth)
-            for B in cuts:
-                for p, r in _weights(poly.B_grid(B), g, kappa, grad):
-                    h_r = None
-                    if grad:
-                        h = sample.radius(problem, sample.fits(g, kappa, B), order)
-                        h_r = r.radius[0] * sample.mean(problem, order)
-                    work = polynomial_work(problem, g, grad, r.degree + 1 if grad else None) + extra
-                    kept = sample.kept(problem, values, eps, B, h, h_r) if work.nominal < limit else None
-                    if kept is None:
-                        continue
-                    part, rows, truncation, of_gradient = kept
-                    work += exact.times(part)
-                    if work.nominal < limit:
-                        limit, n_long = work.nominal, int(np.count_nonzero(sample.sizes > B))
-                        rule = MomentRule(p, kappa, scores.within(B), fourth if kappa else None, n_long, r)
-                        best = Choice(p, truncation, work, rule, rows, of_gradient)
-    return best
+) -> bool:
+    """Whether `make_plan` would look at a sample of rows and keys."""
+    if method not in ("auto", "polynomial") or polynomial_engine.unsupported(problem) is not None:
+        return False
+    if certify == "sample" and not grad:
+        return True
+    worst, _ = _by_worst_case(problem, scores, values, eps, degree, grad)
+    at_hand = exact_work(problem, grad), worst
+    return by_moments.may_serve(problem, scores, values, eps, method, degree, grad, *at_hand)
 
 
-def _weights(
-    B: float, degree: int, kappa: float, grad: bool
-) -> Iterator[tuple[MomentPolynomial, MomentPolynomial | None]]:
-    """What forward may have for weights at that degree, and with each what backward may have."""
-    p = poly.fit_moments(B, degree, kappa / B**2)
-    if p is None:
-        return
-    if not grad:
-        yield p, None
-        return
-    yield p, poly.taylor(B, p.order)
-    for g in (p.order, p.order + 1):
-        r = poly.fit_moments(B, g)
-        if r is not None:
-            yield p, r
+def _bounds(problem: Problem, measured: Measured | None, centre: bool = True) -> tuple[Scores, Values]:
+    if measured is None:
+        return measure(problem, centre=centre), measure_values(problem)
+    return measured.scores, measured.values
 
 
 def _plan(problem, engine, scores, values, certificate, grad, reason, works, sizes, eps) -> Plan:

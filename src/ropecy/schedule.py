@@ -10,12 +10,13 @@ import numpy as np
 
 from . import evidence, moments
 from . import polynomial as poly
-from .bounds import Scores, Values, exact_rounding
+from ._network import Exchange
+from .bounds import Alone, Scores, Values, exact_rounding
 from .certificate import BoundedEntryError, Certificate
 from .costs import Work
 from .engines import exact as exact_engine
 from .engines import fft as fft_engine
-from .engines import outliers
+from .engines import outliers, ring
 from .engines import polynomial as polynomial_engine
 from .engines import scan as scan_engine
 from .explain import Alternative, table
@@ -37,9 +38,9 @@ class Forward:
     gradient_certificate: Certificate | None = None
     exact_rows: np.ndarray | None = None  # (H, G, n), where there will be a backward pass
 
-    def backward(self, problem: Problem, do: np.ndarray):
-        """dq, dk, dv and the gradient of the bias's symbol, or None."""
-        return self.plan._backward(problem, self, do)
+    def backward(self, problem: Problem, do: np.ndarray, ranks: Any = Alone):
+        """dq, dk, dv and the gradient of the bias's symbol, or None. `ranks` as in `Plan.forward_judged`."""
+        return self.plan._backward(problem, self, do, ranks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +96,16 @@ class Plan:
     reason : str
         Why this engine.
     seconds, bytes : dict
-        By engine: predicted time on this machine, and memory beyond inputs and outputs.
+        By engine: predicted time on this machine, and memory beyond inputs and outputs. Over MPI ranks: that of all
+        threads together, and the most of a rank.
     alternatives : tuple of Alternative
         What `plan` found of each engine, with its ``name``, ``certificate`` (None where it has none, and why as
         ``refusal``), ``seconds``, ``bytes``, and ``pays_from``, the n from which it beats exact attention.
     advice : tuple of Alternative
         What would let a polynomial in, or a cheaper one, and what that comes to.
+    exchange : Exchange or None
+        Over MPI ranks: bytes that this rank (`exchange.own`) and the worst one (`exchange.worst`) send and receive, and
+        the seconds that this takes by `exchange.network`.
     """
 
     engine: str
@@ -127,6 +132,7 @@ class Plan:
     _spread: tuple[float, float] | None = None
     _outliers: outliers.Split | None = None
     _rest: Plan | None = None  # of what is left without outliers
+    exchange: Exchange | None = None
 
     def forward(self, problem: Problem, want_lse: bool) -> Forward:
         """O, and lse where it is wanted.
@@ -138,8 +144,8 @@ class Plan:
             was insisted on.
         """
         grad = self.gradient_certificate is not None
-        if self._trials is not None:
-            return self._forward_by_sample(problem, want_lse)
+        if self.judged:
+            return self.forward_judged(problem, want_lse) or self._second.forward(problem, want_lse)
         if self._outliers is not None:
             return self._forward_beside_outliers(problem)
         if self.engine == "exact":
@@ -153,8 +159,6 @@ class Plan:
                 problem, self._split, self._scores, self._values, self._choice.polynomial, grad, want_lse
             )
             return self._result(o, lse, saved)
-        if self._choice.rule is not None:
-            return self._forward_by_moments(problem, want_lse, grad)
         o, lse, saved = polynomial_engine.forward(
             problem, self._scores, self._values, self._choice.polynomial, grad, want_lse
         )
@@ -164,14 +168,38 @@ class Plan:
         """What is certified before it is computed."""
         return Forward(o, lse, self.certificate, saved, self, self.gradient_certificate)
 
-    def _forward_by_moments(self, problem: Problem, want_lse: bool, grad: bool) -> Forward:
-        """The polynomial's rows, those exactly whose certificate is too large; or all by the second choice."""
+    @property
+    def judged(self) -> bool:
+        """Whether rows are certified once they are computed: by moments, or by a sample of them."""
+        by_moments = self._outliers is None and self._choice is not None and self._choice.rule is not None
+        return self._trials is not None or by_moments
+
+    def forward_judged(self, problem: Problem, want_lse: bool, ranks: Any = Alone) -> Forward | None:
+        """`forward` where rows are judged; None where they fail and there is a second choice for all.
+
+        `ranks` hold other pieces of the sequence, where `problem` is one; of them, what is said is of the whole but for
+        `rows_truncation`, and rows must be with the last keys that they see.
+        """
+        judge = self._forward_by_moments if self._trials is None else self._forward_by_sample
+        return judge(problem, want_lse, ranks)
+
+    def _forward_by_moments(self, problem: Problem, want_lse: bool, ranks: Any) -> Forward | None:
+        """The polynomial's rows, those exactly whose certificate is too large."""
         scores, rule, certificate = self._scores, self._choice.rule, self.certificate
-        reach = moments.reach(problem, self._values, polynomial_engine.chunk(problem))
+        grad = self.gradient_certificate is not None
+        reach = moments.reach(problem, self._values, polynomial_engine.chunk(problem), ranks)
         fits = rule.fits(problem)
-        ratio = fits.ratio(rule.polynomial, problem.q.dtype)
         o, lse, saved = polynomial_engine.forward(
-            problem, scores, self._values, rule.polynomial, grad, want_lse or grad, reach, ratio, weights=rule.weights
+            problem,
+            scores,
+            self._values,
+            rule.polynomial,
+            grad,
+            want_lse or grad,
+            reach,
+            fits.ratio(rule.polynomial, problem.q.dtype),
+            ranks,
+            weights=rule.weights,
         )
         rows = rule.truncation(problem, fits, saved.moment, saved.spread, saved.inverse)
         rows[fits.sizes > scores.bound] = np.inf
@@ -179,28 +207,29 @@ class Plan:
         if grad:
             of_gradient = rule.gradient(problem, fits, saved.moment, saved.inverse)
             failed |= ~(of_gradient <= 2 * (self.eps - certificate.rounding))
-        n_failed = int(np.count_nonzero(failed))
+        n_failed, n_rows = (sum(counts) for counts in zip(*ranks.gather((int(failed.sum()), rows.size)), strict=True))
         if n_failed > self._choice.n_exact_rows:
             if self._second is not None:
-                return self._second.forward(problem, want_lse)
+                return None
             raise BoundedEntryError(
                 f"degree {rule.polynomial.degree} does not certify eps = {self.eps:g} by moments for {n_failed:,} "
-                f"of {rows.size:,} rows, past the {self._choice.n_exact_rows:,} planned to be exact, and by the bound "
+                f"of {n_rows:,} rows, past the {self._choice.n_exact_rows:,} planned to be exact, and by the bound "
                 f"B = {scores.bound:.4g} of the scores no degree does; method='exact' has no bound"
             )
         rounding = certificate.rounding
         if n_failed:
-            exact_engine.forward_rows(problem, scores.plain, failed, o, lse)
+            ring.forward_rows(problem, scores.plain, failed, o, lse, ranks)
             rows[failed] = 0.0
             rounding = max(rounding, exact_rounding(problem, scores.plain, self._values))
         found = replace(certificate, rounding=rounding, n_exact_rows=n_failed)
-        certificate = replace(found, truncation=float(rows.max()), rows_truncation=rows)
+        truncation = max(ranks.gather(float(rows.max(initial=0))))
+        certificate = replace(found, truncation=truncation, rows_truncation=rows)
         if not grad:
             return Forward(o, lse, certificate, saved, self)
         of_gradient[failed] = 0.0
         gradient = replace(
             self.gradient_certificate,
-            truncation=float(of_gradient.max()),
+            truncation=max(ranks.gather(float(of_gradient.max(initial=0)))),
             rounding=4 * rounding,
             rows_truncation=of_gradient,
             n_exact_rows=n_failed,
@@ -229,23 +258,29 @@ class Plan:
             certificate = replace(certificate, n_exact_rows=count)
         return Forward(o, lse, certificate, outliers.Saved(rest, own, own_lse, o, lse), self, gradient)
 
-    def _forward_by_sample(self, problem: Problem, want_lse: bool) -> Forward:
+    def _forward_by_sample(self, problem: Problem, want_lse: bool, ranks: Any) -> Forward | None:
         """The first degree whose error in sampled rows, doubled, is within eps."""
         scores, certificate = self._scores, self.certificate
         rng = np.random.default_rng(certificate.seed)
         unit = float(np.finfo(problem.q.dtype).eps) / 2
         for p in self._trials:
-            o, lse, saved = polynomial_engine.forward(problem, scores, self._values, p, False, want_lse)
-            risk = self._sample.risk(problem, scores, saved.inverse)
-            chosen = evidence.draw(risk, certificate.n_sampled, rng)
-            errors = evidence.row_errors(problem, o, chosen, unit, scores.plain)
-            truncation = 2 * float(errors.max())
+            o, lse, saved = polynomial_engine.forward(
+                problem, scores, self._values, p, False, want_lse, ranks=ranks
+            )
+            risk = self._sample.risk(problem, scores, saved.inverse, ranks)
+            chosen = evidence.draw(risk, certificate.n_sampled, rng, ranks)
+            errors = evidence.row_errors(problem, o, chosen, unit, scores.plain, ranks)
+            truncation = 2 * max(ranks.gather(float(errors.max(initial=0))))
             if truncation <= self.eps - certificate.rounding:
                 n_features = poly.n_features(problem.q.shape[-1], p.degree)
                 found = replace(certificate, degree=p.degree, n_features=n_features, truncation=truncation)
                 return Forward(o, lse, found, saved, self)
+        if self._second is not None:
+            return None
+        refusal = None
         try:
-            return self._proof(problem).forward(problem, want_lse)
+            if self._proof is not None:
+                return self._proof(problem).forward(problem, want_lse)
         except BoundedEntryError as error:
             refusal = error
         raise BoundedEntryError(
@@ -254,17 +289,19 @@ class Plan:
             "has no bound"
         ) from refusal
 
-    def _backward(self, problem: Problem, forward: Forward, do: np.ndarray):
+    def _backward(self, problem: Problem, forward: Forward, do: np.ndarray, ranks: Any):
         if self._outliers is not None:
             return outliers.backward(problem, self._outliers, self._rest._scores.centre, forward.saved, do)
         if self._split is not None:
             return scan_engine.backward(problem, forward.saved, do)
         rows = forward.exact_rows
-        if rows is None:
+        if rows is None and ranks is Alone:
             return _ENGINES[self.engine].backward(problem, forward.saved, do)
+        if rows is None:
+            return polynomial_engine.backward(problem, forward.saved, do, ranks)
         # To the others these rows have no gradient.
-        found = polynomial_engine.backward(problem, forward.saved, np.where(rows[..., None], 0, do))
-        exact_engine.backward_rows(problem, self._scores.plain, rows, forward.o, forward.lse, do, *found[:3])
+        found = polynomial_engine.backward(problem, forward.saved, np.where(rows[..., None], 0, do), ranks)
+        ring.backward_rows(problem, self._scores.plain, rows, forward.o, forward.lse, do, *found[:3], ranks)
         return found
 
     def __str__(self) -> str:

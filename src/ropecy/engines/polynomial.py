@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..bounds import Scores, Values
+from ..bounds import Alone, Scores, Values
 from ..kernels import _monomials
 from ..polynomial import MomentPolynomial, Polynomial, antiderivative, n_features
 from ..problem import Problem
@@ -47,6 +47,7 @@ class Saved:
     inverse: np.ndarray
     moment: np.ndarray | None
     spread: np.ndarray | None
+    fall: np.ndarray | None = None  # what the length of each rank's keys does to a decayed state
 
 
 def unsupported(problem: Problem) -> str | None:
@@ -71,7 +72,7 @@ def forward(
     want_lse: bool,
     reach: np.ndarray | None = None,
     ratio: np.ndarray | None = None,
-    ranks: Any = None,
+    ranks: Any = Alone,
     decay: np.ndarray | None = None,
     weights: MomentPolynomial | None = None,
 ) -> tuple[np.ndarray, np.ndarray | None, Saved]:
@@ -123,17 +124,20 @@ def forward(
         decay,
     )
     order = 0 if reach is None else p.order
-    if ranks is None:
+    fall = None
+    if ranks is Alone:
         o, inverse, lse, moment, spread = scan.forward(want_lse, order, reach, None, ratio)
     else:
+        if decay is not None:
+            fall = np.array(ranks.gather(np.exp(-decay * problem.k.shape[1])))
         own = ranks.together(scan.key_states)
-        start = ranks.before(own) if problem.hi is not None else ranks.total(own)
-        o, inverse, lse, moment, spread = ranks.together(scan.forward, want_lse, order, reach, start)
-    return o, lse, Saved(scan, o, inverse, moment, spread)
+        start = ranks.before(own, fall) if problem.hi is not None else ranks.total(own)
+        o, inverse, lse, moment, spread = ranks.together(scan.forward, want_lse, order, reach, start, ratio)
+    return o, lse, Saved(scan, o, inverse, moment, spread, fall)
 
 
-def backward(problem: Problem, saved: Saved, do: np.ndarray, ranks: Any = None):
-    """dq, dk, dv of ``<do, O>``, and None, for there is no bias.
+def backward(problem: Problem, saved: Saved, do: np.ndarray, ranks: Any = Alone, key_sums: np.ndarray | None = None):
+    """dq, dk, dv of ``<do, O>``, and None, for there is no bias. `key_sums` (H, n_k), zeros, is given sum_i dS_ij.
 
     Notes
     -----
@@ -144,12 +148,12 @@ def backward(problem: Problem, saved: Saved, do: np.ndarray, ranks: Any = None):
     to 0 over a row. Four products of forward's size at that degree, five where causal.
     """
     scan, results = saved.scan, (saved.o, saved.inverse, do)
-    if ranks is None:
-        dq, dk, dv = scan.backward(*results)
+    if ranks is Alone:
+        dq, dk, dv = scan.backward(*results, key_sums=key_sums)
     else:
         own = ranks.together(scan.query_states, *results)
-        start = ranks.after(own) if problem.hi is not None else ranks.total(own)
-        dq, dk, dv = ranks.together(scan.backward, *results, start)
+        start = ranks.after(own, saved.fall) if problem.hi is not None else ranks.total(own)
+        dq, dk, dv = ranks.together(scan.backward, *results, start, key_sums)
     if problem.key_mask is not None:
         # phi(k) dS is there for every key; a masked one has no weight.
         dv[~problem.key_mask] = 0
@@ -183,6 +187,13 @@ def memory(problem: Problem, degree: int, grad: bool, grad_degree: int | None = 
     states = state * 8 * H * segments(problem, most) * (2 if grad else 1)
     workspaces = problem.threads * state * (8 + (4 if grad else 3) * item)
     return states + workspaces + (2 if grad else 1) * H * state * item + H * G * n * (8 + item)
+
+
+def state_size(problem: Problem, state_degree: int) -> int:
+    """Numbers of a state of all heads: what goes between the ranks that hold a sequence in pieces."""
+    lanes, _ = _monomials.blocking(problem.q.dtype)
+    _, _, pitch, _ = _layout(problem.q.shape[-1], state_degree, lanes)
+    return problem.k.shape[0] * (problem.v.shape[2] + 1) * pitch
 
 
 def chunk(problem: Problem) -> int:

@@ -8,12 +8,14 @@ ring, each takes half of the rows. Partial results are merged by their log-sums,
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from ..bounds import Alone
 from ..problem import Problem
 from . import exact
 
@@ -22,7 +24,8 @@ from . import exact
 class Layout:
     """Where the pieces lie: rank r has rows q_start[r] + arange(n[r]) and keys k_start[r] + arange(n_k[r]).
 
-    `q_offset` is the index of the first row of all among the keys.
+    `q_offset` is the index of the first row of all among the keys, and (lo, hi) the band of j - (i + q_offset) that
+    rows see, None where it has no end.
     """
 
     n: list[int]
@@ -30,6 +33,67 @@ class Layout:
     q_start: list[int]
     k_start: list[int]
     q_offset: int
+    lo: int | None
+    hi: int | None
+
+    @property
+    def rows(self) -> list[int]:
+        """Where rows are cut: rank r has [rows[r], rows[r + 1])."""
+        return [*self.q_start, sum(self.n)]
+
+    def rows_at_keys(self, shift: int = 0) -> list[int]:
+        """Where rows are cut so that row i lies with the key of index i + q_offset + shift; rows before the first key
+        with the first rank, those past the last with the last.
+        """
+        n = sum(self.n)
+        return [0, *(min(max(start - self.q_offset - shift, 0), n) for start in self.k_start[1:]), n]
+
+    @property
+    def aligned(self) -> bool:
+        """Whether every row lies with the key of its index, or beyond all keys with the first or the last."""
+        keys = sum(self.n_k)
+        for rank, (n, n_k, k_start) in enumerate(zip(self.n, self.n_k, self.k_start, strict=True)):
+            offset = self.offset(rank, rank)
+            if n and not ((offset >= 0 or k_start == 0) and (offset + n <= n_k or k_start + n_k == keys)):
+                return False
+        return True
+
+    @property
+    def steps(self) -> int:
+        """How many meetings with guests there are: a band with two ends reaches the nearest ranks only."""
+        size, keys, farthest = len(self.n), sum(self.n_k), 0
+        if self.lo is None or self.hi is None:
+            return size // 2
+        for rank, (n, start) in enumerate(zip(self.n, self.q_start, strict=True)):
+            first = self.q_offset + start + self.lo
+            last = self.q_offset + start + n - 1 + self.hi
+            if n and last >= 0 and first < keys:
+                # Rank r has the keys from k_start[r] on.
+                low, high = (max(0, bisect_right(self.k_start, key) - 1) for key in (first, last))
+                farthest = max(farthest, abs(rank - low), abs(high - rank))
+        return min(farthest, size // 2)
+
+    def offset(self, rows: int, keys: int) -> int:
+        """The index of the first row of one rank among the keys of another."""
+        return self.q_offset + self.q_start[rows] - self.k_start[keys]
+
+    def visible(self, rank: int, step: int) -> list[tuple[int, int, slice]]:
+        """What `rank` computes at a step: (whose rows, whose keys, which of the rows)."""
+        size = len(self.n)
+        guest = (rank - step) % size
+        twice = step and 2 * step == size
+        half, half_guest = (self.n[r] // 2 if twice else 0 for r in (rank, guest))
+        found = [(rank, guest, slice(half, self.n[rank]))]
+        if step:
+            found.append((guest, rank, slice(0, half_guest if twice else self.n[guest])))
+        return [task for task in found if self._sees(*task)]
+
+    def _sees(self, rows: int, keys: int, span: slice) -> bool:
+        if span.start >= span.stop or not self.n_k[keys]:
+            return False
+        offset = self.offset(rows, keys)
+        least, most = -offset - (span.stop - 1), self.n_k[keys] - 1 - offset - span.start
+        return (self.hi is None or least <= self.hi) and (self.lo is None or most >= self.lo)
 
 
 class Ring:
@@ -72,7 +136,7 @@ class Ring:
         tasks = _Tasks()
         for step, guest, pieces in self._meetings(self._piece):
             away = []
-            for rows, keys, span in self._visible(self._ranks.rank, step):
+            for rows, keys, span in self._layout.visible(self._ranks.rank, step):
                 block = self._block(rows, keys, span, pieces)
                 part = tasks.run(self._forward_block, block, failing=self._empty_rows(span))
                 if rows == self._ranks.rank:
@@ -81,7 +145,7 @@ class Ring:
                     away += part
             room, places = [], []
             host = (self._ranks.rank + step) % self._ranks.size
-            for rows, _, span in self._visible(host, step):
+            for rows, _, span in self._layout.visible(host, step):
                 if step and rows == self._ranks.rank:
                     room += self._empty_rows(span)
                     places.append(span)
@@ -93,27 +157,28 @@ class Ring:
         self._o, self._lse = o.astype(q.dtype), lse
         return self._o, lse
 
-    def backward(
-        self, do: np.ndarray, diagonals: Callable[[np.ndarray, int], None]
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.float64]:
-        """dq, dk, dv of ``<do, O>``, and by scale_near what this rank's blocks give; ``diagonals(dsymbol, first)`` is
-        given the bias's gradient block by block.
+    def resume(self, o: np.ndarray, lse: np.ndarray) -> None:
+        """Take these for the results of a forward pass that had more keys."""
+        self._o, self._lse, self._bound = o, lse, np.inf
+
+    def backward(self, do: np.ndarray, shared: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """dq, dk, dv of ``<do, O>``. What this rank's blocks give of gradients that all ranks share goes to
+        ``shared.add_diagonals(dsymbol, first)``, the bias's, and ``shared.add_scale_near(number)``.
         """
         rank = self._ranks.rank
         own = [np.zeros(X.shape) for X in self._piece[:3]]
         dq, dk, dv = own
-        dscale_near = np.float64(0)
         tasks = _Tasks()
         for step, guest, pieces in self._meetings([*self._piece, self._o, self._lse, do]):
             away = []
-            for rows, keys, span in self._visible(rank, step):
+            for rows, keys, span in self._layout.visible(rank, step):
                 block = self._block(rows, keys, span, pieces)
                 results = [X[:, :, span] for X in pieces[rows][-3:]]
                 failing = [self._empty_grad(span), *self._empty_keys(keys), None, 0.0]
                 *parts, dsymbol, near = tasks.run(self._backward_block, block, *results, failing=failing)
-                dscale_near += near
+                shared.add_scale_near(near)
                 if dsymbol is not None:
-                    diagonals(dsymbol, -(block.q.shape[2] - 1) - block.q_offset)
+                    shared.add_diagonals(dsymbol, -(block.q.shape[2] - 1) - block.q_offset)
                 if rows == rank:
                     dq[:, :, span] += parts[0]
                 else:
@@ -125,7 +190,7 @@ class Ring:
                     away += parts[1:]
             room, places = [], []
             host = (rank + step) % self._ranks.size
-            for rows, keys, span in self._visible(host, step):
+            for rows, keys, span in self._layout.visible(host, step):
                 if step and rows == rank:
                     room.append(self._empty_grad(span))
                     places.append(dq[:, :, span])
@@ -137,15 +202,15 @@ class Ring:
             for place, part in zip(places, room, strict=True):
                 place += part
         self._ranks.together(tasks.check)
-        return *(X.astype(do.dtype) for X in own), dscale_near
+        return tuple(X.astype(do.dtype) for X in own)
 
     def _meetings(self, piece: list[np.ndarray]) -> Iterator[tuple[int, int, dict[int, list[np.ndarray]]]]:
         """(step, guest, {rank: its arrays}) of every meeting; the next guest arrives while the caller computes."""
         rank, size = self._ranks.rank, self._ranks.size
         current = piece
-        for step in range(size // 2 + 1):
+        for step in range(self._layout.steps + 1):
             guest, requests, room = (rank - step) % size, [], None
-            if step < size // 2:
+            if step < self._layout.steps:
                 coming = (guest - 1) % size
                 room = [np.empty(self._shape_at(coming, i, X.shape), X.dtype) for i, X in enumerate(piece)]
                 requests = self._ranks.pass_on(current, room)
@@ -153,32 +218,9 @@ class Ring:
             self._ranks.wait(requests)
             current = room
 
-    def _visible(self, rank: int, step: int) -> list[tuple[int, int, slice]]:
-        """What `rank` computes at a step: (whose rows, whose keys, which of the rows)."""
-        size, layout = self._ranks.size, self._layout
-        guest = (rank - step) % size
-        twice = step and 2 * step == size
-        half, half_guest = (layout.n[r] // 2 if twice else 0 for r in (rank, guest))
-        found = [(rank, guest, slice(half, layout.n[rank]))]
-        if step:
-            found.append((guest, rank, slice(0, half_guest if twice else layout.n[guest])))
-        return [task for task in found if self._sees(*task)]
-
-    def _sees(self, rows: int, keys: int, span: slice) -> bool:
-        layout = self._layout
-        if span.start >= span.stop or not layout.n_k[keys]:
-            return False
-        offset = self._offset(rows, keys)
-        lo, hi = self._problem.lo, self._problem.hi
-        least, most = -offset - (span.stop - 1), layout.n_k[keys] - 1 - offset - span.start
-        return (hi is None or least <= hi) and (lo is None or most >= lo)
-
-    def _offset(self, rows: int, keys: int) -> int:
-        return self._layout.q_offset + self._layout.q_start[rows] - self._layout.k_start[keys]
-
     def _block(self, rows: int, keys: int, span: slice, pieces: dict[int, list[np.ndarray]]) -> Problem:
         q, (k, v, *mask) = pieces[rows][0], pieces[keys][1 : len(self._piece)]
-        offset = self._offset(rows, keys) + span.start
+        offset = self._layout.offset(rows, keys) + span.start
         n, n_k = span.stop - span.start, k.shape[1]
         return replace(
             self._problem,
@@ -219,6 +261,135 @@ class Ring:
     def _empty_keys(self, rank: int) -> list[np.ndarray]:
         H, n_k = self._problem.k.shape[0], self._layout.n_k[rank]
         return [np.zeros((H, n_k, X.shape[2]), X.dtype) for X in (self._problem.k, self._problem.v)]
+
+
+def forward_rows(
+    problem: Problem, bound: float, rows: np.ndarray, o: np.ndarray, lse: np.ndarray | None, ranks: Any = Alone
+) -> None:
+    """`exact.forward_rows` of a sequence in pieces, without a bias and without a band but a causal one, rows being with
+    the last keys that they see.
+
+    Notes
+    -----
+    All ranks are told all rows that are marked and compute them over their own keys; then these parts are merged. Bytes
+    a rank sends: about ``16 (d + d_v)`` for each row marked on any.
+    """
+    if ranks is Alone:
+        exact.forward_rows(problem, bound, rows, o, lse)
+        return
+    found = _tell(problem, rows, [problem.q], ranks)
+    if found is None:
+        return
+    part, part_lse = ranks.together(_forward_told, problem, bound, rows, found)
+    top = ranks.largest(part_lse)
+    weight = exact.share(part_lse, top)[:, None]
+    sums = ranks.total(np.concatenate([weight * part, weight], axis=1))[found.own]
+    den = sums[:, -1:]
+    o[found.marked] = np.divide(sums[:, :-1], den, out=np.zeros_like(sums[:, :-1]), where=den > 0)
+    if lse is not None:
+        with np.errstate(divide="ignore"):
+            lse[found.marked] = top[found.own] + np.log(den[:, 0])
+
+
+def backward_rows(
+    problem: Problem,
+    bound: float,
+    rows: np.ndarray,
+    o: np.ndarray,
+    lse: np.ndarray,
+    do: np.ndarray,
+    dq: np.ndarray,
+    dk: np.ndarray,
+    dv: np.ndarray,
+    ranks: Any = Alone,
+) -> None:
+    """`exact.backward_rows` of a sequence in pieces, as `forward_rows`; dk and dv have what all ranks' rows give."""
+    if ranks is Alone:
+        exact.backward_rows(problem, bound, rows, o, lse, do, dq, dk, dv)
+        return
+    found = _tell(problem, rows, [problem.q, o, lse[..., None], do], ranks)
+    if found is not None:
+        part = ranks.together(_backward_told, problem, bound, rows, found, o, lse, do, dk, dv)
+        dq[found.marked] += ranks.total(part)[found.own]
+
+
+@dataclass(slots=True)
+class _Told:
+    """Marked rows of all ranks: where this rank's own are, and which others see its keys, all of them."""
+
+    marked: tuple[np.ndarray, ...]
+    own: slice
+    elsewhere: np.ndarray
+    slot: np.ndarray
+    columns: list[np.ndarray]
+
+    def blocks(self, problem: Problem) -> Iterator[tuple[np.ndarray, slice, Problem]]:
+        """Which rows from elsewhere, which head's keys, and their problem."""
+        G = problem.q.shape[1]
+        for slot in np.unique(self.slot[self.elsewhere]):
+            here = np.flatnonzero(self.elsewhere & (self.slot == slot))
+            head = slice(slot // G, slot // G + 1)
+            block = replace(
+                problem,
+                q=self.column(0, here, problem.q.dtype),
+                k=problem.k[head],
+                v=problem.v[head],
+                hi=None,
+                q_offset=0,
+                key_mask=None if problem.key_mask is None else problem.key_mask[head],
+            )
+            if not block.empty:
+                yield here, head, block
+
+    def column(self, index: int, here: np.ndarray, dtype: np.dtype) -> np.ndarray:
+        """Of these rows, (1, 1, rows, width)."""
+        return np.ascontiguousarray(self.columns[index][here], dtype)[None, None]
+
+
+def _tell(problem: Problem, rows: np.ndarray, arrays: list[np.ndarray], ranks: Any) -> _Told | None:
+    """What these arrays (H, G, n, width) have in the rows that are marked on any rank; None where none is."""
+    marked = np.nonzero(rows)
+    counts = ranks.gather(len(marked[0]))
+    first, total = sum(counts[: ranks.rank]), sum(counts)
+    if total == 0:
+        return None
+    own = slice(first, first + len(marked[0]))
+    widths = [X.shape[3] for X in arrays]
+    told = np.zeros((total, sum(widths) + 1))
+    told[own] = np.column_stack([*(X[marked] for X in arrays), marked[0] * problem.q.shape[1] + marked[1]])
+    told = ranks.total(told)
+    elsewhere = np.ones(total, bool)
+    elsewhere[: own.stop if problem.hi is not None else 0] = False
+    elsewhere[own] = False
+    *columns, slot = np.split(told, np.cumsum(widths), axis=1)
+    return _Told(marked, own, elsewhere, slot[:, 0].astype(int), columns)
+
+
+def _forward_told(problem: Problem, bound: float, rows: np.ndarray, found: _Told) -> tuple[np.ndarray, np.ndarray]:
+    """O and lse of all rows told of, over this rank's keys: its own as they see them, and those elsewhere."""
+    part, part_lse = np.zeros((len(found.slot), problem.v.shape[2])), np.full(len(found.slot), -np.inf)
+    o, lse = np.zeros(rows.shape + part.shape[1:], problem.q.dtype), np.full(rows.shape, -np.inf)
+    exact.forward_rows(problem, bound, rows, o, lse)
+    part[found.own], part_lse[found.own] = o[rows], lse[rows]
+    for here, _, block in found.blocks(problem):
+        block_o, block_lse, _ = exact.forward(block, bound, True)
+        part[here], part_lse[here] = block_o[0, 0], block_lse[0, 0]
+    return part, part_lse
+
+
+def _backward_told(problem, bound, rows, found, o, lse, do, dk, dv) -> np.ndarray:
+    """dq of all rows told of, over this rank's keys, whose dk and dv are added to."""
+    part, own = np.zeros((len(found.slot), problem.q.shape[3])), np.zeros_like(problem.q)
+    exact.backward_rows(problem, bound, rows, o, lse, do, own, dk, dv)
+    part[found.own] = own[rows]
+    for here, head, block in found.blocks(problem):
+        block_o, block_do = (found.column(index, here, problem.q.dtype) for index in (1, 3))
+        saved = exact.resume(block, bound, block_o, found.column(2, here, np.dtype(float))[..., 0])
+        block_dq, block_dk, block_dv, _ = exact.backward(block, saved, block_do)
+        part[here] = block_dq[0, 0]
+        dk[head] += block_dk
+        dv[head] += block_dv
+    return part
 
 
 class _Tasks:

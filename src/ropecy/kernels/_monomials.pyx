@@ -173,8 +173,11 @@ cdef class Scan:
         self.size = (self.f.workspace(p) + 127) // 64 * 64
         self.workspace = None
         self.states = self.grad_states = None
-        # What a segment's length does to a state.
-        self.decay = None if decay is None else np.exp(-decay * <double>(p.chunk * p.chunks_per_segment))
+        # What a segment's length does to a state; the last one ends where keys and rows do.
+        self.decay = None
+        if decay is not None:
+            cuts = np.minimum(np.arange(p.segments + 1) * p.chunk * p.chunks_per_segment, max(p.n_k, p.n + p.q_offset))
+            self.decay = np.exp(-np.outer(decay, np.maximum(np.diff(cuts), 0)))
 
     cdef ptrdiff_t in_round(self, ptrdiff_t rows):
         """Pieces of so many rows in a round of a fraction of a second, at least one a thread."""
@@ -234,16 +237,20 @@ cdef class Scan:
         self.run_segments(self.f.sum_queries, first, self.p.segments)
 
     def key_states(self):
-        """sum_j phi(k_j) [v_j - value_centre, 1] of every head, (H, d_v + 1, pitch) float64."""
+        """sum_j phi(k_j) [v_j - value_centre, 1] of every head, (H, d_v + 1, pitch) float64; decayed, seen from where
+        keys end.
+        """
         self.sum_keys(self.p.segments)
         self.workspace = None
-        return self.states.sum(axis=1)
+        return decayed_sum(self.states, self.decay)
 
     def query_states(self, o, inverse, grad):
-        """The same sum of queries and the gradients of their numerators and denominators."""
+        """The same sum of queries and the gradients of their numerators and denominators; decayed, seen from the first
+        key.
+        """
         self.sum_queries(0, o, inverse, grad)
         self.workspace = None
-        return self.grad_states.sum(axis=1)
+        return decayed_sum(self.grad_states[:, ::-1], None if self.decay is None else self.decay[:, ::-1])
 
     def forward(self, bint want_lse, int order=0, reach=None, start=None, ratio=None):
         """o (H, G, n, d_v), inverse denominators (H, G, n), lse float64 or None, moment and spread (H, G, n) or None.
@@ -299,7 +306,7 @@ cdef class Scan:
         self.p.key_sums = <double *>pointer(key_sums)
         self.p.states = <double *>pointer(self.states)
         if self.causal:
-            exclusive_sum(self.grad_states[:, ::-1], start, self.decay)
+            exclusive_sum(self.grad_states[:, ::-1], start, None if self.decay is None else self.decay[:, ::-1])
             self.run_segments(self.f.scan_grad_queries, 0, self.p.segments)
             self.run_segments(self.f.scan_grad_keys, 0, self.p.segments)
         else:
@@ -372,7 +379,7 @@ cdef class Decoder:
 def exclusive_sum(states, start, decay):
     """states[:, s] becomes start (None is 0) + the sum of those before it, in place; the last one is not read.
 
-    Each step multiplies what came before by `decay` (H,), None being 1.
+    Each step multiplies what came before by its `decay` (H, segments), None being 1.
     """
     total = np.zeros_like(states[:, 0]) if start is None else start.copy()
     for s in range(states.shape[1]):
@@ -380,5 +387,16 @@ def exclusive_sum(states, start, decay):
         states[:, s] = total
         if s + 1 < states.shape[1]:
             if decay is not None:
-                total *= decay[:, None, None]
+                total *= decay[:, s, None, None]
             total += part
+
+
+def decayed_sum(states, decay):
+    """The sum of all, with decays as in `exclusive_sum`."""
+    if decay is None:
+        return states.sum(axis=1)
+    total = np.zeros_like(states[:, 0])
+    for s in range(states.shape[1]):
+        total *= decay[:, s, None, None]
+        total += states[:, s]
+    return total

@@ -260,8 +260,8 @@ static void RC_NAME(scan_forward)(const rc_monomials_problem *p, ptrdiff_t head,
                 RC_NAME(finish)(p, &w, head, lane, row, rows, chunk);
             }
         if (chunk + 1 < (segment + 1) * p->chunks_per_segment) {
-            RC_NAME(decay_state)(p, &w);
-            RC_NAME(add_keys)(p, &w, head, first, first + keys, (chunk + 1) * p->chunk, &updates);
+            RC_NAME(decay_state)(p, &w, head, chunk);
+            RC_NAME(add_keys)(p, &w, head, first, first + keys, RC_NAME(chunk_end)(p, chunk), &updates);
         }
     }
 }
@@ -380,8 +380,8 @@ static void RC_NAME(scan_grad_queries)(const rc_monomials_problem *p, ptrdiff_t 
                 RC_NAME(differentiate_queries)(p, &w, lane, begin, end, chunk * p->chunk, w.grad_packed);
         }
         if (chunk + 1 < (segment + 1) * p->chunks_per_segment) {
-            RC_NAME(decay_state)(p, &w);
-            RC_NAME(add_keys)(p, &w, head, first, first + keys, (chunk + 1) * p->chunk, &updates);
+            RC_NAME(decay_state)(p, &w, head, chunk);
+            RC_NAME(add_keys)(p, &w, head, first, first + keys, RC_NAME(chunk_end)(p, chunk), &updates);
         }
     }
 }
@@ -435,10 +435,10 @@ static void RC_NAME(scan_grad_keys)(const rc_monomials_problem *p, ptrdiff_t hea
                 for (ptrdiff_t c = 0; p->key_sums && c <= p->d_v; c++)
                     p->key_sums[head * p->n_k + first + j] += (double)w.key_columns[j * wide_columns + c] * w.dv[j * wide_columns + c];
             }
-            RC_NAME(differentiate_keys)(p, &w, head, first, first + keys, (chunk + 1) * p->chunk, w.packed, w.grad_packed);
+            RC_NAME(differentiate_keys)(p, &w, head, first, first + keys, RC_NAME(chunk_end)(p, chunk), w.packed, w.grad_packed);
         }
         if (chunk > segment * p->chunks_per_segment)
-            RC_NAME(decay_state)(p, &w);
+            RC_NAME(decay_state)(p, &w, head, chunk);
         for (ptrdiff_t group = 0; group < p->groups && chunk > segment * p->chunks_per_segment; group++)
             RC_NAME(add_queries)(p, &w, head * p->groups + group, begin, end, chunk * p->chunk, &updates);
     }

@@ -83,13 +83,19 @@ static void RC_NAME(start_fall)(const rc_monomials_problem *p, RC_NAME(room) * w
         w->fall[m] = m < 0 ? 0 : p->decay ? (REAL)__builtin_exp(-p->decay[head] * m) : 1;
 }
 
-/* The state, seen from a chunk further on. In float64, for a rounded factor's error would grow with every chunk. */
-static void RC_NAME(decay_state)(const rc_monomials_problem *p, RC_NAME(room) * w) {
+/* Where a chunk ends: the last one where keys and rows do, so that a state can be seen from there. */
+static ptrdiff_t RC_NAME(chunk_end)(const rc_monomials_problem *p, ptrdiff_t chunk) {
+    return rc_min((chunk + 1) * p->chunk, rc_max(p->n_k, p->n + p->q_offset));
+}
+
+/* The state, seen from the other end of a chunk. In float64, for a rounded factor's error would grow with every chunk. */
+static void RC_NAME(decay_state)(const rc_monomials_problem *p, RC_NAME(room) * w, ptrdiff_t head, ptrdiff_t chunk) {
     if (!p->decay)
         return;
-    const ptrdiff_t size = w->y.columns * w->y.pitch;
+    const ptrdiff_t size = w->y.columns * w->y.pitch, length = RC_NAME(chunk_end)(p, chunk) - chunk * p->chunk;
+    const double fall = length == CHUNK ? w->chunk_fall : __builtin_exp(-p->decay[head] * rc_max(0, length));
     for (ptrdiff_t i = 0; i < size; i++) {
-        w->master[i] = (w->master[i] + w->part[i]) * w->chunk_fall;
+        w->master[i] = (w->master[i] + w->part[i]) * fall;
         w->base[i] = (REAL)w->master[i];
         w->part[i] = 0;
     }
@@ -103,8 +109,8 @@ static void RC_NAME(decay_rows)(const rc_monomials_problem *p, const RC_NAME(roo
             columns[t * w->wide_columns + c] *= fall[step * t];
 }
 
-/* Adds rows to the state, folding by the count of updates so far. The state is seen from token `stop` (keys: the first of
- * the next chunk) or `start` (queries: the first of the chunk). */
+/* Adds rows to the state, folding by the count of updates so far. The state is seen from token `stop` (keys: the end of
+ * the chunk) or `start` (queries: the first of the chunk). */
 static void RC_NAME(add_keys)(const rc_monomials_problem *p, RC_NAME(room) * w, ptrdiff_t head, ptrdiff_t row, ptrdiff_t end,
                               ptrdiff_t stop, int *updates) {
     for (; row < end; row += w->update_tokens) {
@@ -148,9 +154,9 @@ static void RC_NAME(sum_keys)(const rc_monomials_problem *p, ptrdiff_t head, ptr
     RC_NAME(start_state)(&w, 0);
     RC_NAME(start_fall)(p, &w, head);
     for (ptrdiff_t chunk = segment * p->chunks_per_segment; chunk < (segment + 1) * p->chunks_per_segment; chunk++) {
-        RC_NAME(decay_state)(p, &w);
+        RC_NAME(decay_state)(p, &w, head, chunk);
         RC_NAME(add_keys)(p, &w, head, RC_NAME(chunk_row)(p, chunk, 0, p->n_k), RC_NAME(chunk_row)(p, chunk + 1, 0, p->n_k),
-                          (chunk + 1) * p->chunk, &updates);
+                          RC_NAME(chunk_end)(p, chunk), &updates);
     }
     RC_NAME(fold)(&w);
     RC_NAME(keep_state)(&w, p->states + (head * p->segments + segment) * w.y.columns * p->pitch);
@@ -163,7 +169,7 @@ static void RC_NAME(sum_queries)(const rc_monomials_problem *p, ptrdiff_t head, 
     RC_NAME(start_state)(&w, 0);
     RC_NAME(start_fall)(p, &w, head);
     for (ptrdiff_t chunk = (segment + 1) * p->chunks_per_segment - 1; chunk >= segment * p->chunks_per_segment; chunk--) {
-        RC_NAME(decay_state)(p, &w);
+        RC_NAME(decay_state)(p, &w, head, chunk);
         for (ptrdiff_t group = 0; group < p->groups; group++)
             RC_NAME(add_queries)(p, &w, head * p->groups + group, RC_NAME(chunk_row)(p, chunk, p->q_offset, p->n),
                                  RC_NAME(chunk_row)(p, chunk + 1, p->q_offset, p->n), chunk * p->chunk, &updates);

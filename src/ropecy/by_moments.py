@@ -1,0 +1,128 @@
+"""Which degree moments of the scores are expected to certify, before the work; `moments` certifies rows after it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from . import moments
+from . import polynomial as poly
+from .bounds import Scores, Values
+from .costs import Work, fourth_work, moments_work, polynomial_work, sample_work
+from .moments import MomentRule
+from .polynomial import MomentPolynomial
+from .problem import Problem
+from .schedule import Choice
+
+# Past this degree moments are not tried where the worst case has no degree at all.
+MOST = 6
+# What looking may cost, as a part of what is at hand without.
+_LOOK = 0.16
+_LONGEST = 1e4
+
+
+def may_serve(
+    problem: Problem,
+    scores: Scores,
+    values: Values,
+    eps: float,
+    method: str,
+    degree: int | None,
+    grad: bool,
+    exact: Work,
+    worst: Choice | None,
+) -> bool:
+    """Whether there is a degree below that of the worst case to look at, and a look costs little of what is at hand."""
+    if _most(degree, grad, worst) < 2 or scores.plain == math.inf or (degree and worst and not grad):
+        return False
+    if method != "auto" or degree is not None:
+        return True
+    at_hand = min(_at_hand(method, degree, exact, worst))
+    looking = sample_work(problem, grad).nominal
+    least = polynomial_work(problem, 2, grad, 2) + moments_work(problem)
+    return looking <= _LOOK * at_hand and least.nominal + looking <= at_hand
+
+
+def _most(degree: int | None, grad: bool, worst: Choice | None) -> int:
+    """The largest degree to look at."""
+    return degree or (worst.degree - (not grad) if worst else MOST)
+
+
+def _at_hand(method: str, degree: int | None, exact: Work, worst: Choice | None) -> list[float]:
+    """Of what would be done otherwise; a degree that was asked for is looked at, whatever it costs."""
+    free = method == "auto" and degree is None
+    return [work.nominal for work in (worst and worst.work, free and exact) if work]
+
+
+def choose(
+    problem: Problem,
+    scores: Scores,
+    values: Values,
+    eps: float,
+    method: str,
+    degree: int | None,
+    seed: int | None,
+    grad: bool,
+    exact: Work,
+    worst: Choice | None,
+    pieces: moments.Sample | None,
+) -> Choice | None:
+    """The cheapest degree below that of the worst case that moments are expected to certify, or None.
+
+    Of a problem in pieces the sample is given, and there are no fourth moments.
+    """
+    if not may_serve(problem, scores, values, eps, method, degree, grad, exact, worst):
+        return None
+    sample = pieces or moments.Sample(problem, scores, values)
+    # Features of a query that is longer than this would overflow in backward, where it counts 0 times.
+    cuts = [B for B in sample.cuts(scores.bound) if not grad or scores.bound <= _LONGEST * B]
+    best, fourth = None, None
+    for g in range(degree or 2, _most(degree, grad, worst) + 1):
+        # Nothing dearer than what is already at hand.
+        limit = min([*_at_hand(method, degree, exact, worst), math.inf if best is None else best.work.nominal])
+        if (polynomial_work(problem, g, False) + moments_work(problem)).nominal >= limit:
+            break
+        for kappa in (0.0, sample.kappa()) if g < 4 and pieces is None and not grad else (0.0,):
+            order, extra = g - g % 2, moments_work(problem)
+            h = sample.radius(problem, sample.fits(g, kappa), order)
+            if kappa:
+                extra += fourth_work(problem)
+                kept = (sample.kept(problem, values, eps, B, h) for B in cuts)
+                if (polynomial_work(problem, g, grad) + extra).nominal >= limit or not any(kept):
+                    continue
+                fourth = fourth or moments.fourth_moments(problem, scores, seed)
+                h = sample.radius(problem, sample.fits(g, kappa), order, fourth)
+            for B in cuts:
+                for p, r in _weights(poly.B_grid(B), g, kappa, grad):
+                    h_r = None
+                    if grad:
+                        h = sample.radius(problem, sample.fits(g, kappa, B), order)
+                        h_r = r.radius[0] * sample.mean(problem, order)
+                    work = polynomial_work(problem, g, grad, r.degree + 1 if grad else None) + extra
+                    kept = sample.kept(problem, values, eps, B, h, h_r) if work.nominal < limit else None
+                    if kept is None:
+                        continue
+                    part, rows, truncation, of_gradient = kept
+                    work += exact.times(part)
+                    if work.nominal < limit:
+                        limit, n_long = work.nominal, sample.longer(B)
+                        rule = MomentRule(p, kappa, scores.within(B), fourth if kappa else None, n_long, r)
+                        best = Choice(p, truncation, work, rule, rows, of_gradient)
+    return best
+
+
+def _weights(
+    B: float, degree: int, kappa: float, grad: bool
+) -> Iterator[tuple[MomentPolynomial, MomentPolynomial | None]]:
+    """What forward may have for weights at that degree, and with each what backward may have."""
+    p = poly.fit_moments(B, degree, kappa / B**2)
+    if p is None:
+        return
+    if not grad:
+        yield p, None
+        return
+    yield p, poly.taylor(B, p.order)
+    for g in (p.order, p.order + 1):
+        r = poly.fit_moments(B, g)
+        if r is not None:
+            yield p, r
