@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 from . import _network
 from ._network import Traffic
 from .engines import polynomial as polynomial_engine
@@ -41,7 +39,7 @@ class Sender:
         call, size, a, found = self._call, self._size, self._call._arguments, Traffic()
         if made._values is not None:
             found += _network.bounds((self._H, self._d, self._d_v), self._item, size)
-            found += self._sample(self._layout.n) if looked else Traffic()
+            found += self._sample() if looked else Traffic()
             if made._split is not None:
                 found += self._split(made)
             elif made.engine == "exact":
@@ -81,25 +79,19 @@ class Sender:
         if made._trials is None:
             return Traffic() if self._problem.hi is None else ranges + ranges
         rows = made.certificate.n_sampled
-        cuts = self._at_keys[1] if self._at_keys else self._layout.rows
-        found = self._sample([b - a for a, b in pairwise(cuts)]) + ranges + ranges
-        found += _network.maxima(8 * rows, self._size)
+        found = ranges + ranges + _network.maxima(8 * rows, self._size)
         for width in (self._d + 1, self._d_v + 1):
             found += _network.totals(rows * width, self._size)
         return found
 
-    def _sample(self, rows: list[int]) -> Traffic:
-        """Of that many rows on each rank, and of keys."""
-        layout, found = self._layout, Traffic()
+    def _sample(self) -> Traffic:
+        """Of some keys and rows, and of how many keys are kept."""
+        layout, found = self._layout, _network.totals(self._H, self._size)
         row_step, key_step = steps(self._problem, sum(layout.n), sum(layout.n_k))
-        row, key = self._H * self._G * self._d * self._item, self._H * self._d * self._item
-        for lengths, step, width in (
-            (layout.n_k, key_step, key),
-            (layout.n_k, key_step, self._H * self._masked),
-            (rows, row_step, row),
-        ):
-            sizes = [-(-length // step) * width for length in lengths]
-            found += _network.joined(sizes, self._rank) if width else Traffic()
+        # A row comes in float64 with three numbers more.
+        row, key = self._H * self._G * (self._d + 3) * 8, self._H * self._d * self._item
+        for lengths, step, width in ((layout.n_k, key_step, key), (layout.n, row_step, row)):
+            found += _network.joined([-(-length // step) * width for length in lengths], self._rank)
         return found
 
     def _split(self, made: Plan) -> Traffic:

@@ -33,7 +33,7 @@ def may_serve(
     worst: Choice | None,
 ) -> bool:
     """Whether there is a degree below that of the worst case to look at, and a look costs little of what is at hand."""
-    if _most(degree, grad, worst) < 2 or scores.plain == math.inf or (degree and worst and not grad):
+    if _most(degree, grad, worst) < 2 or scores.plain == math.inf or (degree and worst):
         return False
     if method != "auto" or degree is not None:
         return True

@@ -301,7 +301,7 @@ def steps(problem: Problem, n: int, n_k: int) -> tuple[int, int]:
 class Sample:
     """What some rows and some keys say of moments before the work: for choosing a degree, not for certifying one.
 
-    Rows are every so many, and those that are longer than all of these.
+    Rows are every so many, and those that are longer than all of these; over ranks, the former alone.
 
     Attributes
     ----------
@@ -323,11 +323,12 @@ class Sample:
 
         sizes = scores.of_rows(problem).reshape(H * G, n)
         some = np.arange(H * G * n).reshape(H * G, n)[:, ::row_step].reshape(-1)
-        most = ranks.largest(sizes.reshape(-1)[some].max(initial=0, keepdims=True))
-        longer = np.flatnonzero(sizes > 1.01 * most)
-        few = longer[:: max(1, len(longer) * len(lengths) // SAMPLED_ROWS)]
-        n_some, n_longer, n_few = np.sum(ranks.gather((len(some), len(longer), len(few))), axis=0)
-        weights = (H * G * total - n_longer) / max(1, n_some), n_longer / max(1, n_few)
+        few, n_longer = np.empty(0, int), 0
+        if ranks is Alone:
+            longer = np.flatnonzero(sizes > 1.01 * sizes.reshape(-1)[some].max(initial=0))
+            few, n_longer = longer[:: max(1, len(longer) // SAMPLED_ROWS)], len(longer)
+        n_some = sum(ranks.gather(len(some)))
+        weights = (H * G * total - n_longer) / max(1, n_some), n_longer / max(1, len(few))
         own = np.concatenate([some, few])
         lane, row = np.divmod(own, max(1, n))
         first = sum(rows for rows, _ in lengths[: ranks.rank])
