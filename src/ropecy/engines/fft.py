@@ -38,8 +38,10 @@ _PART_BYTES = 512 * 2**20
 # Operations of a pass, for each number of a transform, from which a measured plan saves in one pass the time that
 # measuring takes (0.1 s at 2^11, 0.3 s at 2^14).
 _WORTH_MEASURING = 4e5
-# What an operation of a transform costs, in the operations of the exact engine's products.
-_SLOWNESS = {"float32": 7.0, "float64": 3.5}
+# What an operation of a transform costs, in the operations of the exact engine's products; and how many of a transform
+# a row takes beside them: what is measured, centred and copied.
+_SLOWNESS = {"float32": 11.0, "float64": 5.5}
+_ROW = 3000.0
 _SLOWNESS_FAMILY = 22.0
 
 
@@ -288,7 +290,8 @@ def operations(problem: Problem, degree: int, grad: bool) -> float:
         return _SLOWNESS_FAMILY * family_fft.operations(problem, degree, 1, grad)
     band = _band(problem)
     block = _block(problem.q.shape[2], problem.k.shape[1], band)
-    return _SLOWNESS[problem.q.dtype.name] * _transform_operations(problem, degree, block, grad)
+    rows = problem.k.shape[0] * (problem.q.shape[1] * problem.q.shape[2] + problem.k.shape[1])
+    return _SLOWNESS[problem.q.dtype.name] * (_transform_operations(problem, degree, block, grad) + _ROW * rows)
 
 
 def memory(problem: Problem, degree: int, grad: bool) -> float:

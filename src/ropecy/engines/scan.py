@@ -34,7 +34,7 @@ class Far:
     Attributes
     ----------
     problem : Problem
-        Causal by its q_offset; both sequences reversed where `right`.
+        Causal by its q_offset; both sequences reversed where `right`, as views until `forward`.
     right : bool
     term : int
     first : int
@@ -161,16 +161,28 @@ def _shifted(problem: Problem, first: int) -> Problem:
 
 
 def _reversed(problem: Problem) -> Problem:
-    """Both sequences from their ends: t becomes -t."""
+    """Both sequences from their ends, as views: t becomes -t."""
     n, n_k = problem.q.shape[2], problem.k.shape[1]
     mask = problem.key_mask
     return replace(
         problem,
-        q=np.ascontiguousarray(problem.q[:, :, ::-1]),
-        k=np.ascontiguousarray(problem.k[:, ::-1]),
-        v=np.ascontiguousarray(problem.v[:, ::-1]),
-        key_mask=None if mask is None else np.ascontiguousarray(mask[:, ::-1]),
+        q=problem.q[:, :, ::-1],
+        k=problem.k[:, ::-1],
+        v=problem.v[:, ::-1],
+        key_mask=None if mask is None else mask[:, ::-1],
         q_offset=n_k - n - problem.q_offset,
+    )
+
+
+def _contiguous(problem: Problem) -> Problem:
+    """With copies of what are views, as kernels take them."""
+    mask = problem.key_mask
+    return replace(
+        problem,
+        q=np.ascontiguousarray(problem.q),
+        k=np.ascontiguousarray(problem.k),
+        v=np.ascontiguousarray(problem.v),
+        key_mask=None if mask is None else np.ascontiguousarray(mask),
     )
 
 
@@ -261,7 +273,11 @@ def forward(
     scores, values = _spread(scores, values, whole.k.shape[0])
     parts, own_lse = [], []
     near_o, near_lse = (o.copy(), lse.copy()) if grad and o is not None and scores.centre is not None else (None, None)
+    # A plan copies nothing, for the scan may not be what is chosen.
+    turned = None
     for far in split.far:
+        if far.right:
+            far.problem = turned = turned or _contiguous(far.problem)
         part_o, part_lse, saved = polynomial_engine.forward(far.problem, scores, values, p, grad, True, decay=far.rate)
         part_lse += far.log_weight[..., None]
         if far.rate is not None:
