@@ -40,7 +40,7 @@ _PART_BYTES = 512 * 2**20
 _WORTH_MEASURING = 4e5
 # What an operation of a transform costs, in the operations of the exact engine's products; and how many of a transform
 # a row takes beside them: what is measured, centred and copied.
-_SLOWNESS = {"float32": 11.0, "float64": 5.5}
+_SLOWNESS = {"float32": 8.0, "float64": 4.0}
 _ROW = 3000.0
 _SLOWNESS_FAMILY = 22.0
 
