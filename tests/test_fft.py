@@ -7,6 +7,7 @@ import pytest
 from test_gradients import _backward, gradient_bounds
 
 import ropecy
+from ropecy.engines.fft import _pairs
 
 CASES = [
     name
@@ -140,6 +141,16 @@ def test_outlier_keeps_the_bounds_of_earlier_rows(rng, ours):
     dense = oracle.attention(**case)
     O = ropecy.attention(**ours(case), method="fft", eps=1e-3)
     assert np.all(np.abs(O - dense.O) <= 1e-3 * dense.value_range + 1e-8)
+
+
+@pytest.mark.parametrize(("d", "degree"), [(1, 3), (2, 5), (4, 4), (7, 2)])
+def test_pairs_make_powers(d, degree, rng):
+    degrees, variables, factors = _pairs(d, degree)
+    q, k = rng.standard_normal((2, d))
+    powers = np.zeros(degree + 1)
+    for s, pair, both in zip(degrees, variables, factors, strict=True):
+        powers[s] += sum(f**2 * np.prod(q[a[:s]] * k[a[:s]]) for a, f in zip(pair, both, strict=True))
+    np.testing.assert_allclose(powers, (q @ k) ** np.arange(degree + 1), rtol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from ropecy.kernels._fftw import RealFFT, fftw_version
+from ropecy.kernels._fftw import ComplexFFT, RealFFT, fftw_version
 
 LENGTHS = [1, 2, 3, 8, 15, 97, 128, 1009, 4096, 5000]  # odd, even, prime, powers of two
 DTYPES = [np.float32, np.float64]
@@ -39,6 +39,18 @@ def test_measured_plans_agree_with_estimated_ones(rng, dtype):
     measured = RealFFT(360, 3, dtype, flags="measure").forward(x)
     estimated = RealFFT(360, 3, dtype).forward(x)
     assert np.all(np.abs(measured - estimated) <= 2 * tolerance(360, dtype) * np.linalg.norm(x))
+
+
+@pytest.mark.parametrize("flags", ["estimate", "measure"])
+@pytest.mark.parametrize("n", LENGTHS)
+def test_complex_against_numpy_and_round_trip(rng, n, flags):
+    x = rng.standard_normal(n) + 1j * rng.standard_normal(n)
+    kept, fft = x.copy(), ComplexFFT(n, flags=flags)
+    X = fft.forward(x)
+    assert np.all(np.abs(X - np.fft.fft(x)) <= tolerance(n, np.float64) * np.linalg.norm(x))
+    assert np.all(np.abs(fft.inverse(X) - x) <= tolerance(n, np.float64) * np.abs(x).max())
+    fft.rounds(3, 2)
+    assert np.array_equal(x, kept)
 
 
 def test_one_row_may_be_one_dimensional(rng):
@@ -114,6 +126,17 @@ def test_plan_errors(arguments, error, message):
 def test_unknown_flags():
     with pytest.raises(ValueError, match="flags must be 'estimate' or 'measure', got 'patient'"):
         RealFFT(4, flags="patient")
+    with pytest.raises(ValueError, match="flags must be 'estimate' or 'measure', got 'patient'"):
+        ComplexFFT(4, flags="patient")
+
+
+def test_complex_errors():
+    with pytest.raises(ValueError, match="n must be from 1"):
+        ComplexFFT(0)
+    with pytest.raises(TypeError, match="x must be complex128, got float64"):
+        ComplexFFT(4).forward(np.zeros(4))
+    with pytest.raises(ValueError, match=r"X must have shape \(4,\), got \(3,\)"):
+        ComplexFFT(4).inverse(np.zeros(3, complex))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Biases of j - i: seconds by engine, how they grow with n, and what of the fft engine's time is FFTW's own."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -73,29 +74,33 @@ class BiasExponent:
 
 
 class BareFFTW:
-    """The time of the transforms alone, over that of a call of the fft engine (kernels.md 7)."""
+    """What FFTW alone takes for the transforms of a call of the fft engine, over the time of that call.
 
-    params = (16384, 65536)
+    The same transforms: as many, of the same length, by an equal plan, over as much memory, in as many threads.
+    """
+
+    params = (16384, 65536, 131072)
     param_names = ("n",)
     timeout = 300
 
     def setup(self, n):
-        self.run = causal("table", "fft", n, 4)
+        self.call = causal("table", "fft", n, 4)
         Q, K, V, _ = inputs.arrays(n, 4)
-        bias = bias_of("table", n)
-        options = {"bias": bias, "causal": True, "eps": inputs.EPS, "method": "fft", "threads": 1}
+        options = {"bias": bias_of("table", n), "causal": True, "eps": inputs.EPS, "method": "fft"}
         self.plan = ropecy.plan(Q, K, V, ropecy.Rotary(4), **options)
-        self.call = lambda: ropecy.attention(Q, K, V, ropecy.Rotary(4), **options)
 
     def track_share(self, n):
-        from ropecy.kernels._fftw import RealFFT
+        from ropecy.kernels._fftw import ComplexFFT
 
-        block = self.plan._symbol.block
-        fft = RealFFT(2 * block, flags="measure")
-        x = np.random.default_rng(2).standard_normal(2 * block)
-        spectrum = fft.forward(x)
-        pair = seconds(lambda: [(fft.forward(x), fft.inverse(spectrum)) for _ in range(20)]) / 20
-        pairs = self.plan.certificate.n_features * 5 * -(-n // block)
-        return pairs * pair / seconds(self.call)
+        block, threads = self.plan._symbol.block, ropecy.info()["threads"]
+        fft = ComplexFFT(block, flags="measure")
+        # Two monomials to a column, and two halves to the spectrum of a block.
+        rows, columns = 2 * -(-n // block), -(-self.plan.certificate.n_features // 2) * 5
 
-    track_share.unit = "of FFTW's time"
+        def bare():
+            with ThreadPoolExecutor(threads) as pool:
+                list(pool.map(lambda share: fft.rounds(rows, share), [-(-columns // threads)] * threads))
+
+        return seconds(bare) / seconds(self.call)
+
+    track_share.unit = "of a call's time"

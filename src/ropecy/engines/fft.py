@@ -15,12 +15,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import combinations_with_replacement
 
 import numpy as np
 
 from ..bounds import Scores, Values, largest_entries, medians
 from ..kernels import _toeplitz
-from ..kernels._fftw import RealFFT
+from ..kernels._fftw import ComplexFFT, RealFFT
 from ..polynomial import Polynomial, antiderivative, n_features
 from ..problem import Problem
 from . import exact, family_fft
@@ -34,11 +35,13 @@ _NOISE = 0.5
 _UNIT = 2.0**-53
 _PARTS = 8
 _PART_BYTES = 512 * 2**20
-# Operations of a pass, for each number of a transform, from which a measured plan, about a third faster, saves in one
-# pass the time that measuring takes (a second at 2^15).
-_WORTH_MEASURING = 1e6
-# What an operation of a transform costs, in the operations of the exact engine's products.
-_SLOWNESS = {"float32": 7.0, "float64": 3.5}
+# Operations of a pass, for each number of a transform, from which a measured plan saves in one pass the time that
+# measuring takes (0.1 s at 2^11, 0.3 s at 2^14).
+_WORTH_MEASURING = 4e5
+# What an operation of a transform costs, in the operations of the exact engine's products; and how many of a transform
+# a row takes beside them: what is measured, centred and copied.
+_SLOWNESS = {"float32": 8.0, "float64": 4.0}
+_ROW = 3000.0
 _SLOWNESS_FAMILY = 22.0
 
 
@@ -201,8 +204,8 @@ def forward(
 
     Notes
     -----
-    Time: F (d_v + 1) pairs of real transforms of 2 n numbers, F = C(d + g, g). Memory: columns of q, k, v in float64,
-    the spectrum of T, and for each thread g + 1 columns and a spectrum of n; nothing of F n.
+    Time: 2 F (d_v + 1) complex transforms of n numbers, forth and back, F = C(d + g, g), in blocks. Memory: columns of
+    q, k, v in float64, the spectrum of T, and for each thread a few columns and spectra; nothing of F n.
     """
     H, G, n, _ = problem.q.shape
     # Taken from v and given back to O, for the error of a transform is as large as what it is given.
@@ -287,7 +290,8 @@ def operations(problem: Problem, degree: int, grad: bool) -> float:
         return _SLOWNESS_FAMILY * family_fft.operations(problem, degree, 1, grad)
     band = _band(problem)
     block = _block(problem.q.shape[2], problem.k.shape[1], band)
-    return _SLOWNESS[problem.q.dtype.name] * _transform_operations(problem, degree, block, grad)
+    rows = problem.k.shape[0] * (problem.q.shape[1] * problem.q.shape[2] + problem.k.shape[1])
+    return _SLOWNESS[problem.q.dtype.name] * (_transform_operations(problem, degree, block, grad) + _ROW * rows)
 
 
 def memory(problem: Problem, degree: int, grad: bool) -> float:
@@ -298,13 +302,15 @@ def memory(problem: Problem, degree: int, grad: bool) -> float:
     n_k, columns = problem.k.shape[1], problem.v.shape[2] + 1
     block = _block(n, n_k, _band(problem))
     rows, keys = _round_up(n, block), _round_up(n_k, block)
-    symbols = 1 if problem.bias is None else math.prod(problem.bias.shape[:2])
-    spectra = 2.0 * (rows + keys) * symbols
-    stacks = (degree + 1 + grad) * (G * rows + keys) * (2 if grad else 1)
-    workspaces = problem.threads * (stacks + 2.5 * keys + (2.5 * G * rows if grad else 0))
+    symbols, own = (1, 1) if problem.bias is None else (math.prod(problem.bias.shape[:2]), problem.bias.shape[1])
+    # A spectrum takes 4 numbers for each entry of a column.
+    spectra = 4.0 * (rows + keys) * symbols
+    passing = 4 * max(own * rows, keys) + (4 * max(G * rows, keys) if grad else 0)
+    columns_at_hand = 2 * (G * rows + keys) * (2 if grad else 1)
+    workspaces = problem.threads * float(passing + columns_at_hand)
     sums = _part_size(problem, rows, keys, grad) * _parts(problem, degree, rows, keys)
     held = H * G * rows * (d + columns * (2 if grad else 1)) + H * keys * (d + columns)
-    return 8.0 * (held + spectra * (3 if grad else 2) + workspaces + sums)
+    return 8.0 * (held + 2 * spectra + workspaces + sums)
 
 
 def _band(problem: Problem) -> int:
@@ -326,12 +332,13 @@ def _block(n: int, n_k: int, band: int) -> int:
 
 
 def _transform_operations(problem: Problem, degree: int, block: int, grad: bool) -> float:
-    """Operations of transforms, 2.5 N log2 N each, and of the products of spectra between them, for one level."""
+    """Operations of transforms, 5 N log2 N each, and of the products of spectra between them, for one level."""
     H, G, n, d = problem.q.shape
     columns = problem.v.shape[2] + 1
     query_blocks, key_blocks = _round_up(n, block) // block, _round_up(problem.k.shape[1], block) // block
     near = min(1.0, (_band(problem) / block + 1) / (query_blocks + key_blocks - 1))
-    one = 5.0 * block * math.log2(2 * block) + 6.0 * block
+    # Of a column, which is half of a complex one.
+    one = 5.0 * block * math.log2(block) + 6.0 * block
     own = G if problem.bias is not None and problem.bias.shape[1] > 1 else 1
     passes = (own * query_blocks + key_blocks) * one + own * query_blocks * key_blocks * near * 6 * block
     total = n_features(d, degree) * columns * H * passes
@@ -343,8 +350,9 @@ def _transform_operations(problem: Problem, degree: int, block: int, grad: bool)
 
 
 @lru_cache(maxsize=32)
-def _transform(length: int, measured: bool) -> RealFFT:
-    return RealFFT(length, flags="measure" if measured else "estimate")
+def _transforms(block: int, measured: bool) -> tuple[ComplexFFT, RealFFT]:
+    """Of the blocks of columns, and of the blocks of T."""
+    return ComplexFFT(block, flags="measure" if measured else "estimate"), RealFFT(2 * block)
 
 
 def _centred(problem: Problem, middle: np.ndarray) -> np.ndarray:
@@ -363,32 +371,32 @@ class Shared:
     def __init__(self, problem: Problem, scores: Scores, values: np.ndarray, symbol: Symbol, p: Polynomial) -> None:
         self._problem, self._symbol = problem, symbol
         work = _transform_operations(problem, max(1, p.degree), symbol.block, False)
-        self._fft = _transform(2 * symbol.block, work > _WORTH_MEASURING * 2 * symbol.block)
-        self._operands = _operands(problem, scores, values, symbol, self._fft)
+        self._fft, self._symbol_fft = _transforms(symbol.block, work > _WORTH_MEASURING * symbol.block)
+        self._operands = _operands(problem, scores, values, symbol, self._symbol_fft)
 
     def forward(self, p: Polynomial) -> np.ndarray:
         """(H, G, columns, n): sum_j p(s_ij) t_{j-i} v_j."""
-        n, d = self._problem.q.shape[2:]
         degree = max(1, p.degree)
-        return self._product(degree).forward(_weigh(p.coefficients, d, degree))[..., :n]
+        weights = _padded(p.coefficients, degree)
+        return self._product(degree).forward(weights)[..., : self._problem.q.shape[2]]
 
     def backward(self, p: Polynomial, grad: np.ndarray, want_dsymbol: bool) -> tuple[np.ndarray | None, ...]:
         """The adjoint for grad (H, G, columns, n): dq (H, G, d, n), dk (H, d, n_k), dv (H, columns, n_k), dsymbol."""
-        n, d = self._problem.q.shape[2:]
-        n_k, degree = self._problem.k.shape[1], max(1, p.degree) + 1
+        n, n_k, degree = self._problem.q.shape[2], self._problem.k.shape[1], max(1, p.degree) + 1
         padded = np.zeros((*grad.shape[:-1], self._operands[0].shape[-1]))
         padded[..., :n] = grad
         dq, dk, dv, correlations = self._product(degree).backward(
-            _weigh(p.coefficients, d, degree), _weigh(antiderivative(p), d, degree), padded, want_dsymbol
+            _padded(p.coefficients, degree), _padded(antiderivative(p), degree), padded, want_dsymbol
         )
-        dsymbol = None if correlations is None else _symbol_gradient(self._symbol, self._fft, correlations, n, n_k)
+        dsymbol = None
+        if correlations is not None:
+            dsymbol = _symbol_gradient(self._symbol, self._symbol_fft, correlations, n, n_k)
         return dq[..., :n], dk[..., :n_k], dv[..., :n_k], dsymbol
 
     def _product(self, degree: int) -> _toeplitz.Product:
         problem, operands = self._problem, self._operands
-        depth, variable, _ = _walk(problem.q.shape[-1], degree)
         parts = _parts(problem, degree, operands[0].shape[-1], operands[1].shape[-1])
-        return _toeplitz.Product(self._fft, *operands, depth, variable, parts, problem.threads)
+        return _toeplitz.Product(self._fft, *operands, *_pairs(problem.q.shape[-1], degree), parts, problem.threads)
 
 
 def _operands(problem: Problem, scores: Scores, values: np.ndarray, symbol: Symbol, fft: RealFFT) -> tuple:
@@ -407,10 +415,13 @@ def _operands(problem: Problem, scores: Scores, values: np.ndarray, symbol: Symb
 
     columns = _blocks_of(symbol, n, n_k)
     lead = columns.shape[:3]
-    spectra = np.zeros((*columns.shape[:-1], _toeplitz.spectrum_pitch(fft.n)), complex)
+    block = symbol.block
+    spectra = _toeplitz.empty_spectra(columns.shape[:-1], block)
     for index in np.ndindex(*columns.shape[:-1]):
         if columns[index].any():
-            spectra[index][: fft.n_freq] = fft.forward(columns[index]) / fft.n
+            half = fft.forward(columns[index]) / fft.n
+            whole = np.concatenate([half, half[-2:0:-1].conj()])
+            spectra[index][:block], spectra[index][block : 2 * block] = whole[::2], whole[1::2]
     nonzero = np.ascontiguousarray(columns.any(axis=(0, 1, -1)))
     gain = None
     if lead[2] > 1:
@@ -448,8 +459,11 @@ def _symbol_gradient(symbol: Symbol, fft: RealFFT, correlations: np.ndarray, n: 
     gradient = np.zeros((H, G, n + n_k - 1))
     shared = np.broadcast_to(symbol.levels, (H, G, levels, n + n_k - 1))
     for h, g, level, block in np.ndindex(H, G, levels, blocks):
-        spectrum = correlations[h, g, level, block, : fft.n_freq]
-        if spectrum.any():
+        halves = correlations[h, g, level, block, : fft.n].reshape(2, symbol.block)
+        if halves.any():
+            # The spectrum of the real part.
+            whole = halves.T.reshape(-1)
+            spectrum = (whole[: fft.n_freq] + np.roll(whole[::-1], 1)[: fft.n_freq].conj()) / 2
             kept = inside[block]
             m = index[block][kept]
             gradient[h, g, m] += shared[h, g, level, m] * fft.inverse(spectrum)[kept]
@@ -460,39 +474,47 @@ def _parts(problem: Problem, degree: int, rows: int, keys: int) -> int:
     """Into how many parts the monomials are cut: by shapes, never by the number of threads."""
     wanted = -(-_PARTS // problem.k.shape[0])
     room = int(_PART_BYTES / (8 * _part_size(problem, rows, keys, True)))
-    return max(1, min(wanted, max(2, room), n_features(problem.q.shape[-1], degree)))
+    return max(1, min(wanted, max(2, room), n_features(problem.q.shape[-1], degree) // 2))
 
 
 def _part_size(problem: Problem, rows: int, keys: int, grad: bool) -> float:
     """Numbers that the sums of a part take."""
     H, G, _, d = problem.q.shape
     columns = problem.v.shape[2] + 1
-    return float(H * (G * rows * d + keys * (d + columns)) if grad else H * G * rows * columns)
+    if not grad:
+        return float(H * G * rows * columns)
+    own = 0 if problem.bias is None else problem.bias.shape[1]
+    return float(H * (G * rows * d + keys * (d + columns) + 4 * own * (rows + keys)))
 
 
-def _weigh(coefficients: tuple[float, ...], d: int, degree: int) -> np.ndarray:
-    """w_a = c_|a| |a|! / a!, in the order of the walk."""
-    depth, _, multinomials = _walk(d, degree)
+def _padded(coefficients: tuple[float, ...], degree: int) -> np.ndarray:
     padded = np.zeros(degree + 1)
     padded[: len(coefficients)] = coefficients
-    return padded[depth] * multinomials
+    return padded
 
 
 @lru_cache(maxsize=16)
-def _walk(d: int, degree: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Degree, last variable and |a|! / a! of all monomials, depth first, variables not falling along a path."""
-    found: list[tuple[int, int, float]] = []
-    # degree, last variable, its power, |a|! / a!
-    open_ends = [(0, 0, 0, 1.0)]
-    while open_ends:
-        s, last, power, multinomial = open_ends.pop()
-        found.append((s, last, multinomial))
-        if s < degree:
-            for variable in range(d - 1, last - 1, -1):
-                times = power + 1 if variable == last else 1
-                open_ends.append((s + 1, variable, times, multinomial * (s + 1) / times))
-    depth, variable, multinomials = zip(*found, strict=True)
-    return np.array(depth, np.intp), np.array(variable, np.intp), np.array(multinomials)
+def _pairs(d: int, degree: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All monomials by degree, two at a time: degrees, variables and sqrt(|a|! / a!), as `_toeplitz.Product` has them.
+
+    With half of |a|! / a! on either side, what rounding mixes of two monomials obeys the bound of each by itself: both
+    the columns of queries and those of keys have sums of squares ||q||^{2s} and ||k||^{2s} over the degree s.
+    """
+    degrees, variables, factors = [], [], []
+    for s in range(degree + 1):
+        found = list(combinations_with_replacement(range(d), s))
+        each = [math.factorial(s) / math.prod(math.factorial(a.count(x)) for x in set(a)) for a in found]
+        if len(found) % 2:
+            found.append(found[-1])
+            each.append(0.0)
+        degrees += [s] * (len(found) // 2)
+        variables += [a + (0,) * (degree - s) for a in found]
+        factors += each
+    return (
+        np.array(degrees, np.intp),
+        np.array(variables, np.intp).reshape(-1, 2, degree),
+        np.sqrt(np.array(factors)).reshape(-1, 2),
+    )
 
 
 def _row_sums(t: np.ndarray, key_mask: np.ndarray | None, n: int) -> np.ndarray:

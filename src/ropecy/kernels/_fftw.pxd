@@ -20,3 +20,17 @@ cdef class RealFFT:
     # overwrites the spectra. Any number of threads may run one plan at once, each on its own workspaces.
     cdef void run_forward(self, void *rows, void *spectra) noexcept nogil
     cdef void run_inverse(self, void *spectra, void *rows) noexcept nogil
+
+
+cdef class ComplexFFT:
+    cdef readonly Py_ssize_t n
+    cdef void *forward_plan
+    cdef void *inverse_plan
+
+    cdef void *new_row(self) noexcept nogil
+
+    # In place, on arrays with the alignment of fftw_malloc. The inverse is not normalised. Any number of threads may
+    # run one plan at once.
+    cdef void run_forward(self, void *x) noexcept nogil
+    cdef void run_inverse(self, void *x) noexcept nogil
+    cdef object _execute(self, str name, given, bint inverse)

@@ -1,4 +1,4 @@
-"""Real Fourier transforms of many rows by FFTW: plans under one lock, executed from any number of threads.
+"""Fourier transforms by FFTW, of many real rows or of a complex one: plans under one lock, executed from any thread.
 
 FFTW's planner is not safe to run from two threads, its executions are; so plans are made and destroyed under one
 lock of this module, with the GIL released, and are executed by the new-array calls on workspaces of ``fftw_malloc``,
@@ -9,9 +9,9 @@ import numpy as np
 
 cimport cython
 from libc.limits cimport INT_MAX
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 
-__all__ = ["RealFFT", "fftw_version"]
+__all__ = ["ComplexFFT", "RealFFT", "fftw_version"]
 
 cdef extern from "fftw3.h" nogil:
     ctypedef double fftw_complex[2]
@@ -21,6 +21,7 @@ cdef extern from "fftw3.h" nogil:
     ctypedef struct fftwf_plan_s
     ctypedef fftwf_plan_s *fftwf_plan
     const unsigned FFTW_MEASURE, FFTW_ESTIMATE, FFTW_DESTROY_INPUT
+    const int FFTW_FORWARD, FFTW_BACKWARD
     const char *fftw_version_double "fftw_version"
     const char *fftw_version_single "fftwf_version"
 
@@ -36,6 +37,8 @@ cdef extern from "fftw3.h" nogil:
                                        fftwf_complex *, const int *, int, int, unsigned)
     fftwf_plan fftwf_plan_many_dft_c2r(int, const int *, int, fftwf_complex *, const int *, int, int,
                                        float *, const int *, int, int, unsigned)
+    fftw_plan fftw_plan_dft_1d(int, fftw_complex *, fftw_complex *, int, unsigned)
+    void fftw_execute_dft(fftw_plan, fftw_complex *, fftw_complex *)
     void fftw_execute_dft_r2c(fftw_plan, double *, fftw_complex *)
     void fftw_execute_dft_c2r(fftw_plan, fftw_complex *, double *)
     void fftwf_execute_dft_r2c(fftwf_plan, float *, fftwf_complex *)
@@ -107,13 +110,11 @@ cdef class RealFFT:
         self.dtype = np.dtype(dtype)
         if self.dtype not in (np.float32, np.float64):
             raise TypeError(f"dtype must be float32 or float64, got {self.dtype}")
-        if flags not in ("estimate", "measure"):
-            raise ValueError(f"flags must be 'estimate' or 'measure', got {flags!r}")
+        cdef unsigned how = _flags(flags)
         self.single = self.dtype == np.float32
         if 2 * self.n_freq * self.dtype.itemsize * int(self.howmany) >= 1 << 62:
             raise MemoryError(f"{howmany} rows of {n} numbers pass what can be addressed")
 
-        cdef unsigned how = (FFTW_MEASURE if flags == "measure" else FFTW_ESTIMATE) | FFTW_DESTROY_INPUT
         cdef void *rows
         cdef void *spectra
         cdef bint allocated
@@ -214,6 +215,138 @@ cdef class RealFFT:
         rows = _transform(self, "X", X, True)
         rows /= self.n
         return rows
+
+
+cdef class ComplexFFT:
+    """X_k = sum_j x_j exp(-2 pi i j k / n) of one complex row in float64, and its inverse, in place.
+
+    Two real columns in one complex row pass through about a quarter faster than each by a `RealFFT`, and measuring
+    takes a quarter of the time.
+
+    Parameters
+    ----------
+    n, flags
+        As for `RealFFT`.
+
+    Raises
+    ------
+    TypeError, ValueError, MemoryError, RuntimeError
+        As `RealFFT` does.
+
+    Examples
+    --------
+    >>> fft = ComplexFFT(4)
+    >>> fft.forward(np.array([1, 2, 3, 4j]))
+    array([ 6.+4.j, -6.-2.j,  2.-4.j,  2.+2.j])
+    >>> fft.inverse(fft.forward(np.array([1, 2, 3, 4j])))
+    array([1.+0.j, 2.+0.j, 3.+0.j, 0.+4.j])
+    """
+
+    def __cinit__(self, n, *, flags="estimate"):
+        self.n = _size("n", n)
+        cdef int length = <int>self.n
+        cdef unsigned how = _flags(flags)
+        cdef fftw_complex *x
+        with nogil:
+            x = <fftw_complex *>self.new_row()
+            if x != NULL:
+                with planner:
+                    self.forward_plan = fftw_plan_dft_1d(length, x, x, FFTW_FORWARD, how)
+                    self.inverse_plan = fftw_plan_dft_1d(length, x, x, FFTW_BACKWARD, how)
+            fftw_free(x)
+        if x == NULL:
+            raise MemoryError(f"no memory to plan a transform of length {n}")
+        if self.forward_plan == NULL or self.inverse_plan == NULL:
+            raise RuntimeError(f"FFTW makes no plan for a transform of length {n}")
+
+    def __dealloc__(self):
+        with nogil, planner:
+            if self.forward_plan != NULL:
+                fftw_destroy_plan(<fftw_plan>self.forward_plan)
+            if self.inverse_plan != NULL:
+                fftw_destroy_plan(<fftw_plan>self.inverse_plan)
+
+    def __repr__(self):
+        return f"ComplexFFT({self.n})"
+
+    cdef void *new_row(self) noexcept nogil:
+        return fftw_malloc(<size_t>self.n * sizeof(fftw_complex))
+
+    cdef void run_forward(self, void *x) noexcept nogil:
+        fftw_execute_dft(<fftw_plan>self.forward_plan, <fftw_complex *>x, <fftw_complex *>x)
+
+    cdef void run_inverse(self, void *x) noexcept nogil:
+        fftw_execute_dft(<fftw_plan>self.inverse_plan, <fftw_complex *>x, <fftw_complex *>x)
+
+    def forward(self, x):
+        """The spectrum of x, complex (n,), not normalised, as ``numpy.fft.fft``.
+
+        Raises
+        ------
+        TypeError, ValueError
+            `x` has another dtype or shape.
+        """
+        return self._execute("x", x, False)
+
+    def inverse(self, X):
+        """The row of a given spectrum, divided by n, as ``numpy.fft.ifft``.
+
+        Raises
+        ------
+        TypeError, ValueError
+            `X` has another dtype or shape.
+        """
+        return self._execute("X", X, True) / self.n
+
+    def rounds(self, Py_ssize_t rows, Py_ssize_t times):
+        """Transform so many rows of zeros forth, then back, and that so many times: what FFTW takes by itself."""
+        cdef Py_ssize_t i
+        # Rows a cache line apart, as far as powers of two let them.
+        cdef Py_ssize_t pitch = self.n + 4
+        cdef char *x
+        with nogil:
+            x = <char *>fftw_malloc(<size_t>rows * pitch * sizeof(fftw_complex))
+            if x != NULL:
+                memset(x, 0, rows * pitch * sizeof(fftw_complex))
+                for i in range(2 * times * rows):
+                    if i // rows % 2 == 0:
+                        self.run_forward(x + i % rows * pitch * sizeof(fftw_complex))
+                    else:
+                        self.run_inverse(x + i % rows * pitch * sizeof(fftw_complex))
+                fftw_free(x)
+        if x == NULL:
+            raise MemoryError(f"no memory for {rows} rows of {self.n} numbers")
+
+    cdef object _execute(self, str name, given, bint inverse):
+        """The transform of a copy."""
+        source = np.ascontiguousarray(given)
+        if source.dtype != np.complex128:
+            raise TypeError(f"{name} must be complex128, got {source.dtype}")
+        if source.shape != (self.n,):
+            raise ValueError(f"{name} must have shape {(self.n,)}, got {source.shape}")
+        target = np.empty(self.n, complex)
+        cdef const double complex[::1] read = source
+        cdef double complex[::1] write = target
+        cdef void *x
+        with nogil:
+            x = self.new_row()
+            if x != NULL:
+                memcpy(x, &read[0], self.n * sizeof(fftw_complex))
+                if inverse:
+                    self.run_inverse(x)
+                else:
+                    self.run_forward(x)
+                memcpy(&write[0], x, self.n * sizeof(fftw_complex))
+            fftw_free(x)
+        if x == NULL:
+            raise MemoryError(f"no memory for a transform of length {self.n}")
+        return target
+
+
+cdef unsigned _flags(flags) except? 0:
+    if flags not in ("estimate", "measure"):
+        raise ValueError(f"flags must be 'estimate' or 'measure', got {flags!r}")
+    return (FFTW_MEASURE if flags == "measure" else FFTW_ESTIMATE) | FFTW_DESTROY_INPUT
 
 
 def _size(name, value):

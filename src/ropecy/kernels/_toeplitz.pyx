@@ -1,9 +1,10 @@
 """``sum_a w_a diag(q^a) T diag(k^a) v`` for a Toeplitz matrix T, and its adjoint, by FFT: threads, memory, interrupts.
 
-T is cut into blocks of b x b, each of which is applied by transforms of length 2b (overlap-save). A column k^a v_c is
-built when it is transformed, and what comes back is added to the result at once: nothing is kept for each monomial.
-Monomials come in the order of a depth-first walk, so that each is one product away from one that is at hand. They are
-cut into parts by shapes alone, each with sums of its own, so that results are bitwise the same for every thread count.
+T is cut into blocks of b x b, each of which is applied by transforms that fill its rows up to 2b (overlap-save). Two
+monomials of one degree make a complex column, (k^a + i k^a') v_c, which T, being real, keeps apart: its spectrum of 2b
+is that of two transforms of b. A column is built when it is transformed, and what comes back is added to the result at
+once: nothing is kept for each monomial. Pairs are cut into parts by shapes alone, each with sums of its own, so that
+results are bitwise the same for every thread count.
 """
 
 import numpy as np
@@ -15,18 +16,30 @@ from libc.stdint cimport uintptr_t
 from libc.string cimport memset
 
 from ._arrays cimport pointer
-from ._fftw cimport RealFFT
+from ._fftw cimport ComplexFFT
 
 cnp.import_array()
 
 cdef extern from "c/toeplitz.h" nogil:
+    ctypedef enum rc_mixing:
+        RC_PRODUCT
+        RC_ADJOINT
+        RC_CORRELATE
+
+    const int RC_CHUNK
+
     ctypedef struct rc_toeplitz_kernels:
-        void (*multiply)(ptrdiff_t, const double *, const double *, double *) noexcept nogil
-        void (*weigh)(ptrdiff_t, const double *, const double *, const double *, double *) noexcept nogil
-        void (*add)(ptrdiff_t, double, const double *, const double *, const double *, double *) noexcept nogil
-        void (*adjoint)(ptrdiff_t, const double *, const double *, const double *, double *, double *) noexcept nogil
-        void (*convolve)(ptrdiff_t, const double *, const double *, double *) noexcept nogil
-        void (*correlate)(ptrdiff_t, double, const double *, const double *, double *) noexcept nogil
+        void (*monomial)(ptrdiff_t, double, ptrdiff_t, const double *const *, double *) noexcept nogil
+        void (*derive)(ptrdiff_t, double, const double *, ptrdiff_t, const double *const *, double *) noexcept nogil
+        void (*pack)(ptrdiff_t, const double *, const double *, const double *, const double *, const double *,
+                     double *, double *) noexcept nogil
+        void (*gather)(ptrdiff_t, double, const double *, const double *, const double *, const double *,
+                       const double *, const double *, double *) noexcept nogil
+        void (*scatter)(ptrdiff_t, double, const double *, const double *, const double *, const double *,
+                        const double *, double *, double *) noexcept nogil
+        void (*mix)(ptrdiff_t, ptrdiff_t, ptrdiff_t, const ptrdiff_t *, const ptrdiff_t *, const ptrdiff_t *,
+                    const ptrdiff_t *, rc_mixing, double, const double *, const double *, double *,
+                    double *) noexcept nogil
 
     const rc_toeplitz_kernels *rc_toeplitz_select(int level)
 
@@ -36,12 +49,38 @@ cdef extern from "c/isa.h" nogil:
 cdef const rc_toeplitz_kernels *kernels = rc_toeplitz_select(rc_level())
 
 cdef double ROUND = 0.2  # seconds between two looks at Ctrl-C
-cdef double RATE = 1e9  # operations of a transform a second, low: a bound on a round's time, not a prediction
+cdef double RATE = 1e9  # operations a second, low: a bound on a round's time, not a prediction
 
 
-def spectrum_pitch(length):
-    """How many complex numbers the spectrum of a real row takes, its padding to whole cache lines included."""
-    return (length // 2 + 1 + 3) // 4 * 4
+def empty_spectra(shape, block):
+    """Zeros for the spectra of so many blocks, (*shape, pitch), which starts a cache line; padding keeps blocks from
+    falling onto each other in the caches.
+    """
+    shape = (*shape, 2 * block + 68)
+    size = 2 * np.prod(shape)
+    zeros = np.zeros(size + 8)
+    return zeros[-zeros.ctypes.data % 64 // 8 :][:size].view(complex).reshape(shape)
+
+
+cdef struct Terms:
+    # Which products of spectra each output is the sum of, as `mix` takes them.
+    ptrdiff_t outputs
+    ptrdiff_t tiles
+    const unsigned char *nonzero
+    const ptrdiff_t *start
+    const ptrdiff_t *first
+    const ptrdiff_t *second
+    const ptrdiff_t *shared
+
+
+cdef Terms pointers(arrays):
+    cdef Terms terms
+    nonzero, start, first, second, shared = arrays
+    terms.outputs, terms.tiles = len(nonzero), len(start) // 3
+    terms.nonzero, terms.start = <const unsigned char *>pointer(nonzero), <const ptrdiff_t *>pointer(start)
+    terms.first, terms.second = <const ptrdiff_t *>pointer(first), <const ptrdiff_t *>pointer(second)
+    terms.shared = <const ptrdiff_t *>pointer(shared)
+    return terms
 
 
 cdef class Product:
@@ -49,39 +88,47 @@ cdef class Product:
 
     Parameters
     ----------
-    fft : RealFFT
-        Of length 2b, one row, float64.
+    fft : ComplexFFT
+        Of length b, a multiple of 32.
     q : (H, G, d, rows) float64
         Columns of queries, rows a multiple of b, zeros past the last query.
     k : (H, d, keys), v : (H, columns, keys)
         Likewise for keys; v is 0 for keys that are masked.
     spectra : (H or 1, G or 1, levels, blocks, pitch) complex128
-        Of T's blocks, divided by 2b: block I - J + keys / b - 1 for query block I and key block J. T is a sum of
-        levels.
+        Of T's blocks, divided by 2b, even frequencies before odd ones: block I - J + keys / b - 1 for query block I
+        and key block J. T is a sum of levels.
     nonzero : (levels, blocks) bool
         Which blocks have an entry that is not 0, in any head.
     gain : (H, G, levels, rows) float64, or None for ones
         What each level is multiplied with in each row.
-    depth, variable : (F,) intp
-        Degree and last factor of each monomial: the latest one before it of one degree less, times this coordinate.
+    degrees : (P,) intp
+        Of both monomials of each pair.
+    variables : (P, 2, most) intp
+        The coordinates that each is the product of, in order.
+    factors : (P, 2) float64
+        What the columns of queries and of keys are both multiplied with; 0 for the second of a monomial that is alone.
     parts : int
-        Into how many parts the monomials are cut.
+        Into how many parts the pairs are cut.
     threads : int
     """
 
-    cdef RealFFT fft
+    cdef ComplexFFT fft
     cdef object arrays
     cdef ptrdiff_t heads, groups, d, rows, keys, columns, levels, blocks, pitch, block, query_blocks, key_blocks
-    cdef ptrdiff_t symbol_groups, symbol_head, monomials, degree, parts
+    cdef ptrdiff_t symbol_groups, symbol_head, pairs, most, parts
     cdef int threads
     cdef const double *q
     cdef const double *k
     cdef const double *v
     cdef const double *spectra
-    cdef const unsigned char *nonzero
     cdef const double *gain
-    cdef const ptrdiff_t *depth
-    cdef const ptrdiff_t *variable
+    cdef const double *turn
+    cdef const ptrdiff_t *degrees
+    cdef const ptrdiff_t *variables
+    cdef const double *factors
+    cdef Terms products
+    cdef Terms adjoints
+    cdef Terms correlated
     cdef ptrdiff_t size  # of a thread's workspace, in doubles
 
     # of the pass that is running; sums have an axis of parts in front
@@ -94,30 +141,33 @@ cdef class Product:
     cdef double *dv
     cdef double *correlations
 
-    def __init__(self, RealFFT fft, q, k, v, spectra, nonzero, gain, depth, variable, parts, threads):
-        self.arrays = (q, k, v, spectra, nonzero, gain, depth, variable)
+    def __init__(self, ComplexFFT fft, q, k, v, spectra, nonzero, gain, degrees, variables, factors, parts, threads):
         self.fft, self.parts, self.threads = fft, parts, threads
-        self.block = fft.n // 2
+        self.block = fft.n
         self.heads, self.groups, self.d, self.rows = q.shape
         self.columns, self.keys = v.shape[1:]
         self.query_blocks, self.key_blocks = self.rows // self.block, self.keys // self.block
         self.levels, self.blocks, self.pitch = spectra.shape[2:]
         self.symbol_groups = spectra.shape[1]
         self.symbol_head = 0 if spectra.shape[0] == 1 else 1
-        self.monomials, self.degree = len(depth), max(depth)
+        self.pairs, self.most = len(degrees), variables.shape[2]
         self.q, self.k, self.v = <const double *>pointer(q), <const double *>pointer(k), <const double *>pointer(v)
-        self.spectra, self.nonzero = <const double *>pointer(spectra), <const unsigned char *>pointer(nonzero)
-        self.gain = <const double *>pointer(gain)
-        self.depth, self.variable = <const ptrdiff_t *>pointer(depth), <const ptrdiff_t *>pointer(variable)
+        self.spectra, self.gain = <const double *>pointer(spectra), <const double *>pointer(gain)
+        self.degrees, self.variables = <const ptrdiff_t *>pointer(degrees), <const ptrdiff_t *>pointer(variables)
+        self.factors = <const double *>pointer(factors)
+        turn = np.exp(-1j * np.pi / self.block * np.arange(self.block))
+        self.turn = <const double *>pointer(turn)
+        terms = _terms(nonzero, self.groups, self.symbol_groups, self.query_blocks, self.key_blocks)
+        self.products, self.adjoints, self.correlated = pointers(terms[0]), pointers(terms[1]), pointers(terms[2])
+        self.arrays = (q, k, v, spectra, gain, degrees, variables, factors, turn, terms)
 
     def forward(self, weights):
-        """(H, G, columns, rows): sum_a w_a q^a T (k^a v)."""
-        cdef ptrdiff_t stacks = (self.degree + 1) * (self.groups * self.rows + self.keys)
-        self.size = stacks + 2 * self.pitch * (self.key_blocks + 1) + 2 * self.block
+        """(H, G, columns, rows): sum_a w_|a| q^a T (k^a v)."""
+        self.size = self.passing(self.key_blocks) + 2 * (self.groups * self.rows + self.keys)
         self.weights, self.grad = <const double *>pointer(weights), NULL
         sums = np.zeros((self.parts, self.heads, self.groups, self.columns, self.rows))
         self.sums = <double *>pointer(sums)
-        self.run()
+        self.run(1)
         return sums.sum(axis=0)
 
     def backward(self, weights, grad_weights, grad, bint want_correlations):
@@ -125,11 +175,12 @@ cdef class Product:
 
         dq (H, G, d, rows) and dk (H, d, keys) are the derivatives for `grad_weights`, dv (H, columns, keys) for
         `weights`; so are the spectra (H, G or 1, levels, blocks, pitch) of the correlations sum_i of the pairs with
-        one offset, which T's derivative is, summed over the groups where these share T; None where not wanted.
+        one offset, which T's derivative is, summed over the groups where these share T: their real parts, in time;
+        None where not wanted.
         """
-        cdef ptrdiff_t stacks = 2 * (self.degree + 1) * (self.groups * self.rows + self.keys)
-        cdef ptrdiff_t transforms = self.key_blocks + self.groups * self.levels * self.query_blocks + 1
-        self.size = stacks + 2 * self.pitch * transforms + 2 * self.block
+        cdef ptrdiff_t given = self.groups * self.levels * self.query_blocks
+        self.size = self.passing(self.key_blocks) + 2 * self.pitch * max(given, self.key_blocks)
+        self.size += 4 * (self.groups * self.rows + self.keys)
         self.weights, self.grad_weights = <const double *>pointer(weights), <const double *>pointer(grad_weights)
         self.grad = <const double *>pointer(grad)
         lead = (self.parts, self.heads)
@@ -139,16 +190,20 @@ cdef class Product:
         correlations = np.zeros(shape, complex) if want_correlations else None
         self.dq, self.dk, self.dv = <double *>pointer(dq), <double *>pointer(dk), <double *>pointer(dv)
         self.correlations = <double *>pointer(correlations)
-        self.run()
+        self.run(2 + self.groups)
         sums = [None if x is None else x.sum(axis=0) for x in (dq, dk, dv, correlations)]
         return tuple(sums)
 
-    cdef void run(self):
-        """All monomials of all heads: every part a range, in steps between which Ctrl-C is looked at."""
-        cdef ptrdiff_t task, step, each, longest = (self.monomials + self.parts - 1) // self.parts
-        cdef double log_length = np.log2(self.fft.n)
-        cdef double work = 2.0 * self.columns * (self.rows * self.groups * self.levels + self.keys)
-        work *= 5.0 * log_length + self.query_blocks + self.key_blocks
+    cdef ptrdiff_t passing(self, ptrdiff_t given):
+        """Doubles for spectra of which products are made in place, and for rows of these."""
+        return 2 * self.pitch * max(given, self.products.outputs) + RC_CHUNK * (
+            max(self.products.outputs, self.key_blocks) + 1)
+
+    cdef void run(self, ptrdiff_t passes):
+        """All pairs of all heads: every part a range, in steps between which Ctrl-C is looked at."""
+        cdef ptrdiff_t task, step, each, longest = (self.pairs + self.parts - 1) // self.parts
+        cdef double work = 2.0 * passes * self.columns * (self.rows * self.groups * self.levels + self.keys)
+        work *= 10 * np.log2(self.block) + 4 * (self.query_blocks + self.key_blocks)
         each = max(<ptrdiff_t>1, <ptrdiff_t>(ROUND * RATE / work))
         self.size = (self.size + 7) // 8 * 8
         workspace = np.empty(self.threads * self.size + 8)
@@ -162,225 +217,236 @@ cdef class Product:
 
     cdef void piece(self, ptrdiff_t head, ptrdiff_t part, ptrdiff_t step, ptrdiff_t each,
                     double *work) noexcept nogil:
-        """The monomials [step, step + each) of one part."""
-        cdef ptrdiff_t first = self.monomials * part // self.parts + step
-        cdef ptrdiff_t last = min(first + each, self.monomials * (part + 1) // self.parts)
-        if first >= last:
+        """The pairs [step, step + each) of one part."""
+        cdef ptrdiff_t pair, first = self.pairs * part // self.parts + step
+        cdef ptrdiff_t last = min(first + each, self.pairs * (part + 1) // self.parts)
+        for pair in range(first, last):
+            if self.grad == NULL:
+                self.forward_pair(head, part, pair, work)
+            else:
+                self.backward_pair(head, part, pair, work)
+
+    cdef void forward_pair(self, ptrdiff_t head, ptrdiff_t part, ptrdiff_t pair, double *work) noexcept nogil:
+        cdef double weight = self.weights[self.degrees[pair]]
+        cdef double *spectra = work
+        cdef double *rows = spectra + 2 * self.pitch * max(self.key_blocks, self.products.outputs)
+        cdef double *keys = rows + RC_CHUNK * (max(self.products.outputs, self.key_blocks) + 1)
+        cdef double *queries = keys + 2 * self.keys
+        cdef double *sums = self.sums + (part * self.heads + head) * self.groups * self.columns * self.rows
+        cdef const double *column
+        cdef const double *found
+        cdef ptrdiff_t c, output, symbol, level, g, I
+        if weight == 0:
             return
-        if self.grad == NULL:
-            self.forward_range(head, part, first, last, work)
-        else:
-            self.backward_range(head, part, first, last, work)
+        self.build(head, pair, keys, queries)
+        for c in range(self.columns):
+            self.transform_keys(keys, self.v + (head * self.columns + c) * self.keys, spectra)
+            self.mix(self.products, RC_PRODUCT, 1, self.spectra_of(head), spectra, spectra, rows)
+            for output in range(self.products.outputs):
+                found = self.invert(self.products, output, spectra)
+                if found == NULL:
+                    continue
+                I = output % self.query_blocks
+                level = output // self.query_blocks % self.levels
+                symbol = output // (self.query_blocks * self.levels)
+                for g in range(self.groups):
+                    if self.symbol_groups == 1 or g == symbol:
+                        column = queries + 2 * g * self.rows + I * self.block
+                        kernels.gather(self.block, weight, self.gain_of(head, g, level, I), column, column + self.rows,
+                                       found, found + 2 * self.block, self.turn,
+                                       sums + (g * self.columns + c) * self.rows + I * self.block)
 
-    cdef void raise_degree(self, ptrdiff_t head, ptrdiff_t monomial, double *key_stack,
-                           double *query_stack) noexcept nogil:
-        """The monomial's columns from those of one degree less."""
-        cdef ptrdiff_t s = self.depth[monomial], variable = self.variable[monomial], g
-        cdef double *stack
-        kernels.multiply(self.keys, key_stack + (s - 1) * self.keys, self.k + (head * self.d + variable) * self.keys,
-                         key_stack + s * self.keys)
+    cdef void backward_pair(self, ptrdiff_t head, ptrdiff_t part, ptrdiff_t pair, double *work) noexcept nogil:
+        cdef ptrdiff_t degree = self.degrees[pair], slot = part * self.heads + head
+        # A constant has no derivative.
+        cdef double weight = self.weights[degree], grad_weight = self.grad_weights[degree] if degree else 0
+        cdef ptrdiff_t given = self.groups * self.levels * self.query_blocks
+        cdef double *spectra = work
+        cdef double *rows = spectra + 2 * self.pitch * max(self.key_blocks, self.products.outputs)
+        cdef double *grad_spectra = rows + RC_CHUNK * (max(self.products.outputs, self.key_blocks) + 1)
+        cdef double *keys = grad_spectra + 2 * self.pitch * max(given, self.key_blocks)
+        cdef double *queries = keys + 2 * self.keys
+        cdef double *key_adjoint = queries + 2 * self.groups * self.rows
+        cdef double *query_adjoint = key_adjoint + 2 * self.keys
+        cdef double *column
+        cdef const double *found
+        cdef const double *values
+        cdef ptrdiff_t c, output, symbol, level, g, I, J
+        if weight == 0 and grad_weight == 0:
+            return
+        self.build(head, pair, keys, queries)
+        memset(key_adjoint, 0, 2 * (self.keys + self.groups * self.rows) * sizeof(double))
+        for c in range(self.columns):
+            values = self.v + (head * self.columns + c) * self.keys
+            self.transform_keys(keys, values, spectra)
+            self.transform_grads(head, c, queries, grad_spectra)
+            if self.correlations != NULL and weight:
+                self.mix(self.correlated, RC_CORRELATE, weight, grad_spectra, spectra,
+                         self.correlations + 2 * self.pitch * slot * self.correlated.outputs, NULL)
+            if grad_weight:
+                self.mix(self.products, RC_PRODUCT, 1, self.spectra_of(head), spectra, spectra, rows)
+                for output in range(self.products.outputs):
+                    found = self.invert(self.products, output, spectra)
+                    if found == NULL:
+                        continue
+                    I = output % self.query_blocks
+                    level = output // self.query_blocks % self.levels
+                    symbol = output // (self.query_blocks * self.levels)
+                    for g in range(self.groups):
+                        if self.symbol_groups == 1 or g == symbol:
+                            column = query_adjoint + 2 * g * self.rows + I * self.block
+                            kernels.scatter(self.block, grad_weight, self.gain_of(head, g, level, I),
+                                            self.grad_of(head, g, c) + I * self.block, found, found + 2 * self.block,
+                                            self.turn, column, column + self.rows)
+            self.mix(self.adjoints, RC_ADJOINT, 1, self.spectra_of(head), grad_spectra, grad_spectra, rows)
+            for J in range(self.key_blocks):
+                found = self.invert(self.adjoints, J, grad_spectra)
+                if found == NULL:
+                    continue
+                if grad_weight:
+                    column = key_adjoint + J * self.block
+                    kernels.scatter(self.block, grad_weight, NULL, values + J * self.block, found,
+                                    found + 2 * self.block, self.turn, column, column + self.keys)
+                if weight:
+                    column = keys + J * self.block
+                    kernels.gather(self.block, weight, NULL, column, column + self.keys, found,
+                                   found + 2 * self.block, self.turn,
+                                   self.dv + (slot * self.columns + c) * self.keys + J * self.block)
+        if grad_weight:
+            self.derive(self.keys, pair, self.k + head * self.d * self.keys, key_adjoint,
+                        self.dk + slot * self.d * self.keys)
+            for g in range(self.groups):
+                self.derive(self.rows, pair, self.q + (head * self.groups + g) * self.d * self.rows,
+                            query_adjoint + 2 * g * self.rows, self.dq + (slot * self.groups + g) * self.d * self.rows)
+
+    cdef void build(self, ptrdiff_t head, ptrdiff_t pair, double *keys, double *queries) noexcept nogil:
+        """The two columns of keys, and two of queries for each group."""
+        cdef ptrdiff_t g
+        self.monomials(self.keys, pair, self.k + head * self.d * self.keys, keys)
         for g in range(self.groups):
-            stack = query_stack + g * (self.degree + 1) * self.rows
-            kernels.multiply(self.rows, stack + (s - 1) * self.rows, self.query_column(head, g, variable),
-                             stack + s * self.rows)
+            self.monomials(self.rows, pair, self.q + (head * self.groups + g) * self.d * self.rows,
+                           queries + 2 * g * self.rows)
 
-    cdef const double *query_column(self, ptrdiff_t head, ptrdiff_t g, ptrdiff_t variable) noexcept nogil:
-        return self.q + ((head * self.groups + g) * self.d + variable) * self.rows
+    cdef void monomials(self, ptrdiff_t size, ptrdiff_t pair, const double *x, double *columns) noexcept nogil:
+        cdef const double *of[64]
+        cdef ptrdiff_t which, at
+        for which in range(2):
+            for at in range(self.degrees[pair]):
+                of[at] = x + self.variables[(2 * pair + which) * self.most + at] * size
+            kernels.monomial(size, self.factors[2 * pair + which], self.degrees[pair], of, columns + which * size)
 
-    cdef void begin(self, ptrdiff_t head, ptrdiff_t first, ptrdiff_t *path, double *key_stack,
-                    double *query_stack) noexcept nogil:
-        """Ones, and the columns of the monomials that the first one is a multiple of."""
-        cdef ptrdiff_t s = self.depth[first] - 1, monomial = first - 1, g, i
-        for i in range(self.keys):
-            key_stack[i] = 1
-        for g in range(self.groups):
-            for i in range(self.rows):
-                query_stack[g * (self.degree + 1) * self.rows + i] = 1
-        while s > 0:
-            if self.depth[monomial] == s:
-                path[s] = monomial
-                s -= 1
-            monomial -= 1
-        for s in range(1, self.depth[first]):
-            self.raise_degree(head, path[s], key_stack, query_stack)
+    cdef void derive(self, ptrdiff_t size, ptrdiff_t pair, const double *x, const double *adjoint,
+                     double *dx) noexcept nogil:
+        """dx += the derivatives of both monomials by each variable, times their adjoints."""
+        cdef const double *rest[64]
+        cdef const ptrdiff_t *variables
+        cdef ptrdiff_t which, first, at, count, power, degree = self.degrees[pair]
+        for which in range(2):
+            variables = self.variables + (2 * pair + which) * self.most
+            if self.factors[2 * pair + which] == 0:
+                continue
+            first = 0
+            while first < degree:
+                # Variables come in order: those from `first` on that are the same make a power.
+                count, power = 0, 0
+                for at in range(degree):
+                    if variables[at] == variables[first]:
+                        power += 1
+                    if at != first:
+                        rest[count] = x + variables[at] * size
+                        count += 1
+                kernels.derive(size, power * self.factors[2 * pair + which], adjoint + which * size, count, rest,
+                               dx + variables[first] * size)
+                first += power
 
-    cdef const double *spectrum(self, ptrdiff_t head, ptrdiff_t g, ptrdiff_t level, ptrdiff_t block) noexcept nogil:
-        cdef ptrdiff_t symbol = head * self.symbol_head * self.symbol_groups + (g if self.symbol_groups > 1 else 0)
-        return self.spectra + 2 * self.pitch * ((symbol * self.levels + level) * self.blocks + block)
-
-    cdef void transform_keys(self, const double *column, const double *values, double *row,
-                             double *spectra) noexcept nogil:
-        """The spectra of column times values, block by block, each with b zeros behind it."""
-        cdef ptrdiff_t J
-        for J in range(self.key_blocks):
-            kernels.multiply(self.block, column + J * self.block, values + J * self.block, row)
-            memset(row + self.block, 0, self.block * sizeof(double))
-            self.fft.run_forward(row, spectra + 2 * self.pitch * J)
-
-    cdef bint product_block(self, ptrdiff_t head, ptrdiff_t g, ptrdiff_t level, ptrdiff_t I, const double *spectra,
-                            double *total, double *row) noexcept nogil:
-        """The first b entries of row = block I of T times what spectra are of; False where that is 0."""
-        cdef ptrdiff_t J, block
-        cdef bint found = False
-        memset(total, 0, 2 * self.pitch * sizeof(double))
-        for J in range(self.key_blocks):
-            block = I - J + self.key_blocks - 1
-            if self.nonzero[level * self.blocks + block]:
-                found = True
-                kernels.convolve(self.block + 1, self.spectrum(head, g, level, block), spectra + 2 * self.pitch * J,
-                                 total)
-        if found:
-            self.fft.run_inverse(total, row)
-        return found
+    cdef const double *spectra_of(self, ptrdiff_t head) noexcept nogil:
+        return self.spectra + 2 * self.pitch * self.levels * self.blocks * head * self.symbol_head * self.symbol_groups
 
     cdef const double *gain_of(self, ptrdiff_t head, ptrdiff_t g, ptrdiff_t level, ptrdiff_t I) noexcept nogil:
         if self.gain == NULL:
             return NULL
         return self.gain + ((head * self.groups + g) * self.levels + level) * self.rows + I * self.block
 
-    cdef void forward_range(self, ptrdiff_t head, ptrdiff_t part, ptrdiff_t first, ptrdiff_t last,
-                            double *work) noexcept nogil:
-        cdef ptrdiff_t stack = (self.degree + 1) * self.rows
-        cdef double *spectra = work
-        cdef double *total = spectra + 2 * self.pitch * self.key_blocks
-        cdef double *row = total + 2 * self.pitch
-        cdef double *key_stack = row + 2 * self.block
-        cdef double *query_stack = key_stack + (self.degree + 1) * self.keys
-        cdef double *sums = self.sums + (part * self.heads + head) * self.groups * self.columns * self.rows
-        cdef ptrdiff_t path[64]
-        cdef ptrdiff_t monomial, s, c, level, symbol, g, I
-        self.begin(head, first, path, key_stack, query_stack)
-        for monomial in range(first, last):
-            s = self.depth[monomial]
-            if s:
-                self.raise_degree(head, monomial, key_stack, query_stack)
-            if self.weights[monomial] == 0:
-                continue
-            for c in range(self.columns):
-                self.transform_keys(key_stack + s * self.keys, self.v + (head * self.columns + c) * self.keys, row,
-                                    spectra)
-                for level in range(self.levels):
-                    for symbol in range(self.symbol_groups):
-                        for I in range(self.query_blocks):
-                            if not self.product_block(head, symbol, level, I, spectra, total, row):
-                                continue
-                            for g in range(self.groups):
-                                if self.symbol_groups == 1 or g == symbol:
-                                    kernels.add(self.block, self.weights[monomial], self.gain_of(head, g, level, I),
-                                                query_stack + g * stack + s * self.rows + I * self.block, row,
-                                                sums + (g * self.columns + c) * self.rows + I * self.block)
+    cdef const double *grad_of(self, ptrdiff_t head, ptrdiff_t g, ptrdiff_t c) noexcept nogil:
+        return self.grad + ((head * self.groups + g) * self.columns + c) * self.rows
 
-    cdef void backward_range(self, ptrdiff_t head, ptrdiff_t part, ptrdiff_t first, ptrdiff_t last,
-                             double *work) noexcept nogil:
-        cdef ptrdiff_t stack = (self.degree + 1) * self.rows, slot = part * self.heads + head
-        cdef double *spectra = work
-        cdef double *grad_spectra = spectra + 2 * self.pitch * self.key_blocks
-        cdef double *total = grad_spectra + 2 * self.pitch * self.groups * self.levels * self.query_blocks
-        cdef double *row = total + 2 * self.pitch
-        cdef double *key_stack = row + 2 * self.block
-        cdef double *query_stack = key_stack + (self.degree + 1) * self.keys
-        cdef double *key_adjoint = query_stack + self.groups * stack
-        cdef double *query_adjoint = key_adjoint + (self.degree + 1) * self.keys
-        cdef double *dv = self.dv + slot * self.columns * self.keys
-        cdef const double *grad
-        cdef const double *values
-        cdef ptrdiff_t path[64]
-        cdef ptrdiff_t monomial, s, c, level, symbol, g, I, J, top = self.depth[first] - 1
-        self.begin(head, first, path, key_stack, query_stack)
-        memset(key_adjoint, 0, (self.degree + 1) * self.keys * sizeof(double))
-        memset(query_adjoint, 0, self.groups * stack * sizeof(double))
-        for monomial in range(first, last):
-            s = self.depth[monomial]
-            self.lower_degree(head, part, path, top, s, key_stack, query_stack, key_adjoint, query_adjoint)
-            top = s
-            path[s] = monomial
-            if s:
-                self.raise_degree(head, monomial, key_stack, query_stack)
-            for c in range(self.columns):
-                values = self.v + (head * self.columns + c) * self.keys
-                self.transform_keys(key_stack + s * self.keys, values, row, spectra)
-                for level in range(self.levels):
-                    for symbol in range(self.symbol_groups):
-                        for I in range(self.query_blocks):
-                            if not self.product_block(head, symbol, level, I, spectra, total, row):
-                                continue
-                            for g in range(self.groups):
-                                if self.symbol_groups == 1 or g == symbol:
-                                    grad = self.grad + ((head * self.groups + g) * self.columns + c) * self.rows
-                                    kernels.add(self.block, self.grad_weights[monomial],
-                                                self.gain_of(head, g, level, I), grad + I * self.block, row,
-                                                query_adjoint + g * stack + s * self.rows + I * self.block)
-                for g in range(self.groups):
-                    grad = self.grad + ((head * self.groups + g) * self.columns + c) * self.rows
-                    for level in range(self.levels):
-                        for I in range(self.query_blocks):
-                            kernels.weigh(self.block, self.gain_of(head, g, level, I),
-                                          query_stack + g * stack + s * self.rows + I * self.block,
-                                          grad + I * self.block, row)
-                            memset(row + self.block, 0, self.block * sizeof(double))
-                            self.fft.run_forward(row, grad_spectra + 2 * self.pitch * (
-                                (g * self.levels + level) * self.query_blocks + I))
-                for J in range(self.key_blocks):
-                    if not self.adjoint_block(head, J, grad_spectra, total, row):
-                        continue
-                    kernels.add(self.block, self.grad_weights[monomial], NULL, values + J * self.block, row,
-                                key_adjoint + s * self.keys + J * self.block)
-                    kernels.add(self.block, self.weights[monomial], NULL,
-                                key_stack + s * self.keys + J * self.block, row, dv + c * self.keys + J * self.block)
-                if self.correlations != NULL and self.weights[monomial] != 0:
-                    self.add_correlations(slot, self.weights[monomial], spectra, grad_spectra)
-        self.lower_degree(head, part, path, top, 1, key_stack, query_stack, key_adjoint, query_adjoint)
+    cdef void transform(self, double *halves) noexcept nogil:
+        self.fft.run_forward(halves)
+        self.fft.run_forward(halves + 2 * self.block)
 
-    cdef bint adjoint_block(self, ptrdiff_t head, ptrdiff_t J, const double *grad_spectra, double *total,
-                            double *row) noexcept nogil:
-        """The first b entries of row = block J of T^T times what grad_spectra are of, over all groups and levels."""
-        cdef ptrdiff_t g, level, I, block
-        cdef bint found = False
-        memset(total, 0, 2 * self.pitch * sizeof(double))
+    cdef void transform_keys(self, const double *keys, const double *values, double *spectra) noexcept nogil:
+        """The spectra of both columns times values, block by block."""
+        cdef ptrdiff_t J
+        cdef double *to
+        for J in range(self.key_blocks):
+            to = spectra + 2 * self.pitch * J
+            kernels.pack(self.block, NULL, keys + J * self.block, keys + self.keys + J * self.block,
+                         values + J * self.block, self.turn, to, to + 2 * self.block)
+            self.transform(to)
+
+    cdef void transform_grads(self, ptrdiff_t head, ptrdiff_t c, const double *queries,
+                              double *spectra) noexcept nogil:
+        """The spectra of both columns of queries times the gradient and the gain, by group, level and block."""
+        cdef ptrdiff_t g, level, I
+        cdef double *to
+        cdef const double *column
         for g in range(self.groups):
             for level in range(self.levels):
                 for I in range(self.query_blocks):
-                    block = I - J + self.key_blocks - 1
-                    if self.nonzero[level * self.blocks + block]:
-                        found = True
-                        kernels.correlate(
-                            self.block + 1, 1, self.spectrum(head, g, level, block),
-                            grad_spectra + 2 * self.pitch * ((g * self.levels + level) * self.query_blocks + I), total)
-        if found:
-            self.fft.run_inverse(total, row)
-        return found
+                    column = queries + 2 * g * self.rows + I * self.block
+                    to = spectra + 2 * self.pitch * ((g * self.levels + level) * self.query_blocks + I)
+                    kernels.pack(self.block, self.gain_of(head, g, level, I), column, column + self.rows,
+                                 self.grad_of(head, g, c) + I * self.block, self.turn, to, to + 2 * self.block)
+                    self.transform(to)
 
-    cdef void add_correlations(self, ptrdiff_t slot, double weight, const double *spectra,
-                               const double *grad_spectra) noexcept nogil:
-        cdef ptrdiff_t g, level, I, J, block, symbol
-        for g in range(self.groups):
-            symbol = slot * self.symbol_groups + (g if self.symbol_groups > 1 else 0)
-            for level in range(self.levels):
-                for I in range(self.query_blocks):
-                    for J in range(self.key_blocks):
-                        block = level * self.blocks + I - J + self.key_blocks - 1
-                        if self.nonzero[block]:
-                            kernels.correlate(
-                                self.block + 1, weight, spectra + 2 * self.pitch * J,
-                                grad_spectra + 2 * self.pitch * ((g * self.levels + level) * self.query_blocks + I),
-                                self.correlations + 2 * self.pitch * (symbol * self.levels * self.blocks + block))
+    cdef void mix(self, Terms terms, rc_mixing how, double factor, const double *x, const double *shared,
+                  double *z, double *rows) noexcept nogil:
+        kernels.mix(2 * self.block, self.pitch, terms.tiles, terms.start, terms.first, terms.second, terms.shared, how,
+                    factor, x, shared, z, rows)
 
-    cdef void lower_degree(self, ptrdiff_t head, ptrdiff_t part, const ptrdiff_t *path, ptrdiff_t top, ptrdiff_t bottom,
-                           double *key_stack, double *query_stack, double *key_adjoint,
-                           double *query_adjoint) noexcept nogil:
-        """What the monomials of degree top .. bottom on the path give dq, dk, and those of one degree less."""
-        cdef ptrdiff_t stack = (self.degree + 1) * self.rows, slot = part * self.heads + head
-        cdef ptrdiff_t s, g, variable, queries
-        for s in range(top, max(bottom, <ptrdiff_t>1) - 1, -1):
-            variable = self.variable[path[s]]
-            kernels.adjoint(self.keys, key_adjoint + s * self.keys, self.k + (head * self.d + variable) * self.keys,
-                            key_stack + (s - 1) * self.keys, self.dk + (slot * self.d + variable) * self.keys,
-                            key_adjoint + (s - 1) * self.keys)
-            memset(key_adjoint + s * self.keys, 0, self.keys * sizeof(double))
-            for g in range(self.groups):
-                queries = g * stack + s * self.rows
-                kernels.adjoint(self.rows, query_adjoint + queries, self.query_column(head, g, variable),
-                                query_stack + queries - self.rows,
-                                self.dq + ((slot * self.groups + g) * self.d + variable) * self.rows,
-                                query_adjoint + queries - self.rows)
-                memset(query_adjoint + queries, 0, self.rows * sizeof(double))
+    cdef double *invert(self, Terms terms, ptrdiff_t output, double *spectra) noexcept nogil:
+        """Even and odd halves in time of one output, in its place; NULL where that is 0."""
+        cdef double *halves = spectra + 2 * self.pitch * output
+        if not terms.nonzero[output]:
+            return NULL
+        self.fft.run_inverse(halves)
+        self.fft.run_inverse(halves + 2 * self.block)
+        return halves
+
+
+def _terms(nonzero, groups, symbol_groups, query_blocks, key_blocks):
+    """Which products make each output, for `mix`: T times keys, by symbol, level and query block; T^T times queries, by
+    key block; correlations, by symbol, level and block of T.
+    """
+    levels, blocks = nonzero.shape
+    # For each output, the row of x that goes with a shared one; the latter may come once for each group.
+    products = [{} for _ in range(symbol_groups * levels * query_blocks)]
+    adjoints = [{} for _ in range(key_blocks)]
+    correlated = [{} for _ in range(symbol_groups * levels * blocks)]
+    for level, I, J in np.ndindex(levels, query_blocks, key_blocks):
+        block = I - J + key_blocks - 1
+        if not nonzero[level, block]:
+            continue
+        for g in range(groups):
+            place = (g if symbol_groups > 1 else 0) * levels + level
+            symbol, query = place * blocks + block, (g * levels + level) * query_blocks + I
+            products[place * query_blocks + I][J, 0] = symbol
+            adjoints[J][query, 0] = symbol
+            correlated[symbol][J, g] = query
+    return [_tiles(lists) for lists in (products, adjoints, correlated)]
+
+
+def _tiles(outputs):
+    """(nonzero, start, first, second, shared) of a mapping for each output: two at a time, as `mix` takes them."""
+    start, rows = [0], []
+    for one, other in zip(outputs[::2], [*outputs[1::2], {}][: len(outputs[::2])]):
+        both = [key for key in one if key in other]
+        for part in (
+            [(one[key], other[key], key[0]) for key in both],
+            [(one[key], 0, key[0]) for key in one if key not in other],
+            [(other[key], 0, key[0]) for key in other if key not in one],
+        ):
+            rows += part
+            start.append(len(rows))
+    first, second, shared = np.array(rows, np.intp).reshape(-1, 3).T.copy()
+    return np.array([bool(found) for found in outputs]), np.array(start, np.intp), first, second, shared
