@@ -376,7 +376,8 @@ class Sample:
         return int(np.count_nonzero(self._every > B))
 
     def risk(self, problem: Problem, scores: Scores, inverse: np.ndarray, ranks: Any = Alone) -> np.ndarray:
-        """What the certificates of rows grow with, about: far keys times their second moment by the denominator.
+        """What errors of rows grow with, about: the root of their far keys, for errors of both signs add up, times the
+        second moment by the denominator.
 
         (H, G, n). inf where the denominator is not positive though the row sees keys.
         """
@@ -396,7 +397,7 @@ class Sample:
             far = sum(length for length, _ in before) + far_keys(problem)
             seen = kept[:, np.clip(ends, 0, n_k)] + sum((count for _, count in before), np.zeros(H, int))[:, None]
             sees = seen[:, None] > 0
-        return np.where(inverse > 0, far * second * inverse, np.where(sees, np.inf, 0.0))
+        return np.where(inverse > 0, np.sqrt(far) * second * inverse, np.where(sees, np.inf, 0.0))
 
     def _tail(self, k: int) -> float:
         """max_i m_k(i) / m_2(i)^(k/2) over a few rows and keys."""
