@@ -476,7 +476,8 @@ class Sample:
         if count > _FEW * total and share > _FEW:
             return None
         truncation = (float(np.max(errors, where=~(long | others), initial=0.0)) for errors in (expected, of_gradient))
-        return float(share), math.ceil(count + total / 512) + 8, *truncation
+        # Where too many fail, all is done again: room for what a sample misses, above all first rows of causal problems.
+        return float(share), math.ceil(count + total / 256) + TILE, *truncation
 
     def cuts(self, bound: float) -> list[float]:
         """Bounds of the rows that may be kept: `bound`, and lower ones that leave out 1, 2, 4, ... sampled rows."""
