@@ -476,7 +476,7 @@ class Sample:
         if count > _FEW * total and share > _FEW:
             return None
         truncation = (float(np.max(errors, where=~(long | others), initial=0.0)) for errors in (expected, of_gradient))
-        # Where too many fail, all is done again: room for what a sample misses, above all first rows of causal problems.
+        # Where too many fail, all is done again: room for what a sample misses, above all the first rows where causal.
         return float(share), math.ceil(count + total / 256) + TILE, *truncation
 
     def cuts(self, bound: float) -> list[float]:
