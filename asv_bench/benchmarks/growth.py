@@ -29,7 +29,7 @@ class Exponent:
     def track_exponent(self, which):
         make = inputs.forward if which == "forward" else inputs.forward_and_backward
         x = [math.log(n) for n in self.lengths]
-        y = [math.log(seconds(make("polynomial", n, 8, True))) for n in self.lengths]
+        y = [math.log(seconds(make("polynomial", n, 8, True), 3 if n < 2**18 else 1)) for n in self.lengths]
         return statistics.linear_regression(x, y).slope
 
 
@@ -40,9 +40,12 @@ class Crossover:
     param_names = ("d", "causal")
     timeout = 300
 
+    def setup(self, d, causal):
+        inputs.forward("sdpa", 64, d, causal)()
+
     def track_crossover(self, d, causal):
         found = 128
         for n in (2**k for k in range(7, 14)):
-            if seconds(inputs.forward("auto", n, d, causal), 9) > seconds(inputs.forward("sdpa", n, d, causal), 9):
+            if seconds(inputs.forward("auto", n, d, causal), 5) > seconds(inputs.forward("sdpa", n, d, causal), 5):
                 found = 2 * n
         return found
