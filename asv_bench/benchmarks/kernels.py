@@ -32,36 +32,50 @@ def share(run, operations):
     return statistics.median(found)
 
 
-class Polynomial:
-    """Products of features alone are counted: 4 n F (d + 1) forward; backward those of the features that it has."""
+def options(degree, causal):
+    """Of a call, of one thread."""
+    return {"causal": causal, "eps": EPS, "method": "polynomial", "degree": degree, "threads": 1}
+
+
+def length(d, F):
+    """Tokens that make the work."""
+    return max(4096, min(1 << 17, int(WORK / (F * (d + 1)))))
+
+
+class Forward:
+    """Products of features alone are counted: 4 n F (d + 1)."""
 
     params = (((8, 4), (16, 3), (16, 4), (32, 3), (64, 2), (128, 2)), (False, True))
     param_names = ("(d, degree)", "causal")
-    timeout = 300
 
     def setup(self, shape, causal):
         peak.rate()
 
-    def track_forward(self, shape, causal):
+    def track_share(self, shape, causal):
         d, degree = shape
-        n = self._length(d, 4 * features(d, degree))
+        n = length(d, 4 * features(d, degree))
         Q, K, V, _ = inputs.arrays(n, d)
-        how = {"causal": causal, "eps": EPS, "method": "polynomial", "degree": degree, "threads": 1}
+        how = options(degree, causal)
         return share(lambda: ropecy.attention(Q, K, V, **how), 4.0 * n * features(d, degree) * (d + 1))
 
-    def track_backward(self, shape, causal):
-        d, degree = shape
-        n = self._length(d, 12 * features(d, degree))
-        Q, K, V, dO = inputs.arrays(n, d)
-        how = {"causal": causal, "eps": EPS, "method": "polynomial", "degree": degree, "threads": 1}
-        _, vjp = ropecy.attention_vjp(Q, K, V, **how)
-        top = vjp(dO).certificate.degree
-        # dphi(q), dphi(k), dS and dv.
-        F = 2 * features(d, top) + features(d, max(top, degree)) + features(d, degree)
-        return share(lambda: vjp(dO), 2.0 * n * F * (d + 1))
 
-    def _length(self, d, F):
-        return max(4096, min(1 << 17, int(WORK / (F * (d + 1)))))
+class Backward:
+    """Those of dphi(q), dphi(k), dS and dv, of the features that backward has: one degree more."""
+
+    params = (((8, 3), (16, 2), (16, 3), (32, 2)), (False, True))
+    param_names = ("(d, degree)", "causal")
+
+    def setup(self, shape, causal):
+        peak.rate()
+
+    def track_share(self, shape, causal):
+        d, degree = shape
+        F = 3 * features(d, degree + 1) + features(d, degree)
+        n = length(d, 2 * F)
+        Q, K, V, dO = inputs.arrays(n, d)
+        _, vjp = ropecy.attention_vjp(Q, K, V, **options(degree, causal))
+        assert vjp(dO).certificate.degree == degree + 1
+        return share(lambda: vjp(dO), 2.0 * n * F * (d + 1))
 
 
 class Exact:
