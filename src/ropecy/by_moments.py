@@ -18,14 +18,13 @@ from .schedule import Choice
 MOST = 6
 # What looking may cost, as a part of what is at hand without.
 _LOOK = 0.16
+# How many times longer than the longest row that is kept another may be, where there is a backward pass.
 _LONGEST = 1e4
 
 
 def may_serve(
     problem: Problem,
     scores: Scores,
-    values: Values,
-    eps: float,
     method: str,
     degree: int | None,
     grad: bool,
@@ -71,7 +70,7 @@ def choose(
 
     Of a problem in pieces the sample is given, and there are no fourth moments.
     """
-    if not may_serve(problem, scores, values, eps, method, degree, grad, exact, worst):
+    if not may_serve(problem, scores, method, degree, grad, exact, worst):
         return None
     sample = pieces or moments.Sample(problem, scores, values)
     # Features of a query that is longer than this would overflow in backward, where it counts 0 times.
@@ -93,11 +92,10 @@ def choose(
                 fourth = fourth or moments.fourth_moments(problem, scores, seed)
                 h = sample.radius(problem, sample.fits(g, kappa), order, fourth)
             for B in cuts:
+                if grad:
+                    h = sample.radius(problem, sample.fits(g, kappa, B), order)
                 for p, r in _weights(poly.B_grid(B), g, kappa, grad):
-                    h_r = None
-                    if grad:
-                        h = sample.radius(problem, sample.fits(g, kappa, B), order)
-                        h_r = r.radius[0] * sample.mean(problem, order)
+                    h_r = r.radius[0] * sample.mean(problem, order) if grad else None
                     work = polynomial_work(problem, g, grad, r.degree + 1 if grad else None) + extra
                     kept = sample.kept(problem, values, eps, B, h, h_r) if work.nominal < limit else None
                     if kept is None:

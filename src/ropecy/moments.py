@@ -353,6 +353,8 @@ class Sample:
         off = np.abs(values.mean - values.middle)
         self.share = 0.5 + float(np.divide(off, spread, out=np.zeros_like(off), where=spread > 0).max(initial=0))
         self._tails: dict[int, float] = {}
+        self._means: dict[int, np.ndarray] = {}
+        self._seen: tuple[np.ndarray, np.ndarray] | None = None
 
     @staticmethod
     def _some_keys(problem: Problem, scores: Scores, step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -425,9 +427,18 @@ class Sample:
 
     def mean(self, problem: Problem, order: int) -> np.ndarray:
         """About the sum of scores to the power `order` by the denominator, of sampled rows."""
-        far, seen = far_keys(problem)[self._row], np.maximum(seen_keys(problem)[self._row], 1)
-        with np.errstate(over="ignore"):
-            return far / seen * self._tail(order) * self.second ** (order // 2) * np.exp(-self.first)
+        if order not in self._means:
+            far, seen = self._keys_of(problem)
+            with np.errstate(over="ignore"):
+                mean = far / np.maximum(seen, 1) * self._tail(order) * self.second ** (order // 2)
+                self._means[order] = mean * np.exp(-self.first)
+        return self._means[order]
+
+    def _keys_of(self, problem: Problem) -> tuple[np.ndarray, np.ndarray]:
+        """How many keys sampled rows see by polynomial, and how many in all."""
+        if self._seen is None:
+            self._seen = far_keys(problem)[self._row], seen_keys(problem)[self._row]
+        return self._seen
 
     def radius(self, problem: Problem, fits: RowFits, order: int, fourth: Fourth | None = None) -> np.ndarray:
         """About a sampled row's sum of radii by its denominator; fourth None stands for Gaussian scores."""
@@ -438,7 +449,7 @@ class Sample:
             if np.any(b > 0):
                 m4 = 3 * self.second**2
                 if fourth is not None:
-                    far = far_keys(problem)[self._row]
+                    far, _ = self._keys_of(problem)
                     largest = fourth.largest[self._head, np.searchsorted(fourth.stops, far)]
                     m4 = self.second**2 + fits.sizes**4 * largest / np.maximum(far, 1)
                 h = np.fmin(h, (fits.of_rows(lambda p: p.radius[0]) + b * m4 / self.second) * mean)
@@ -455,8 +466,8 @@ class Sample:
         """Where rows within B are kept: the part of all exact work that the others are, how many of these there may be,
         and the truncation of the kept and of their gradient. None where others are too many.
 
-        Rows fail that are past the bound, of which all are known, and rows whose truncation is past what rounding
-        leaves of eps, for which the sample speaks, whose radii are h and in backward h_r.
+        Rows fail that are past the bound, of which all are known but over ranks, and rows whose truncation is past what
+        rounding leaves of eps, for which the sample speaks, whose radii are h and in backward h_r.
         """
         G, n = problem.q.shape[1:3]
         grad, total = h_r is not None, self.n_rows
@@ -466,7 +477,7 @@ class Sample:
         long = self.sizes > B
         others = ~(long | ((expected <= allowed) & (of_gradient <= 2 * allowed)))
         pairs = max(1.0, len(problem.k) * G * exact_engine.pairs(problem))
-        work = self.weight * seen_keys(problem)[self._row] / pairs
+        work = self.weight * self._keys_of(problem)[1] / pairs
         if problem.hi is not None:
             # A row that fails alone costs a tile.
             rows = np.pad(long | others, 1)

@@ -522,7 +522,7 @@ def wants_sample(
         return True
     worst, _ = _by_worst_case(problem, scores, values, eps, degree, grad)
     at_hand = exact_work(problem, grad), worst
-    return by_moments.may_serve(problem, scores, values, eps, method, degree, grad, *at_hand)
+    return by_moments.may_serve(problem, scores, method, degree, grad, *at_hand)
 
 
 def _bounds(problem: Problem, measured: Measured | None, centre: bool = True) -> tuple[Scores, Values]:

@@ -15,18 +15,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from ..bounds import Scores
 from ..costs import Work, exact_work
+from ..kernels import _rows
+from ..moments import TILE
 from ..problem import Problem
 from . import exact
 
-# Seconds that a call of the exact engine costs beside its pairs, and rows of its tiles.
+# Seconds that a call of the exact engine costs beside its pairs.
 _CALL = 8e-5
-_TILE = 48
 # At most this part of the rows may be long.
 _FEW = 1 / 32
 
@@ -72,17 +74,22 @@ class Norms:
     def __init__(self, problem: Problem, scores: Scores) -> None:
         H, _, _, d = problem.q.shape
         k = problem.k if scores.centre is None else problem.k - scores.centre[:, None]
-        self._queries = _norms(problem.q.reshape(H, -1, d)) * problem.q.dtype.type(abs(scores.q_factor))
-        self._keys = _norms(k) * problem.q.dtype.type(scores.k_factor)
+        self._queries = _rows.norms(problem.q.reshape(H, -1, d), np.full(H, abs(scores.q_factor)), problem.threads)
+        self._keys = _rows.norms(k, np.full(H, scores.k_factor), problem.threads)
         if problem.key_mask is not None:
             self._keys *= problem.key_mask
         self._longest = _longest(self._queries), _longest(self._keys)
-        self._problem = problem
+        self._problem, self._centred, self._k_factor = problem, k, scores.k_factor
+
+    @cached_property
+    def _spread(self) -> np.ndarray:
+        """The largest mean square of a direction of the keys that are left when most are taken out, (H,)."""
+        k, mask = self._centred, self._problem.key_mask
         kept = self._keys <= self._longest[1][:, -1:]
-        kept &= True if problem.key_mask is None else problem.key_mask
-        y = k * (kept[..., None] * problem.k.dtype.type(scores.k_factor))
+        kept &= True if mask is None else mask
+        y = k * (kept[..., None] * k.dtype.type(self._k_factor))
         second = (y.swapaxes(1, 2) @ y) / np.maximum(np.count_nonzero(kept, axis=1), 1)[:, None, None]
-        self._spread = np.linalg.eigvalsh(second.astype(np.float64))[:, -1]
+        return np.linalg.eigvalsh(second.astype(np.float64))[:, -1]
 
     def candidates(self) -> Iterator[tuple[int, int, float, float]]:
         """How many queries and how many keys of a slot to take out, the bound B of the other scores, and about the
@@ -119,10 +126,6 @@ class Norms:
         return Split(rest, keys, rows)
 
 
-def _norms(X: np.ndarray) -> np.ndarray:
-    return np.sqrt(np.einsum("hid,hid->hi", X, X))
-
-
 def _longest(norms: np.ndarray) -> np.ndarray:
     """The largest in falling order, one more than may be taken out."""
     count = min(int(norms.shape[1] * _FEW) + 1, norms.shape[1])
@@ -149,7 +152,7 @@ def work(problem: Problem, n_rows: int, n_keys: int, grad: bool) -> Work:
     n_k = problem.k.shape[1]
     whole, causal = exact_work(replace(problem, hi=None), grad), problem.hi is not None
     # A row of a causal problem costs a tile, and rows see the long keys before them by calls of their own.
-    rows = n_rows * (_TILE if causal else 1) / (G * n)
+    rows = n_rows * (TILE if causal else 1) / (G * n)
     calls = H * ((n_keys if causal else 1) * (n_keys > 0) + (n_rows if causal else G) * (n_rows > 0))
     return whole.times(rows + n_keys / n_k) + Work(calls * _CALL * (3 if grad else 1))
 
