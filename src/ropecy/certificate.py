@@ -50,11 +50,12 @@ class Certificate:
     -----
     Of a result O, ``|O_ic - Attn_ic| <= truncation range_j(V_jc) + rounding max_c range_j(V_jc)``, the maximum over
     all heads too. Of gradients, with e = error, omega_i the range over j of <dO_i, V_j>, P the softmax weights,
-    zeta = 2 e / (1 - e) and c = abs(scale): dQ_i is within ``c artanh(e) / 4 omega_i diam(K)``, dK_j within
-    ``c zeta sum_i P_ij omega_i ||Q_i||``, and dV_jc within ``zeta sum_i P_ij |dO_ic|``. By moments diam(K) is twice the
-    largest ``||K_j - mean of K||`` (or ``||K_j||``, if that is less), and what is said of dK and dV holds of the sum
-    over j: with ddX for what dX is off by, ``sum_j ||ddK_j|| <= c zeta sum_i omega_i ||Q_i||`` and ``sum_j |ddV_jc| <=
-    zeta sum_i |dO_ic|``. Of the projection of X, ``||ddW||_F <= sum_i ||X_i|| ||ddY_i||``, Y = X W.
+    zeta = 2 e / (1 - e) and c = abs(scale): dQ_i is within ``c artanh(e) / 4 omega_i diam(K)``, dK_j within ``c
+    zeta sum_i P_ij omega_i ||Q_i||``, and dV_jc within ``zeta sum_i P_ij |dO_ic|``. By moments diam(K) is twice the
+    largest ``||K_j - mean||``, the mean being that of the keys that are not computed exactly (or twice the largest
+    ``||K_j||``, if that bounds scores better), and what is said of dK and dV holds of the sum over j: with ddX for
+    what dX is off by, ``sum_j ||ddK_j|| <= c zeta sum_i omega_i ||Q_i||`` and ``sum_j |ddV_jc| <= zeta sum_i
+    |dO_ic|``. Of the projection of X, ``||ddW||_F <= sum_i ||X_i|| ||ddY_i||``, Y = X W.
     """
 
     engine: str
