@@ -151,6 +151,17 @@ def test_sampled_degrees_are_small_and_their_error_within_eps_in_all_rows(causal
     assert evidence.error <= certificate.error
 
 
+def test_rows_at_risk_are_the_first_with_far_keys_where_causal(rng):
+    Q, K, V = unit(rng, 6000, 64, np.float64)
+    options = {"causal": True, "certify": "sample", "method": "polynomial", "degree": 2, "return_certificate": True}
+    exact = ropecy.attention(Q, K, V, causal=True, method="exact")
+    low, high = np.minimum.accumulate(V), np.maximum.accumulate(V)
+    for seed in range(4):
+        O, certificate = ropecy.attention(Q, K, V, seed=seed, **options)
+        error = np.abs(O - exact)[1:] / (high - low)[1:]
+        assert certificate.truncation == pytest.approx(2 * error.max(), rel=1e-9)
+
+
 def test_sampled_certificate_is_twice_the_error_of_its_rows(rng):
     Q, K, V = unit(rng, 230, 8, np.float64)  # fewer rows than are drawn: all of them
     O, certificate = ropecy.attention(

@@ -13,10 +13,10 @@ from ropecy import moments
 from ropecy import polynomial as poly
 from ropecy.bounds import measure, measure_values
 from ropecy.engines import polynomial as engine
+from ropecy.plan import make_plan
 from ropecy.problem import prepare_for
 
 HOW = {"eps": 0.05, "certify": "proof", "method": "polynomial", "degree": None, "seed": None, "grad": True}
-make_plan = ropecy.plan.__globals__["make_plan"]  # the function hides the module
 
 
 def weights(B, degree, lower):
@@ -197,7 +197,6 @@ def test_a_lower_degree_than_the_worst_case(causal, dtype, rng):
 def test_rows_that_fail_are_exact(causal, offset, rng):
     case, dO = make(rng, offset=offset), rng.standard_normal((1, 1500, 3))
     rows = rng.choice(np.arange(600, 1500), 4, replace=False)
-    # Toward the keys' own spread, as long as the others.
     options = {"method": "polynomial", "eps": 0.05, "causal": causal}
     plan = ropecy.plan(**case, **options, grad=True)
     assert plan.gradient_certificate.rule == "moments"
