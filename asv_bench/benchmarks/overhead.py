@@ -23,7 +23,7 @@ class Small:
 
 
 class Plan:
-    """Validation, rotation, bounds and planning, without attention."""
+    """Validation, rotation, bounds, planning, and what a plan explains: the other engines, and advice."""
 
     params = ((8, 64), (4096, 65536))
     param_names = ("d", "n")
