@@ -347,7 +347,7 @@ def test_samples_over_pieces():
         case = judged_case(rng, causal)
         for how, same in (("unequal", True), ("empty first", False), ("empty last", False)):
             certificate, _ = within_certificate(case, how, same, "sampled", **options)
-            assert (certificate.degree, certificate.n_sampled) == (2, 240)
+            assert (certificate.degree, certificate.n_sampled) == (2, 192)
     own, _ = piece(case, "unequal")
     raises(ropecy.BoundedEntryError, "sampled rows", ropecy.mpi.attention, **own, **{**options, "eps": 1e-5})
     # The rows drawn are those that one process would draw.

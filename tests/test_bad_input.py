@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import ropecy
+from ropecy import _validate
 
 N, N_K, D, D_V = 6, 5, 4, 3
 EITHER = (TypeError, ValueError)
@@ -304,3 +305,16 @@ def test_empty_matrix():
     assert A.shape == (N, 0)
     np.testing.assert_array_equal(A.D, 0.0)
     np.testing.assert_array_equal(A @ np.zeros((0, 2)), np.zeros((N, 2)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("count", [1, 3, 16, 67])
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
+def test_one_bad_number_among_many_is_found(dtype, count, bad):
+    """Wherever it stands, in a vector or past the last whole one."""
+    for place in range(count):
+        X = np.linspace(-3, 2, count).reshape(count, 1).astype(dtype)
+        assert _validate.check_finite("X", X) == 3.0
+        X[place] = bad
+        with pytest.raises(ValueError, match=rf"X: got -?(NaN|Inf) at index \({place}, 0\)"):
+            _validate.check_finite("X", X)

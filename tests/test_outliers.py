@@ -8,7 +8,7 @@ import cases
 import numpy as np
 import oracle
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import ropecy
@@ -242,6 +242,8 @@ def test_what_is_offered_is_what_is_left(rng):
     dtype=st.sampled_from([np.float32, np.float64]),
     eps=st.sampled_from([1e-2, 1e-3]),
 )
+# The cheapest way to split that rests on an expected degree, which is then not certified.
+@example(seed=7510, n=301, n_k=358, long=11.0, causal=False, masked=False, dtype=np.float32, eps=1e-3)
 def test_no_certificate_is_exceeded(ours, seed, n, n_k, long, causal, masked, dtype, eps):
     rng = np.random.default_rng(seed)
     offset = float(rng.integers(0, 2))

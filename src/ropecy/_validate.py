@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from .kernels import _rows
 from .relative import RelativeBias, RelativeFamily
 from .rotary import Rotary
 
@@ -241,9 +242,12 @@ def check_finite(name: str, X: np.ndarray) -> float:
     """max |X|, 0 for an empty X; NaN and Inf are refused, saying where the first one is."""
     if X.size == 0:
         return 0.0
-    # Two passes and no temporary array; NaN goes through max and min.
-    with np.errstate(invalid="ignore"):
-        largest = max(float(X.max()), -float(X.min()))
+    if X.dtype in (np.float32, np.float64) and X.flags.forc and X.flags.aligned:
+        largest = _rows.largest(X)
+    else:
+        # Two passes and no temporary array; NaN goes through max and min.
+        with np.errstate(invalid="ignore"):
+            largest = max(float(X.max()), -float(X.min()))
     if not math.isfinite(largest):
         index = tuple(int(a) for a in np.argwhere(~np.isfinite(X))[0])
         got = "NaN" if np.isnan(X[index]) else "Inf" if X[index] > 0 else "-Inf"
@@ -291,7 +295,7 @@ def _integer(name: str, value: Any, least: int | None = None) -> int:
 def _real(name: str, value: Any) -> float:
     if isinstance(value, np.ndarray) and value.ndim == 0:
         value = value[()]
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (numbers.Real, np.floating)):
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (float, numbers.Real, np.floating)):
         raise TypeError(f"{name}: got {_kind(value)}, wants a real number")
     try:
         number = float(value)
@@ -410,8 +414,11 @@ def _lead(shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
             raise ValueError(
                 f"{name}: got {own[name]} heads (shape {shapes[name]}), wants a divisor of the {heads} heads of Q"
             )
+    batches = {lead[:-1] for lead in leads.values()}
+    if len(batches) == 1:
+        return batches.pop() + (heads,)
     try:
-        return np.broadcast_shapes(*(lead[:-1] for lead in leads.values())) + (heads,)
+        return np.broadcast_shapes(*batches) + (heads,)
     except ValueError:
         raise ValueError(
             f"Q, K, V: got leading axes {leads['Q']}, {leads['K']} and {leads['V']}, wants axes that broadcast"

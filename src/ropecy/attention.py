@@ -261,24 +261,32 @@ class Evaluation:
         if problem.empty:
             self.o = np.zeros(problem.q.shape[:3] + problem.v.shape[2:], problem.q.dtype)
             lse = np.full(problem.q.shape[:3], -np.inf) if want_lse else None
-            self.certificate = self.gradient_certificate = nothing_to_do()
         else:
             self._plan = make_plan(problem, **call.how, grad=grad)
             near = grad and problem.near is not None
             self._forward = self._plan.forward(problem, want_lse=want_lse or near)
             self.o, lse = self._forward.o, self._forward.lse
-            self.certificate = self._certificate(self._forward.certificate)
-            self.gradient_certificate = self._forward.gradient_certificate
-            if grad and self.gradient_certificate.rows_truncation is not None:
-                self.gradient_certificate = self._certificate(self.gradient_certificate)
         self.lse = call.lse_to_user(lse) if want_lse else None
 
-    def _certificate(self, certificate: Certificate) -> Certificate:
-        """With rows_truncation in the user's shape."""
-        rows = certificate.rows_truncation
+    @property
+    def certificate(self) -> Certificate:
+        """Of O, with rows_truncation in the user's shape."""
+        if self._forward is None:
+            return nothing_to_do()
+        rows = self._forward.certificate.rows_truncation
         if rows is None:
-            rows = np.full(self._forward.o.shape[:3], certificate.truncation)
-        return replace(certificate, rows_truncation=self.call.lse_to_user(rows))
+            rows = np.full(self._forward.o.shape[:3], self._forward.certificate.truncation)
+        return replace(self._forward.certificate, rows_truncation=self.call.lse_to_user(rows))
+
+    @property
+    def gradient_certificate(self) -> Certificate:
+        """Of gradients, with rows_truncation in the user's shape where there is one."""
+        if self._forward is None:
+            return nothing_to_do()
+        certificate = self._forward.gradient_certificate
+        if certificate.rows_truncation is None:
+            return certificate
+        return replace(certificate, rows_truncation=self.call.lse_to_user(certificate.rows_truncation))
 
     def gradients(self, dO: np.ndarray, largest: float) -> dict[str, np.ndarray]:
         """{"dQ": ..., ...} for dO in the shape of O, max |dO| = largest."""

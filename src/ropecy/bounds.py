@@ -145,16 +145,19 @@ def measure_values(problem: Problem, ranks: Any = Alone) -> Values:
     v = problem.v
     total, low, high = _rows.columns(v, problem.key_mask, problem.threads)
     total, low, high = ranks.total(total), -ranks.largest(-low), ranks.largest(high)
-    empty = low > high
-    low[empty], high[empty] = 0, 0
-    middle = (0.5 * low + 0.5 * high).astype(v.dtype)
-    spread = float((0.5 * high - 0.5 * low).max())
-    largest = float(np.maximum(np.abs(low), np.abs(high)).max())
+    if (empty := low > high).any():
+        low[empty], high[empty] = 0, 0
+    half_low, half_high = 0.5 * low, 0.5 * high
+    middle = half_low + half_high
+    spread = float((half_high - half_low).max())
+    largest = max(float(high.max()), -float(low.min()))
     mean = total / kept_keys(problem, ranks)[:, None]
-    crowded = (np.abs(mean - middle) > 0.45 * (high - low)) & (problem.hi is not None and ranks is Alone)
-    if crowded.any():
-        middle = np.where(crowded, medians(problem).astype(v.dtype), middle)
-    return Values(middle, 0.5 * largest / spread if spread else 1.0, low, high, mean, bool(crowded.any()))
+    far = False
+    if problem.hi is not None and ranks is Alone:
+        crowded = np.abs(mean - middle) > 0.45 * (high - low)
+        if far := bool(crowded.any()):
+            middle = np.where(crowded, medians(problem).astype(v.dtype), middle)
+    return Values(middle, 0.5 * largest / spread if spread else 1.0, low, high, mean, far)
 
 
 def range_elsewhere(problem: Problem, ranks: Any = Alone) -> tuple[np.ndarray, np.ndarray]:

@@ -163,7 +163,7 @@ def row_errors(
     H, G, n = problem.q.shape[:3]
     marked = np.zeros(H * G * n, bool)
     marked[chosen] = True
-    exact = np.zeros_like(o)
+    exact = np.zeros(o.shape, o.dtype)  # by calloc: most rows are never touched
     if ranks is not Alone or not problem.empty:
         ring.forward_rows(problem, bound, marked.reshape(H, G, n), exact, None, ranks)
     elsewhere = range_elsewhere(problem, ranks)

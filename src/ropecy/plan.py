@@ -41,9 +41,11 @@ _MINUTE = 60.0
 # Seconds of exact work, as `costs` knows them, below which auto does not ask what transforms would cost.
 _WORTH_ASKING = 0.02
 # Rows that judge a degree by their error: whole tiles.
-_SAMPLED_ROWS = 240
+_SAMPLED_ROWS = 192
 # What looking for outliers may cost, as a part of what is at hand without.
 _LOOK_FOR_OUTLIERS = 0.04
+# How many ways to split them off are tried, the cheapest first.
+_OFFERS = 3
 
 
 def plan(
@@ -343,36 +345,45 @@ def _beside_outliers(problem: Problem, scores: Scores, values: Values, most: flo
     `most` seconds.
     """
     eps, degree, grad = how["eps"], how["degree"], how["grad"]
-    exact = exact_work(problem, grad)
     # Where nothing else is left, a look is worth it. Without a bound, work is too small or scores are too large.
-    if (most < math.inf and norms_work(problem).nominal > _LOOK_FOR_OUTLIERS * most) or scores.bound == math.inf:
+    if scores.bound == math.inf or (most < math.inf and norms_work(problem).nominal > _LOOK_FOR_OUTLIERS * most):
         return None
-    norms = outliers.Norms(problem, scores)
-    best, chosen = most, None
+    norms, offers = outliers.Norms(problem, scores), []
     for n_rows, n_keys, B, square in norms.candidates():
         extra = outliers.work(problem, n_rows, n_keys, grad)
-        if extra.nominal >= best or not (n_rows or n_keys):
+        if extra.nominal >= most or not (n_rows or n_keys):
             continue
         g = _expected_degree(problem, values, B, None if how["each_weight"] else square, eps / 4 if grad else eps)
         if g is None or g > (degree or g):
             continue
         total = extra + polynomial_work(problem, degree or g, grad)
-        if total.nominal < best:
-            best, chosen = total.nominal, (n_rows, n_keys)
-    if chosen is None:
-        return None
-    split = norms.split(*chosen)
+        if total.nominal < most:
+            offers.append((total.nominal, n_rows, n_keys))
+    # Degrees are expected, not certified. Where nothing else is left, every offer is worth a try.
+    for _, *counts in sorted(offers)[: _OFFERS if most < math.inf else None]:
+        made = _beside(problem, norms.split(*counts), counts, scores, values, most, **how)
+        if made is not None:
+            return made
+    return None
+
+
+def _beside(
+    problem: Problem, split: outliers.Split, counts: list[int], scores: Scores, values: Values, most: float, **how: Any
+) -> Plan | None:
+    """That of these long queries and keys exactly and the rest by a polynomial."""
+    eps, grad = how["eps"], how["grad"]
     try:
         rest = _at_once(split.rest, **how)
     except BoundedEntryError:
         return None
     if rest.engine != "polynomial":
         return None
-    works = {"exact": exact, "polynomial": rest._choice.work + outliers.work(problem, *chosen, grad)}
+    exact = exact_work(problem, grad)
+    works = {"exact": exact, "polynomial": rest._choice.work + outliers.work(problem, *counts, grad)}
     if works["polynomial"].nominal >= most:
         return None
     sizes = {"exact": rest.bytes["exact"]}
-    sizes["polynomial"] = rest.bytes["polynomial"] + outliers.memory(problem, *chosen, grad)
+    sizes["polynomial"] = rest.bytes["polynomial"] + outliers.memory(problem, *counts, grad)
     rounding = max(rest.certificate.rounding, exact_rounding(problem, scores.plain, values))
     if rest.certificate.truncation + rounding > eps:
         return None
@@ -532,7 +543,7 @@ def _bounds(problem: Problem, measured: Measured | None, centre: bool = True) ->
 
 
 def _plan(problem, engine, scores, values, certificate, grad, reason, works, sizes, eps) -> Plan:
-    shape = (*problem.q.shape, problem.k.shape[1], problem.v.shape[2], problem.q.dtype.name)
+    shape = (*problem.q.shape, problem.k.shape[1], problem.v.shape[2], problem.q.dtype)
     gradient = replace(certificate, rounding=4 * certificate.rounding) if grad else None
     return Plan(engine, certificate, gradient, reason, {}, sizes, shape, eps, scores, values, None, None, works)
 

@@ -177,9 +177,10 @@ class _Rows:
 
     def slots(self) -> np.ndarray:
         """(batch * heads, rows, width), C-contiguous; the user's own memory where nothing has to be done."""
-        with np.errstate(all="ignore"):
-            X = reduce(np.matmul, self.factors.values())
+        X = next(iter(self.factors.values()))
         if len(self.factors) > 1:
+            with np.errstate(all="ignore"):
+                X = reduce(np.matmul, self.factors.values())
             _validate.check_finite(" @ ".join(self.factors), X)
         self.shape = X.shape
         if self.positions is None:
@@ -375,8 +376,10 @@ class Call:
         return a.bias._gradient(dsymbol, first, far)
 
     def _cast(self, X: np.ndarray) -> np.ndarray:
+        if X.dtype == self.dtype:
+            return X
         with np.errstate(over="ignore"):
-            return X.astype(self.dtype, copy=False)
+            return X.astype(self.dtype)
 
 
 def check(
@@ -489,9 +492,10 @@ def _masked(X: np.ndarray, key_mask: np.ndarray | None) -> np.ndarray:
 def _spread(X: np.ndarray, batch: tuple[int, ...], heads: int) -> np.ndarray:
     """(..., h, a, b) to (batch * heads, a, b): each of the h heads serves heads // h consecutive ones."""
     tail = X.shape[-2:]
-    own = _head_count(X, 2)
-    X = X.reshape(X.shape[:-3] + (own, 1) + tail)
-    X = np.broadcast_to(X, batch + (own, heads // max(own, 1)) + tail)
+    if X.shape[:-2] != batch + (heads,):
+        own = _head_count(X, 2)
+        X = X.reshape(X.shape[:-3] + (own, 1) + tail)
+        X = np.broadcast_to(X, batch + (own, heads // max(own, 1)) + tail)
     return X.reshape((math.prod(batch) * heads,) + tail)
 
 

@@ -186,12 +186,19 @@ class Rotary:
         """
         if self.length is not None:
             length = self.length
-        rule = _RULES["default" if self.scaling is None else self.scaling["rope_type"]]
-        with np.errstate(all="ignore"):
-            theta, factor = rule(self.scaling or {}, np.float64(self.base), self.rotary_dim, length)
-        if not (np.isfinite(theta).all() and math.isfinite(factor) and factor > 0):
-            raise ValueError(f"scaling: got {self!r}, wants what gives finite frequencies and attention factor")
-        return theta, factor
+        return _frequencies_of(self, length)
+
+
+@lru_cache(maxsize=32)
+def _frequencies_of(R: Rotary, length: int) -> tuple[NDArray[np.float64], float]:
+    """`Rotary._frequencies`, which calls of one length share."""
+    rule = _RULES["default" if R.scaling is None else R.scaling["rope_type"]]
+    with np.errstate(all="ignore"):
+        theta, factor = rule(R.scaling or {}, np.float64(R.base), R.rotary_dim, length)
+    if not (np.isfinite(theta).all() and math.isfinite(factor) and factor > 0):
+        raise ValueError(f"scaling: got {R!r}, wants what gives finite frequencies and attention factor")
+    theta.flags.writeable = False
+    return theta, factor
 
 
 def rotate_rows(
@@ -249,13 +256,16 @@ def rotate_rows(
         coarse = _coarse_table(blocks, theta.tobytes(), factor)
     else:
         coarse = _table(blocks * _rotary.FINE, theta) * factor
-    rows = np.broadcast_to(positions, X.shape[:-1])
+    lead = X.shape[:-2]
+    strides = (0,) * len(lead) + positions.strides
+    if positions.shape != X.shape[-2:-1]:
+        strides = np.broadcast_to(positions, X.shape[:-1]).strides
     _rotary.rotate(
         X,
-        _offsets(X.shape[:-2], X.strides[:-2], X.itemsize),
+        _offsets(lead, X.strides[:-2], X.itemsize),
         positions.reshape(-1),
-        _offsets(rows.shape[:-1], rows.strides[:-1], rows.itemsize),
-        rows.strides[-1] // rows.itemsize,
+        _offsets(lead, strides[:-1], positions.itemsize),
+        strides[-1] // positions.itemsize,
         coarse,
         _fine_table(theta.tobytes()),
         out,

@@ -70,6 +70,7 @@ cdef extern from "c/isa.h" nogil:
 LEVEL = rc_level()
 cdef const rc_exact_kernels *kernels = rc_exact_select(LEVEL)
 
+cdef double SHARE = 5e6  # operations of a thread, some 50 us
 cdef double ROUND = 0.2  # seconds of one core between two looks at Ctrl-C
 cdef double PAIR_RATE = 2e10  # operations a second, low: a bound on a round's time, not a prediction
 
@@ -107,6 +108,7 @@ def forward(q, k, v, tables, bint want_lse, int threads):
     cdef const rc_exact_functions *f = functions_of(q.dtype)
     cdef rc_exact_problem p
     cdef ptrdiff_t task, first, last, tiles, blocks, tasks, in_round, size
+    cdef double each
     cdef char *work
     describe(&p, q, k, v, tables)
     o = np.empty(q.shape[:3] + (p.d_v,), q.dtype)
@@ -114,6 +116,8 @@ def forward(q, k, v, tables, bint want_lse, int threads):
     lse = np.empty(q.shape[:3]) if want_lse else None
     blocks = pieces(p.n_k, f.block)
     tiles = pieces(p.n, f.tile)
+    each = f.tile * p.n_k * (2.0 * p.d + 2.0 * p.d_v + 60.0)
+    threads = worth(threads, p.heads * p.groups * tiles * each)
     key_pack = np.empty((p.heads, blocks * f.block, p.d), q.dtype)
     p.key_pack = pointer(key_pack)
     p.o, p.maximum, p.inverse, p.lse = pointer(o), pointer(maximum), pointer(inverse), <double *>pointer(lse)
@@ -124,7 +128,7 @@ def forward(q, k, v, tables, bint want_lse, int threads):
     for task in prange(tasks, nogil=True, num_threads=threads, schedule="static"):
         f.pack_keys(&p, task // blocks, task % blocks)
     tasks = p.heads * p.groups * tiles
-    in_round = rounds(threads, f.tile * p.n_k * (2.0 * p.d + 2.0 * p.d_v + 60.0))
+    in_round = rounds(threads, each)
     for first in range(0, tasks, in_round):
         last = min(tasks, first + in_round)
         # Long rows first: the last tiles of a causal problem see the most keys.
@@ -133,6 +137,11 @@ def forward(q, k, v, tables, bint want_lse, int threads):
                       (tasks - 1 - task) % tiles, work + threadid() * size)
         PyErr_CheckSignals()
     return o, maximum, inverse, lse
+
+
+cdef int worth(int threads, double operations):
+    """So many threads, or fewer, each of which has enough to do to be worth waking."""
+    return min(threads, max(1, <int>min(operations / SHARE, 2e9)))
 
 
 cdef ptrdiff_t rounds(int threads, double operations):
@@ -153,11 +162,14 @@ def backward(q, k, v, tables, o, maximum, inverse, grad, bint want_dsymbol, int 
     cdef const rc_exact_functions *f = functions_of(q.dtype)
     cdef rc_exact_problem p
     cdef ptrdiff_t task, first, last, tiles, blocks, tasks, in_round, size
+    cdef double each
     cdef char *work
     describe(&p, q, k, v, tables)
     dtype = q.dtype
     blocks = pieces(p.n_k, f.block)
     tiles = pieces(p.n, f.tile)
+    each = f.block * <double>p.groups * p.n * (6.0 * p.d + 4.0 * p.d_v + 60.0)
+    threads = worth(threads, p.heads * blocks * each)
     p.segments = segments_of(p.heads, p.n_k, dtype)
     dq, dk, dv = np.empty_like(q), np.empty_like(k), np.empty_like(v)
     key_pack = np.empty((p.heads, blocks * f.block, p.d), dtype)
@@ -187,7 +199,7 @@ def backward(q, k, v, tables, o, maximum, inverse, grad, bint want_dsymbol, int 
     for task in prange(tasks, nogil=True, num_threads=threads, schedule="static"):
         f.prepare(&p, task // tiles // p.groups, task // tiles % p.groups, task % tiles)
     # Blocks of one segment go in order, whoever takes them: a round advances every segment by `in_round` blocks.
-    in_round = max(1, rounds(1, f.block * <double>p.groups * p.n * (6.0 * p.d + 4.0 * p.d_v + 60.0)))
+    in_round = max(1, rounds(1, each))
     for first in range(0, pieces(blocks, p.segments), in_round):
         last = first + in_round
         for task in prange(p.heads * p.segments, nogil=True, num_threads=threads, schedule="dynamic"):

@@ -296,7 +296,7 @@ cdef class Scan:
         those here: of what comes after where causal, else of all queries there are.
         """
         q, k, v = self.arrays[:3]
-        dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
+        dq, dk, dv = (np.zeros(X.shape, X.dtype) for X in (q, k, v))
         if start is None:
             # Causal: what the first segment adds, no segment sees.
             self.sum_queries(1 if self.causal else 0, o, inverse, grad)

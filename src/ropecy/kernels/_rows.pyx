@@ -10,6 +10,7 @@ from ._arrays cimport pieces, pointer
 cnp.import_array()
 
 cdef extern from "c/rows.h" nogil:
+    ctypedef double (*largest_function "rc_largest_function")(const void *, ptrdiff_t) noexcept nogil
     ctypedef double (*norm_function "rc_norm_function")(const void *, ptrdiff_t, ptrdiff_t, const unsigned char *,
                                                         const void *) noexcept nogil
     ctypedef void (*norms_function "rc_norms_function")(const void *, ptrdiff_t, ptrdiff_t, double,
@@ -18,6 +19,7 @@ cdef extern from "c/rows.h" nogil:
                                                             double *, void *, void *) noexcept nogil
 
     ctypedef struct rc_rows_kernels:
+        largest_function largest_f32, largest_f64
         norm_function norm_f32, norm_f64
         norms_function norms_f32, norms_f64
         columns_function columns_f32, columns_f64
@@ -28,7 +30,19 @@ cdef extern from "c/isa.h" nogil:
     int rc_level()
 
 cdef const rc_rows_kernels *kernels = rc_rows_select(rc_level())
-cdef ptrdiff_t PIECE = 16384  # elements: fewer are not worth a thread
+cdef ptrdiff_t PIECE = 16384  # elements of a piece
+cdef ptrdiff_t WORTH = 131072  # elements: fewer are not worth a second thread
+
+
+def largest(cnp.ndarray x):
+    """max |x|, 0 for none, of contiguous float32 or float64 numbers; inf or NaN where one of them is."""
+    cdef largest_function size = kernels.largest_f32 if x.itemsize == 4 else kernels.largest_f64
+    cdef const void *data = <const void *>cnp.PyArray_DATA(x)
+    cdef ptrdiff_t count = cnp.PyArray_SIZE(x)
+    cdef double found
+    with nogil:
+        found = size(data, count)
+    return found
 
 
 def largest_norms(x, keep, shift, int threads):
@@ -41,7 +55,7 @@ def largest_norms(x, keep, shift, int threads):
     cdef const char *centre = <const char *>pointer(shift)
     found = np.empty((H, count))
     cdef double *out = <double *>pointer(found)
-    for task in prange(H * count, nogil=True, num_threads=threads, schedule="static", use_threads_if=H * count > 1):
+    for task in prange(H * count, nogil=True, num_threads=threads, schedule="static", use_threads_if=H * n * d > WORTH):
         head = task // count
         first = task % count * rows
         out[task] = norm(data + (head * n + first) * d * item, min(rows, n - first), d,
@@ -59,7 +73,7 @@ def norms(x, factor, int threads):
     cdef const double *factors = <const double *>pointer(factor)
     found = np.empty((H, n))
     cdef double *out = <double *>pointer(found)
-    for task in prange(H * count, nogil=True, num_threads=threads, schedule="static", use_threads_if=H * count > 1):
+    for task in prange(H * count, nogil=True, num_threads=threads, schedule="static", use_threads_if=H * n * d > WORTH):
         head = task // count
         first = task % count * rows
         measure(data + (head * n + first) * d * item, min(rows, n - first), d, factors[head], out + head * n + first)
@@ -78,10 +92,12 @@ def columns(x, keep, int threads):
     cdef double *sums = <double *>pointer(total)
     cdef char *lows = <char *>pointer(low)
     cdef char *highs = <char *>pointer(high)
-    for task in prange(H * count, nogil=True, num_threads=threads, schedule="static", use_threads_if=H * count > 1):
+    for task in prange(H * count, nogil=True, num_threads=threads, schedule="static", use_threads_if=H * n * d > WORTH):
         head = task // count
         first = task % count * rows
         measure(data + (head * n + first) * d * item, min(rows, n - first), d,
                 NULL if kept == NULL else <const unsigned char *>kept + head * n + first,
                 sums + task * d, lows + task * d * item, highs + task * d * item)
+    if count == 1:
+        return total[:, 0], low[:, 0], high[:, 0]
     return total.sum(axis=1), low.min(axis=1), high.max(axis=1)

@@ -199,7 +199,9 @@ static void RC_NAME(evaluate)(const RC_NAME(monomials) * y, int degree, int orde
         const REAL *top = packed + low_end * R;
         const ptrdiff_t before = RC_NAME(count)(y, degree - 1, d);
         const REAL *prefix = phi + y->offset[degree - 1] * TILE;
-        for (ptrdiff_t i = 0; i < before; i += PREFIX)
+        if (degree == 1) /* xt_top times 1 */
+            product(d, xt_top, TILE, top, R, C, TILE, RC_ADD, 0);
+        for (ptrdiff_t i = 0; i < before && degree > 1; i += PREFIX)
             for (ptrdiff_t m = 0; m < d; m++) {
                 const ptrdiff_t length = rc_min(PREFIX, RC_NAME(count)(y, degree - 1, m + 1) - i);
                 if (length > 0)

@@ -7,6 +7,8 @@
 #include <stddef.h>
 #include "isa.h"
 
+/* max |x_i| of n numbers; inf or NaN where one of them is. */
+typedef double (*rc_largest_function)(const void *x, ptrdiff_t n);
 /* norm2 = max_i ||x_i - shift||^2, or 0; shift may be NULL. */
 typedef double (*rc_norm_function)(const void *x, ptrdiff_t n, ptrdiff_t d, const unsigned char *keep, const void *shift);
 /* norms[i] = factor ||x_i|| */
@@ -16,6 +18,7 @@ typedef void (*rc_columns_function)(const void *x, ptrdiff_t n, ptrdiff_t d, con
                                     void *high);
 
 typedef struct {
+    rc_largest_function largest_f32, largest_f64;
     rc_norm_function norm_f32, norm_f64;
     rc_norms_function norms_f32, norms_f64;
     rc_columns_function columns_f32, columns_f64;

@@ -2,10 +2,42 @@
 
 #define PARTS 4 /* independent sums, so that a row does not wait for its own additions */
 
+static double RC_NAME(largest)(const void *numbers, ptrdiff_t n) {
+    /* Without its sign a number grows with its bits, past all finite ones those of inf and NaN: compared as integers,
+     * for no NaN is above or below anything. */
+    const REAL *x = numbers;
+    const vint sign = (vint)SPLAT((REAL)-0.0);
+    vint most = {0};
+    ptrdiff_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        const vint size = (vint)LOAD(x + i) & ~sign, more = size > most;
+        most = (size & more) | (most & ~more);
+    }
+    vreal rest = {0};
+    for (int lane = 0; i < n; i++, lane++)
+        rest[lane] = x[i];
+    const vint size = (vint)rest & ~sign, more = size > most;
+    most = (size & more) | (most & ~more);
+    int top = 0;
+    for (int lane = 1; lane < LANES; lane++)
+        top = most[lane] > most[top] ? lane : top;
+    return ((vreal)most)[top];
+}
+
 /* ||x - shift||^2. Squares that float32 cannot hold are summed in float64: a short query may meet a long key. */
 RC_INLINE double RC_NAME(norm2)(const REAL *x, ptrdiff_t d, const REAL *shift) {
     REAL sum[PARTS] = {0};
     ptrdiff_t a = 0;
+    if (d >= LANES) {
+        vreal sums = {0};
+        for (; a + LANES <= d; a += LANES) {
+            vreal y = LOAD(x + a);
+            if (shift)
+                y -= LOAD(shift + a);
+            sums += y * y;
+        }
+        RC_UNROLL for (int lane = 0; lane < LANES; lane++) sum[lane % PARTS] += sums[lane];
+    }
     for (; a + PARTS <= d; a += PARTS)
         for (int part = 0; part < PARTS; part++) {
             const REAL y = shift ? x[a + part] - shift[a + part] : x[a + part];
