@@ -10,7 +10,7 @@ cimport numpy as cnp
 from cpython.exc cimport PyErr_CheckSignals
 from cython.parallel cimport prange, threadid
 
-from ._arrays cimport pieces, pointer
+from ._arrays cimport LINE, line, pieces, pointer
 
 cnp.import_array()
 
@@ -121,9 +121,9 @@ def forward(q, k, v, tables, bint want_lse, int threads):
     key_pack = np.empty((p.heads, blocks * f.block, p.d), q.dtype)
     p.key_pack = pointer(key_pack)
     p.o, p.maximum, p.inverse, p.lse = pointer(o), pointer(maximum), pointer(inverse), <double *>pointer(lse)
-    size = pieces(f.forward_workspace(&p), 64) * 64 + 64
-    workspace = np.empty(threads * size, np.uint8)
-    work = <char *>pointer(workspace)
+    size = pieces(f.forward_workspace(&p), LINE) * LINE + LINE
+    workspace = np.empty(threads * size + LINE, np.uint8)
+    work = line(workspace)
     tasks = p.heads * blocks
     for task in prange(tasks, nogil=True, num_threads=threads, schedule="static"):
         f.pack_keys(&p, task // blocks, task % blocks)
@@ -175,22 +175,22 @@ def backward(q, k, v, tables, o, maximum, inverse, grad, bint want_dsymbol, int 
     key_pack = np.empty((p.heads, blocks * f.block, p.d), dtype)
     value_pack = np.empty((p.heads, blocks * f.block, p.d_v), dtype)
     q_rows, grad_rows = whole_vectors(q, f.lanes), whole_vectors(grad, f.lanes)
-    q_tiles = np.empty((p.heads, p.groups, tiles, p.d, f.tile), dtype)
-    grad_tiles = np.empty((p.heads, p.groups, tiles, p.d_v, f.tile), dtype)
-    row_stats = np.empty((p.heads, p.groups, tiles, 3, f.tile), dtype)
-    dq_segments = np.zeros((p.segments, p.heads, p.groups, tiles, p.d, f.tile), dtype)
+    # Of each tile of queries, which are padded to whole ones.
+    rows = p.heads * p.groups * tiles * f.tile * q.itemsize
+    q_tiles, grad_tiles = np.empty(rows * p.d + LINE, np.uint8), np.empty(rows * p.d_v + LINE, np.uint8)
+    row_stats, dq_segments = np.empty(rows * 3 + LINE, np.uint8), np.zeros(p.segments * rows * p.d + LINE, np.uint8)
     length = f.block + p.n + p.n_k - 1 + f.tile
     dsymbol = np.zeros((p.segments, p.heads, p.groups, length)) if want_dsymbol else None
     p.key_pack, p.value_pack, p.grad = pointer(key_pack), pointer(value_pack), pointer(grad)
     p.q_rows, p.grad_rows = pointer(q_rows), pointer(grad_rows)
-    p.q_tiles, p.grad_tiles, p.row_stats = pointer(q_tiles), pointer(grad_tiles), pointer(row_stats)
-    p.dq_segments, p.dsymbol = pointer(dq_segments), <double *>pointer(dsymbol)
+    p.q_tiles, p.grad_tiles, p.row_stats = line(q_tiles), line(grad_tiles), line(row_stats)
+    p.dq_segments, p.dsymbol = line(dq_segments), <double *>pointer(dsymbol)
     p.o, p.maximum, p.inverse = pointer(o), pointer(maximum), pointer(inverse)
     p.dq, p.dk, p.dv = pointer(dq), pointer(dk), pointer(dv)
     p.grad_scale = tables.grad_scale
-    size = pieces(f.backward_workspace(&p), 64) * 64 + 64
-    workspace = np.empty(threads * size, np.uint8)
-    work = <char *>pointer(workspace)
+    size = pieces(f.backward_workspace(&p), LINE) * LINE + LINE
+    workspace = np.empty(threads * size + LINE, np.uint8)
+    work = line(workspace)
     tasks = p.heads * blocks
     for task in prange(tasks, nogil=True, num_threads=threads, schedule="static"):
         f.pack_keys(&p, task // blocks, task % blocks)

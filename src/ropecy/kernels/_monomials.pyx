@@ -10,7 +10,7 @@ cimport numpy as cnp
 from cpython.exc cimport PyErr_CheckSignals
 from cython.parallel cimport prange, threadid
 
-from ._arrays cimport pieces, pointer
+from ._arrays cimport LINE, line, pieces, pointer
 
 cnp.import_array()
 
@@ -170,7 +170,7 @@ cdef class Scan:
         p.segments = pieces(self.chunks, p.chunks_per_segment)
         p.packed_size = self.f.packed_size(p)
         p.grad_packed_size = self.f.grad_packed_size(p) if p.grad_degree else 0
-        self.size = (self.f.workspace(p) + 127) // 64 * 64
+        self.size = (self.f.workspace(p) + 2 * LINE - 1) // LINE * LINE
         self.workspace = None
         self.states = self.grad_states = None
         # What a segment's length does to a state; the last one ends where keys and rows do.
@@ -188,7 +188,7 @@ cdef class Scan:
         """piece(head, i), of so many rows, for every head and start <= i < stop; Ctrl-C is looked at between rounds."""
         cdef ptrdiff_t count = stop - start
         cdef ptrdiff_t task, first, last, tasks = self.p.heads * count, each = self.in_round(rows)
-        cdef char *work = <char *>pointer(self.workspace)
+        cdef char *work = line(self.workspace)
         for first in range(0, tasks, each):
             last = min(tasks, first + each)
             for task in prange(first, last, nogil=True, num_threads=self.threads, schedule="dynamic"):
@@ -203,7 +203,7 @@ cdef class Scan:
         cdef ptrdiff_t chunks = pieces(self.p.n, self.p.chunk)
         cdef ptrdiff_t task, first, last, tasks = self.p.heads * self.p.groups * chunks
         cdef ptrdiff_t each = self.in_round(self.p.chunk)
-        cdef char *work = <char *>pointer(self.workspace)
+        cdef char *work = line(self.workspace)
         for first in range(0, tasks, each):
             last = min(tasks, first + each)
             for task in prange(first, last, nogil=True, num_threads=self.threads, schedule="dynamic"):
@@ -217,20 +217,20 @@ cdef class Scan:
         for head in range(self.p.heads):
             self.f.pack(&self.p, <const double *>pointer(totals[head]),
                         NULL if packed is None else pointer(packed[head]),
-                        NULL if grad_packed is None else pointer(grad_packed[head]), pointer(self.workspace))
+                        NULL if grad_packed is None else pointer(grad_packed[head]), line(self.workspace))
         self.p.packed, self.p.grad_packed = pointer(packed), pointer(grad_packed)
 
     cdef object empty_states(self):
         return np.empty((self.p.heads, self.p.segments, self.p.d_v + 1, self.p.pitch))
 
     cdef void sum_keys(self, ptrdiff_t segments):
-        self.workspace = np.empty(self.threads * self.size, np.uint8)
+        self.workspace = np.empty(self.threads * self.size + LINE, np.uint8)
         self.states = self.empty_states()
         self.p.states = <double *>pointer(self.states)
         self.run_segments(self.f.sum_keys, 0, segments)
 
     cdef void sum_queries(self, ptrdiff_t first, o, inverse, grad):
-        self.workspace = np.empty(self.threads * self.size, np.uint8)
+        self.workspace = np.empty(self.threads * self.size + LINE, np.uint8)
         self.p.o, self.p.inverse, self.p.grad = pointer(o), pointer(inverse), pointer(grad)
         self.grad_states = self.empty_states()
         self.p.grad_states = <double *>pointer(self.grad_states)
@@ -267,7 +267,7 @@ cdef class Scan:
         if start is None:
             # Causal: what the last segment adds, no segment sees.
             self.sum_keys(self.p.segments - 1 if self.causal else self.p.segments)
-        self.workspace = np.empty(self.threads * self.size, np.uint8)
+        self.workspace = np.empty(self.threads * self.size + LINE, np.uint8)
         self.p.o, self.p.inverse, self.p.lse = pointer(o), pointer(inverse), <double *>pointer(lse)
         moment = spread = None
         if reach is not None:
@@ -300,7 +300,7 @@ cdef class Scan:
         if start is None:
             # Causal: what the first segment adds, no segment sees.
             self.sum_queries(1 if self.causal else 0, o, inverse, grad)
-        self.workspace = np.empty(self.threads * self.size, np.uint8)
+        self.workspace = np.empty(self.threads * self.size + LINE, np.uint8)
         self.p.o, self.p.inverse, self.p.grad = pointer(o), pointer(inverse), pointer(grad)
         self.p.dq, self.p.dk, self.p.dv = pointer(dq), pointer(dk), pointer(dv)
         self.p.key_sums = <double *>pointer(key_sums)
@@ -362,13 +362,13 @@ cdef class Decoder:
         cdef ptrdiff_t size, head, work
         cdef char *room
         p.groups = rows.shape[1] - (v is not None)
-        size = (kernels.step_workspace(p) + 63) // 64 * 64
-        if self.workspace.size < threads * size:
-            self.workspace = np.empty(threads * size, np.uint8)
+        size = (kernels.step_workspace(p) + LINE - 1) // LINE * LINE
+        if self.workspace.size < threads * size + LINE:
+            self.workspace = np.empty(threads * size + LINE, np.uint8)
         o = np.empty((p.heads, p.groups, p.d_v))
         p.rows, p.v, p.o = <const double *>pointer(rows), <const double *>pointer(v), <double *>pointer(o)
         p.slot = slot
-        room = <char *>pointer(self.workspace)
+        room = line(self.workspace)
         work = p.heads * (p.d_v + 1) * (p.pitch + p.ring_pitch) * (p.states + p.groups)
         for head in prange(p.heads, nogil=True, num_threads=threads, schedule="static",
                            use_threads_if=p.heads > 1 and work > WORK):

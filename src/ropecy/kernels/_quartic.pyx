@@ -5,7 +5,7 @@ import numpy as np
 cimport numpy as cnp
 from cython.parallel cimport prange, threadid
 
-from ._arrays cimport pieces, pointer
+from ._arrays cimport LINE, line, pieces, pointer
 
 cnp.import_array()
 
@@ -46,8 +46,8 @@ cdef class Rows:
         self.H, self.n, self.d = x.shape
         self.threads, tile = threads, self.f.tile
         self.tiles, self.size = pieces(self.n, tile), self.f.size(self.d) * item
-        self.packed = np.empty((self.H, self.tiles, self.size), np.uint8)
-        cdef char *out = <char *>pointer(self.packed)
+        self.packed = np.empty(self.H * self.tiles * self.size + LINE, np.uint8)
+        cdef char *out = line(self.packed)
         cdef size_t data = <size_t>pointer(x), kept = <size_t>pointer(keep), centres = <size_t>pointer(centre)
         for task in prange(self.H * self.tiles, nogil=True, num_threads=threads, schedule="static",
                            use_threads_if=self.H * self.n > PIECE):
@@ -64,16 +64,16 @@ cdef class Rows:
         """
         cdef ptrdiff_t L = len(stops), d = self.d, count = max(<ptrdiff_t>1, min(PIECES, pieces(self.n, PIECE)))
         cdef ptrdiff_t task, slot, stop
-        cdef size_t room = self.f.workspace(d) // 64 * 64 + 128
-        workspace = np.empty((self.threads, room), np.uint8)
+        cdef size_t room = self.f.workspace(d) // LINE * LINE + 2 * LINE
+        workspace = np.empty(self.threads * room + LINE, np.uint8)
         ends = np.array([pieces(stop, self.f.tile) for stop in stops], np.intp)
         image, total = np.empty((self.H, L, count, d, d)), np.empty((self.H, L, count))
-        cdef const char *packed = <const char *>pointer(self.packed)
+        cdef const char *packed = line(self.packed)
         cdef size_t matrices = <size_t>pointer(X), none = 0
         cdef const ptrdiff_t *end = <const ptrdiff_t *>pointer(ends)
         cdef double *images = <double *>pointer(image)
         cdef double *totals = <double *>pointer(total)
-        cdef char *work = <char *>pointer(workspace)
+        cdef char *work = line(workspace)
         for task in prange(self.H * L * count, nogil=True, num_threads=self.threads, schedule="dynamic",
                            use_threads_if=self.H * L * count > 1):
             slot = task // count

@@ -39,15 +39,16 @@ RC_INLINE ptrdiff_t RC_NAME(below)(const RC_NAME(monomials) * y, int s) {
     return y->offset[s - 1] + RC_NAME(count)(y, s - 1, y->d);
 }
 
-/* Rows of features: dst[t][i] = src[t][i] x[t] for i < length; the last vector may run over. */
+/* Rows of features: dst[t][i] = src[t][i] x[t] for i < length; the last vector may run over. ldd is a whole number of
+ * vectors, and all but the first store are aligned: stores across cache lines cost more than the products. */
 RC_INLINE void RC_NAME(scaled_copy)(int tokens, const REAL *x, ptrdiff_t ldx, const REAL *src, ptrdiff_t lds, ptrdiff_t length,
                                     REAL *dst, ptrdiff_t ldd) {
-    if (length <= LANES)
+    const ptrdiff_t aligned = LANES - (ptrdiff_t)((uintptr_t)dst / sizeof(REAL) % LANES);
+    for (int t = 0; t < tokens; t++)
+        STORE(dst + t * ldd, LOAD(src + t * lds) * x[t * ldx]);
+    if (length > aligned)
         for (int t = 0; t < tokens; t++)
-            STORE(dst + t * ldd, LOAD(src + t * lds) * x[t * ldx]);
-    else
-        for (int t = 0; t < tokens; t++)
-            for (ptrdiff_t i = 0; i < length; i += LANES)
+            for (ptrdiff_t i = aligned; i < length; i += LANES)
                 STORE(dst + t * ldd + i, LOAD(src + t * lds + i) * x[t * ldx]);
 }
 
