@@ -44,7 +44,7 @@ from . import polynomial as poly
 from .bounds import Alone, Scores, Values, polynomial_rounding, range_elsewhere
 from .engines import exact as exact_engine
 from .engines import polynomial as engine
-from .kernels import _quartic
+from .kernels import _quartic, _rows
 from .polynomial import MomentPolynomial
 from .problem import Problem
 
@@ -384,8 +384,8 @@ class Sample:
         (H, G, n). inf where the denominator is not positive though the row sees keys.
         """
         H, G, n, d = problem.q.shape
-        q, products = problem.q.reshape(H, G * n, d), self._products * scores.q_factor**2
-        second = np.einsum("hrd,hrd->hr", q @ products.astype(q.dtype), q).reshape(H, G, n)
+        products = self._products * scores.q_factor**2
+        second = _rows.quadratic(problem.q.reshape(H, G * n, d), products, problem.threads).reshape(H, G, n)
         n_k = problem.k.shape[1]
         kept = np.full((H, n_k), 1) if problem.key_mask is None else problem.key_mask
         kept = np.pad(np.cumsum(kept, axis=1), ((0, 0), (1, 0)))

@@ -3,9 +3,9 @@
 import numpy as np
 
 cimport numpy as cnp
-from cython.parallel cimport prange
+from cython.parallel cimport prange, threadid
 
-from ._arrays cimport pieces, pointer
+from ._arrays cimport LINE, line, pieces, pointer
 
 cnp.import_array()
 
@@ -15,6 +15,8 @@ cdef extern from "c/rows.h" nogil:
                                                         const void *) noexcept nogil
     ctypedef void (*norms_function "rc_norms_function")(const void *, ptrdiff_t, ptrdiff_t, double,
                                                         double *) noexcept nogil
+    ctypedef void (*quadratic_function "rc_quadratic_function")(const void *, ptrdiff_t, ptrdiff_t, const void *,
+                                                                double *, void *) noexcept nogil
     ctypedef void (*columns_function "rc_columns_function")(const void *, ptrdiff_t, ptrdiff_t, const unsigned char *,
                                                             double *, void *, void *) noexcept nogil
 
@@ -22,6 +24,9 @@ cdef extern from "c/rows.h" nogil:
         largest_function largest_f32, largest_f64
         norm_function norm_f32, norm_f64
         norms_function norms_f32, norms_f64
+        size_t (*quadratic_workspace_f32)(ptrdiff_t) noexcept nogil
+        size_t (*quadratic_workspace_f64)(ptrdiff_t) noexcept nogil
+        quadratic_function quadratic_f32, quadratic_f64
         columns_function columns_f32, columns_f64
 
     const rc_rows_kernels *rc_rows_select(int level)
@@ -77,6 +82,29 @@ def norms(x, factor, int threads):
         head = task // count
         first = task % count * rows
         measure(data + (head * n + first) * d * item, min(rows, n - first), d, factors[head], out + head * n + first)
+    return found
+
+
+def quadratic(x, M, int threads):
+    """<x_hi, M_h x_hi>, (H, n) float64, of x (H, n, d), M (H, d, d) symmetric."""
+    cdef bint single = x.dtype == np.float32
+    cdef quadratic_function form = kernels.quadratic_f32 if single else kernels.quadratic_f64
+    cdef ptrdiff_t H = x.shape[0], n = x.shape[1], d = x.shape[2], item = x.itemsize
+    cdef ptrdiff_t rows = max(<ptrdiff_t>1, PIECE // d), count = pieces(n, rows), task, head, first
+    cdef ptrdiff_t size = kernels.quadratic_workspace_f32(d) if single else kernels.quadratic_workspace_f64(d)
+    # Half of the products are enough.
+    upper = np.ascontiguousarray(np.triu(M) + np.triu(M, 1), x.dtype)
+    size = pieces(size, LINE) * LINE
+    found, workspace = np.empty((H, n)), np.empty(threads * size + LINE, np.uint8)
+    cdef const char *data = <const char *>pointer(x)
+    cdef const char *matrices = <const char *>pointer(upper)
+    cdef double *out = <double *>pointer(found)
+    cdef char *work = line(workspace)
+    for task in prange(H * count, nogil=True, num_threads=threads, schedule="static", use_threads_if=H * n * d > WORTH):
+        head = task // count
+        first = task % count * rows
+        form(data + (head * n + first) * d * item, min(rows, n - first), d, matrices + head * d * d * item,
+             out + head * n + first, work + threadid() * size)
     return found
 
 

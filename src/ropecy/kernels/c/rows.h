@@ -1,6 +1,6 @@
-/* What planning measures of rows: norms, and sums, minima and maxima of columns.
+/* What planning measures of rows: norms, quadratic forms, and sums, minima and maxima of columns.
  *
- * Bound by memory: one read of x. Rows whose keep is 0 are passed over.
+ * Bound by memory, quadratic forms by multiply-adds: one read of x. Rows whose keep is 0 are passed over.
  */
 #ifndef RC_ROWS_H
 #define RC_ROWS_H
@@ -13,6 +13,8 @@ typedef double (*rc_largest_function)(const void *x, ptrdiff_t n);
 typedef double (*rc_norm_function)(const void *x, ptrdiff_t n, ptrdiff_t d, const unsigned char *keep, const void *shift);
 /* norms[i] = factor ||x_i|| */
 typedef void (*rc_norms_function)(const void *x, ptrdiff_t n, ptrdiff_t d, double factor, double *norms);
+/* forms[i] = x_i^T U x_i, U (d, d) 0 below the diagonal; `work` has room for quadratic_workspace(d). */
+typedef void (*rc_quadratic_function)(const void *x, ptrdiff_t n, ptrdiff_t d, const void *upper, double *forms, void *work);
 /* sum, low and high (d each) over the kept rows: 0, +inf and -inf where there are none. */
 typedef void (*rc_columns_function)(const void *x, ptrdiff_t n, ptrdiff_t d, const unsigned char *keep, double *sum, void *low,
                                     void *high);
@@ -21,6 +23,8 @@ typedef struct {
     rc_largest_function largest_f32, largest_f64;
     rc_norm_function norm_f32, norm_f64;
     rc_norms_function norms_f32, norms_f64;
+    size_t (*quadratic_workspace_f32)(ptrdiff_t d), (*quadratic_workspace_f64)(ptrdiff_t d);
+    rc_quadratic_function quadratic_f32, quadratic_f64;
     rc_columns_function columns_f32, columns_f64;
 } rc_rows_kernels;
 

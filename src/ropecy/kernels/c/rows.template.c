@@ -1,4 +1,5 @@
 #include "simd.h"
+#include "product.template.h"
 
 #define PARTS 4 /* independent sums, so that a row does not wait for its own additions */
 
@@ -73,6 +74,28 @@ static double RC_NAME(norm)(const void *rows, ptrdiff_t n, ptrdiff_t d, const un
 static void RC_NAME(norms)(const void *rows, ptrdiff_t n, ptrdiff_t d, double factor, double *norms) {
     for (ptrdiff_t i = 0; i < n; i++)
         norms[i] = factor * __builtin_sqrt(RC_NAME(norm2)((const REAL *)rows + i * d, d, 0));
+}
+
+static size_t RC_NAME(quadratic_workspace)(ptrdiff_t d) { return (size_t)((d + ROWS) * TILE) * sizeof(REAL); }
+
+/* Lanes are rows of x: y = U^T x, a block of columns at a time, each up to its last row. */
+static void RC_NAME(quadratic)(const void *rows, ptrdiff_t n, ptrdiff_t d, const void *upper, double *forms, void *work) {
+    const int blocks = rc_blocks((int)d, ROWS);
+    REAL *xt = work, *y = xt + d * TILE;
+    for (ptrdiff_t i = 0; i < n; i += TILE) {
+        const ptrdiff_t count = rc_min(TILE, n - i);
+        REAL sum[TILE] = {0};
+        RC_NAME(tile_load)((const REAL *)rows + i * d, d, count, d, 1, 0, xt, TILE);
+        for (int b = 0; b < blocks; b++) {
+            const int a0 = rc_block_start((int)d, blocks, b), a1 = rc_block_start((int)d, blocks, b + 1);
+            RC_NAME(product)[a1 - a0][VECTORS](a1, xt, TILE, (const REAL *)upper + a0, d, y, TILE, RC_STORE, 0);
+            for (ptrdiff_t a = a0; a < a1; a++)
+                for (int t = 0; t < TILE; t++)
+                    sum[t] += xt[a * TILE + t] * y[(a - a0) * TILE + t];
+        }
+        for (ptrdiff_t t = 0; t < count; t++)
+            forms[i + t] = sum[t];
+    }
 }
 
 static void RC_NAME(columns)(const void *rows, ptrdiff_t n, ptrdiff_t d, const unsigned char *keep, double *sum, void *least,

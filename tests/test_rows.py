@@ -1,0 +1,58 @@
+"""What planning measures of rows, against NumPy in float64."""
+
+import numpy as np
+import pytest
+
+from ropecy.kernels import _rows
+
+SHAPES = [(1, 1, 1), (2, 100, 3), (3, 700, 17), (1, 5000, 64), (2, 333, 130)]
+
+
+@pytest.fixture(params=SHAPES, ids=str)
+def rows(request, rng):
+    return rng.standard_normal(request.param)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_quadratic_forms(rows, dtype, rng):
+    x = rows.astype(dtype)
+    H, _, d = x.shape
+    M = rng.standard_normal((H, d, d))
+    M += M.swapaxes(1, 2)
+    found = [_rows.quadratic(x, M, threads) for threads in (1, 3)]
+    np.testing.assert_array_equal(*found)
+    size = np.einsum("hna,hab,hnb->hn", abs(x), abs(M), abs(x), dtype=np.float64)
+    wanted = np.einsum("hna,hab,hnb->hn", x, M, x, dtype=np.float64)
+    assert np.all(np.abs(found[0] - wanted) <= 4 * np.finfo(dtype).eps * size)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("masked", [False, True])
+def test_norms_and_columns(rows, dtype, masked, rng):
+    x = rows.astype(dtype)
+    H, n, d = x.shape
+    keep = rng.random((H, n)) < 0.7 if masked else None
+    kept = np.ones((H, n), bool) if keep is None else keep
+    shift = rng.standard_normal((H, d)).astype(dtype)
+    for centre in (None, shift):
+        y = x.astype(np.float64) - (0 if centre is None else centre[:, None])
+        wanted = np.where(kept, np.linalg.norm(y, axis=2), 0)
+        found = [_rows.largest_norms(x, keep, centre, threads) for threads in (1, 3)]
+        np.testing.assert_array_equal(*found)
+        np.testing.assert_allclose(found[0], wanted.max(axis=1), rtol=4 * d * np.finfo(dtype).eps)
+    factor = rng.random(H)
+    wanted = factor[:, None] * np.linalg.norm(x.astype(np.float64), axis=2)
+    np.testing.assert_allclose(_rows.norms(x, factor, 2), wanted, rtol=4 * d * np.finfo(dtype).eps)
+    found = [_rows.columns(x, keep, threads) for threads in (1, 3)]
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_array_equal(one, other)
+    total, low, high = found[0]
+    np.testing.assert_allclose(total, np.where(kept[..., None], x, 0).sum(axis=1, dtype=np.float64), atol=1e-12 * n)
+    np.testing.assert_array_equal(low, np.where(kept[..., None], x, np.inf).min(axis=1))
+    np.testing.assert_array_equal(high, np.where(kept[..., None], x, -np.inf).max(axis=1))
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("f4", 1e-38), ("f4", 1e18), ("f8", 1e-150), ("f8", 1e153)])
+def test_norms_whose_squares_a_dtype_hardly_holds(dtype, size):
+    x = np.full((1, 3, 33), size, dtype)
+    np.testing.assert_allclose(_rows.largest_norms(x, None, None, 1), size * np.sqrt(33.0), rtol=1e-5)
