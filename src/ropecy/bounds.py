@@ -183,6 +183,8 @@ def medians(problem: Problem) -> np.ndarray:
 def kept_keys(problem: Problem, ranks: Any = Alone) -> np.ndarray:
     """How many keys of a slot key_mask keeps, and at least 1: (H,)."""
     H, n_k = problem.k.shape[:2]
+    if problem.key_mask is None and ranks is Alone:
+        return np.full(H, max(n_k, 1))
     kept = np.full(H, n_k) if problem.key_mask is None else problem.key_mask.sum(axis=1)
     return np.maximum(ranks.total(kept), 1)
 

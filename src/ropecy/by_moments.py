@@ -17,7 +17,7 @@ from .schedule import Choice
 # Past this degree moments are not tried where the worst case has no degree at all.
 MOST = 6
 # What looking may cost, as a part of what is at hand without.
-_LOOK = 0.16
+_LOOK = 0.08
 # How many times longer than the longest row that is kept another may be, where there is a backward pass.
 _LONGEST = 1e4
 

@@ -40,6 +40,8 @@ from .schedule import Choice, Plan
 _MINUTE = 60.0
 # Seconds of exact work, as `costs` knows them, below which auto does not ask what transforms would cost.
 _WORTH_ASKING = 0.02
+# Seconds of looking for a degree that may do.
+_LOOK = 1e-4
 # Rows that judge a degree by their error: whole tiles.
 _SAMPLED_ROWS = 192
 # What looking for outliers may cost, as a part of what is at hand without.
@@ -414,8 +416,8 @@ def _expected_degree(problem: Problem, values: Values, B: float, square: float |
 
 
 def _too_small(problem: Problem, exact: Work, grad: bool) -> bool:
-    """Whether no degree is cheaper than exact work, so that none need be looked for."""
-    return polynomial_work(problem, 1, grad).nominal >= exact.nominal
+    """Whether no degree is cheaper than exact work by more than it costs to look for one."""
+    return polynomial_work(problem, 1, grad).nominal + _LOOK >= exact.nominal
 
 
 def _polynomial_plan(problem, scores, values, choice, grad, reason, works, sizes, eps) -> Plan:

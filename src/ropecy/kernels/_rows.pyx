@@ -66,7 +66,8 @@ def largest_norms(x, keep, shift, int threads):
         out[task] = norm(data + (head * n + first) * d * item, min(rows, n - first), d,
                          NULL if kept == NULL else <const unsigned char *>kept + head * n + first,
                          NULL if centre == NULL else centre + head * d * item)
-    return np.sqrt(found.max(axis=1))
+    found = found[:, 0] if count == 1 else found.max(axis=1)
+    return np.sqrt(found, out=found)
 
 
 def norms(x, factor, int threads):
