@@ -25,7 +25,11 @@
 
 #define RC_INLINE static inline __attribute__((always_inline))
 #define RC_NOINLINE static __attribute__((noinline))
+#ifdef __clang__
+#define RC_UNROLL _Pragma("clang loop unroll(full)")
+#else
 #define RC_UNROLL _Pragma("GCC unroll 16")
+#endif
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
