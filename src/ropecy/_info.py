@@ -26,8 +26,8 @@ def info() -> Info:
     -------
     Info
         A dict that prints well: "ropecy", "python", "numpy", "fftw" (with the instruction sets of its codelets),
-        "instruction set" ("baseline", "v3" or "v4": what the CPU has, or what ``ROPECY_ISA`` asks for), "machine",
-        "cpus" and "threads" (of a call without ``threads``).
+        "instruction set" ("baseline", "v3" or "v4": what the CPU has, or what ``ROPECY_ISA`` asks for; on arm64
+        "baseline", which is NEON), "machine", "cpus" and "threads" (of a call without ``threads``).
 
     Examples
     --------

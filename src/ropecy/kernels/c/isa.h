@@ -1,7 +1,8 @@
 /* Which instruction-set level the kernels run at: 0 baseline, 1 x86-64-v3 (AVX2, FMA), 2 x86-64-v4 (AVX-512).
  *
  * Chosen once at import by what the CPU has; the environment variable ROPECY_ISA=baseline|v3|v4 asks for
- * a level, and what the CPU lacks is refused rather than run into an illegal instruction.
+ * a level, and what the CPU lacks is refused rather than run into an illegal instruction. Baseline is SSE2 on x86-64;
+ * elsewhere it is all there is, on arm64 with NEON, which every such CPU has.
  */
 #ifndef RC_ISA_H
 #define RC_ISA_H

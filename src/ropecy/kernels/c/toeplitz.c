@@ -14,26 +14,39 @@ RC_INLINE vreal RC_NAME(pairs)(double a, double b) {
     return v;
 }
 
+/* Lane l is number at[l] of the lanes of x, then y. `at` is constant where this is inlined, so that clang, which has no
+ * builtin for it, makes the same single instruction of the loop. */
+RC_INLINE vreal RC_NAME(shuffled)(vreal x, vreal y, vint at) {
+#ifdef __clang__
+    vreal z;
+    for (int l = 0; l < LANES; l++)
+        z[l] = at[l] < LANES ? x[at[l]] : y[at[l] - LANES];
+    return z;
+#else
+    return __builtin_shuffle(x, y, at);
+#endif
+}
+
 /* Lane l of a pair: its real part at both places, its imaginary part at both, or the two exchanged. */
 RC_INLINE vreal RC_NAME(real)(vreal x) {
     vint at;
     for (int l = 0; l < LANES; l++)
         at[l] = l & ~1;
-    return __builtin_shuffle(x, at);
+    return RC_NAME(shuffled)(x, x, at);
 }
 
 RC_INLINE vreal RC_NAME(imaginary)(vreal x) {
     vint at;
     for (int l = 0; l < LANES; l++)
         at[l] = l | 1;
-    return __builtin_shuffle(x, at);
+    return RC_NAME(shuffled)(x, x, at);
 }
 
 RC_INLINE vreal RC_NAME(swapped)(vreal x) {
     vint at;
     for (int l = 0; l < LANES; l++)
         at[l] = l ^ 1;
-    return __builtin_shuffle(x, at);
+    return RC_NAME(shuffled)(x, x, at);
 }
 
 /* x turn for sign = 1, x conj(turn) for sign = -1. */
@@ -75,7 +88,7 @@ static void RC_NAME(pack)(ptrdiff_t size, const double *w, const double *x1, con
     for (ptrdiff_t i = 0; i < size; i += LANES) {
         const vreal a = RC_NAME(or_one)(w, i) * LOAD(y + i);
         const vreal real = LOAD(x1 + i) * a, imaginary = LOAD(x2 + i) * a;
-        const vreal z[2] = {__builtin_shuffle(real, imaginary, low), __builtin_shuffle(real, imaginary, high)};
+        const vreal z[2] = {RC_NAME(shuffled)(real, imaginary, low), RC_NAME(shuffled)(real, imaginary, high)};
         for (int half = 0; half < 2; half++) {
             const ptrdiff_t at = 2 * i + half * LANES;
             STORE(even + at, z[half]);
@@ -97,8 +110,8 @@ RC_INLINE void RC_NAME(unpack)(ptrdiff_t i, const double *even, const double *od
         const ptrdiff_t at = 2 * i + half * LANES;
         u[half] = LOAD(even + at) + RC_NAME(turned)(LOAD(odd + at), LOAD(turn + at), -1);
     }
-    *real = __builtin_shuffle(u[0], u[1], first);
-    *imaginary = __builtin_shuffle(u[0], u[1], second);
+    *real = RC_NAME(shuffled)(u[0], u[1], first);
+    *imaginary = RC_NAME(shuffled)(u[0], u[1], second);
 }
 
 static void RC_NAME(gather)(ptrdiff_t size, double factor, const double *w, const double *x1, const double *x2,
