@@ -1,5 +1,7 @@
 """The fft engine: what the oracle says, where transforms are weak, and what it costs."""
 
+import math
+
 import cases
 import numpy as np
 import oracle
@@ -7,7 +9,9 @@ import pytest
 from test_gradients import _backward, gradient_bounds
 
 import ropecy
-from ropecy.engines.fft import _pairs
+from ropecy.engines.fft import _NOISE, Symbol, _block, _pairs, _spectra
+from ropecy.kernels._fftw import ComplexFFT, RealFFT
+from ropecy.kernels._toeplitz import Product
 
 CASES = [
     name
@@ -181,6 +185,53 @@ def test_many_blocks(options, rng, ours):
         assert difference <= 1e-6 * np.linalg.norm(getattr(expected, name)), name
 
 
+@pytest.mark.parametrize(("n", "n_k"), [(8700, 8700), (4500, 8000), (9000, 2200)])
+def test_more_blocks_than_a_tile_has(n, n_k, rng):
+    Q, K, V = _bounded(rng, max(n, n_k), d=1, d_v=1)
+    Q, K, V = Q[:n], K[:n_k], V[:n_k]
+    bias = ropecy.RelativeBias(rng.uniform(-3, 0, n + n_k - 1))
+    options = {"bias": bias, "causal": True, "q_offset": n_k - n if n_k > n else 0, "threads": 1}
+    expected, expected_vjp = ropecy.attention_vjp(Q, K, V, **options, method="exact")
+    O, vjp = ropecy.attention_vjp(Q, K, V, **options, method="fft", eps=1e-7)
+    np.testing.assert_allclose(O, expected, rtol=0, atol=1e-6)
+    dO = rng.standard_normal(O.shape)
+    g, expected = vjp(dO), expected_vjp(dO)
+    for name in ("dQ", "dK", "dV", "dbias"):
+        difference = np.linalg.norm(getattr(g, name) - getattr(expected, name))
+        assert difference <= 1e-6 * np.linalg.norm(getattr(expected, name)), name
+
+
+def test_one_level_holds_what_lies_deep(rng):
+    n = 100
+    bias = np.where(np.arange(2 * n - 1) % 2, -16.0, 0.0)
+    plan = ropecy.plan(*_bounded(rng, n), bias=ropecy.RelativeBias(bias), method="fft")
+    assert plan._symbol.levels.shape[2] == 1
+    np.testing.assert_allclose(plan._symbol.levels[0, 0, 0], np.exp(bias), rtol=1e-12)
+
+
+def test_rounding_of_products_is_what_the_certificate_counts_with(rng):
+    """T v against sums in extended precision, in units of u log2(2 b) ||t|| ||v||."""
+    for n in (64, 1500, 5000):
+        block = _block(n, n, 2 * n - 1)
+        for t in (rng.uniform(0.3, 3, 2 * n - 1), np.where(np.arange(2 * n - 1) < n, 1.0, 0.0)):
+            for v in (np.ones(n), rng.standard_normal(n), np.where(np.arange(n) == n - 1, 1e6, rng.random(n))):
+                symbol = Symbol(np.zeros((1, 1)), t[None, None, None], np.zeros((1, 1, n), int), [], 0.0, block)
+                nonzero, spectra = _spectra(symbol, RealFFT(2 * block), n, n)
+                rows = -(-n // block) * block
+                padded = np.zeros((1, 1, rows))
+                padded[..., :n] = v
+                zeros = np.zeros((1, 1, rows))
+                product = Product(
+                    ComplexFFT(block // 2), zeros[None], zeros, padded, spectra, nonzero, None, *_pairs(1, 1), 1, 1
+                )
+                got = product.forward(np.array([1.0, 0.0]))[0, 0, 0, :n]
+                length = 1 << (3 * n).bit_length()
+                factors = (np.fft.rfft(x.astype(np.longdouble), length) for x in (t[::-1], v))
+                exact = np.fft.irfft(math.prod(factors), length)[n - 1 : 2 * n - 1]
+                unit = 2.0**-53 * np.log2(2 * block) * np.linalg.norm(t) * np.linalg.norm(v)
+                assert np.abs(got - exact).max() <= _NOISE * unit
+
+
 def test_thread_count_bitwise_over_blocks(rng):
     Q, K, V = _bounded(rng, 5003, d=2, dtype=np.float32)
     bias = ropecy.RelativeBias(rng.uniform(-30, 0, 2 * 5003 - 1))
@@ -208,6 +259,15 @@ def test_large_scores_are_refused(rng):
         ropecy.attention(40 * Q, K, V, method="fft")
     with pytest.raises(ropecy.BoundedEntryError, match="degree"):
         ropecy.attention(Q, K, V, method="fft", degree=1, eps=1e-6)
+
+
+def test_rows_lost_in_rounding_are_told_with_their_cause(rng):
+    Q, K, V = _bounded(rng, 50)
+    with pytest.raises(ropecy.BoundedEntryError, match=r"rounding .* in 50 of 50 rows \(B = \S+, degree \d+\); method"):
+        ropecy.attention(9 * Q, K, V, method="fft", eps=1e-7)
+    bias = ropecy.RelativeBias(-3.0 * np.arange(-49, 50))
+    with pytest.raises(ropecy.BoundedEntryError, match=r"eighth of eps = 0.001 in \d+ of 50 .*, a bias\); method"):
+        ropecy.attention(Q, K, V, bias=bias, causal=True, method="fft", eps=1e-3)
 
 
 def test_near_field_is_refused_by_name(rng):

@@ -93,9 +93,9 @@ class BareFFTW:
         from ropecy.kernels._fftw import ComplexFFT
 
         block, threads = self.plan._symbol.block, ropecy.info()["threads"]
-        fft = ComplexFFT(block, flags="measure")
-        # Two monomials to a column, and two halves to the spectrum of a block.
-        rows, columns = 2 * -(-n // block), -(-self.plan.certificate.n_features // 2) * 5
+        fft = ComplexFFT(block // 2, flags="measure")
+        # Two monomials to a column, and four quarters to the spectrum of a block.
+        rows, columns = 4 * -(-n // block), -(-self.plan.certificate.n_features // 2) * 5
 
         def bare():
             with ThreadPoolExecutor(threads) as pool:

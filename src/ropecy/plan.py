@@ -500,9 +500,11 @@ def _fft_plan(problem, scores, values, eps, degree, grad, method, works, sizes) 
     rows = sum(last - first for first, last in symbol.exact_rows)
     works["fft"] = work.times((1 + symbol.unseen) / 2) + works["exact"].times(rows / n)
     if rows > n / 2:
+        given = [name for name in ("bias", "family") if getattr(problem, name) is not None]
         return None, (
-            f"the bias or the family is so large that transforms lose {rows:,} of {n:,} rows in rounding "
-            f"(B = {scores.bound:.4g}, degree {degree}); method='exact' has no bound"
+            f"rounding of transforms passes an eighth of eps = {eps:.3g} in {rows:,} of {n:,} rows "
+            f"({', '.join([f'B = {scores.bound:.4g}', f'degree {degree}', *(f'a {name}' for name in given)])}); "
+            f"method='exact' has no bound"
         )
     reason = "method='fft'" if method == "fft" else "the cheapest engine that certifies eps"
     choice = Choice(p, poly.tau(p.error), work)

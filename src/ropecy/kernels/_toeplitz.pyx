@@ -2,9 +2,9 @@
 
 T is cut into blocks of b x b, each of which is applied by transforms that fill its rows up to 2b (overlap-save). Two
 monomials of one degree make a complex column, (k^a + i k^a') v_c, which T, being real, keeps apart: its spectrum of 2b
-is that of two transforms of b. A column is built when it is transformed, and what comes back is added to the result at
-once: nothing is kept for each monomial. Pairs are cut into parts by shapes alone, each with sums of its own, so that
-results are bitwise the same for every thread count.
+is that of four transforms of b / 2. A column is built when it is transformed, and what comes back is added to the
+result at once: nothing is kept for each monomial. Pairs are cut into parts by shapes alone, each with sums of its own,
+so that results are bitwise the same for every thread count.
 """
 
 import numpy as np
@@ -26,20 +26,19 @@ cdef extern from "c/toeplitz.h" nogil:
         RC_ADJOINT
         RC_CORRELATE
 
-    const int RC_CHUNK
+    const int RC_TILE, RC_CHUNK
 
     ctypedef struct rc_toeplitz_kernels:
         void (*monomial)(ptrdiff_t, double, ptrdiff_t, const double *const *, double *) noexcept nogil
         void (*derive)(ptrdiff_t, double, const double *, ptrdiff_t, const double *const *, double *) noexcept nogil
         void (*pack)(ptrdiff_t, const double *, const double *, const double *, const double *, const double *,
-                     double *, double *) noexcept nogil
+                     double *) noexcept nogil
         void (*gather)(ptrdiff_t, double, const double *, const double *, const double *, const double *,
-                       const double *, const double *, double *) noexcept nogil
-        void (*scatter)(ptrdiff_t, double, const double *, const double *, const double *, const double *,
-                        const double *, double *, double *) noexcept nogil
+                       const double *, double *) noexcept nogil
+        void (*scatter)(ptrdiff_t, double, const double *, const double *, const double *, const double *, double *,
+                        double *) noexcept nogil
         void (*mix)(ptrdiff_t, ptrdiff_t, ptrdiff_t, const ptrdiff_t *, const ptrdiff_t *, const ptrdiff_t *,
-                    const ptrdiff_t *, rc_mixing, double, const double *, const double *, double *,
-                    double *) noexcept nogil
+                    rc_mixing, double, const double *, const double *, double *, double *) noexcept nogil
 
     const rc_toeplitz_kernels *rc_toeplitz_select(int level)
 
@@ -48,6 +47,7 @@ cdef extern from "c/isa.h" nogil:
 
 cdef const rc_toeplitz_kernels *kernels = rc_toeplitz_select(rc_level())
 
+cdef ptrdiff_t STRETCH = 4096  # doubles of a sum of parts that a thread takes at a time
 cdef double ROUND = 0.2  # seconds between two looks at Ctrl-C
 cdef double RATE = 1e9  # operations a second, low: a bound on a round's time, not a prediction
 
@@ -65,21 +65,18 @@ def empty_spectra(shape, block):
 cdef struct Terms:
     # Which products of spectra each output is the sum of, as `mix` takes them.
     ptrdiff_t outputs
-    ptrdiff_t tiles
     const unsigned char *nonzero
     const ptrdiff_t *start
-    const ptrdiff_t *first
-    const ptrdiff_t *second
     const ptrdiff_t *shared
+    const ptrdiff_t *rows
 
 
 cdef Terms pointers(arrays):
     cdef Terms terms
-    nonzero, start, first, second, shared = arrays
-    terms.outputs, terms.tiles = len(nonzero), len(start) // 3
+    nonzero, start, shared, rows = arrays
+    terms.outputs = len(nonzero)
     terms.nonzero, terms.start = <const unsigned char *>pointer(nonzero), <const ptrdiff_t *>pointer(start)
-    terms.first, terms.second = <const ptrdiff_t *>pointer(first), <const ptrdiff_t *>pointer(second)
-    terms.shared = <const ptrdiff_t *>pointer(shared)
+    terms.shared, terms.rows = <const ptrdiff_t *>pointer(shared), <const ptrdiff_t *>pointer(rows)
     return terms
 
 
@@ -89,14 +86,14 @@ cdef class Product:
     Parameters
     ----------
     fft : ComplexFFT
-        Of length b, a multiple of 32.
+        Of length b / 2, a multiple of 16.
     q : (H, G, d, rows) float64
         Columns of queries, rows a multiple of b, zeros past the last query.
     k : (H, d, keys), v : (H, columns, keys)
         Likewise for keys; v is 0 for keys that are masked.
     spectra : (H or 1, G or 1, levels, blocks, pitch) complex128
-        Of T's blocks, divided by 2b, even frequencies before odd ones: block I - J + keys / b - 1 for query block I
-        and key block J. T is a sum of levels.
+        Of T's blocks, divided by 2b, frequencies 0 modulo 4 first, then 1, 2 and 3: block I - J + keys / b - 1
+        for query block I and key block J. T is a sum of levels.
     nonzero : (levels, blocks) bool
         Which blocks have an entry that is not 0, in any head.
     gain : (H, G, levels, rows) float64, or None for ones
@@ -143,7 +140,7 @@ cdef class Product:
 
     def __init__(self, ComplexFFT fft, q, k, v, spectra, nonzero, gain, degrees, variables, factors, parts, threads):
         self.fft, self.parts, self.threads = fft, parts, threads
-        self.block = fft.n
+        self.block = 2 * fft.n
         self.heads, self.groups, self.d, self.rows = q.shape
         self.columns, self.keys = v.shape[1:]
         self.query_blocks, self.key_blocks = self.rows // self.block, self.keys // self.block
@@ -155,7 +152,8 @@ cdef class Product:
         self.spectra, self.gain = <const double *>pointer(spectra), <const double *>pointer(gain)
         self.degrees, self.variables = <const ptrdiff_t *>pointer(degrees), <const ptrdiff_t *>pointer(variables)
         self.factors = <const double *>pointer(factors)
-        turn = np.exp(-1j * np.pi / self.block * np.arange(self.block))
+        angles = -np.pi / self.block * np.arange(self.fft.n)
+        turn = np.concatenate([np.cos(angles), np.sin(angles)])
         self.turn = <const double *>pointer(turn)
         terms = _terms(nonzero, self.groups, self.symbol_groups, self.query_blocks, self.key_blocks)
         self.products, self.adjoints, self.correlated = pointers(terms[0]), pointers(terms[1]), pointers(terms[2])
@@ -168,7 +166,7 @@ cdef class Product:
         sums = np.zeros((self.parts, self.heads, self.groups, self.columns, self.rows))
         self.sums = <double *>pointer(sums)
         self.run(1)
-        return sums.sum(axis=0)
+        return self.total(sums)
 
     def backward(self, weights, grad_weights, grad, bint want_correlations):
         """The adjoint for grad (H, G, columns, rows), the derivative of the result.
@@ -191,13 +189,21 @@ cdef class Product:
         self.dq, self.dk, self.dv = <double *>pointer(dq), <double *>pointer(dk), <double *>pointer(dv)
         self.correlations = <double *>pointer(correlations)
         self.run(2 + self.groups)
-        sums = [None if x is None else x.sum(axis=0) for x in (dq, dk, dv, correlations)]
-        return tuple(sums)
+        return tuple([None if x is None else self.total(x) for x in (dq, dk, dv, correlations)])
+
+    cdef object total(self, parts):
+        """The sum over the first axis, in place of the first part."""
+        cdef double *to = <double *>pointer(parts)
+        cdef ptrdiff_t size = parts[0].nbytes // sizeof(double), count = parts.shape[0], start, part
+        for start in prange(0, size, STRETCH, nogil=True, num_threads=self.threads, schedule="static"):
+            for part in range(1, count):
+                kernels.derive(min(STRETCH, size - start), 1, to + part * size + start, 0, NULL, to + start)
+        return parts[0]
 
     cdef ptrdiff_t passing(self, ptrdiff_t given):
-        """Doubles for spectra of which products are made in place, and for rows of these."""
-        return 2 * self.pitch * max(given, self.products.outputs) + RC_CHUNK * (
-            max(self.products.outputs, self.key_blocks) + 1)
+        """Doubles for spectra of which products are made in place, and for the room that `mix` takes for that."""
+        return (2 * self.pitch * max(given, self.products.outputs)
+                + RC_CHUNK * max(self.products.outputs, self.key_blocks))
 
     cdef void run(self, ptrdiff_t passes):
         """All pairs of all heads: every part a range, in steps between which Ctrl-C is looked at."""
@@ -229,8 +235,8 @@ cdef class Product:
     cdef void forward_pair(self, ptrdiff_t head, ptrdiff_t part, ptrdiff_t pair, double *work) noexcept nogil:
         cdef double weight = self.weights[self.degrees[pair]]
         cdef double *spectra = work
-        cdef double *rows = spectra + 2 * self.pitch * max(self.key_blocks, self.products.outputs)
-        cdef double *keys = rows + RC_CHUNK * (max(self.products.outputs, self.key_blocks) + 1)
+        cdef double *room = spectra + 2 * self.pitch * max(self.key_blocks, self.products.outputs)
+        cdef double *keys = room + RC_CHUNK * max(self.products.outputs, self.key_blocks)
         cdef double *queries = keys + 2 * self.keys
         cdef double *sums = self.sums + (part * self.heads + head) * self.groups * self.columns * self.rows
         cdef const double *column
@@ -241,7 +247,7 @@ cdef class Product:
         self.build(head, pair, keys, queries)
         for c in range(self.columns):
             self.transform_keys(keys, self.v + (head * self.columns + c) * self.keys, spectra)
-            self.mix(self.products, RC_PRODUCT, 1, self.spectra_of(head), spectra, spectra, rows)
+            self.mix(self.products, RC_PRODUCT, 1, self.spectra_of(head), spectra, spectra, room)
             for output in range(self.products.outputs):
                 found = self.invert(self.products, output, spectra)
                 if found == NULL:
@@ -253,7 +259,7 @@ cdef class Product:
                     if self.symbol_groups == 1 or g == symbol:
                         column = queries + 2 * g * self.rows + I * self.block
                         kernels.gather(self.block, weight, self.gain_of(head, g, level, I), column, column + self.rows,
-                                       found, found + 2 * self.block, self.turn,
+                                       found, self.turn,
                                        sums + (g * self.columns + c) * self.rows + I * self.block)
 
     cdef void backward_pair(self, ptrdiff_t head, ptrdiff_t part, ptrdiff_t pair, double *work) noexcept nogil:
@@ -262,8 +268,8 @@ cdef class Product:
         cdef double weight = self.weights[degree], grad_weight = self.grad_weights[degree] if degree else 0
         cdef ptrdiff_t given = self.groups * self.levels * self.query_blocks
         cdef double *spectra = work
-        cdef double *rows = spectra + 2 * self.pitch * max(self.key_blocks, self.products.outputs)
-        cdef double *grad_spectra = rows + RC_CHUNK * (max(self.products.outputs, self.key_blocks) + 1)
+        cdef double *room = spectra + 2 * self.pitch * max(self.key_blocks, self.products.outputs)
+        cdef double *grad_spectra = room + RC_CHUNK * max(self.products.outputs, self.key_blocks)
         cdef double *keys = grad_spectra + 2 * self.pitch * max(given, self.key_blocks)
         cdef double *queries = keys + 2 * self.keys
         cdef double *key_adjoint = queries + 2 * self.groups * self.rows
@@ -284,7 +290,7 @@ cdef class Product:
                 self.mix(self.correlated, RC_CORRELATE, weight, grad_spectra, spectra,
                          self.correlations + 2 * self.pitch * slot * self.correlated.outputs, NULL)
             if grad_weight:
-                self.mix(self.products, RC_PRODUCT, 1, self.spectra_of(head), spectra, spectra, rows)
+                self.mix(self.products, RC_PRODUCT, 1, self.spectra_of(head), spectra, spectra, room)
                 for output in range(self.products.outputs):
                     found = self.invert(self.products, output, spectra)
                     if found == NULL:
@@ -296,21 +302,20 @@ cdef class Product:
                         if self.symbol_groups == 1 or g == symbol:
                             column = query_adjoint + 2 * g * self.rows + I * self.block
                             kernels.scatter(self.block, grad_weight, self.gain_of(head, g, level, I),
-                                            self.grad_of(head, g, c) + I * self.block, found, found + 2 * self.block,
-                                            self.turn, column, column + self.rows)
-            self.mix(self.adjoints, RC_ADJOINT, 1, self.spectra_of(head), grad_spectra, grad_spectra, rows)
+                                            self.grad_of(head, g, c) + I * self.block, found, self.turn, column,
+                                            column + self.rows)
+            self.mix(self.adjoints, RC_ADJOINT, 1, self.spectra_of(head), grad_spectra, grad_spectra, room)
             for J in range(self.key_blocks):
                 found = self.invert(self.adjoints, J, grad_spectra)
                 if found == NULL:
                     continue
                 if grad_weight:
                     column = key_adjoint + J * self.block
-                    kernels.scatter(self.block, grad_weight, NULL, values + J * self.block, found,
-                                    found + 2 * self.block, self.turn, column, column + self.keys)
+                    kernels.scatter(self.block, grad_weight, NULL, values + J * self.block, found, self.turn,
+                                    column, column + self.keys)
                 if weight:
                     column = keys + J * self.block
-                    kernels.gather(self.block, weight, NULL, column, column + self.keys, found,
-                                   found + 2 * self.block, self.turn,
+                    kernels.gather(self.block, weight, NULL, column, column + self.keys, found, self.turn,
                                    self.dv + (slot * self.columns + c) * self.keys + J * self.block)
         if grad_weight:
             self.derive(self.keys, pair, self.k + head * self.d * self.keys, key_adjoint,
@@ -370,9 +375,10 @@ cdef class Product:
     cdef const double *grad_of(self, ptrdiff_t head, ptrdiff_t g, ptrdiff_t c) noexcept nogil:
         return self.grad + ((head * self.groups + g) * self.columns + c) * self.rows
 
-    cdef void transform(self, double *halves) noexcept nogil:
-        self.fft.run_forward(halves)
-        self.fft.run_forward(halves + 2 * self.block)
+    cdef void transform(self, double *quarters) noexcept nogil:
+        cdef ptrdiff_t k
+        for k in range(4):
+            self.fft.run_forward(quarters + k * self.block)
 
     cdef void transform_keys(self, const double *keys, const double *values, double *spectra) noexcept nogil:
         """The spectra of both columns times values, block by block."""
@@ -381,7 +387,7 @@ cdef class Product:
         for J in range(self.key_blocks):
             to = spectra + 2 * self.pitch * J
             kernels.pack(self.block, NULL, keys + J * self.block, keys + self.keys + J * self.block,
-                         values + J * self.block, self.turn, to, to + 2 * self.block)
+                         values + J * self.block, self.turn, to)
             self.transform(to)
 
     cdef void transform_grads(self, ptrdiff_t head, ptrdiff_t c, const double *queries,
@@ -396,22 +402,23 @@ cdef class Product:
                     column = queries + 2 * g * self.rows + I * self.block
                     to = spectra + 2 * self.pitch * ((g * self.levels + level) * self.query_blocks + I)
                     kernels.pack(self.block, self.gain_of(head, g, level, I), column, column + self.rows,
-                                 self.grad_of(head, g, c) + I * self.block, self.turn, to, to + 2 * self.block)
+                                 self.grad_of(head, g, c) + I * self.block, self.turn, to)
                     self.transform(to)
 
     cdef void mix(self, Terms terms, rc_mixing how, double factor, const double *x, const double *shared,
-                  double *z, double *rows) noexcept nogil:
-        kernels.mix(2 * self.block, self.pitch, terms.tiles, terms.start, terms.first, terms.second, terms.shared, how,
-                    factor, x, shared, z, rows)
+                  double *z, double *room) noexcept nogil:
+        kernels.mix(2 * self.block, self.pitch, terms.outputs, terms.start, terms.shared, terms.rows, how, factor, x,
+                    shared, z, room)
 
     cdef double *invert(self, Terms terms, ptrdiff_t output, double *spectra) noexcept nogil:
-        """Even and odd halves in time of one output, in its place; NULL where that is 0."""
-        cdef double *halves = spectra + 2 * self.pitch * output
+        """The quarters in time of one output, in its place; NULL where that is 0."""
+        cdef double *quarters = spectra + 2 * self.pitch * output
+        cdef ptrdiff_t k
         if not terms.nonzero[output]:
             return NULL
-        self.fft.run_inverse(halves)
-        self.fft.run_inverse(halves + 2 * self.block)
-        return halves
+        for k in range(4):
+            self.fft.run_inverse(quarters + k * self.block)
+        return quarters
 
 
 def _terms(nonzero, groups, symbol_groups, query_blocks, key_blocks):
@@ -437,16 +444,13 @@ def _terms(nonzero, groups, symbol_groups, query_blocks, key_blocks):
 
 
 def _tiles(outputs):
-    """(nonzero, start, first, second, shared) of a mapping for each output: two at a time, as `mix` takes them."""
-    start, rows = [0], []
-    for one, other in zip(outputs[::2], [*outputs[1::2], {}][: len(outputs[::2])]):
-        both = [key for key in one if key in other]
-        for part in (
-            [(one[key], other[key], key[0]) for key in both],
-            [(one[key], 0, key[0]) for key in one if key not in other],
-            [(other[key], 0, key[0]) for key in other if key not in one],
-        ):
-            rows += part
-            start.append(len(rows))
-    first, second, shared = np.array(rows, np.intp).reshape(-1, 3).T.copy()
-    return np.array([bool(found) for found in outputs]), np.array(start, np.intp), first, second, shared
+    """(nonzero, start, shared, rows) of a mapping for each output, as `mix` takes them, RC_TILE outputs at a time."""
+    start, shared, rows = [0], [], []
+    for first in range(0, len(outputs), RC_TILE):
+        tile = outputs[first : first + RC_TILE]
+        tile += [{}] * (RC_TILE - len(tile))
+        keys = sorted(set().union(*tile))
+        shared += [key[0] for key in keys]
+        rows += [[one.get(key, -1) for one in tile] for key in keys]
+        start.append(len(shared))
+    return np.array([bool(found) for found in outputs]), *(np.array(x, np.intp) for x in (start, shared, rows))
