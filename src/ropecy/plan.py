@@ -42,7 +42,7 @@ _MINUTE = 60.0
 _WORTH_ASKING = 0.02
 # Seconds of looking for a degree that may do.
 _LOOK = 1e-4
-# Rows that judge a degree by their error: whole tiles.
+# Rows that judge a degree by their error: tiles of the exact engine, as many for each of two or of four threads.
 _SAMPLED_ROWS = 192
 # What looking for outliers may cost, as a part of what is at hand without.
 _LOOK_FOR_OUTLIERS = 0.04
