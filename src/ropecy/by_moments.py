@@ -17,7 +17,7 @@ from .schedule import Choice
 # Past this degree moments are not tried where the worst case has no degree at all.
 MOST = 6
 # What looking may cost, as a part of what is at hand without.
-_LOOK = 0.08
+_LOOK = 0.04
 # How many times longer than the longest row that is kept another may be, where there is a backward pass.
 _LONGEST = 1e4
 
@@ -66,12 +66,11 @@ def choose(
     worst: Choice | None,
     pieces: moments.Sample | None,
 ) -> Choice | None:
-    """The cheapest degree below that of the worst case that moments are expected to certify, or None.
+    """The cheapest degree below that of the worst case that moments are expected to certify, or None, where they
+    `may_serve`.
 
     Of a problem in pieces the sample is given, and there are no fourth moments.
     """
-    if not may_serve(problem, scores, method, degree, grad, exact, worst):
-        return None
     sample = pieces or moments.Sample(problem, scores, values)
     # Features of a query that is longer than this would overflow in backward, where it counts 0 times.
     cuts = [B for B in sample.cuts(scores.bound) if not grad or scores.bound <= _LONGEST * B]

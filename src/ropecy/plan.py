@@ -45,7 +45,7 @@ _LOOK = 1e-4
 # Rows that judge a degree by their error: tiles of the exact engine, as many for each of two or of four threads.
 _SAMPLED_ROWS = 192
 # What looking for outliers may cost, as a part of what is at hand without.
-_LOOK_FOR_OUTLIERS = 0.04
+_LOOK_FOR_OUTLIERS = 0.02
 # How many ways to split them off are tried, the cheapest first.
 _OFFERS = 3
 
@@ -286,14 +286,19 @@ def _at_once(
     elif plain:
         worst, refusal = _by_worst_case(problem, scores, values, eps, degree, grad)
         chosen = worst
-        if not each_weight:
-            sample, at_hand = measured and measured.sample, (works["exact"], worst)
+        at_hand = works["exact"], worst
+        looked = not each_weight and by_moments.may_serve(problem, scores, method, degree, grad, *at_hand)
+        if looked:
+            sample = measured and measured.sample
             found = by_moments.choose(problem, scores, values, eps, method, degree, seed, grad, *at_hand, sample)
             chosen = found or worst
         if chosen is None and (method == "polynomial" or degree is not None):
             raise BoundedEntryError(refusal)
     if chosen is not None:
         works["polynomial"] = chosen.work
+        if looked and method == "polynomial":
+            # auto looks only where that is next to nothing.
+            works["polynomial"] += sample_work(problem, grad)
         sizes["polynomial"] = polynomial_engine.memory(piece, chosen.degree, grad, chosen.grad_degree)
 
     by_scan = None

@@ -1,6 +1,7 @@
 #include "simd.h"
 #include "product.template.h"
 
+#define ROWS_SUMMED 32
 #define PARTS 4 /* independent sums, so that a row does not wait for its own additions */
 
 static double RC_NAME(largest)(const void *numbers, ptrdiff_t n) {
@@ -98,23 +99,78 @@ static void RC_NAME(quadratic)(const void *rows, ptrdiff_t n, ptrdiff_t d, const
     }
 }
 
+/* sum, low and high of V vectors of columns, whose rows are `pitch` apart. Sums are REAL over a few rows, then float64. */
+RC_INLINE void RC_NAME(vector_columns)(const int V, const REAL *x, ptrdiff_t n, ptrdiff_t pitch, const unsigned char *keep,
+                                       double *sum, REAL *low, REAL *high) {
+    vreal least[4], most[4];
+    RC_UNROLL for (int v = 0; v < V; v++) {
+        least[v] = SPLAT((REAL)__builtin_inf());
+        most[v] = -least[v];
+    }
+    for (int l = 0; l < V * LANES; l++)
+        sum[l] = 0;
+    for (ptrdiff_t start = 0; start < n; start += ROWS_SUMMED) {
+        const ptrdiff_t end = rc_min(n, start + ROWS_SUMMED);
+        vreal part[4];
+        RC_UNROLL for (int v = 0; v < V; v++) part[v] = (vreal){0};
+        for (ptrdiff_t i = start; i < end; i++) {
+            if (keep && !keep[i])
+                continue;
+            RC_UNROLL for (int v = 0; v < V; v++) {
+                const vreal y = LOAD(x + i * pitch + v * LANES);
+                const vint lower = y < least[v], higher = y > most[v];
+                part[v] += y;
+                least[v] = (vreal)(((vint)y & lower) | ((vint)least[v] & ~lower));
+                most[v] = (vreal)(((vint)y & higher) | ((vint)most[v] & ~higher));
+            }
+        }
+        for (int v = 0; v < V; v++)
+            for (int l = 0; l < LANES; l++)
+                sum[v * LANES + l] += part[v][l];
+    }
+    RC_UNROLL for (int v = 0; v < V; v++) {
+        STORE(low + v * LANES, least[v]);
+        STORE(high + v * LANES, most[v]);
+    }
+}
+
 static void RC_NAME(columns)(const void *rows, ptrdiff_t n, ptrdiff_t d, const unsigned char *keep, double *sum, void *least,
                              void *most) {
     const REAL *x = rows;
     REAL *low = least, *high = most;
-    for (ptrdiff_t a = 0; a < d; a++) {
+    ptrdiff_t first = 0, whole = d / LANES * LANES; /* the first row and the first column that are done one by one */
+    ptrdiff_t column = 0;
+    for (; column + 4 * LANES <= whole; column += 4 * LANES)
+        RC_NAME(vector_columns)(4, x + column, n, d, keep, sum + column, low + column, high + column);
+    for (; column < whole; column += LANES)
+        RC_NAME(vector_columns)(1, x + column, n, d, keep, sum + column, low + column, high + column);
+    for (ptrdiff_t a = whole; a < d; a++) {
         sum[a] = 0;
         low[a] = (REAL)__builtin_inf();
         high[a] = -(REAL)__builtin_inf();
     }
-    for (ptrdiff_t i = 0; i < n; i++, x += d) {
+    if (!keep && d < LANES && LANES % d == 0 && n * d >= LANES) { /* some rows to a vector */
+        double sums[LANES];
+        REAL lows[LANES], highs[LANES];
+        first = n * d / LANES * (LANES / d);
+        RC_NAME(vector_columns)(1, x, n * d / LANES, LANES, 0, sums, lows, highs);
+        for (int l = 0; l < LANES; l++) {
+            const ptrdiff_t a = l % d;
+            sum[a] += sums[l];
+            low[a] = lows[l] < low[a] ? lows[l] : low[a];
+            high[a] = highs[l] > high[a] ? highs[l] : high[a];
+        }
+    }
+    for (ptrdiff_t i = first; i < n && whole < d; i++) {
         if (keep && !keep[i])
             continue;
-        for (ptrdiff_t a = 0; a < d; a++) {
-            sum[a] += x[a];
-            low[a] = x[a] < low[a] ? x[a] : low[a];
-            high[a] = x[a] > high[a] ? x[a] : high[a];
+        for (ptrdiff_t a = whole; a < d; a++) {
+            const REAL y = x[i * d + a];
+            sum[a] += y;
+            low[a] = y < low[a] ? y : low[a];
+            high[a] = y > high[a] ? y : high[a];
         }
     }
 }
+#undef ROWS_SUMMED
 #undef PARTS
