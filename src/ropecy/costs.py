@@ -65,7 +65,7 @@ _LEVELS = ("baseline", "v3", "v4")
 # Seconds, the same on all of them: a call and its gradient, whose time is Python's; what the polynomial engine has more
 # of it; an entry of a row of q, k, v, dO that is rotated, measured, copied (exact, polynomial); an entry of a state at
 # the end of a segment, or read and written by an update; a byte of memory that is new to the process.
-_CALL, _VJP = 2.2e-4, 1.3e-4
+_CALL, _VJP = 1.5e-4, 0.8e-4
 _PASS = 3e-5
 _EXACT_ENTRY, _ENTRY = 3.2e-9, 4.7e-9
 _STATE, _STREAM, _BYTE = 0.7e-9, 0.1e-9, 0.08e-9
