@@ -25,9 +25,9 @@ from ropecy.polynomial import (
 def relative_errors(p, n_points=400):
     """p(s) e^{-s} - 1 on a Chebyshev grid, in 60 digits."""
     with mpmath.workdps(60):
-        descending = [mpmath.mpf(c) for c in reversed(p.coefficients)]
+        exact = [mpmath.mpf(c) for c in p.coefficients]
         points = [mpmath.mpf(p.B) * mpmath.cos(mpmath.pi * j / n_points) for j in range(n_points + 1)]
-        return [mpmath.polyval(descending, s) * mpmath.exp(-s) - 1 for s in points]
+        return [np.polynomial.polynomial.polyval(s, exact) * mpmath.exp(-s) - 1 for s in points]
 
 
 def alternation(errors):
