@@ -5,7 +5,9 @@ import pytest
 
 from ropecy.kernels import _rows
 
-SHAPES = [(1, 1, 1), (2, 100, 3), (3, 700, 17), (1, 5000, 64), (2, 333, 130)]
+# Widths that are a whole number of vectors, a part of one that several rows fill, and neither.
+SHAPES = [(1, 1, 1), (3, 50, 1), (2, 101, 2), (1, 37, 4), (2, 1003, 8)]
+SHAPES += [(2, 100, 3), (3, 700, 17), (1, 5000, 64), (2, 333, 130)]
 
 
 @pytest.fixture(params=SHAPES, ids=str)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from . import moments
 from . import polynomial as poly
-from .bounds import Scores, Values
+from .bounds import Scores, Values, polynomial_rounding
 from .costs import Work, fourth_work, moments_work, polynomial_work, sample_work
 from .moments import MomentRule
 from .polynomial import MomentPolynomial
@@ -106,6 +106,23 @@ def choose(
                         rule = MomentRule(p, kappa, scores.within(B), fourth if kappa else None, n_long, r)
                         best = Choice(p, truncation, work, rule, rows, of_gradient)
     return best
+
+
+def expected_degree(problem: Problem, values: Values, B: float, square: float | None, eps: float) -> int | None:
+    """About the least degree that certifies eps by the worst case, or by moments, the scores' mean square being at most
+    `square` where that counts.
+    """
+    allowed = eps - polynomial_rounding(problem, B, values)
+    if allowed <= 0 or B > poly.MAX_BOUND:
+        return None
+    degree = poly.smallest_degree(B, poly.relative_error_for(allowed))
+    if square is not None:
+        for g in range(2, min(degree or MOST, MOST) + 1):
+            p = poly.fit_moments(poly.B_grid(B), g)
+            # The fourth moment of Gaussian scores is 3 times the square of the second.
+            if p is not None and p.radius[0] * (1, 3, 15)[p.order // 2 - 1] * square ** (p.order // 2) < allowed:
+                return g
+    return None if degree is None else max(1, degree)
 
 
 def _weights(

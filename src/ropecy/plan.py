@@ -41,7 +41,7 @@ _MINUTE = 60.0
 # Seconds of exact work, as `costs` knows them, below which auto does not ask what transforms would cost.
 _WORTH_ASKING = 0.02
 # Seconds of looking for a degree that may do.
-_LOOK = 1e-4
+_LOOKING = 1e-4
 # Rows that judge a degree by their error: tiles of the exact engine, as many for each of two or of four threads.
 _SAMPLED_ROWS = 192
 # What looking for outliers may cost, as a part of what is at hand without.
@@ -360,7 +360,8 @@ def _beside_outliers(problem: Problem, scores: Scores, values: Values, most: flo
         extra = outliers.work(problem, n_rows, n_keys, grad)
         if extra.nominal >= most or not (n_rows or n_keys):
             continue
-        g = _expected_degree(problem, values, B, None if how["each_weight"] else square, eps / 4 if grad else eps)
+        of_moments = None if how["each_weight"] else square
+        g = by_moments.expected_degree(problem, values, B, of_moments, eps / 4 if grad else eps)
         if g is None or g > (degree or g):
             continue
         total = extra + polynomial_work(problem, degree or g, grad)
@@ -403,26 +404,9 @@ def _beside(
     return made
 
 
-def _expected_degree(problem: Problem, values: Values, B: float, square: float | None, eps: float) -> int | None:
-    """About the least degree that certifies eps by the worst case, or by moments, the scores' mean square being at most
-    `square` where that counts.
-    """
-    allowed = eps - polynomial_rounding(problem, B, values)
-    if allowed <= 0 or B > poly.MAX_BOUND:
-        return None
-    degree = poly.smallest_degree(B, poly.relative_error_for(allowed))
-    if square is not None:
-        for g in range(2, min(degree or by_moments.MOST, by_moments.MOST) + 1):
-            p = poly.fit_moments(poly.B_grid(B), g)
-            # The fourth moment of Gaussian scores is 3 times the square of the second.
-            if p is not None and p.radius[0] * (1, 3, 15)[p.order // 2 - 1] * square ** (p.order // 2) < allowed:
-                return g
-    return None if degree is None else max(1, degree)
-
-
 def _too_small(problem: Problem, exact: Work, grad: bool) -> bool:
     """Whether no degree is cheaper than exact work by more than it costs to look for one."""
-    return polynomial_work(problem, 1, grad).nominal + _LOOK >= exact.nominal
+    return polynomial_work(problem, 1, grad).nominal + _LOOKING >= exact.nominal
 
 
 def _polynomial_plan(problem, scores, values, choice, grad, reason, works, sizes, eps) -> Plan:

@@ -40,7 +40,7 @@ RC_INLINE ptrdiff_t RC_NAME(below)(const RC_NAME(monomials) * y, int s) {
 }
 
 /* Rows of features: dst[t][i] = src[t][i] x[t] for i < length; the last vector may run over. ldd is a whole number of
- * vectors, and all but the first store are aligned: stores across cache lines cost more than the products. */
+ * vectors, and all stores but the first are aligned where dst's buffer is. */
 RC_INLINE void RC_NAME(scaled_copy)(int tokens, const REAL *x, ptrdiff_t ldx, const REAL *src, ptrdiff_t lds, ptrdiff_t length,
                                     REAL *dst, ptrdiff_t ldd) {
     const ptrdiff_t aligned = LANES - (ptrdiff_t)((uintptr_t)dst / sizeof(REAL) % LANES);
