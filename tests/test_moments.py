@@ -124,6 +124,30 @@ def test_a_short_query_is_bounded_though_float32_holds_no_square_of_it():
     assert measure(problem_of(q, k, k)).bound >= 0.99e-5
 
 
+def test_no_centre_brings_the_bound_below_what_is_asked_about(rng):
+    q, k = rng.standard_normal((2, 2, 50, 5)), rng.standard_normal((2, 300, 5)) * [[[3.0]], [[0.1]]] + 7
+    problem, asked = problem_of(q, k, k, scale=0.3), []
+    bound = measure(problem).bound
+
+    def never(least):
+        asked.append(least)
+        return least == 0
+
+    left_alone = measure(problem, centre=never)
+    assert left_alone.bound == np.inf and left_alone.plain == measure(problem).plain
+    assert asked[0] == 0 and 0.3 * bound < asked[1] < bound
+    # Two keys are as far from their mean as they can be.
+    two = problem_of(q, k[:, :2].copy(), k[:, :2].copy(), scale=0.3)
+    assert measure(two).bound == pytest.approx(asked_about(two), rel=1e-12)
+    assert asked_about(problem_of(q, k, k, scale=0.3, key_mask=np.ones(k.shape[:2], bool))) == 0
+
+
+def asked_about(problem):
+    asked = []
+    measure(problem, centre=lambda least: not asked.append(least))
+    return asked[-1]
+
+
 @pytest.mark.parametrize("factor", [40.0, 1e6])
 @pytest.mark.parametrize(("degree", "eps"), [(2, 1e-2), (3, 1e-3)])
 def test_long_queries_spoil_no_other_row(factor, degree, eps, rng):
@@ -162,6 +186,15 @@ def test_long_queries_between_the_sampled_ones_are_known(rng):
     O, certificate = ropecy.attention(Q, K, V, eps=2e-2, degree=2, method="polynomial", return_certificate=True)
     assert certificate.rule == "moments"
     assert certificate.n_exact_rows == 100
+
+
+def test_a_look_may_cost_more_where_it_is_expected_to_find_something(rng):
+    q, k = rng.standard_normal((2, 8192, 16)).astype(np.float32)
+    q, k = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (q, k))
+    v = rng.uniform(-1, 1, (8192, 16)).astype(np.float32)
+    # A look is some 5% of exact work: worth it for B = 1, of which degree 3 is expected, and not for B = 2.
+    assert ropecy.plan(q, k, v, scale=1.0, causal=True).certificate.rule == "moments"
+    assert ropecy.plan(q, k, v, scale=2.0, causal=True).engine == "exact"
 
 
 def test_causal_rows_that_fail_alone_cost_a_tile_each(rng):

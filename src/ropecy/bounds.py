@@ -7,7 +7,7 @@ rotations keep norms.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,8 @@ from .problem import Family, Problem
 # How many rows are looked at together, and how wide a block of a family may be to have its powers taken.
 _OFFSETS = 1024
 _WIDE = 32
+# Keys of a slot that say what no centre brings the bound below.
+_FEW = 64
 
 
 @dataclass(slots=True)
@@ -93,6 +95,13 @@ class Values:
     high: np.ndarray
     mean: np.ndarray
     far: bool = False
+
+    @property
+    def share(self) -> float:
+        """How far from `middle` values are about, in units of the range: a half, and as much as their mean is off."""
+        spread = (self.high - self.low).astype(np.float64)
+        off = np.abs(self.mean - self.middle)
+        return 0.5 + float(np.divide(off, spread, out=np.zeros_like(off), where=spread > 0).max(initial=0))
 
 
 @dataclass(slots=True)
@@ -189,13 +198,21 @@ def kept_keys(problem: Problem, ranks: Any = Alone) -> np.ndarray:
     return np.maximum(ranks.total(kept), 1)
 
 
-def measure(problem: Problem, ranks: Any = Alone, centre: bool = True) -> Scores:
+def measure(problem: Problem, ranks: Any = Alone, centre: bool | Callable[[float], bool] = True) -> Scores:
     """Bounds by Cauchy-Schwarz, from all queries and from the keys that key_mask keeps; the worst slot's.
+
+    Parameters
+    ----------
+    problem : Problem
+    ranks : Alone or Ranks
+    centre : bool or callable
+        Whether a bound is of use, which centred keys may better; `bound` is inf where not. A callable is asked about
+        what no centre brings it below, 0 first.
 
     Notes
     -----
-    Time O(n d): one read of q and k, and two more of k to see whether to `centre` it is better. Rounding of the norms
-    is on the safe side.
+    Time O(n d): one read of q and k, and two more of k to see whether to centre it is better. Rounding of the norms is
+    on the safe side.
     """
     if problem.family is not None:
         return _measure_family(problem)
@@ -207,19 +224,32 @@ def measure(problem: Problem, ranks: Any = Alone, centre: bool = True) -> Scores
         q_norm = ranks.largest(_rows.largest_norms(q.reshape(H, G * n, d), None, None, problem.threads))
         plain_norm = ranks.largest(_rows.largest_norms(k, keep, None, problem.threads))
         plain = float((q_norm * plain_norm).max()) * scale * room
-        if not centre:
-            return Scores(plain if math.isfinite(plain) else math.inf, math.inf, None, 1.0, 1.0)
+        if not math.isfinite(plain):
+            return Scores(math.inf, math.inf, None, 1.0, 1.0)
+        wanted = centre(0.0) and centre(scale * _least(problem, q_norm)) if callable(centre) else centre
+        if not wanted:
+            return Scores(plain, math.inf, None, 1.0, 1.0)
         total = ranks.total(_rows.columns(k, keep, problem.threads)[0])
         mean = (total / kept_keys(problem, ranks)[:, None]).astype(k.dtype)
         mean_norm = ranks.largest(_rows.largest_norms(k, keep, mean, problem.threads))
         shifted = float((q_norm * mean_norm).max()) * scale * room
-    if not math.isfinite(plain):
-        return Scores(math.inf, math.inf, None, 1.0, 1.0)
     if shifted < plain:
         factors = _factors(problem.scale, float(q_norm.max()), float(mean_norm.max()))
         return Scores(plain, shifted, mean, *factors, keys=mean_norm)
     factors = _factors(problem.scale, float(q_norm.max()), float(plain_norm.max()))
     return Scores(plain, plain, None, *factors, keys=plain_norm)
+
+
+def _least(problem: Problem, q_norm: np.ndarray) -> float:
+    """max_h q_norm_h times the root mean square of the distances of a few keys to their mean: to any other point, some
+    key is as far. 0, which is always true, with a key_mask.
+    """
+    if problem.key_mask is not None:
+        return 0.0
+    few = problem.k[:, :: -(-problem.k.shape[1] // _FEW)].astype(np.float64)
+    mean = few.sum(axis=1) / few.shape[1]
+    square = np.einsum("hja,hja->h", few, few) / few.shape[1] - np.einsum("ha,ha->h", mean, mean)
+    return float((q_norm * np.sqrt(np.maximum(square, 0))).max())
 
 
 def _room(q: np.ndarray) -> float:

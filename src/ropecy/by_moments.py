@@ -16,8 +16,8 @@ from .schedule import Choice
 
 # Past this degree moments are not tried where the worst case has no degree at all.
 MOST = 6
-# What looking may cost, as a part of what is at hand without.
-_LOOK = 0.04
+# What looking may cost, as a part of what is at hand without; and where scores of any direction would do.
+_LOOK, LOOK_IF_EXPECTED = 0.04, 0.1
 # How many times longer than the longest row that is kept another may be, where there is a backward pass.
 _LONGEST = 1e4
 
@@ -25,6 +25,8 @@ _LONGEST = 1e4
 def may_serve(
     problem: Problem,
     scores: Scores,
+    values: Values,
+    eps: float,
     method: str,
     degree: int | None,
     grad: bool,
@@ -38,8 +40,17 @@ def may_serve(
         return True
     at_hand = min(_at_hand(method, degree, exact, worst))
     looking = sample_work(problem, grad).nominal
-    least = polynomial_work(problem, 2, grad, 2) + moments_work(problem)
-    return looking <= _LOOK * at_hand and least.nominal + looking <= at_hand
+    least = 2
+    if looking > _LOOK * at_hand:
+        if looking > LOOK_IF_EXPECTED * at_hand:
+            return False
+        # Rows and keys of no direction that counts more have this mean square.
+        square = scores.bound**2 / problem.q.shape[3]
+        least = expected_degree(problem, values, scores.bound, square, eps / 4 if grad else eps)
+        if least is None or (worst and least >= worst.degree):
+            return False
+    work = polynomial_work(problem, least, grad, least) + moments_work(problem)
+    return work.nominal + looking <= at_hand
 
 
 def _most(degree: int | None, grad: bool, worst: Choice | None) -> int:
@@ -117,11 +128,14 @@ def expected_degree(problem: Problem, values: Values, B: float, square: float | 
         return None
     degree = poly.smallest_degree(B, poly.relative_error_for(allowed))
     if square is not None:
+        part = min(1.0, 1.1 * values.share)
         for g in range(2, min(degree or MOST, MOST) + 1):
             p = poly.fit_moments(poly.B_grid(B), g)
-            # The fourth moment of Gaussian scores is 3 times the square of the second.
-            if p is not None and p.radius[0] * (1, 3, 15)[p.order // 2 - 1] * square ** (p.order // 2) < allowed:
-                return g
+            if p is not None:
+                # The fourth moment of Gaussian scores is 3 times the square of the second.
+                h = p.radius[0] * (1, 3, 15)[p.order // 2 - 1] * square ** (p.order // 2)
+                if h < 1 and h / (1 - h) * part < allowed:
+                    return g
     return None if degree is None else max(1, degree)
 
 

@@ -349,9 +349,7 @@ class Sample:
             x = self._x[rows]
             self.second[rows] = np.einsum("rd,rd->r", x @ self._products[head], x)
             self.first[rows] = x @ mean[head]
-        spread = (values.high - values.low).astype(np.float64)
-        off = np.abs(values.mean - values.middle)
-        self.share = 0.5 + float(np.divide(off, spread, out=np.zeros_like(off), where=spread > 0).max(initial=0))
+        self._share = values.share
         self._tails: dict[int, float] = {}
         self._means: dict[int, np.ndarray] = {}
         self._seen: tuple[np.ndarray, np.ndarray] | None = None
@@ -458,7 +456,7 @@ class Sample:
     def truncation(self, h: np.ndarray) -> np.ndarray:
         """About what `MomentRule.truncation` makes of such radii."""
         with np.errstate(all="ignore"):
-            return np.where(h < 1, h / np.maximum(1 - h, 1e-300) * min(1.0, 1.1 * self.share), math.inf)
+            return np.where(h < 1, h / np.maximum(1 - h, 1e-300) * min(1.0, 1.1 * self._share), math.inf)
 
     def kept(
         self, problem: Problem, values: Values, eps: float, B: float, h: np.ndarray, h_r: np.ndarray | None = None

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import secrets
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from numpy.typing import ArrayLike
@@ -275,19 +277,20 @@ def _at_once(
     piece = piece or problem
     works = {"exact": exact_work(problem, grad)}
     plain = not missing and not relative and method in ("auto", "polynomial")
-    small = plain and method == "auto" and degree is None and _too_small(problem, works["exact"], grad)
-    centre = method != "exact" and not small
+    centre = method != "exact"
+    if plain and method == "auto" and degree is None:
+        centre = partial(_hopeful, problem, works["exact"], eps, grad)
     scores, values = _bounds(problem, measured, centre)
     sizes = {"exact": exact_bytes(piece, grad)}
     worst = chosen = None
     refusal = f"the polynomial engine does not do {missing}" if missing else None
-    if small:
-        refusal = "the cheapest engine, whatever the degree"
+    if scores.bound == math.inf > scores.plain:
+        refusal = None if method == "exact" else "the cheapest engine, whatever the degree"
     elif plain:
         worst, refusal = _by_worst_case(problem, scores, values, eps, degree, grad)
         chosen = worst
         at_hand = works["exact"], worst
-        looked = not each_weight and by_moments.may_serve(problem, scores, method, degree, grad, *at_hand)
+        looked = not each_weight and by_moments.may_serve(problem, scores, values, eps, method, degree, grad, *at_hand)
         if looked:
             sample = measured and measured.sample
             found = by_moments.choose(problem, scores, values, eps, method, degree, seed, grad, *at_hand, sample)
@@ -404,9 +407,14 @@ def _beside(
     return made
 
 
-def _too_small(problem: Problem, exact: Work, grad: bool) -> bool:
-    """Whether no degree is cheaper than exact work by more than it costs to look for one."""
-    return polynomial_work(problem, 1, grad).nominal + _LOOKING >= exact.nominal
+def _hopeful(problem: Problem, exact: Work, eps: float, grad: bool, least: float) -> bool:
+    """Whether scores with no bound below `least` may have a degree that beats exact work, by more than a look costs."""
+    degree = 1
+    if least:
+        if sample_work(problem, grad).nominal <= by_moments.LOOK_IF_EXPECTED * exact.nominal:
+            return True
+        degree = poly.smallest_degree(least, poly.relative_error_for(eps))
+    return degree is not None and polynomial_work(problem, max(1, degree), grad).nominal + _LOOKING < exact.nominal
 
 
 def _polynomial_plan(problem, scores, values, choice, grad, reason, works, sizes, eps) -> Plan:
@@ -526,10 +534,10 @@ def wants_sample(
         return True
     worst, _ = _by_worst_case(problem, scores, values, eps, degree, grad)
     at_hand = exact_work(problem, grad), worst
-    return by_moments.may_serve(problem, scores, method, degree, grad, *at_hand)
+    return by_moments.may_serve(problem, scores, values, eps, method, degree, grad, *at_hand)
 
 
-def _bounds(problem: Problem, measured: Measured | None, centre: bool = True) -> tuple[Scores, Values]:
+def _bounds(problem, measured, centre: bool | Callable[[float], bool] = True) -> tuple[Scores, Values]:
     if measured is None:
         return measure(problem, centre=centre), measure_values(problem)
     return measured.scores, measured.values
