@@ -49,7 +49,7 @@ def test_causal_rows_have_the_fourth_moments_of_a_prefix(masked, rng):
     assert len(fourth.stops) == 3
     assert fourth.stops[-1] == n
     assert np.all(fourth.stops[:-1] % CHUNK == 0)
-    far = moments.far_keys(problem)
+    far = moments.far_keys(problem, np.arange(problem.q.shape[2]))
     np.testing.assert_array_equal(far, np.arange(n) // CHUNK * CHUNK)
     of_rows, kept = fourth.of_rows(far), moments.kept_before(problem, far)
     sizes = scores.of_rows(problem)
@@ -78,7 +78,7 @@ def test_either_moment_certifies_a_causal_row(rng):
     Q, K = (cases.unit_rows(x) for x in rng.standard_normal((2, n, d)))
     problem = problem_of(Q[None, None], K[None], rng.uniform(-1, 1, (1, n, 1)), causal=True, scale=1 / d)
     (o, rows, saved, rule), kappa = by_moments(problem, 2, 8.0), 8.0
-    p, far = rule.polynomial, moments.far_keys(problem)
+    p, far = rule.polynomial, moments.far_keys(problem, np.arange(problem.q.shape[2]))
     y = K if rule.scores.centre is None else K - rule.scores.centre[0]
     s = np.where(np.arange(n) < far[:, None], Q @ y.T / d, 0)
     second, inverse = np.sum(s**2, axis=1), saved.inverse[0, 0]

@@ -114,7 +114,8 @@ def choose(
                     work += exact.times(part)
                     if work.nominal < limit:
                         limit, n_long = work.nominal, sample.longer(B)
-                        rule = MomentRule(p, kappa, scores.within(B), fourth if kappa else None, n_long, r)
+                        of_keys = fourth if kappa else None
+                        rule = MomentRule(p, kappa, scores.within(B), of_keys, n_long, r, sample.every)
                         best = Choice(p, truncation, work, rule, rows, of_gradient)
     return best
 

@@ -75,6 +75,7 @@ class RowFits:
 
     def __init__(self, sizes: np.ndarray, degree: int, kappa: float) -> None:
         self.sizes, self._past = sizes, ~(sizes <= poly.MAX_BOUND)
+        self._any_past = bool(self._past.any())
         with np.errstate(divide="ignore", invalid="ignore"):
             # Rounding of the logarithm is far below the 1e-6 of a step that it is kept away from.
             steps = poly.STEPS_PER_OCTAVE * np.log2(poly.MAX_BOUND / sizes) - 1e-6
@@ -87,7 +88,9 @@ class RowFits:
         self._fits = [poly.fit_moments(B, degree, kappa / B**2) for B in bounds]
 
     def of_rows(self, what) -> np.ndarray:
-        """what(p) by rows; inf where a row has no polynomial."""
+        """what(p) by rows; inf where a row has no polynomial. Not to be written to."""
+        if len(self._fits) == 1 and self._fits[0] is not None and not self._any_past:
+            return np.broadcast_to(np.float64(what(self._fits[0])), self.sizes.shape)
         found = np.array([math.inf if p is None else what(p) for p in self._fits])[self._index]
         found[self._past] = math.inf
         return found
@@ -145,6 +148,8 @@ class MomentRule:
     weights : MomentPolynomial or None
         What backward has in the place of `polynomial`, of the same order. Then all rows have `polynomial` itself, for
         dV has its weights.
+    sizes : (H, G, n) array or None
+        B_i of all rows; they are measured where it is None.
     """
 
     polynomial: MomentPolynomial
@@ -153,10 +158,11 @@ class MomentRule:
     fourth: Fourth | None = field(default=None, repr=False)
     n_long: int = 0
     weights: MomentPolynomial | None = None
+    sizes: np.ndarray | None = field(default=None, repr=False)
 
     def fits(self, problem: Problem) -> RowFits:
         """Every row's polynomial."""
-        sizes = self.scores.of_rows(problem)
+        sizes = self.scores.of_rows(problem) if self.sizes is None else self.sizes
         if self.weights is not None:
             sizes = np.maximum(sizes, self.scores.bound)
         return RowFits(sizes, self.polynomial.degree, self.kappa)
@@ -203,7 +209,7 @@ class MomentRule:
             # With the rounding of the coefficient that the moment was measured with.
             h = mean * fits.of_rows(lambda p: p.alone + 8 * unit * p.coefficients[k])
             if self.fourth is not None:
-                far = far_keys(problem)
+                far = far_keys(problem, np.arange(problem.q.shape[2]))
                 kept = kept_before(problem, far)[:, None] * inverse.astype(np.float64)
                 fourth = np.divide(mean**2, kept, out=np.zeros_like(mean), where=kept > 0)
                 fourth += fits.sizes**4 * self.fourth.of_rows(far)[:, None] * inverse
@@ -237,13 +243,13 @@ def gradient_error(h: np.ndarray, h_r: np.ndarray) -> np.ndarray:
         return np.where(h < 1, np.maximum(np.tanh(2 * h_r + 3 * h), zeta / (2 + zeta)), math.inf)
 
 
-def far_keys(problem: Problem) -> np.ndarray:
-    """How many keys a row sees by polynomial: all there are, or, causal, those before its chunk's first; (n,)."""
-    n, n_k = problem.q.shape[2], problem.k.shape[1]
+def far_keys(problem: Problem, rows: np.ndarray) -> np.ndarray:
+    """How many keys these rows see by polynomial: all there are, or, causal, those before their chunk's first."""
+    n_k = problem.k.shape[1]
     if problem.hi is None:
-        return np.full(n, n_k)
+        return np.full(len(rows), n_k)
     chunk = engine.chunk(problem)
-    return np.clip((np.arange(n) + problem.q_offset) // chunk * chunk, 0, n_k)
+    return np.clip((rows + problem.q_offset) // chunk * chunk, 0, n_k)
 
 
 def kept_before(problem: Problem, ends: np.ndarray) -> np.ndarray:
@@ -309,6 +315,8 @@ class Sample:
         Flat indices into (H, G, n), increasing, how many rows each stands for, and the rows' bounds B_i.
     n_rows : int
         How many rows there are.
+    every : (H, G, n) array or None
+        The bounds of all rows; None over ranks.
     """
 
     def __init__(self, problem: Problem, scores: Scores, values: Values, ranks: Any = Alone) -> None:
@@ -322,7 +330,7 @@ class Sample:
         self._products = rows.apply([self._y.shape[1]], None)[0][:, 0] / count[:, None, None]
 
         sizes = scores.of_rows(problem).reshape(H * G, n)
-        some = np.arange(H * G * n).reshape(H * G, n)[:, ::row_step].reshape(-1)
+        some = (np.arange(H * G)[:, None] * n + np.arange(0, n, row_step)).reshape(-1)
         few, n_longer = np.empty(0, int), 0
         if ranks is Alone:
             longer = np.flatnonzero(sizes > 1.01 * sizes.reshape(-1)[some].max(initial=0))
@@ -340,7 +348,7 @@ class Sample:
         sample = sample[np.argsort(sample[:, 0], kind="stable")]
         self.index, self.weight, self.sizes = sample[:, 0].astype(np.intp), sample[:, 1].copy(), sample[:, 2].copy()
         self.n_rows = int(H * G * total)
-        self._every = sizes if ranks is Alone else None
+        self.every = sizes.reshape(H, G, n) if ranks is Alone else None
         self._head, self._row = self.index // max(1, G * total), self.index % max(1, total)
         self._x = sample[:, 3:] * scores.q_factor
         self.second, self.first = np.empty((2, len(self.index)))
@@ -371,9 +379,9 @@ class Sample:
 
     def longer(self, B: float) -> int:
         """How many rows are past that bound: over ranks, about."""
-        if self._every is None:
+        if self.every is None:
             return math.ceil(self.weight[self.sizes > B].sum())
-        return int(np.count_nonzero(self._every > B))
+        return int(np.count_nonzero(self.every > B))
 
     def risk(self, problem: Problem, scores: Scores, inverse: np.ndarray, ranks: Any = Alone) -> np.ndarray:
         """What errors of rows grow with, about: the root of their far keys, for errors of both signs add up, times the
@@ -394,7 +402,7 @@ class Sample:
         else:
             ends = np.arange(n) + problem.q_offset + problem.hi + 1
             before = others[: ranks.rank]
-            far = sum(length for length, _ in before) + far_keys(problem)
+            far = sum(length for length, _ in before) + far_keys(problem, np.arange(n))
             seen = kept[:, np.clip(ends, 0, n_k)] + sum((count for _, count in before), np.zeros(H, int))[:, None]
             sees = seen[:, None] > 0
         return np.where(inverse > 0, np.sqrt(far) * second * inverse, np.where(sees, np.inf, 0.0))
@@ -435,7 +443,7 @@ class Sample:
     def _keys_of(self, problem: Problem) -> tuple[np.ndarray, np.ndarray]:
         """How many keys sampled rows see by polynomial, and how many in all."""
         if self._seen is None:
-            self._seen = far_keys(problem)[self._row], seen_keys(problem)[self._row]
+            self._seen = far_keys(problem, self._row), seen_keys(problem, self._row)
         return self._seen
 
     def radius(self, problem: Problem, fits: RowFits, order: int, fourth: Fourth | None = None) -> np.ndarray:
@@ -509,12 +517,12 @@ class Sample:
         return 2.0 ** min(40, max(-1, round(2 * math.log2(size) - math.log2(3 * second))))
 
 
-def seen_keys(problem: Problem) -> np.ndarray:
-    """How many keys a row sees, masked or not, (n,)."""
-    n, n_k = problem.q.shape[2], problem.k.shape[1]
+def seen_keys(problem: Problem, rows: np.ndarray) -> np.ndarray:
+    """How many keys these rows see, masked or not."""
+    n_k = problem.k.shape[1]
     if problem.hi is None:
-        return np.full(n, n_k)
-    return np.clip(np.arange(n) + problem.q_offset + problem.hi + 1, 0, n_k)
+        return np.full(len(rows), n_k)
+    return np.clip(rows + problem.q_offset + problem.hi + 1, 0, n_k)
 
 
 def prefixes(problem: Problem) -> np.ndarray:
