@@ -93,11 +93,14 @@ def choose(
             break
         for kappa in (0.0, sample.kappa()) if g < 4 and pieces is None and not grad else (0.0,):
             order, extra = g - g % 2, moments_work(problem)
-            h = sample.radius(problem, sample.fits(g, kappa), order)
             if kappa:
                 extra += fourth_work(problem)
-                kept = (sample.kept(problem, values, eps, B, h) for B in cuts)
-                if (polynomial_work(problem, g, grad) + extra).nominal >= limit or not any(kept):
+                if (polynomial_work(problem, g, grad) + extra).nominal >= limit:
+                    continue
+            h = sample.radius(problem, sample.fits(g, kappa), order)
+            if kappa:
+                # Gaussian scores must do, for the moments themselves take longer.
+                if not any(sample.kept(problem, values, eps, B, h) for B in cuts):
                     continue
                 fourth = fourth or moments.fourth_moments(problem, scores, seed)
                 h = sample.radius(problem, sample.fits(g, kappa), order, fourth)
