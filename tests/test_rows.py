@@ -59,3 +59,11 @@ def test_norms_and_columns(rows, dtype, masked, rng):
 def test_norms_whose_squares_a_dtype_hardly_holds(dtype, size):
     x = np.full((1, 3, 33), size, dtype)
     np.testing.assert_allclose(_rows.largest_norms(x, None, None, 1), size * np.sqrt(33.0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("step", [1, 3, 50])
+def test_few_rows_are_scattered_about_their_mean(dtype, step, rng):
+    x = (rng.standard_normal((2, 40, 5)) * [[[1.0]], [[1e3]]] + 2).astype(dtype)
+    expected = x[:, ::step].astype(np.float64).var(axis=1).sum(axis=1)
+    np.testing.assert_allclose(_rows.few_scatter(x, step), expected, rtol=1e-9, atol=1e-12)

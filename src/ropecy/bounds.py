@@ -246,10 +246,8 @@ def _least(problem: Problem, q_norm: np.ndarray) -> float:
     """
     if problem.key_mask is not None:
         return 0.0
-    few = problem.k[:, :: -(-problem.k.shape[1] // _FEW)].astype(np.float64)
-    mean = few.sum(axis=1) / few.shape[1]
-    square = np.einsum("hja,hja->h", few, few) / few.shape[1] - np.einsum("ha,ha->h", mean, mean)
-    return float((q_norm * np.sqrt(np.maximum(square, 0))).max())
+    square = _rows.few_scatter(problem.k, -(-problem.k.shape[1] // _FEW))
+    return math.sqrt(max(0.0, float((q_norm * q_norm * square).max())))
 
 
 def _room(q: np.ndarray) -> float:

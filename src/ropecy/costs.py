@@ -88,7 +88,9 @@ class Work:
     def __init__(self, alone: float = 0.0, parts: tuple[tuple[float, float], ...] = ()) -> None:
         self.alone, self.parts = alone, parts
         # Sums of works, of which a plan compares many, are sums of these.
-        self._one, self._two = self.seconds(1), self.seconds(2)
+        self._one = self._two = alone
+        if parts:
+            self._one, self._two = self.seconds(1), self.seconds(2)
 
     def __add__(self, other: Work) -> Work:
         one, two = self._one + other._one, self._two + other._two

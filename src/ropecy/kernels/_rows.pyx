@@ -3,6 +3,7 @@
 import numpy as np
 
 cimport numpy as cnp
+from cython cimport floating
 from cython.parallel cimport prange, threadid
 
 from ._arrays cimport LINE, line, pieces, pointer
@@ -68,6 +69,34 @@ def largest_norms(x, keep, shift, int threads):
                          NULL if centre == NULL else centre + head * d * item)
     found = found[:, 0] if count == 1 else found.max(axis=1)
     return np.sqrt(found, out=found)
+
+
+cdef double scatter(const floating *x, ptrdiff_t n, ptrdiff_t d, ptrdiff_t step) noexcept nogil:
+    cdef double scattered = 0, first, second, value
+    cdef ptrdiff_t row, a, count = pieces(n, step)
+    for a in range(d):
+        first = second = 0
+        for row in range(count):
+            value = x[row * step * d + a]
+            first += value
+            second += value * value
+        scattered += second - first * first / count
+    return scattered / count
+
+
+def few_scatter(x, ptrdiff_t step):
+    """The mean of ||x_i - mean||^2 over every so many rows, (H,) float64, of x (H, n, d)."""
+    cdef ptrdiff_t H = x.shape[0], n = x.shape[1], d = x.shape[2], head
+    cdef bint single = x.dtype == np.float32
+    cdef const void *data = pointer(x)
+    found = np.empty(H)
+    cdef double *out = <double *>pointer(found)
+    for head in range(H):
+        if single:
+            out[head] = scatter(<const float *>data + head * n * d, n, d, step)
+        else:
+            out[head] = scatter(<const double *>data + head * n * d, n, d, step)
+    return found
 
 
 def norms(x, factor, int threads):
