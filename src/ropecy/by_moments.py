@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+import numpy as np
+
 from . import moments
 from . import polynomial as poly
 from .bounds import Scores, Values, polynomial_rounding
@@ -18,6 +20,8 @@ from .schedule import Choice
 MOST = 6
 # What looking may cost, as a part of what is at hand without; and where scores of any direction would do.
 _LOOK, LOOK_IF_EXPECTED = 0.04, 0.1
+# How many times less than expected the error of a degree may be that is looked at.
+_LUCK = 4
 # How many times longer than the longest row that is kept another may be, where there is a backward pass.
 _LONGEST = 1e4
 
@@ -86,7 +90,10 @@ def choose(
     # Features of a query that is longer than this would overflow in backward, where it counts 0 times.
     cuts = [B for B in sample.cuts(scores.bound) if not grad or scores.bound <= _LONGEST * B]
     best, fourth = None, None
-    for g in range(degree or 2, _most(degree, grad, worst) + 1):
+    # None that most rows would fail, were they lucky too.
+    usual = (float(np.median(x)) for x in (sample.sizes, sample.mean(problem, 2)))
+    least = degree or expected_degree(problem, values, *usual, _LUCK * eps)
+    for g in range(max(2, least or MOST + 1), _most(degree, grad, worst) + 1):
         # Nothing dearer than what is already at hand.
         limit = min([*_at_hand(method, degree, exact, worst), math.inf if best is None else best.work.nominal])
         if (polynomial_work(problem, g, False) + moments_work(problem)).nominal >= limit:

@@ -272,7 +272,7 @@ def sample_work(problem: Problem, grad: bool) -> Work:
     """Of `moments.Sample`, and of what is asked of it."""
     H, G, n, d = problem.q.shape
     rows, keys = min(H * G * n, SAMPLED_ROWS), min(H * problem.k.shape[1], H * SAMPLED_KEYS)
-    return Work((1.3e-3 if grad else 8e-4) + (rows + keys) * (_SAMPLE[0] + _SAMPLE[1] * d * d))
+    return Work((1e-3 if grad else 6e-4) + (rows + keys) * (_SAMPLE[0] + _SAMPLE[1] * d * d))
 
 
 def norms_work(problem: Problem) -> Work:

@@ -496,8 +496,10 @@ class Sample:
         work = self.weight * self._keys_of(problem)[1] / pairs
         if problem.hi is not None:
             # A row that fails alone costs a tile.
-            rows = np.pad(long | others, 1)
-            work *= np.where(rows[2:] | rows[:-2], 1.0, TILE)
+            rows, beside = long | others, np.zeros(len(long), bool)
+            beside[1:] = rows[:-1]
+            beside[:-1] |= rows[1:]
+            work *= np.where(beside, 1.0, TILE)
         share = work[long].sum() + 1.5 * work[others].sum()
         count = self.longer(B) + 1.5 * self.weight[others].sum()
         if count > _FEW * total and share > _FEW:

@@ -207,7 +207,9 @@ def segments(problem: Problem, state_degree: int) -> int:
     tokens = max(n, problem.k.shape[1])
     features = n_features(d, state_degree)
     state = 8 * H * features * (problem.v.shape[2] + 1)
-    return max(1, min(-(-_SEGMENTS // H), tokens // max(1024, features), _STATE_BYTES // state))
+    # A state that is added up costs little; causal, one more segment goes through its keys once more.
+    least = max(1024, features if problem.hi is not None else features // 4)
+    return max(1, min(-(-_SEGMENTS // H), tokens // least, _STATE_BYTES // state))
 
 
 def _monomials_for(
