@@ -19,7 +19,7 @@ from .schedule import Choice
 # Past this degree moments are not tried where the worst case has no degree at all.
 MOST = 6
 # What looking may cost, as a part of what is at hand without; and where scores of any direction would do.
-_LOOK, LOOK_IF_EXPECTED = 0.04, 0.1
+_LOOK, LOOK_IF_EXPECTED = 0.03, 0.1
 # How many times less than expected the error of a degree may be that is looked at.
 _LUCK = 4
 # How many times longer than the longest row that is kept another may be, where there is a backward pass.

@@ -62,11 +62,12 @@ _SPEEDS = {
     ("v4", "float64"): Speeds(0.041, 0.35, 0.51, 1.08, 0.17, 2.9),
 }
 _LEVELS = ("baseline", "v3", "v4")
-# Seconds, the same on all of them: a call and its gradient, whose time is Python's; what the polynomial engine has more
-# of it; an entry of a row of q, k, v, dO that is rotated, measured, copied (exact, polynomial); an entry of a state at
-# the end of a segment, or read and written by an update; a byte of memory that is new to the process.
+# Seconds, the same on all of them: a call and its gradient, whose time is Python's; what the polynomial engine and the
+# fft engine have more of it; an entry of a row of q, k, v, dO that is rotated, measured, copied (exact, polynomial); an
+# entry of a state at the end of a segment, or read and written by an update; a byte of memory that is new to the
+# process.
 _CALL, _VJP = 1.5e-4, 0.8e-4
-_PASS = 3e-5
+_PASS, TRANSFORMS = 3e-5, 4e-4
 _EXACT_ENTRY, _ENTRY = 3.2e-9, 4.7e-9
 _STATE, _STREAM, _BYTE = 0.7e-9, 0.1e-9, 0.08e-9
 _REUSED = 2**25
@@ -278,7 +279,7 @@ def sample_work(problem: Problem, grad: bool) -> Work:
 def norms_work(problem: Problem) -> Work:
     """Of `engines.outliers.Norms`, and of a look at what they offer."""
     H, G, n, d = problem.q.shape
-    return Work(2.5e-4 + H * (G * n + problem.k.shape[1]) * (_NORM[0] + _NORM[1] * d))
+    return Work(5e-4 + H * (G * n + problem.k.shape[1]) * (_NORM[0] + _NORM[1] * d))
 
 
 def moments_work(problem: Problem) -> Work:

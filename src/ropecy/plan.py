@@ -17,6 +17,7 @@ from . import polynomial as poly
 from .bounds import Measured, Scores, Values, exact_rounding, measure, measure_values, polynomial_rounding
 from .certificate import BoundedEntryError, Certificate, PerformanceWarning, nothing_to_do
 from .costs import (
+    TRANSFORMS,
     Work,
     available_memory,
     cheaper,
@@ -488,7 +489,7 @@ def _fft_plan(problem, scores, values, eps, degree, grad, method, works, sizes) 
     if p is None:
         return None, refusal
     degree = max(1, p.degree)
-    work = works["fft"] = operations_work(problem, fft_engine.operations(problem, degree, grad))
+    work = works["fft"] = Work(TRANSFORMS) + operations_work(problem, fft_engine.operations(problem, degree, grad))
     sizes["fft"] = fft_engine.memory(problem, degree, grad)
     if method == "auto" and not cheaper("fft", works, sizes):
         return None, None

@@ -208,7 +208,7 @@ def segments(problem: Problem, state_degree: int) -> int:
     features = n_features(d, state_degree)
     state = 8 * H * features * (problem.v.shape[2] + 1)
     # A state that is added up costs little; causal, one more segment goes through its keys once more.
-    least = max(1024, features if problem.hi is not None else features // 4)
+    least = max(512, features // 4) if problem.hi is None else max(1024, features)
     return max(1, min(-(-_SEGMENTS // H), tokens // least, _STATE_BYTES // state))
 
 
