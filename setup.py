@@ -23,6 +23,7 @@ EXTENSIONS = {
     "_monomials": ["monomials"],
     "_quartic": ["quartic"],
     "_toeplitz": ["toeplitz"],
+    "_family": [],
     "_fftw": [],
 }
 

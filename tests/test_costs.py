@@ -1,5 +1,7 @@
 """Predicted seconds: what was measured once, and that no choice hangs on the machine or on the number of threads."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -138,3 +140,24 @@ def test_nor_on_how_fast_the_machine_is(monkeypatch, rng):
 def test_slowness_is_measured_once():
     assert 0 < costs.slowness() < np.inf
     assert costs.slowness() is costs.slowness()
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+def test_a_family_takes_no_more_memory_than_is_told(zeros, rng):
+    n, d = 1500, 3
+    Q, K, V = 0.3 * rng.standard_normal((3, n, d))
+    W = 0.3 * rng.standard_normal((2 * n - 1, d, d))
+    W[:, 1] *= not zeros
+    R, options = ropecy.RelativeFamily(W), {"method": "fft", "eps": 1e-2}
+    ropecy.attention_vjp(Q, K, V, R, **options)
+    tracemalloc.start()
+    try:
+        O, vjp = ropecy.attention_vjp(Q, K, V, R, **options)
+        forward = tracemalloc.get_traced_memory()[1] - O.nbytes
+        tracemalloc.reset_peak()
+        g = vjp(O)
+        backward = tracemalloc.get_traced_memory()[1] - O.nbytes - sum(x.nbytes for x in (g.dQ, g.dK, g.dV, g.dR))
+    finally:
+        tracemalloc.stop()
+    assert forward <= ropecy.plan(Q, K, V, R, **options).bytes["fft"] <= 2 * forward
+    assert backward <= ropecy.plan(Q, K, V, R, **options, grad=True).bytes["fft"] <= 2 * backward

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ropecy
+from ropecy.engines import family_fft, fft
 
 ROPE_PAIRS = [(0, 0), (0, 2), (2, 0), (2, 2), (1, 1), (1, 3), (3, 1), (3, 3)]
 
@@ -286,6 +287,70 @@ def test_fft_at_a_small_eps_is_the_oracle(name, rng, ours):
     for argument, gradient in gradients.items():
         tolerance = 1e-5 * np.linalg.norm(expected[argument]) + 1e-7
         assert np.linalg.norm(gradient - expected[argument]) <= tolerance, argument
+
+
+@pytest.mark.parametrize("name", [name for name in FFT if name != "blocks"])
+def test_fft_in_blocks_and_batches(name, rng, ours, monkeypatch):
+    case = make(name, rng)
+    n, dO = case["Q"].shape[-2] + case["K"].shape[-2], np.ones(oracle.attention(**case).O.shape)
+    whole = _gradients(case, ours, dO, method="fft", eps=1e-3)
+    monkeypatch.setattr(family_fft, "_BATCH_BYTES", 1)
+    monkeypatch.setattr(family_fft, "_LANE_BYTES", 1)
+    monkeypatch.setattr(fft, "_block", lambda *_: 32)
+    cut = _gradients(case, ours, dO, method="fft", eps=1e-3)
+    np.testing.assert_allclose(cut[0], whole[0], rtol=0, atol=1e-12)
+    for argument, gradient in whole[1].items():
+        np.testing.assert_allclose(cut[1][argument], gradient, rtol=0, atol=1e-11 * n, err_msg=argument)
+
+
+@pytest.mark.parametrize("sizes", [(1e12, 1e-9), (1e-9, 1e12), (1e12, 1e-9, 0.0), (0.0, 1e-9, 1e12)])
+@pytest.mark.parametrize("grad_sizes", [(1e12, 1e-9, 1.0), (1e-9, 1e12, 1e12), (1.0, 1.0, 1.0), (0.0, 1.0, 0.0)])
+def test_fft_keeps_columns_of_other_sizes_apart(sizes, grad_sizes, rng):
+    n, d_v = 70, len(sizes)
+    Q, K = 0.2 * rng.standard_normal((2, n, 3))
+    V, dO = rng.standard_normal((2, n, d_v))
+    V[7, 0], dO[9, 0] = 50, 50
+    V, dO = V * sizes, dO * grad_sizes[:d_v]
+    family = oracle.Family(0.3 * rng.standard_normal((2 * n - 1, 3, 3)))
+    O, vjp = ropecy.attention_vjp(Q, K, V, ropecy.RelativeFamily(family.values), method="fft", eps=1e-10)
+    dense = oracle.attention(Q, K, V, family)
+    expected, g = dense.backward(dO), vjp(dO)
+    assert np.all(np.abs(O - dense.O) <= vjp.certificate.error * np.ptp(V, axis=0))
+    # Each column of dV by its own size; what is a sum over columns by the size of all.
+    for name, axis in (("dQ", None), ("dK", None), ("dV", 0), ("dR", None)):
+        error = np.abs(getattr(g, name) - expected[name]).max(axis=axis)
+        assert np.all(error <= 1e-9 * np.abs(expected[name]).max(axis=axis)), name
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("block", [32, 256])
+def test_rounding_of_products_is_what_the_certificate_counts_with(block, causal, rng, monkeypatch):
+    """Sums over keys against extended precision, each column in units of u log2(2 b) ||t|| ||v_c|| sum |c_t| x^t."""
+    n, d = 200, 2
+    found = []
+
+    def noted(self, p, run=family_fft.Product.forward):
+        found.append((self._v, p, run(self, p)))
+        return found[-1][-1]
+
+    monkeypatch.setattr(family_fft.Product, "forward", noted)
+    monkeypatch.setattr(fft, "_block", lambda *_: block)
+    t = np.arange(n) - np.arange(n)[:, None]
+    for spread in (0.0, 1.0):
+        Q, K = np.where(spread, rng.uniform(-1, 1, (2, n, d)), 1.0)
+        family = oracle.Family(np.where(spread, rng.uniform(-0.3, 0.3, (2 * n - 1, d, d)), 0.3))
+        V = np.stack([rng.standard_normal(n), 1e6 * (np.arange(n) == n - 1), 1 - 1e-3 * t[0], t[0] % 7], axis=1)
+        ropecy.attention(Q, K, V, ropecy.RelativeFamily(family.values), method="fft", eps=1e-6, causal=causal)
+        v, p, got = found.pop()
+        s = np.einsum("ia,ijab,jb->ij", Q.astype(np.longdouble), family.matrices(t, d, np.longdouble), K) / d
+        weights = np.polynomial.polynomial.polyval(s, np.array(p.coefficients, np.longdouble))
+        weights[(t > 0) & causal] = 0
+        exact = weights @ v[0, :, :n].T
+        x = np.abs(Q).max(axis=0) @ np.abs(family.values).max(axis=0) @ np.abs(K).max(axis=0) / d
+        absolute = sum(abs(c) * x**s for s, c in enumerate(p.coefficients))
+        unit = 2.0**-53 * np.log2(2 * block) * np.sqrt(n if causal else 2 * n - 1) * absolute * family_fft.TOGETHER
+        error = np.abs(got[0, 0].T - exact[:, : got.shape[2]]).max(axis=0)
+        assert np.all(error <= fft._NOISE * unit * np.linalg.norm(v[0, : got.shape[2]], axis=1)), spread
 
 
 BIASES = {

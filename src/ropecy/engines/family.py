@@ -245,7 +245,7 @@ def operations(problem: Problem, pairs: float, grad: bool) -> float:
     """Multiply-adds times 2 of so many pairs, with what is done entry by entry counted by its time."""
     entries, d_v = len(problem.family.left), problem.v.shape[2]
     columns = len(np.unique(problem.family.right))
-    per_pair = 4 * (entries + d_v) + 100 * columns + 800
+    per_pair = 10 * (entries + d_v) + 230 * columns + 1850
     return pairs * per_pair * (2.8 if grad else 1)
 
 

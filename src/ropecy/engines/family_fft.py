@@ -12,22 +12,30 @@ rows of queries from n_k - 1 on.
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
 from ..bounds import Scores, largest_entries
+from ..kernels import _family
+from ..kernels._fftw import ComplexFFT, RealFFT
 from ..polynomial import Polynomial, antiderivative, n_features
 from ..problem import Problem
-from ._tasks import in_order
 
-# Of columns and their spectra, for each thread.
+# Of spectra that belong to monomials of queries, for each thread.
 _BATCH_BYTES = 2**26
 # Into how many parts the monomials of queries are cut, by shapes, over all slots together.
-_PARTS = 4
+_PARTS = 8
+# Of the sums that the gradient of W is made of.
+_LANE_BYTES = 512 * 2**20
+# Multisets of which it is counted what they share; and what it takes, in operations, to go through them.
+_COUNTED = 2000
+_LISTS = 1.6e8
+# Two columns are transformed as one, whose norm is at most this times that of either: sizes are within a factor of 2.
+TOGETHER = math.sqrt(5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,17 +47,42 @@ class Pair:
     multisets: tuple[tuple[tuple[int, ...], float], ...]
 
 
-def length(n: int, n_k: int) -> int:
-    """Of transforms: the least even 2^a 3^b 5^c 7^d from n + n_k - 1 on."""
-    size = n + n_k - 1 + (n + n_k - 1) % 2
-    while True:
-        rest = size
-        for prime in (2, 3, 5, 7):
-            while rest % prime == 0:
-                rest //= prime
-        if rest == 1:
-            return size
-        size += 2
+class Lists(NamedTuple):
+    """All pairs by batches of monomials of queries, as `_family.Product` goes through them.
+
+    Attributes
+    ----------
+    batch_start : (batches + 1,) intp
+        Of the monomials of queries.
+    key_start : (batches + 1,) intp
+        Of the monomials of keys that have partners in a batch; they come again in other batches.
+    pair_start : (keys + 1,) intp
+        Of the pairs of each of these.
+    partner : (pairs,) intp
+        The monomial of queries.
+    multiset_start : (pairs + 1,) intp
+    multiset_end : (pairs,) intp
+        From here on, a pair's multisets have an entry that is 0 everywhere, their last one.
+    query_degree, key_degree : (monomials,), (keys,) intp
+    query_variables, key_variables : (monomials, most), (keys, most) intp
+        The coordinates that each monomial is the product of, in order.
+    entries : (multisets, most) intp
+        In order, -1 past the last one.
+    multinomial : (multisets,) float64
+    """
+
+    batch_start: np.ndarray
+    key_start: np.ndarray
+    pair_start: np.ndarray
+    partner: np.ndarray
+    multiset_start: np.ndarray
+    multiset_end: np.ndarray
+    query_degree: np.ndarray
+    key_degree: np.ndarray
+    query_variables: np.ndarray
+    key_variables: np.ndarray
+    entries: np.ndarray
+    multinomial: np.ndarray
 
 
 def absolute_sum(problem: Problem, p: Polynomial) -> float:
@@ -71,236 +104,120 @@ class Product:
         exp(b) by levels, at offsets j - i from -(n - 1) on.
     gain : (H or 1, G or 1, levels, n) float64 or None
         What each level is multiplied with in each row.
+    b : int
+        The size of T's blocks.
+    transforms : (ComplexFFT, RealFFT)
+        Of length b / 2 and 2b.
     """
 
     def __init__(
-        self, problem: Problem, scores: Scores, values: np.ndarray, levels: np.ndarray, gain: np.ndarray | None
+        self,
+        problem: Problem,
+        scores: Scores,
+        values: np.ndarray,
+        levels: np.ndarray,
+        gain: np.ndarray | None,
+        b: int,
+        transforms: tuple[ComplexFFT, RealFFT],
     ) -> None:
-        self.problem, self.values = problem, values
-        self.levels = np.ascontiguousarray(levels[..., ::-1])
-        H, G, n, _ = problem.q.shape
-        n_k = problem.k.shape[1]
-        self.gain = None if gain is None else np.broadcast_to(gain, (H, G, *gain.shape[2:]))
-        self.q = np.multiply(problem.q.swapaxes(-1, -2), scores.q_factor, dtype=np.float64)
-        self.k = np.multiply(problem.k.swapaxes(-1, -2), scores.k_factor, dtype=np.float64)
+        self._problem = problem
+        H, G, n, d = problem.q.shape
+        self._columns, n_k = values.shape[1:]
+        rows, keys = -(-n // b) * b, -(-n_k // b) * b
+        slots = _slots(problem)
+        self._alone, groups = slots // H, H * G // slots
+        q, k = np.zeros((slots, groups, d, rows)), np.zeros((H, d, keys))
+        q.reshape(H, G, d, rows)[..., :n] = problem.q.swapaxes(-1, -2)
+        q *= scores.q_factor
+        np.multiply(problem.k.swapaxes(-1, -2), scores.k_factor, out=k[..., :n_k], dtype=np.float64)
+        # Two share a transform.
+        self._v = np.zeros((H, self._columns + self._columns % 2, keys))
+        self._v[:, : self._columns, :n_k] = values
         if problem.key_mask is not None:
-            self.k *= problem.key_mask[:, None]
+            k[..., :n_k] *= problem.key_mask[:, None]
+
+        # Offsets i - j from -keys on.
+        self._offsets = slice(keys - (n_k - 1), keys + n)
         family, first = problem.family, problem.q_offset - (n_k - 1)
         factors = scores.q_factor * scores.k_factor
-        weight = problem.scale / factors if factors else 0.0
-        self.used = used(problem)
-        self.W = dict.fromkeys(range(len(family.left)))
-        index = family.rows(first, problem.q_offset + n - 1)
-        for entry in self.used:
-            self.W[entry] = family.values[index, entry] * weight
-        self.weight = weight
-        # Heads of a group that have biases of their own do not share T.
-        groups = range(G)
-        self.slots = [(h, g) for h in range(H) for g in ([[g] for g in groups] if levels.shape[1] > 1 else [groups])]
-        self.length = length(n, n_k)
+        self._weight = problem.scale / factors if factors else 0.0
+        W = np.zeros((len(family.left), rows + keys))
+        W[:, self._offsets] = family.values[family.rows(first, problem.q_offset + n - 1)].T * self._weight
+        of_levels = np.zeros((*levels.shape[:3], rows + keys))
+        of_levels[..., self._offsets] = levels[..., ::-1]
+        windows = of_levels.any(axis=(0, 1)).reshape(levels.shape[2], -1, b).any(axis=-1)
+        nonzero = np.ascontiguousarray(windows[:, :-1] | windows[:, 1:])
+        if of_levels.shape[:2] != (1, 1):
+            of_levels = np.ascontiguousarray(np.broadcast_to(of_levels, (H, self._alone, *of_levels.shape[2:])))
+        of_levels = of_levels.reshape(-1, *of_levels.shape[2:])
+        by_row = None
+        if gain is not None:
+            by_row = np.zeros((slots, groups, levels.shape[2], rows))
+            by_row.reshape(H, G, -1, rows)[..., :n] = gain
+        self._support, self._used = _support(problem), tuple(used(problem))
+        self._product_shape, self._size = (slots, groups, rows), W.size
+        self._monomial_bytes = 8.0 * self._v.shape[1] * levels.shape[2] * (rows // b) * (2 * b + 68)
+        self._product = _family.Product(*transforms, q, k, W, of_levels, nonzero, by_row, problem.threads)
 
     def forward(self, p: Polynomial) -> np.ndarray:
         """(H, G, columns, n): sum_j p(s_ij) exp(b_{j-i}) v_j."""
-        problem, coefficients = self.problem, p.coefficients
-        H, G, n, _ = problem.q.shape
-        pairs = self._pairs(len(coefficients) - 1)
-        sums = np.zeros((H, G, self.values.shape[1], n))
-        tasks = [(h, groups, batch) for h, groups in self.slots for batch in self._batches(pairs, 1)]
-        work = self._forward_batch
-        found = in_order(lambda *task: work(*task, coefficients), tasks, problem.threads)
-        for (h, groups, _), part in zip(tasks, found, strict=True):
-            sums[h, list(groups)] += part
-        return sums
+        H, G, n, _ = self._problem.q.shape
+        lists, parts = self._lists(p.degree, 1)
+        v, size = _of_one_size(self._v)
+        sums = self._product.forward(lists, parts, v, np.array(p.coefficients))
+        return (sums.reshape(H, G, *sums.shape[2:]) * size[:, None])[:, :, : self._columns, :n]
 
-    def _forward_batch(
-        self, h: int, groups: list[int], batch: list[list[Pair]], coefficients: tuple[float, ...]
-    ) -> Generator[None, None, np.ndarray]:
-        """What the monomials of queries in one batch add: (groups, columns, n)."""
-        n, n_k = self.problem.q.shape[2], self.problem.k.shape[1]
-        levels = self._levels(h, groups)
-        C = self.values.shape[1]
-        sums = np.zeros((len(groups), C, n))
-        sent = np.zeros((len(batch), len(levels), C, self.length // 2 + 1), complex)
-        for b, partners in self._by_keys(batch):
-            spectrum = np.fft.rfft(self.values[h] * self._monomial(self.k[h], b), self.length)
-            for at, pair in partners:
-                symbol = self._symbol(pair) * coefficients[len(b)]
-                for level, total in zip(levels, sent[at], strict=True):
-                    total += np.fft.rfft(symbol * level, self.length) * spectrum
-            yield
-        for own, pairs in zip(sent, batch, strict=True):
-            found = np.fft.irfft(own, self.length)[..., n_k - 1 : n_k - 1 + n]
-            for place, g in enumerate(groups):
-                column = self._monomial(self.q[h, g], pairs[0].a)
-                for level in range(len(levels)):
-                    sums[place] += self._gained(column, h, g, level) * found[level]
-            yield
-        return sums
-
-    def backward(self, p: Polynomial, grad: np.ndarray, want_dsymbol: bool) -> tuple[np.ndarray, ...]:
+    def backward(self, p: Polynomial, grad: np.ndarray, want_dsymbol: bool) -> tuple[np.ndarray | None, ...]:
         """The adjoint for grad (H, G, columns, n): dq (H, G, d, n), dk (H, d, n_k), both of the features of an
         antiderivative of p, dv (H, columns, n_k), dsymbol (H, G or 1, n + n_k - 1) or None, and dfamily (|S|, n + n_k
         - 1), also where W is 0.
         """
-        problem = self.problem
-        H, G, n, d = problem.q.shape
-        n_k, size = problem.k.shape[1], n + problem.k.shape[1] - 1
+        problem = self._problem
+        (H, G, n, d), (_, n_k, _), C = problem.q.shape, problem.k.shape, grad.shape[2]
         raised = antiderivative(p)
-        weights = (*p.coefficients, *([0.0] * (len(raised) - len(p.coefficients))))
-        pairs = self._pairs(len(raised) - 1, beside=True)
-        dq, dk, dv = np.zeros((H, G, d, n)), np.zeros((H, d, n_k)), np.zeros(self.values.shape)
-        dfamily = np.zeros((len(self.W), size))
-        own = G if self.levels.shape[1] > 1 else 1
-        dsymbol = np.zeros((H, own, size)) if want_dsymbol else None
-        tasks = [(h, groups, batch) for h, groups in self.slots for batch in self._batches(pairs, 2)]
-        work = self._backward_batch
-        found = in_order(lambda *task: work(*task, grad, weights, raised), tasks, problem.threads)
-        for (h, groups, _), part in zip(tasks, found, strict=True):
-            dq[h, list(groups)] += part[0]
-            dk[h] += part[1]
-            dv[h] += part[2]
-            for entry, row in part[3].items():
-                dfamily[entry] += row
-            if dsymbol is not None:
-                dsymbol[h, groups[0] if own > 1 else 0] += part[4][::-1]
-        return dq, dk, dv, dsymbol, self.weight * dfamily
+        weights = np.zeros(len(raised))
+        weights[: len(p.coefficients)] = p.coefficients
+        lists, parts = self._lists(len(raised) - 1, 2)
+        # dv has columns of its own, all else are sums over columns. So gradients are transformed as columns of one
+        # size, and values take their sizes: what rounding mixes is then small beside the largest term of a sum.
+        one_size, size = _of_one_size(np.moveaxis(grad, 1, 2).reshape(H, C, -1))
+        given = np.zeros((H, G, self._v.shape[1], self._product_shape[2]))
+        given[:, :, :C, :n] = np.moveaxis(one_size.reshape(H, C, G, n), 2, 1)
+        given = given.reshape(*self._product_shape[:2], *given.shape[2:])
+        v = self._v.copy()
+        v[:, :C] *= size
+        lanes = min(parts * len(given), max(2, int(_LANE_BYTES / (8 * self._size))))
+        dq, dk, dv, dsymbol, dW = self._product.backward(
+            lists, parts, lanes, v, weights, np.array(raised), given, want_dsymbol
+        )
+        dq, dk = dq.reshape(H, G, d, -1)[..., :n], dk.reshape(H, -1, *dk.shape[1:]).sum(axis=1)[..., :n_k]
+        dv = dv.reshape(H, -1, *dv.shape[1:]).sum(axis=1)[:, :C, :n_k] * size
+        if dsymbol is not None:
+            dsymbol = dsymbol[:, self._offsets].reshape(H, self._alone, -1)[..., ::-1]
+        return dq, dk, dv, dsymbol, self._weight * dW[:, self._offsets]
 
-    def _backward_batch(
-        self,
-        h: int,
-        groups: list[int],
-        batch: list[list[Pair]],
-        grad: np.ndarray,
-        weights: tuple[float, ...],
-        raised: tuple[float, ...],
-    ) -> Generator[None, None, tuple[Any, ...]]:
-        n, n_k, d = self.problem.q.shape[2], self.problem.k.shape[1], self.problem.q.shape[3]
-        levels, size = self._levels(h, groups), n + n_k - 1
-        C, rows = self.values.shape[1], slice(n_k - 1, size)
-        dq, dk, dv = np.zeros((len(groups), d, n)), np.zeros((d, n_k)), np.zeros((C, n_k))
-        dW, dsymbol = {}, np.zeros(size)
-        column = np.zeros((len(levels), C, size))
-        shape = (len(batch), len(levels), C, self.length // 2 + 1)
-        upstream, sent = np.empty(shape, complex), np.zeros(shape, complex)
-        for at, pairs in enumerate(batch):
-            column[..., rows] = 0
-            for g in groups:
-                monomial = self._monomial(self.q[h, g], pairs[0].a)
-                for level in range(len(levels)):
-                    column[level, :, rows] += self._gained(monomial, h, g, level) * grad[h, g]
-            upstream[at] = np.fft.rfft(column, self.length)
-        yield
-        for b, partners in self._by_keys(batch):
-            s = len(b)
-            monomial = self._monomial(self.k[h], b)
-            spectrum = np.fft.rfft(self.values[h] * monomial, self.length)
-            back = np.zeros_like(spectrum)
-            conjugate = spectrum.conj()
-            for at, pair in partners:
-                symbol = self._symbol(pair)
-                along = np.zeros(size)
-                for level, total, given in zip(levels, sent[at], upstream[at], strict=True):
-                    if symbol is not None:
-                        of_symbol = np.fft.rfft(symbol * level, self.length)
-                        total += of_symbol * spectrum
-                        back += of_symbol.conj() * given
-                    correlation = np.einsum("cf,cf->f", conjugate, given)
-                    along += level * np.fft.irfft(correlation, self.length)[:size]
-                if symbol is not None and weights[s] and self.problem.bias is not None:
-                    dsymbol += weights[s] * symbol * along
-                self._add_to_entries(dW, pair, raised[s] * along)
-            found = np.fft.irfft(back, self.length)[:, :n_k]
-            if weights[s]:
-                dv += weights[s] * monomial * found
-            self._add_to_rows(dk, self.k[h], b, raised[s] * np.einsum("cj,cj->j", self.values[h], found))
-            yield
-        for own, pairs in zip(sent, batch, strict=True):
-            a = pairs[0].a
-            found = np.fft.irfft(own, self.length)[..., rows]
-            for place, g in enumerate(groups):
-                derivative = np.zeros(n)
-                for level in range(len(levels)):
-                    part = np.einsum("ci,ci->i", grad[h, g], found[level])
-                    derivative += self._gained(part, h, g, level)
-                self._add_to_rows(dq[place], self.q[h, g], a, raised[len(a)] * derivative)
-            yield
-        return dq, dk, dv, dW, dsymbol
+    def _lists(self, degree: int, arrays: int) -> tuple[Lists, int]:
+        """Of monomials, and into how many parts their batches are cut: by shapes, never by the number of threads."""
+        which = self._support, self._used, degree, arrays > 1
+        monomials, slots = len(_pairs(*which)), self._product_shape[0]
+        parts = min(-(-_PARTS // slots), monomials)
+        most = max(1, int(_BATCH_BYTES / (arrays * self._monomial_bytes)))
+        count = parts * -(-monomials // (parts * most))
+        return _lists(*which, count), parts
 
-    def _pairs(self, degree: int, beside: bool = False) -> list[list[Pair]]:
-        """By monomials of queries; `beside`: also multisets with one entry that is 0 everywhere, for its gradient."""
-        family = self.problem.family
-        support = tuple(zip(family.left.tolist(), family.right.tolist(), strict=True))
-        return _pairs(support, tuple(self.used), degree, beside)
 
-    def _batches(self, pairs: list[list[Pair]], arrays: int) -> list[list[list[Pair]]]:
-        """Monomials of queries that are done together: by shapes, never by the number of threads."""
-        most = max(1, int(_BATCH_BYTES / (arrays * self._row_bytes)))
-        most = min(most, max(1, -(-len(pairs) * len(self.slots) // _PARTS)))
-        return [pairs[at : at + most] for at in range(0, len(pairs), most)]
+def _of_one_size(columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Columns (..., n) of Euclidean norms in [1, 2), and the powers of two, (..., 1), that make them what was given.
 
-    @property
-    def _row_bytes(self) -> float:
-        return 8.0 * self.length * self.values.shape[1] * self.levels.shape[2]
-
-    @staticmethod
-    def _by_keys(batch: list[list[Pair]]) -> list[tuple[tuple[int, ...], list[tuple[int, Pair]]]]:
-        """The monomials of keys, each with its partners in a batch."""
-        found: dict[tuple[int, ...], list[tuple[int, Pair]]] = {}
-        for at, pairs in enumerate(batch):
-            for pair in pairs:
-                found.setdefault(pair.b, []).append((at, pair))
-        return list(found.items())
-
-    def _levels(self, h: int, groups: list[int]) -> np.ndarray:
-        return self.levels[min(h, len(self.levels) - 1), min(groups[0], self.levels.shape[1] - 1)]
-
-    def _gained(self, column: np.ndarray, h: int, g: int, level: int) -> np.ndarray:
-        return column if self.gain is None else column * self.gain[h, g, level]
-
-    @staticmethod
-    def _monomial(columns: np.ndarray, variables: tuple[int, ...]) -> np.ndarray:
-        """The product of these columns."""
-        found = np.ones(columns.shape[-1])
-        for variable in variables:
-            found *= columns[variable]
-        return found
-
-    def _symbol(self, pair: Pair) -> np.ndarray | None:
-        """The sum over multisets of multinomials times the product of their entries; None where it is 0."""
-        total = None
-        for multiset, multinomial in pair.multisets:
-            if any(self.W[entry] is None for entry in multiset):
-                continue
-            term = np.full(self.levels.shape[-1], multinomial)
-            for entry in multiset:
-                term *= self.W[entry]
-            total = term if total is None else total + term
-        return total
-
-    def _add_to_entries(self, dW: dict[int, np.ndarray], pair: Pair, along: np.ndarray) -> None:
-        """The derivative of the pair's symbol by each entry, times `along`."""
-        for multiset, multinomial in pair.multisets:
-            for entry in set(multiset):
-                rest = list(multiset)
-                rest.remove(entry)
-                if any(self.W[other] is None for other in rest):
-                    continue
-                term = along * (multinomial * multiset.count(entry))
-                for other in rest:
-                    term *= self.W[other]
-                if entry in dW:
-                    dW[entry] += term
-                else:
-                    dW[entry] = term
-
-    def _add_to_rows(
-        self, total: np.ndarray, columns: np.ndarray, variables: tuple[int, ...], derivative: np.ndarray
-    ) -> None:
-        """The derivative of a monomial by each of its variables, times `derivative`."""
-        for variable in set(variables):
-            rest = list(variables)
-            rest.remove(variable)
-            total[variable] += variables.count(variable) * derivative * self._monomial(columns, tuple(rest))
+    A transform rounds a column by what its norm is, and by that of the column that it is transformed with. Zeros
+    remain, and have the size 0, so that nothing is made of them.
+    """
+    powers = np.frexp(np.abs(columns).max(axis=-1, keepdims=True))[1] - 1
+    # Lest squares overflow.
+    scaled = np.ldexp(columns, -powers)
+    norms = np.linalg.norm(scaled, axis=-1, keepdims=True)
+    more = np.frexp(norms)[1] - 1
+    return np.ldexp(scaled, -more), np.where(norms > 0, np.ldexp(1.0, powers + more), 0)
 
 
 def used(problem: Problem) -> list[int]:
@@ -308,37 +225,124 @@ def used(problem: Problem) -> list[int]:
     return np.flatnonzero(problem.family.values.any(axis=0)).tolist()
 
 
-def operations(problem: Problem, degree: int, levels: int, grad: bool) -> float:
-    """Multiply-adds times 2, as the exact engine counts them."""
+def operations(problem: Problem, degree: int, b: int, near: float, grad: bool) -> float:
+    """Of transforms, 5 N log2 N each, and what takes as long as so many; for one level, of whose blocks `near`, from 0
+    to 1, are not 0.
+    """
     H, G, n, d = problem.q.shape
-    n_k, columns = problem.k.shape[1], problem.v.shape[2] + 1
-    entries, size = len(used(problem)), length(n, n_k)
-    slots = H * (G if problem.bias is not None and problem.bias.shape[1] > 1 else 1)
-    transform = 2.5 * size * math.log2(size)
+    n_k, d_v = problem.v.shape[1:]
+    query_blocks, key_blocks, slots = -(-n // b), -(-n_k // b), _slots(problem)
+    blocks, products = near * (query_blocks + key_blocks - 1), near * query_blocks * key_blocks
+    columns, parts = d_v // 2 + 1, -(-_PARTS // slots)
+    support, entries = _support(problem), tuple(used(problem))
 
     def work(degree: int, passes: int) -> float:
-        pairs = n_features(entries, degree)
-        monomials = min(n_features(d, degree), pairs)
-        batch = max(1.0, _BATCH_BYTES / (8.0 * size * columns * levels * passes))
-        sent = min(pairs, monomials * max(1.0, monomials / batch))
-        transforms = columns * (sent + monomials * levels) * passes + pairs * levels * passes
-        return transforms * transform + pairs * size * levels * (8.0 * columns * (2 * passes - 1) + 20 * degree)
+        monomials, pairs, beside, multisets = _counts(support, entries, degree, passes > 1)
+        batches = max(parts, monomials * passes * 32.0 * columns * query_blocks * b / _BATCH_BYTES)
+        keys = min(pairs + beside, monomials * min(batches, monomials))
+        transforms = 2 * passes * columns * (monomials * query_blocks + keys * key_blocks)
+        transforms += (passes * pairs + beside) * blocks
+        mixed = ((2 * passes - 1) * pairs + beside) * columns * products
+        symbols = passes * multisets * degree * (blocks + 1)
+        copied = 8000 * H * (G * n + n_k) * (d + d_v) + 600 * len(support) * (n + n_k)
+        return slots * b * (transforms * 5 * math.log2(b) + 12 * mixed + 8 * symbols) + copied
 
-    total = work(degree, 1) + (work(degree + 1, 2) if grad else 0)
-    return slots * total
+    return _LISTS + work(degree, 1) + (work(degree + 1, 2) if grad else 0)
 
 
-def memory(problem: Problem, degree: int, levels: int, grad: bool) -> float:
-    """Bytes beyond inputs and outputs."""
+def memory(problem: Problem, degree: int, b: int, grad: bool) -> float:
+    """Bytes beyond inputs and outputs, for one level."""
     H, G, n, d = problem.q.shape
-    n_k, columns = problem.k.shape[1], problem.v.shape[2] + 1
-    entries, size = len(problem.family.left), length(n, n_k)
-    row = 8.0 * size * columns * levels
-    batch = max(_BATCH_BYTES, (2 if grad else 1) * row) + 6 * row
-    held = H * G * n * (d + columns) + H * n_k * (d + columns) + (entries + 4) * (n + n_k)
-    sums = H * G * n * columns + (H * G * n * d + H * n_k * (d + columns) + 2 * entries * (n + n_k) if grad else 0)
-    parts = (problem.threads + 2) * (sums / max(1, H) if grad else G * n * columns)
-    return 8.0 * (held + sums + parts) + problem.threads * batch
+    n_k, columns = problem.k.shape[1], problem.v.shape[2] + 2
+    rows, keys, entries = -(-n // b) * b, -(-n_k // b) * b, len(problem.family.left)
+    slots = _slots(problem)
+    parts = -(-_PARTS // slots)
+    pitch = 2 + 68 / b
+    monomial = pitch * columns * rows * (2 if grad else 1)
+    batch = min(max(_BATCH_BYTES / 8, monomial), monomial * (1 + n_features(d, degree + grad) // parts))
+    batch += 2 * pitch * columns * keys + (4 * pitch + 4) * (rows + keys) + (G + 4) * rows
+    held = H * (G * rows * (d + columns) + 2 * keys * (d + columns)) + (entries + slots) * (rows + keys)
+    sums = H * G * rows * columns
+    if grad:
+        sums = H * G * rows * d + slots * (keys * (d + columns) + rows + keys)
+        lanes = min(parts * slots, max(2, _LANE_BYTES / (8.0 * entries * (rows + keys))))
+        held += 3 * H * G * rows * columns + (lanes + 1) * entries * (rows + keys)
+    # W is copied twice, before there is more.
+    copied = 2 * entries * (rows + keys)
+    return 8.0 * (held + max(copied, (parts + 1) * sums + problem.threads * batch))
+
+
+def _slots(problem: Problem) -> int:
+    """How many T there are of each pair: heads of a group that have biases of their own do not share it."""
+    H, G = problem.q.shape[:2]
+    return H * (G if problem.bias is not None and problem.bias.shape[1] > 1 else 1)
+
+
+def _support(problem: Problem) -> tuple[tuple[int, int], ...]:
+    return tuple(zip(problem.family.left.tolist(), problem.family.right.tolist(), strict=True))
+
+
+@lru_cache(maxsize=64)
+def _counts(
+    support: tuple[tuple[int, int], ...], entries: tuple[int, ...], degree: int, beside: bool
+) -> tuple[int, int, int, int]:
+    """Of monomials of queries, of pairs, of those that have only multisets with an entry that is 0 everywhere, and of
+    multisets, in `_pairs`; or bounds on these, where they are many.
+    """
+    multisets = n_features(len(entries), degree)
+    others = (len(support) - len(entries)) * n_features(len(entries), degree - 1) if beside and degree else 0
+    if multisets + others <= _COUNTED:
+        unused = set(range(len(support))) - set(entries)
+        pairs = [pair for own in _pairs(support, entries, degree, beside) for pair in own]
+        known = sum(any(not unused.intersection(m) for m, _ in pair.multisets) for pair in pairs)
+        return len({pair.a for pair in pairs}), known, len(pairs) - known, multisets + others
+    lefts, rights = len({a for a, _ in support}), len({b for _, b in support})
+    most = sum(math.comb(lefts + s - 1, s) * math.comb(rights + s - 1, s) for s in range(degree + 1))
+    known = min(multisets, most)
+    return min(n_features(lefts, degree), most), known, min(others, most - known), multisets + others
+
+
+@lru_cache(maxsize=16)
+def _lists(
+    support: tuple[tuple[int, int], ...], entries: tuple[int, ...], degree: int, beside: bool, batches: int
+) -> Lists:
+    """The monomials of `_pairs` in so many batches."""
+    pairs = _pairs(support, entries, degree, beside)
+    unused = set(range(len(support))) - set(entries)
+    starts = len(pairs) * np.arange(batches + 1) // batches
+    key_start, pair_start, multiset_start, multiset_end = [0], [0], [0], []
+    keys, partner, multisets, multinomial = [], [], [], []
+    for first, last in pairwise(starts.tolist()):
+        partners: dict[tuple[int, ...], list[tuple[int, Pair]]] = {}
+        for at in range(first, last):
+            for pair in pairs[at]:
+                partners.setdefault(pair.b, []).append((at, pair))
+        for b, found in partners.items():
+            keys.append(b)
+            for at, pair in found:
+                partner.append(at)
+                known = [m for m in pair.multisets if not unused.intersection(m[0])]
+                multiset_end.append(len(multisets) + len(known))
+                for multiset, factor in known + [m for m in pair.multisets if unused.intersection(m[0])]:
+                    multisets.append(multiset)
+                    multinomial.append(factor)
+                multiset_start.append(len(multisets))
+            pair_start.append(len(partner))
+        key_start.append(len(keys))
+
+    def padded(rows: list[tuple[int, ...]], fill: int) -> np.ndarray:
+        return np.array([row + (fill,) * (max(1, degree) - len(row)) for row in rows], np.intp)
+
+    own = [own[0].a for own in pairs]
+    return Lists(
+        *(np.array(X, np.intp) for X in (starts, key_start, pair_start, partner, multiset_start, multiset_end)),
+        query_degree=np.array([len(a) for a in own], np.intp),
+        key_degree=np.array([len(b) for b in keys], np.intp),
+        query_variables=padded(own, 0),
+        key_variables=padded(keys, 0),
+        entries=padded(multisets, -1),
+        multinomial=np.array(multinomial),
+    )
 
 
 @lru_cache(maxsize=16)
@@ -368,6 +372,7 @@ def _pairs(
             larger = (*multiset, entries[place])
             open_ends.append((larger, place, multinomial * len(larger) / count))
     grouped: dict[tuple[int, ...], list[Pair]] = {}
-    for (a, b), multisets in sorted(found.items()):
+    # By degrees, for only monomials of one degree are partners; the largest work first.
+    for (a, b), multisets in sorted(found.items(), key=lambda pair: (-len(pair[0][0]), pair[0])):
         grouped.setdefault(a, []).append(Pair(a, b, tuple(multisets)))
     return list(grouped.values())

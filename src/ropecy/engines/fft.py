@@ -42,7 +42,7 @@ _WORTH_MEASURING = 4e5
 # a row takes beside them: what is measured, centred and copied.
 _SLOWNESS = {"float32": 8.0, "float64": 4.0}
 _ROW = 3000.0
-_SLOWNESS_FAMILY = 22.0
+_SLOWNESS_FAMILY = {"float32": 5.5, "float64": 3.2}
 
 
 @dataclass(slots=True)
@@ -123,8 +123,10 @@ def survey(problem: Problem, p: Polynomial, allowance: float) -> Symbol:
     Notes
     -----
     The error of a row's sums is at most ``K u log2(2b) sum_l exp(-12 l) ||t_l||_2 sqrt(n_k) sum_t |c_t| B^t``, over the
-    levels l from its first one on, and its denominator at least ``min p`` times what it sees of that level. Time
-    O(n log n) for each bias.
+    levels l from its first one on, and its denominator at least ``min p`` times what it sees of that level. A family
+    has as many T_ab as pairs of monomials, with ``||T_ab||_2 <= ||t_l||_2`` times what |W| makes of a pair at most, so
+    that q^a, T_ab and k^b add up to no more than `family_fft.absolute_sum`; and what a transform takes is larger than
+    the column by `family_fft.TOGETHER`. Time O(n log n) for each bias.
     """
     n, n_k = problem.q.shape[2], problem.k.shape[1]
     offset = np.arange(n + n_k - 1) - (n - 1) - problem.q_offset
@@ -136,10 +138,8 @@ def survey(problem: Problem, p: Polynomial, allowance: float) -> Symbol:
     bias = np.zeros((1, 1, n + n_k - 1)) if problem.bias is None else problem.bias
     peak = np.where(allowed, bias, -np.inf).max(axis=-1)
     depth = np.where(allowed, peak[..., None] - bias, np.inf)
-    if problem.family is None:
-        block, absolute_sum = _block(n, n_k, int(allowed.sum())), p.absolute_sum
-    else:
-        block, absolute_sum = family_fft.length(n, n_k) // 2, family_fft.absolute_sum(problem, p)
+    block = _block(problem, int(allowed.sum()))
+    absolute_sum = p.absolute_sum if problem.family is None else family_fft.absolute_sum(problem, p)
 
     seen = _row_sums(np.broadcast_to(allowed.astype(float), depth.shape), problem.key_mask, n) > 0.5
     spread = float(depth[np.isfinite(depth)].max())
@@ -164,6 +164,9 @@ def survey(problem: Problem, p: Polynomial, allowance: float) -> Symbol:
     t = np.stack(levels, axis=2)
 
     keys = min(n_k, int(allowed.sum()) + 2 * block)
+    if problem.family is not None:
+        # The size of a column is that of all its keys, seen or not.
+        keys, absolute_sum = n_k, absolute_sum * family_fft.TOGETHER
     noise = _NOISE * _UNIT * math.log2(2 * block) * math.sqrt(keys) * absolute_sum
     # In units of the level where a row begins, every later level counts exp(-12) of the one before.
     norms = np.sqrt((t * t).sum(axis=-1))
@@ -215,7 +218,9 @@ def forward(
     if problem.family is None:
         product = Shared(problem, scores, values, symbol, p)
     else:
-        product = family_fft.Product(problem, scores, values, symbol.levels, symbol.gain)
+        work = family_fft.operations(problem, p.degree, symbol.block, _near(problem, symbol.block), False)
+        transforms = _transforms(symbol.block, work > _WORTH_MEASURING * symbol.block)
+        product = family_fft.Product(problem, scores, values, symbol.levels, symbol.gain, symbol.block, transforms)
     sums = product.forward(p)
     plain = np.broadcast_to(symbol.top < symbol.unseen, (H, G, n)).copy()
     for first, last in symbol.exact_rows:
@@ -287,21 +292,22 @@ def operations(problem: Problem, degree: int, grad: bool) -> float:
     """Multiply-adds times 2 of forward, and of backward where grad, as the exact engine's products count them; without
     rows that are computed exactly.
     """
+    block = _block(problem, _band(problem))
     if problem.family is not None:
-        return _SLOWNESS_FAMILY * family_fft.operations(problem, degree, 1, grad)
-    band = _band(problem)
-    block = _block(problem.q.shape[2], problem.k.shape[1], band)
+        return _SLOWNESS_FAMILY[problem.q.dtype.name] * family_fft.operations(
+            problem, degree, block, _near(problem, block), grad
+        )
     rows = problem.k.shape[0] * (problem.q.shape[1] * problem.q.shape[2] + problem.k.shape[1])
     return _SLOWNESS[problem.q.dtype.name] * (_transform_operations(problem, degree, block, grad) + _ROW * rows)
 
 
 def memory(problem: Problem, degree: int, grad: bool) -> float:
     """Bytes beyond inputs and outputs."""
-    if problem.family is not None:
-        return family_fft.memory(problem, degree, 1, grad)
     H, G, n, d = problem.q.shape
     n_k, columns = problem.k.shape[1], problem.v.shape[2] + 1
-    block = _block(n, n_k, _band(problem))
+    block = _block(problem, _band(problem))
+    if problem.family is not None:
+        return family_fft.memory(problem, degree, block, grad)
     rows, keys = _round_up(n, block), _round_up(n_k, block)
     symbols, own = (1, 1) if problem.bias is None else (math.prod(problem.bias.shape[:2]), problem.bias.shape[1])
     # A spectrum takes 4 numbers for each entry of a column.
@@ -323,12 +329,20 @@ def _band(problem: Problem) -> int:
     return max(1, high - low + 1)
 
 
-def _block(n: int, n_k: int, band: int) -> int:
-    """Rows of a block of T: powers of two, so that few plans are made. A narrow band takes small ones."""
-    longest = max(n, n_k)
+def _near(problem: Problem, block: int) -> float:
+    """Which part of the blocks of T the band meets."""
+    blocks = -(-problem.q.shape[2] // block) - (-problem.k.shape[1] // block) - 1
+    return min(1.0, (_band(problem) / block + 1) / blocks)
+
+
+def _block(problem: Problem, band: int) -> int:
+    """Rows of a block of T: powers of two, so that few plans are made. A narrow band takes small ones; and where each
+    product takes a transform of its own T, fewer blocks are faster.
+    """
+    longest = max(problem.q.shape[2], problem.k.shape[1])
     block = 1 << max(5, (longest - 1).bit_length())
     if longest > 2048:
-        block = min(max(1024, block // 8), 32768)
+        block = min(max(1024, block // (8 if problem.family is None else 4)), 32768)
     return min(block, max(256, 1 << (4 * band - 1).bit_length()))
 
 
@@ -337,7 +351,7 @@ def _transform_operations(problem: Problem, degree: int, block: int, grad: bool)
     H, G, n, d = problem.q.shape
     columns = problem.v.shape[2] + 1
     query_blocks, key_blocks = _round_up(n, block) // block, _round_up(problem.k.shape[1], block) // block
-    near = min(1.0, (_band(problem) / block + 1) / (query_blocks + key_blocks - 1))
+    near = _near(problem, block)
     # Of a column, which is half of a complex one.
     one = 5.0 * block * math.log2(block) + 6.0 * block
     own = G if problem.bias is not None and problem.bias.shape[1] > 1 else 1

@@ -20,32 +20,10 @@ from ._fftw cimport ComplexFFT
 
 cnp.import_array()
 
-cdef extern from "c/toeplitz.h" nogil:
-    ctypedef enum rc_mixing:
-        RC_PRODUCT
-        RC_ADJOINT
-        RC_CORRELATE
-
-    const int RC_TILE, RC_CHUNK
-
-    ctypedef struct rc_toeplitz_kernels:
-        void (*monomial)(ptrdiff_t, double, ptrdiff_t, const double *const *, double *) noexcept nogil
-        void (*derive)(ptrdiff_t, double, const double *, ptrdiff_t, const double *const *, double *) noexcept nogil
-        void (*pack)(ptrdiff_t, const double *, const double *, const double *, const double *, const double *,
-                     double *) noexcept nogil
-        void (*gather)(ptrdiff_t, double, const double *, const double *, const double *, const double *,
-                       const double *, double *) noexcept nogil
-        void (*scatter)(ptrdiff_t, double, const double *, const double *, const double *, const double *, double *,
-                        double *) noexcept nogil
-        void (*mix)(ptrdiff_t, ptrdiff_t, ptrdiff_t, const ptrdiff_t *, const ptrdiff_t *, const ptrdiff_t *,
-                    rc_mixing, double, const double *, const double *, double *, double *) noexcept nogil
-
-    const rc_toeplitz_kernels *rc_toeplitz_select(int level)
-
 cdef extern from "c/isa.h" nogil:
     int rc_level()
 
-cdef const rc_toeplitz_kernels *kernels = rc_toeplitz_select(rc_level())
+kernels = rc_toeplitz_select(rc_level())
 
 cdef ptrdiff_t STRETCH = 4096  # doubles of a sum of parts that a thread takes at a time
 cdef double ROUND = 0.2  # seconds between two looks at Ctrl-C
@@ -60,15 +38,6 @@ def empty_spectra(shape, block):
     size = 2 * np.prod(shape)
     zeros = np.zeros(size + 8)
     return zeros[-zeros.ctypes.data % 64 // 8 :][:size].view(complex).reshape(shape)
-
-
-cdef struct Terms:
-    # Which products of spectra each output is the sum of, as `mix` takes them.
-    ptrdiff_t outputs
-    const unsigned char *nonzero
-    const ptrdiff_t *start
-    const ptrdiff_t *shared
-    const ptrdiff_t *rows
 
 
 cdef Terms pointers(arrays):

@@ -73,6 +73,32 @@ static void RC_NAME(derive)(ptrdiff_t size, double factor, const double *y, ptrd
         STORE(z + i, LOAD(z + i) + LOAD(y + i) * RC_NAME(product)(factor, count, x, i));
 }
 
+RC_INLINE void RC_NAME(differentiate_few)(ptrdiff_t size, double factor, const double *y, ptrdiff_t count,
+                                          const double *const *x, double *const *dx) {
+    for (ptrdiff_t i = 0; i < size; i += LANES) {
+        vreal before[RC_COLUMNS], after = SPLAT(1.0);
+        before[0] = SPLAT(factor) * LOAD(y + i);
+        for (ptrdiff_t c = 1; c < count; c++)
+            before[c] = before[c - 1] * LOAD(x[c - 1] + i);
+        for (ptrdiff_t c = count - 1; c >= 0; c--) {
+            STORE(dx[c] + i, LOAD(dx[c] + i) + before[c] * after);
+            after *= LOAD(x[c] + i);
+        }
+    }
+}
+
+static void RC_NAME(differentiate)(ptrdiff_t size, double factor, const double *y, ptrdiff_t count,
+                                   const double *const *x, double *const *dx) {
+    /* Few columns are held in registers, where it is known how many there are. */
+    switch (count) {
+    case 1: RC_NAME(differentiate_few)(size, factor, y, 1, x, dx); break;
+    case 2: RC_NAME(differentiate_few)(size, factor, y, 2, x, dx); break;
+    case 3: RC_NAME(differentiate_few)(size, factor, y, 3, x, dx); break;
+    case 4: RC_NAME(differentiate_few)(size, factor, y, 4, x, dx); break;
+    default: RC_NAME(differentiate_few)(size, factor, y, count, x, dx);
+    }
+}
+
 /* LANES complex numbers, one after the other. */
 RC_INLINE void RC_NAME(interleave)(vreal real, vreal imaginary, double *z) {
     vint low, high;
@@ -227,9 +253,10 @@ static void RC_NAME(mix)(ptrdiff_t size, ptrdiff_t pitch, ptrdiff_t outputs, con
                          const ptrdiff_t *with, const ptrdiff_t *rows, rc_mixing how, double factor, const double *x,
                          const double *shared, double *z, double *room) {
     const ptrdiff_t tiles = (outputs + RC_TILE - 1) / RC_TILE;
+    const int product = how == RC_PRODUCT || how == RC_ADD_PRODUCT, correlate = how == RC_CORRELATE;
     const vreal of[2] = {
-        RC_NAME(pairs)(factor, how == RC_ADJOINT ? -factor : factor),
-        RC_NAME(pairs)(how == RC_PRODUCT ? -factor : factor, how == RC_CORRELATE ? -factor : factor),
+        RC_NAME(pairs)(factor, product || correlate ? factor : -factor),
+        RC_NAME(pairs)(product ? -factor : factor, correlate ? -factor : factor),
     };
     size *= 2;
     pitch *= 2;
@@ -240,7 +267,7 @@ static void RC_NAME(mix)(ptrdiff_t size, ptrdiff_t pitch, ptrdiff_t outputs, con
         double *to = room ? room : z + i;
         const ptrdiff_t apart = room ? RC_CHUNK : pitch;
         for (ptrdiff_t t = 0; t < tiles; t++)
-            RC_NAME(tile)(RC_CHUNK, pitch, start[t], start[t + 1], with, rows, of, how == RC_CORRELATE, x + i,
+            RC_NAME(tile)(RC_CHUNK, pitch, start[t], start[t + 1], with, rows, of, how >= RC_CORRELATE, x + i,
                           shared + i, apart, to + RC_TILE * t * apart);
         for (ptrdiff_t o = 0; room && o < outputs; o++)
             memcpy(z + o * pitch + i, room + o * RC_CHUNK, RC_CHUNK * sizeof(double));
@@ -251,6 +278,7 @@ static void RC_NAME(mix)(ptrdiff_t size, ptrdiff_t pitch, ptrdiff_t outputs, con
 const rc_toeplitz_kernels RC_TABLE(rc_toeplitz) = {
     .monomial = RC_NAME(monomial),
     .derive = RC_NAME(derive),
+    .differentiate = RC_NAME(differentiate),
     .pack = RC_NAME(pack),
     .gather = RC_NAME(gather),
     .scatter = RC_NAME(scatter),

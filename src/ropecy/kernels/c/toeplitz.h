@@ -11,14 +11,17 @@
 #include <stddef.h>
 #include "isa.h"
 
-#define RC_TILE 4    /* rows that `mix` makes together, so that it reads once what they share */
-#define RC_CHUNK 128 /* doubles of a row that it makes at a time */
+#define RC_COLUMNS 64 /* of a product that is differentiated, at most */
+#define RC_TILE 4     /* rows that `mix` makes together, so that it reads once what they share */
+#define RC_CHUNK 128  /* doubles of a row that it makes at a time */
 
 /* What becomes of sums R + i M, R = sum Re(shared) x and M = sum Im(shared) x, or of R - i M = sum conj(shared) x. */
 typedef enum {
-    RC_PRODUCT,  /* z = factor sum shared x */
-    RC_ADJOINT,  /* z = factor sum shared conj(x) */
-    RC_CORRELATE /* z += factor sum conj(shared) x */
+    RC_PRODUCT,     /* z = factor sum shared x */
+    RC_ADJOINT,     /* z = factor sum shared conj(x) */
+    RC_CORRELATE,   /* z += factor sum conj(shared) x */
+    RC_ADD_PRODUCT, /* z += factor sum shared x */
+    RC_ADD_ADJOINT  /* z += factor sum shared conj(x) */
 } rc_mixing;
 
 typedef struct {
@@ -26,6 +29,10 @@ typedef struct {
     void (*monomial)(ptrdiff_t size, double factor, ptrdiff_t count, const double *const *x, double *z);
     /* z += factor y times the product of the columns x[0 .. count) */
     void (*derive)(ptrdiff_t size, double factor, const double *y, ptrdiff_t count, const double *const *x, double *z);
+    /* dx[c] += factor y times the product of the columns x[0 .. count) but x[c], for all c; dx may be the same for some,
+     * count is at most RC_COLUMNS */
+    void (*differentiate)(ptrdiff_t size, double factor, const double *y, ptrdiff_t count, const double *const *x,
+                          double *const *dx);
     /* z = the quarters of w y (x1 + i x2), to be transformed; w = NULL stands for 1, here and below */
     void (*pack)(ptrdiff_t size, const double *w, const double *x1, const double *x2, const double *y,
                  const double *turn, double *z);

@@ -1,0 +1,556 @@
+"""``sum_{a, b} diag(q^a) T_ab diag(k^b) v``, each T_ab the Toeplitz matrix of a polynomial in W's entries; its adjoint.
+
+Blocks, spectra and what happens around transforms are those of `_toeplitz`; but two columns of v make a complex one,
+since T_ab is another for each pair. Monomials of queries are done a batch at a time: what comes from the keys is added
+up in frequencies, so that a column of keys is transformed once for all its partners in the batch, and a symbol is made,
+transformed, used and forgotten. Tasks, the parts of each slot's batches, are cut by shapes alone.
+"""
+
+import numpy as np
+
+cimport numpy as cnp
+from cpython.exc cimport PyErr_CheckSignals
+from cython.parallel cimport prange, threadid
+from libc.stdint cimport uintptr_t
+from libc.string cimport memcpy, memset
+
+from ._arrays cimport LINE, line, pieces, pointer
+from ._fftw cimport ComplexFFT, RealFFT
+from ._toeplitz cimport RC_ADD_ADJOINT, RC_ADD_PRODUCT, RC_CORRELATE, Terms, kernels, pointers, rc_mixing
+
+from ._toeplitz import _terms
+
+cnp.import_array()
+
+cdef enum:
+    STRIP = 1024  # offsets at a time, so that what all multisets of a pair read stays in the cache
+    MOST = 64  # variables of a monomial
+
+
+cdef struct Work:
+    # of a thread. Spectra: (batch, columns, levels, query blocks) from keys and from gradients, (columns, key blocks)
+    # of keys and back to them, (levels, blocks) of a symbol and of correlations
+    double *sent
+    double *given
+    double *keys
+    double *back
+    double *symbol
+    double *correlations
+    double *line  # a symbol, then sums along its offsets
+    double *window
+    double *half
+    double *key_column
+    double *key_adjoint
+    double *columns  # of queries, for each group
+    double *both
+    double *adjoint
+
+
+cdef double *carved(uintptr_t *at, ptrdiff_t size) noexcept nogil:
+    cdef double *taken = <double *>at[0]
+    at[0] += (size + 7) // 8 * 8 * sizeof(double)
+    return taken
+
+
+cdef class Product:
+    """The product and its adjoint for one problem.
+
+    Parameters
+    ----------
+    fft, real : ComplexFFT, RealFFT
+        Of length b / 2, a multiple of 16, and of 2b.
+    q : (slots, G, d, rows) float64
+        Columns of queries, rows a multiple of b. A slot is what shares a T: a head, or one of its group.
+    k : (H, d, keys) float64
+        Likewise for keys.
+    W : (entries, offsets) float64
+        For offsets i - j from -keys on, of which there are rows + keys; 0 past those that occur.
+    levels : (slots or 1, levels, offsets) float64
+        What each T_ab is multiplied with: T is a sum of levels.
+    nonzero : (levels, blocks) bool
+        Which blocks of T have an entry that is not 0, in any slot.
+    gain : (slots, G, levels, rows) float64, or None for ones
+        What each level is multiplied with in each row.
+    threads : int
+
+    Both passes take values v (H, columns, keys): an even number of columns, two of which share their transforms, 0 past
+    the last key and for keys that are masked.
+    """
+
+    cdef ComplexFFT fft
+    cdef RealFFT real
+    cdef object arrays, of_pass, error
+    cdef ptrdiff_t slots, groups, heads, d, rows, keys, columns, entries, levels, offsets, blocks, block, pitch
+    cdef ptrdiff_t query_blocks, key_blocks, level_slots, begin, end, parts, tasks, lanes, batches, batch, most
+    cdef int threads
+    cdef bint stopped
+    cdef const double *q
+    cdef const double *k
+    cdef const double *v
+    cdef const double *W
+    cdef const double *of_levels
+    cdef const double *gain
+    cdef const double *turn
+    cdef const double *ones
+    cdef const unsigned char *nonzero
+    cdef Terms products
+    cdef Terms adjoints
+    cdef Terms correlated
+
+    # lists of the pass that is running, as `Lists` has them
+    cdef const ptrdiff_t *batch_start
+    cdef const ptrdiff_t *key_start
+    cdef const ptrdiff_t *pair_start
+    cdef const ptrdiff_t *multiset_start
+    cdef const ptrdiff_t *multiset_end
+    cdef const ptrdiff_t *partner
+    cdef const ptrdiff_t *query_degree
+    cdef const ptrdiff_t *query_variables
+    cdef const ptrdiff_t *key_degree
+    cdef const ptrdiff_t *key_variables
+    cdef const ptrdiff_t *of_entries
+    cdef const double *multinomial
+    # and its arrays; sums have an axis of parts in front, dW of lanes
+    cdef const double *weights
+    cdef const double *grad_weights
+    cdef const double *grad
+    cdef double *sums
+    cdef double *dq
+    cdef double *dk
+    cdef double *dv
+    cdef double *dsymbol
+    cdef double *dW
+
+    def __init__(self, ComplexFFT fft, RealFFT real, q, k, W, levels, nonzero, gain, threads):
+        self.fft, self.real, self.threads, self.block = fft, real, threads, 2 * fft.n
+        self.pitch = 2 * self.block + 68
+        self.slots, self.groups, self.d, self.rows = q.shape
+        self.heads, _, self.keys = k.shape
+        self.entries, self.offsets = W.shape
+        self.level_slots, self.levels = levels.shape[:2]
+        self.query_blocks, self.key_blocks = self.rows // self.block, self.keys // self.block
+        self.blocks = nonzero.shape[1]
+        used = np.flatnonzero(nonzero.any(axis=0))
+        self.begin, self.end = (used.min() * self.block, (used.max() + 2) * self.block) if len(used) else (0, 0)
+        self.q, self.k = <const double *>pointer(q), <const double *>pointer(k)
+        self.W, self.of_levels = <const double *>pointer(W), <const double *>pointer(levels)
+        self.gain, self.nonzero = <const double *>pointer(gain), <const unsigned char *>pointer(nonzero)
+        angles = -np.pi / self.block * np.arange(self.fft.n)
+        turn, ones = np.concatenate([np.cos(angles), np.sin(angles)]), np.ones(self.block)
+        self.turn, self.ones = <const double *>pointer(turn), <const double *>pointer(ones)
+        terms = _terms(nonzero, 1, 1, self.query_blocks, self.key_blocks)
+        self.products, self.adjoints, self.correlated = pointers(terms[0]), pointers(terms[1]), pointers(terms[2])
+        self.arrays = (q, k, W, levels, nonzero, gain, turn, ones, terms)
+
+    def forward(self, lists, parts, v, weights):
+        """(slots, G, columns, rows): sum_ab q^a T_ab (k^b v_c), T_ab the sum over multisets of s entries of weights[s]
+        times their multinomial and the product of W's entries.
+        """
+        self.take(lists, parts, v)
+        self.weights, self.grad = <const double *>pointer(weights), NULL
+        sums = np.zeros((parts, self.slots, self.groups, self.columns, self.rows))
+        self.sums = <double *>pointer(sums)
+        self.lanes = self.tasks
+        self.run()
+        return sums.sum(axis=0)
+
+    def backward(self, lists, parts, lanes, v, weights, grad_weights, grad, bint want_dsymbol):
+        """The adjoint for grad (slots, G, columns, rows), the derivative of the result.
+
+        dq (slots, G, d, rows), dk (slots, d, keys) and dW (entries, offsets) are the derivatives for `grad_weights`, dv
+        (slots, columns, keys) and dsymbol (slots, offsets), that of what multiplies all T_ab, for `weights`; the last
+        is None where not wanted. dW is summed in so many lanes, each of which has some of the tasks.
+        """
+        self.take(lists, parts, v)
+        self.weights, self.grad_weights = <const double *>pointer(weights), <const double *>pointer(grad_weights)
+        self.grad, self.lanes = <const double *>pointer(grad), lanes
+        lead = (parts, self.slots)
+        dq, dk = np.zeros(lead + (self.groups, self.d, self.rows)), np.zeros(lead + (self.d, self.keys))
+        dv = np.zeros(lead + (self.columns, self.keys))
+        dsymbol = np.zeros(lead + (self.offsets,)) if want_dsymbol else None
+        dW = np.zeros((lanes, self.entries, self.offsets))
+        self.dq, self.dk, self.dv = <double *>pointer(dq), <double *>pointer(dk), <double *>pointer(dv)
+        self.dsymbol, self.dW = <double *>pointer(dsymbol), <double *>pointer(dW)
+        self.run()
+        return tuple([None if x is None else x.sum(axis=0) for x in (dq, dk, dv, dsymbol, dW)])
+
+    cdef void take(self, lists, ptrdiff_t parts, v):
+        """What a pass goes through."""
+        self.of_pass, self.parts, self.tasks = (lists, v), parts, parts * self.slots
+        self.v, self.columns = <const double *>pointer(v), v.shape[1]
+        starts = lists.batch_start
+        self.batches, self.batch = len(starts) - 1, np.diff(starts).max()
+        self.most = lists.query_variables.shape[1]
+        self.batch_start = <const ptrdiff_t *>pointer(starts)
+        self.key_start = <const ptrdiff_t *>pointer(lists.key_start)
+        self.pair_start = <const ptrdiff_t *>pointer(lists.pair_start)
+        self.multiset_start = <const ptrdiff_t *>pointer(lists.multiset_start)
+        self.multiset_end = <const ptrdiff_t *>pointer(lists.multiset_end)
+        self.partner = <const ptrdiff_t *>pointer(lists.partner)
+        self.query_degree = <const ptrdiff_t *>pointer(lists.query_degree)
+        self.query_variables = <const ptrdiff_t *>pointer(lists.query_variables)
+        self.key_degree = <const ptrdiff_t *>pointer(lists.key_degree)
+        self.key_variables = <const ptrdiff_t *>pointer(lists.key_variables)
+        self.of_entries = <const ptrdiff_t *>pointer(lists.entries)
+        self.multinomial = <const double *>pointer(lists.multinomial)
+
+    cdef Work carve(self, uintptr_t *at) noexcept nogil:
+        """A thread's workspace from `at` on, which is moved past its end."""
+        cdef Work work
+        cdef ptrdiff_t sent = self.sent_size() * self.batch, keys = self.columns * self.key_blocks * self.pitch
+        cdef ptrdiff_t symbol = 2 * self.levels * self.blocks * self.pitch
+        work.sent, work.keys, work.symbol = carved(at, sent), carved(at, keys), carved(at, symbol)
+        work.line, work.window = carved(at, self.offsets), carved(at, 2 * self.block)
+        work.half = carved(at, 2 * self.block + 2)
+        work.key_column, work.columns = carved(at, self.keys), carved(at, self.groups * self.rows)
+        if self.grad != NULL:
+            work.given, work.back, work.correlations = carved(at, sent), carved(at, keys), carved(at, symbol)
+            work.key_adjoint, work.adjoint = carved(at, self.keys), carved(at, self.rows)
+            work.both = carved(at, 2 * self.rows)
+        return work
+
+    cdef ptrdiff_t sent_size(self) noexcept nogil:
+        """Doubles of the spectra that belong to one monomial of queries."""
+        return self.columns * self.levels * self.query_blocks * self.pitch
+
+    cdef void run(self):
+        """All tasks, each lane's one after another."""
+        cdef ptrdiff_t lane
+        cdef uintptr_t each = 0, start
+        self.carve(&each)
+        workspace = np.empty(self.threads * each + LINE, np.uint8)
+        # Cache lines: more than the alignment that FFTW's plans were made for.
+        start = <uintptr_t>line(workspace)
+        self.stopped, self.error = False, None
+        for lane in prange(self.lanes, nogil=True, num_threads=self.threads, schedule="dynamic"):
+            self.tasks_of(lane, start + threadid() * each)
+        if self.error is not None:
+            raise self.error
+
+    cdef void tasks_of(self, ptrdiff_t lane, uintptr_t start) noexcept nogil:
+        cdef Work work = self.carve(&start)
+        cdef ptrdiff_t step, task, slot, part, batch
+        for step in range(pieces(self.tasks - lane, self.lanes)):
+            task = lane + step * self.lanes
+            slot, part = task // self.parts, task % self.parts
+            for batch in range(self.batches * part // self.parts, self.batches * (part + 1) // self.parts):
+                if self.interrupted():
+                    return
+                if self.grad == NULL:
+                    self.forward_batch(slot, part, batch, &work)
+                else:
+                    self.backward_batch(lane, slot, part, batch, &work)
+
+    cdef bint interrupted(self) noexcept nogil:
+        """Whether there was a Ctrl-C, which the calling thread looks at."""
+        if threadid() == 0:
+            with gil:
+                try:
+                    PyErr_CheckSignals()
+                except BaseException as error:
+                    self.error, self.stopped = error, True
+        return self.stopped
+
+    cdef void forward_batch(self, ptrdiff_t slot, ptrdiff_t part, ptrdiff_t batch, Work *work) noexcept nogil:
+        cdef ptrdiff_t first = self.batch_start[batch], last = self.batch_start[batch + 1]
+        cdef ptrdiff_t key, pair, c, g, a, level, I, place = part * self.slots + slot
+        cdef double *found
+        cdef double *sums
+        memset(work.sent, 0, (last - first) * self.sent_size() * sizeof(double))
+        for key in range(self.key_start[batch], self.key_start[batch + 1]):
+            if self.interrupted():
+                return
+            if self.weights[self.key_degree[key]] == 0:
+                continue
+            self.transform_keys(slot, key, work)
+            for pair in range(self.pair_start[key], self.pair_start[key + 1]):
+                self.make_symbol(slot, pair, self.weights[self.key_degree[key]], work)
+                self.multiply(pair, first, True, work)
+        for a in range(first, last):
+            self.query_columns(slot, a, work)
+            for c in range(0, self.columns, 2):
+                for level in range(self.levels):
+                    for I in range(self.query_blocks):
+                        found = self.invert(self.sent_of(work.sent, a - first, c, level, I))
+                        for g in range(self.groups):
+                            sums = self.sums + ((place * self.groups + g) * self.columns + c) * self.rows
+                            sums += I * self.block
+                            kernels.scatter(self.block, 1.0, self.gain_of(slot, g, level, I),
+                                            work.columns + g * self.rows + I * self.block, found, self.turn, sums,
+                                            sums + self.rows)
+
+    cdef void backward_batch(self, ptrdiff_t lane, ptrdiff_t slot, ptrdiff_t part, ptrdiff_t batch,
+                             Work *work) noexcept nogil:
+        cdef ptrdiff_t first = self.batch_start[batch], last = self.batch_start[batch + 1]
+        cdef ptrdiff_t place = part * self.slots + slot, head = slot * self.heads // self.slots
+        cdef const double *k = self.k + head * self.d * self.keys
+        cdef ptrdiff_t key, pair, c, g, a, level, I, J
+        cdef double weight, grad_weight
+        cdef bint used, back
+        cdef double *found
+        cdef double *dv
+        cdef const double *x
+        memset(work.sent, 0, (last - first) * self.sent_size() * sizeof(double))
+        for a in range(first, last):
+            self.transform_grads(slot, a, first, work)
+        for key in range(self.key_start[batch], self.key_start[batch + 1]):
+            if self.interrupted():
+                return
+            weight, grad_weight = self.weights[self.key_degree[key]], self.grad_weights[self.key_degree[key]]
+            if weight == 0 and grad_weight == 0:
+                continue
+            self.transform_keys(slot, key, work)
+            memset(work.back, 0, self.columns * self.key_blocks * self.pitch * sizeof(double))
+            back = False
+            for pair in range(self.pair_start[key], self.pair_start[key + 1]):
+                used = self.multiset_end[pair] > self.multiset_start[pair]
+                if used:
+                    back = True
+                    self.make_symbol(slot, pair, 1.0, work)
+                self.multiply(pair, first, used, work)
+                self.correlate(lane, slot, part, pair, weight, grad_weight, work)
+            if not back:
+                continue
+            memset(work.key_adjoint, 0, self.keys * sizeof(double))
+            for c in range(0, self.columns, 2):
+                for J in range(self.key_blocks):
+                    found = self.invert(work.back + (c * self.key_blocks + 2 * J) * self.pitch)
+                    if weight:
+                        dv = self.dv + (place * self.columns + c) * self.keys + J * self.block
+                        kernels.scatter(self.block, weight, NULL, work.key_column + J * self.block, found, self.turn,
+                                        dv, dv + self.keys)
+                    x = self.v + (head * self.columns + c) * self.keys + J * self.block
+                    kernels.gather(self.block, grad_weight, NULL, x, x + self.keys, found, self.turn,
+                                   work.key_adjoint + J * self.block)
+            self.derive(self.keys, self.key_degree[key], self.key_variables + key * self.most, k, work.key_adjoint,
+                        self.dk + place * self.d * self.keys)
+        for a in range(first, last):
+            grad_weight = self.grad_weights[self.query_degree[a]]
+            # Once for all groups: `found` is needed by each.
+            for c in range(0, self.columns, 2):
+                for level in range(self.levels):
+                    for I in range(self.query_blocks):
+                        self.invert(self.sent_of(work.sent, a - first, c, level, I))
+            for g in range(self.groups):
+                memset(work.adjoint, 0, self.rows * sizeof(double))
+                for c in range(0, self.columns, 2):
+                    for level in range(self.levels):
+                        for I in range(self.query_blocks):
+                            found = self.sent_of(work.sent, a - first, c, level, I)
+                            x = self.grad_of(slot, g, c) + I * self.block
+                            kernels.gather(self.block, grad_weight, self.gain_of(slot, g, level, I), x, x + self.rows,
+                                           found, self.turn, work.adjoint + I * self.block)
+                self.derive(self.rows, self.query_degree[a], self.query_variables + a * self.most,
+                            self.q + (slot * self.groups + g) * self.d * self.rows, work.adjoint,
+                            self.dq + (place * self.groups + g) * self.d * self.rows)
+
+    cdef void make_symbol(self, ptrdiff_t slot, ptrdiff_t pair, double factor, Work *work) noexcept nogil:
+        """The spectra of T_ab, divided by 2b, by level and block."""
+        cdef const double *levels = self.levels_of(slot)
+        cdef const double *of[MOST]
+        cdef ptrdiff_t level, block, multiset, strip, at, size, degree
+        for level in range(self.levels):
+            memset(work.line + self.begin, 0, (self.end - self.begin) * sizeof(double))
+            for strip in range(pieces(self.end - self.begin, STRIP)):
+                at = self.begin + strip * STRIP
+                size = min(<ptrdiff_t>STRIP, self.end - at)
+                for multiset in range(self.multiset_start[pair], self.multiset_end[pair]):
+                    degree = self.factors(multiset, at, of)
+                    kernels.derive(size, factor * self.multinomial[multiset], levels + level * self.offsets + at,
+                                   degree, of, work.line + at)
+            for block in range(self.blocks):
+                if not self.nonzero[level * self.blocks + block]:
+                    continue
+                # The first column of a circulant: offsets from 0 on, then those before. No pair is b apart in a block.
+                memcpy(work.window, work.line + (block + 1) * self.block, self.block * sizeof(double))
+                memcpy(work.window + self.block, work.line + block * self.block, self.block * sizeof(double))
+                self.real.run_forward(work.window, work.half)
+                split(self.block, work.half, work.symbol + 2 * (level * self.blocks + block) * self.pitch)
+
+    cdef void multiply(self, ptrdiff_t pair, ptrdiff_t first, bint used, Work *work) noexcept nogil:
+        """What a pair's spectra make, all columns added up: T_ab times keys, where it is not 0; backward, its transpose
+        times gradients, and the correlations of these and keys.
+        """
+        cdef ptrdiff_t c, a = self.partner[pair] - first
+        cdef double *given
+        cdef double *keys
+        if self.grad != NULL:
+            memset(work.correlations, 0, 2 * self.levels * self.blocks * self.pitch * sizeof(double))
+        for c in range(0, self.columns, 2):
+            keys = work.keys + c * self.key_blocks * self.pitch
+            if used:
+                self.mix(self.products, RC_ADD_PRODUCT, work.symbol, keys, self.sent_of(work.sent, a, c, 0, 0))
+            if self.grad != NULL:
+                given = self.sent_of(work.given, a, c, 0, 0)
+                if used:
+                    self.mix(self.adjoints, RC_ADD_ADJOINT, work.symbol, given,
+                             work.back + c * self.key_blocks * self.pitch)
+                self.mix(self.correlated, RC_CORRELATE, given, keys, work.correlations)
+
+    cdef void correlate(self, ptrdiff_t lane, ptrdiff_t slot, ptrdiff_t part, ptrdiff_t pair, double weight,
+                        double grad_weight, Work *work) noexcept nogil:
+        """What pairs with one offset add to the derivative of T_ab, and this to dW and dsymbol."""
+        cdef const double *of[MOST]
+        cdef const double *levels = self.levels_of(slot)
+        cdef double *to[MOST]
+        cdef ptrdiff_t level, block, multiset, strip, at, size, degree, last, place
+        cdef ptrdiff_t known = self.multiset_end[pair]
+        cdef const ptrdiff_t *entries
+        cdef double factor
+        memset(work.line + self.begin, 0, (self.end - self.begin) * sizeof(double))
+        for level in range(self.levels):
+            for block in range(self.blocks):
+                if not self.nonzero[level * self.blocks + block]:
+                    continue
+                merge(self.block, work.correlations + 2 * (level * self.blocks + block) * self.pitch, work.half)
+                self.real.run_inverse(work.half, work.window)
+                for last in range(2):
+                    at = (block + 1 - last) * self.block
+                    of[0] = levels + level * self.offsets + at
+                    kernels.derive(self.block, 1.0, work.window + last * self.block, 1, of, work.line + at)
+        for strip in range(pieces(self.end - self.begin, STRIP)):
+            at = self.begin + strip * STRIP
+            size = min(<ptrdiff_t>STRIP, self.end - at)
+            for multiset in range(self.multiset_start[pair], self.multiset_start[pair + 1]):
+                entries = self.of_entries + multiset * self.most
+                degree = self.factors(multiset, at, of)
+                if self.dsymbol != NULL and weight and multiset < known:
+                    kernels.derive(size, weight * self.multinomial[multiset], work.line + at, degree, of,
+                                   self.dsymbol + (part * self.slots + slot) * self.offsets + at)
+                for place in range(degree):
+                    to[place] = self.dW + (lane * self.entries + entries[place]) * self.offsets + at
+                factor = grad_weight * self.multinomial[multiset]
+                if multiset < known:
+                    kernels.differentiate(size, factor, work.line + at, degree, of, to)
+                else:
+                    # The last entry is 0 everywhere: no other of its multiset has a derivative.
+                    kernels.derive(size, factor, work.line + at, degree - 1, of, to[degree - 1])
+
+    cdef ptrdiff_t factors(self, ptrdiff_t multiset, ptrdiff_t at, const double **of) noexcept nogil:
+        """W from the offset `at` on for all entries of a multiset, and how many these are: lists are padded with -1."""
+        cdef const ptrdiff_t *entries = self.of_entries + multiset * self.most
+        cdef ptrdiff_t degree = 0
+        while degree < self.most and entries[degree] >= 0:
+            of[degree] = self.W + entries[degree] * self.offsets + at
+            degree += 1
+        return degree
+
+    cdef void derive(self, ptrdiff_t size, ptrdiff_t degree, const ptrdiff_t *variables, const double *x,
+                     const double *adjoint, double *dx) noexcept nogil:
+        """dx += the derivatives of a monomial by each of its variables, times its adjoint."""
+        cdef const double *of[MOST]
+        cdef double *to[MOST]
+        cdef ptrdiff_t at
+        for at in range(degree):
+            of[at], to[at] = x + variables[at] * size, dx + variables[at] * size
+        kernels.differentiate(size, 1.0, adjoint, degree, of, to)
+
+    cdef void monomial(self, ptrdiff_t size, ptrdiff_t degree, const ptrdiff_t *variables, const double *x,
+                       double *column) noexcept nogil:
+        cdef const double *of[MOST]
+        cdef ptrdiff_t at
+        for at in range(degree):
+            of[at] = x + variables[at] * size
+        kernels.monomial(size, 1.0, degree, of, column)
+
+    cdef void query_columns(self, ptrdiff_t slot, ptrdiff_t a, Work *work) noexcept nogil:
+        cdef ptrdiff_t g
+        for g in range(self.groups):
+            self.monomial(self.rows, self.query_degree[a], self.query_variables + a * self.most,
+                          self.q + (slot * self.groups + g) * self.d * self.rows, work.columns + g * self.rows)
+
+    cdef void transform_keys(self, ptrdiff_t slot, ptrdiff_t key, Work *work) noexcept nogil:
+        """The spectra of a column of keys times values, two columns of these at a time, block by block."""
+        cdef ptrdiff_t head = slot * self.heads // self.slots, c, J
+        cdef const double *values
+        self.monomial(self.keys, self.key_degree[key], self.key_variables + key * self.most,
+                      self.k + head * self.d * self.keys, work.key_column)
+        for c in range(0, self.columns, 2):
+            for J in range(self.key_blocks):
+                values = self.v + (head * self.columns + c) * self.keys + J * self.block
+                self.transform(values, values + self.keys, work.key_column + J * self.block,
+                               work.keys + (c * self.key_blocks + 2 * J) * self.pitch)
+
+    cdef void transform_grads(self, ptrdiff_t slot, ptrdiff_t a, ptrdiff_t first, Work *work) noexcept nogil:
+        """The spectra of a column of queries times the gradient and the gain, groups added, likewise by levels."""
+        cdef const double *of[2]
+        cdef ptrdiff_t c, which, level, g, I, count
+        self.query_columns(slot, a, work)
+        for c in range(0, self.columns, 2):
+            for level in range(self.levels):
+                memset(work.both, 0, 2 * self.rows * sizeof(double))
+                for g in range(self.groups):
+                    of[1] = self.gain_of(slot, g, level, 0)
+                    count = 1 if self.gain == NULL else 2
+                    for which in range(2):
+                        of[0] = self.grad_of(slot, g, c + which)
+                        kernels.derive(self.rows, 1.0, work.columns + g * self.rows, count, of,
+                                       work.both + which * self.rows)
+                for I in range(self.query_blocks):
+                    self.transform(work.both + I * self.block, work.both + self.rows + I * self.block, self.ones,
+                                   self.sent_of(work.given, a - first, c, level, I))
+
+    cdef void transform(self, const double *x1, const double *x2, const double *y,
+                        double *to) noexcept nogil:
+        cdef ptrdiff_t quarter
+        kernels.pack(self.block, NULL, x1, x2, y, self.turn, to)
+        for quarter in range(4):
+            self.fft.run_forward(to + quarter * self.block)
+
+    cdef double *invert(self, double *quarters) noexcept nogil:
+        """In time, in their place."""
+        cdef ptrdiff_t quarter
+        for quarter in range(4):
+            self.fft.run_inverse(quarters + quarter * self.block)
+        return quarters
+
+    cdef void mix(self, Terms terms, rc_mixing how, const double *x, const double *shared, double *z) noexcept nogil:
+        kernels.mix(2 * self.block, self.pitch, terms.outputs, terms.start, terms.shared, terms.rows, how, 1.0, x,
+                    shared, z, NULL)
+
+    cdef double *sent_of(self, double *spectra, ptrdiff_t at, ptrdiff_t c, ptrdiff_t level,
+                         ptrdiff_t I) noexcept nogil:
+        spectra += at * self.sent_size()
+        return spectra + ((c * self.levels + 2 * level) * self.query_blocks + 2 * I) * self.pitch
+
+    cdef const double *levels_of(self, ptrdiff_t slot) noexcept nogil:
+        return self.of_levels + (slot * self.levels * self.offsets if self.level_slots > 1 else 0)
+
+    cdef const double *gain_of(self, ptrdiff_t slot, ptrdiff_t g, ptrdiff_t level, ptrdiff_t I) noexcept nogil:
+        if self.gain == NULL:
+            return NULL
+        return self.gain + ((slot * self.groups + g) * self.levels + level) * self.rows + I * self.block
+
+    cdef const double *grad_of(self, ptrdiff_t slot, ptrdiff_t g, ptrdiff_t c) noexcept nogil:
+        return self.grad + ((slot * self.groups + g) * self.columns + c) * self.rows
+
+
+cdef void split(ptrdiff_t b, const double *half, double *quarters) noexcept nogil:
+    """The spectrum of a real row of 2b, divided by 2b, from its first b + 1 frequencies: by these modulo 4."""
+    cdef double factor = 0.5 / b
+    cdef double *z
+    cdef ptrdiff_t r, j, at
+    for r in range(4):
+        z = quarters + r * b
+        for j in range(b // 4):
+            at = 2 * (4 * j + r)
+            z[2 * j], z[2 * j + 1] = factor * half[at], factor * half[at + 1]
+        for j in range(b // 4, b // 2):
+            at = 2 * (2 * b - 4 * j - r)
+            z[2 * j], z[2 * j + 1] = factor * half[at], -factor * half[at + 1]
+
+
+cdef void merge(ptrdiff_t b, const double *quarters, double *half) noexcept nogil:
+    """The first b + 1 frequencies of the real part, divided by 2b, from the spectrum of a complex row."""
+    cdef double factor = 0.25 / b
+    cdef const double *z
+    cdef const double *opposite
+    cdef ptrdiff_t r, j, other, at
+    for r in range(4):
+        z, opposite = quarters + r * b, quarters + (4 - r) % 4 * b
+        for j in range(b // 4):
+            other = b // 2 - j - 1 if r else (b // 2 - j) % (b // 2)
+            at = 2 * (4 * j + r)
+            half[at] = factor * (z[2 * j] + opposite[2 * other])
+            half[at + 1] = factor * (z[2 * j + 1] - opposite[2 * other + 1])
+    half[2 * b], half[2 * b + 1] = 2 * factor * quarters[b // 2], 0
