@@ -22,6 +22,7 @@ EXTENSIONS = {
     "_exact": ["exact"],
     "_monomials": ["monomials"],
     "_quartic": ["quartic"],
+    "_circulant": [],
     "_toeplitz": ["toeplitz"],
     "_family": [],
     "_fftw": [],

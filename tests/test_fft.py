@@ -215,7 +215,7 @@ def test_rounding_of_products_is_what_the_certificate_counts_with(rng):
         for t in (rng.uniform(0.3, 3, 2 * n - 1), np.where(np.arange(2 * n - 1) < n, 1.0, 0.0)):
             for v in (np.ones(n), rng.standard_normal(n), np.where(np.arange(n) == n - 1, 1e6, rng.random(n))):
                 symbol = Symbol(np.zeros((1, 1)), t[None, None, None], np.zeros((1, 1, n), int), [], 0.0, block)
-                nonzero, spectra = _spectra(symbol, RealFFT(2 * block), n, n)
+                nonzero, spectra = _spectra(symbol, RealFFT(2 * block), n, n, 1)
                 rows = -(-n // block) * block
                 padded = np.zeros((1, 1, rows))
                 padded[..., :n] = v

@@ -20,7 +20,7 @@ from itertools import combinations_with_replacement
 import numpy as np
 
 from ..bounds import Scores, Values, largest_entries, medians
-from ..kernels import _toeplitz
+from ..kernels import _circulant, _toeplitz
 from ..kernels._fftw import ComplexFFT, RealFFT
 from ..polynomial import Polynomial, antiderivative, n_features
 from ..problem import Problem
@@ -405,7 +405,8 @@ class Shared:
         )
         dsymbol = None
         if correlations is not None:
-            dsymbol = _symbol_gradient(self._symbol, self._symbol_fft, correlations, n, n_k)
+            nonzero, threads = self._operands[4], self._problem.threads
+            dsymbol = _symbol_gradient(self._symbol, self._symbol_fft, nonzero, correlations, n, n_k, threads)
         return dq[..., :n], dk[..., :n_k], dv[..., :n_k], dsymbol
 
     def _product(self, degree: int) -> _toeplitz.Product:
@@ -428,7 +429,7 @@ def _operands(problem: Problem, scores: Scores, values: np.ndarray, symbol: Symb
     if problem.key_mask is not None:
         k[..., :n_k] *= problem.key_mask[:, None]
 
-    nonzero, spectra = _spectra(symbol, fft, n, n_k)
+    nonzero, spectra = _spectra(symbol, fft, n, n_k, problem.threads)
     gain = None
     if symbol.unseen > 1:
         gain = np.zeros((H, G, symbol.unseen, rows))
@@ -436,58 +437,28 @@ def _operands(problem: Problem, scores: Scores, values: np.ndarray, symbol: Symb
     return q, k, v, spectra, nonzero, gain
 
 
-def _spectra(symbol: Symbol, fft: RealFFT, n: int, n_k: int) -> tuple[np.ndarray, np.ndarray]:
+def _spectra(symbol: Symbol, fft: RealFFT, n: int, n_k: int, threads: int) -> tuple[np.ndarray, np.ndarray]:
     """Which blocks of T are not 0, and the spectra of all as `_toeplitz.Product` takes them."""
-    columns = _circulants(symbol, n, n_k)
-    nonzero = np.ascontiguousarray(columns.any(axis=(0, 1, -1)))
-    spectra = _toeplitz.empty_spectra(columns.shape[:-1], symbol.block)
-    for index in np.ndindex(*columns.shape[:-1]):
-        if nonzero[index[2:]]:
-            half = fft.forward(columns[index])
-            half /= fft.n
-            whole = np.concatenate([half, half[-2:0:-1].conj()])
-            spectra[index][: fft.n] = whole.reshape(-1, 4).T.ravel()
-    return nonzero, spectra
+    *lead, levels, _ = symbol.levels.shape
+    t = np.zeros((math.prod(lead), levels, _round_up(n, symbol.block) + _round_up(n_k, symbol.block)))
+    t.reshape(*lead, levels, -1)[..., _offsets(symbol, n, n_k)] = symbol.levels[..., ::-1]
+    nonzero, spectra = _circulant.spectra(fft, t, threads)
+    return nonzero, spectra.reshape(*lead, *spectra.shape[1:])
 
 
-def _circulants(symbol: Symbol, n: int, n_k: int) -> np.ndarray:
-    """(H or 1, G or 1, levels, blocks, 2 block): the blocks of T, each as the first column of a circulant.
-
-    Block I - J + (number of key blocks) - 1 has at place u, |u| < block and modulo its length, the pairs i - j = u
-    inside the block.
-    """
-    block = symbol.block
-    first = _round_up(n_k, block) - (n_k - 1)
-    t = np.zeros((*symbol.levels.shape[:-1], (_round_up(n, block) + _round_up(n_k, block)) // block, block))
-    # By i - j, from one block of keys below 0 on.
-    t.reshape(*t.shape[:-2], -1)[..., first : first + n + n_k - 1] = symbol.levels[..., ::-1]
-    columns = np.concatenate([t[..., 1:, :], t[..., :-1, :]], axis=-1)
-    # No pair is that far apart inside a block; what is there must not make a block of zeros another.
-    columns[..., block] = 0
-    return columns
+def _offsets(symbol: Symbol, n: int, n_k: int) -> slice:
+    """Where those that occur stand, in order of i - j, from whole blocks of keys below 0 on."""
+    first = _round_up(n_k, symbol.block) - (n_k - 1)
+    return slice(first, first + n + n_k - 1)
 
 
-def _symbol_gradient(symbol: Symbol, fft: RealFFT, correlations: np.ndarray, n: int, n_k: int) -> np.ndarray:
-    """t_m times the correlations at m, levels and blocks added."""
-    H, G, levels, blocks = correlations.shape[:4]
-    block = symbol.block
-    first = _round_up(n_k, block) - (n_k - 1)
-    gradient = np.zeros((H, G, n + n_k - 1))
-    shared = np.broadcast_to(symbol.levels, (H, G, levels, n + n_k - 1))
-    for h, g, level in np.ndindex(H, G, levels):
-        # As `_circulants` has them.
-        t = np.zeros((blocks + 1, block))
-        for at in range(blocks):
-            quarters = correlations[h, g, level, at, : fft.n].reshape(4, -1)
-            if quarters.any():
-                # The spectrum of the real part.
-                whole = quarters.T.reshape(-1)
-                spectrum = (whole[: fft.n_freq] + np.roll(whole[::-1], 1)[: fft.n_freq].conj()) / 2
-                column = fft.inverse(spectrum)
-                t[at + 1] += column[:block]
-                t[at, 1:] += column[block + 1 :]
-        gradient[h, g] += shared[h, g, level] * t.reshape(-1)[first : first + n + n_k - 1][::-1]
-    return gradient
+def _symbol_gradient(
+    symbol: Symbol, fft: RealFFT, nonzero: np.ndarray, correlations: np.ndarray, n: int, n_k: int, threads: int
+) -> np.ndarray:
+    """t_m times the correlations at m, levels and blocks added: (H, G, n + n_k - 1)."""
+    H, G, levels = correlations.shape[:3]
+    t = _circulant.spectra_adjoint(fft, nonzero, correlations.reshape(H * G, *correlations.shape[2:]), threads)
+    return (symbol.levels * t.reshape(H, G, levels, -1)[..., _offsets(symbol, n, n_k)][..., ::-1]).sum(axis=2)
 
 
 def _parts(problem: Problem, degree: int, rows: int, keys: int) -> int:

@@ -12,9 +12,10 @@ cimport numpy as cnp
 from cpython.exc cimport PyErr_CheckSignals
 from cython.parallel cimport prange, threadid
 from libc.stdint cimport uintptr_t
-from libc.string cimport memcpy, memset
+from libc.string cimport memset
 
 from ._arrays cimport LINE, line, pieces, pointer
+from ._circulant cimport circulant, circulant_adjoint, pitch_of
 from ._fftw cimport ComplexFFT, RealFFT
 from ._toeplitz cimport RC_ADD_ADJOINT, RC_ADD_PRODUCT, RC_CORRELATE, Terms, kernels, pointers, rc_mixing
 
@@ -123,7 +124,7 @@ cdef class Product:
 
     def __init__(self, ComplexFFT fft, RealFFT real, q, k, W, levels, nonzero, gain, threads):
         self.fft, self.real, self.threads, self.block = fft, real, threads, 2 * fft.n
-        self.pitch = 2 * self.block + 68
+        self.pitch = pitch_of(self.block)
         self.slots, self.groups, self.d, self.rows = q.shape
         self.heads, _, self.keys = k.shape
         self.entries, self.offsets = W.shape
@@ -361,11 +362,8 @@ cdef class Product:
             for block in range(self.blocks):
                 if not self.nonzero[level * self.blocks + block]:
                     continue
-                # The first column of a circulant: offsets from 0 on, then those before. No pair is b apart in a block.
-                memcpy(work.window, work.line + (block + 1) * self.block, self.block * sizeof(double))
-                memcpy(work.window + self.block, work.line + block * self.block, self.block * sizeof(double))
-                self.real.run_forward(work.window, work.half)
-                split(self.block, work.half, work.symbol + 2 * (level * self.blocks + block) * self.pitch)
+                circulant(self.real, work.line + block * self.block, work.window, work.half,
+                          work.symbol + 2 * (level * self.blocks + block) * self.pitch)
 
     cdef void multiply(self, ptrdiff_t pair, ptrdiff_t first, bint used, Work *work) noexcept nogil:
         """What a pair's spectra make, all columns added up: T_ab times keys, where it is not 0; backward, its transpose
@@ -402,8 +400,8 @@ cdef class Product:
             for block in range(self.blocks):
                 if not self.nonzero[level * self.blocks + block]:
                     continue
-                merge(self.block, work.correlations + 2 * (level * self.blocks + block) * self.pitch, work.half)
-                self.real.run_inverse(work.half, work.window)
+                circulant_adjoint(self.real, work.correlations + 2 * (level * self.blocks + block) * self.pitch,
+                                  work.half, work.window)
                 for last in range(2):
                     at = (block + 1 - last) * self.block
                     of[0] = levels + level * self.offsets + at
@@ -523,34 +521,3 @@ cdef class Product:
 
     cdef const double *grad_of(self, ptrdiff_t slot, ptrdiff_t g, ptrdiff_t c) noexcept nogil:
         return self.grad + ((slot * self.groups + g) * self.columns + c) * self.rows
-
-
-cdef void split(ptrdiff_t b, const double *half, double *quarters) noexcept nogil:
-    """The spectrum of a real row of 2b, divided by 2b, from its first b + 1 frequencies: by these modulo 4."""
-    cdef double factor = 0.5 / b
-    cdef double *z
-    cdef ptrdiff_t r, j, at
-    for r in range(4):
-        z = quarters + r * b
-        for j in range(b // 4):
-            at = 2 * (4 * j + r)
-            z[2 * j], z[2 * j + 1] = factor * half[at], factor * half[at + 1]
-        for j in range(b // 4, b // 2):
-            at = 2 * (2 * b - 4 * j - r)
-            z[2 * j], z[2 * j + 1] = factor * half[at], -factor * half[at + 1]
-
-
-cdef void merge(ptrdiff_t b, const double *quarters, double *half) noexcept nogil:
-    """The first b + 1 frequencies of the real part, divided by 2b, from the spectrum of a complex row."""
-    cdef double factor = 0.25 / b
-    cdef const double *z
-    cdef const double *opposite
-    cdef ptrdiff_t r, j, other, at
-    for r in range(4):
-        z, opposite = quarters + r * b, quarters + (4 - r) % 4 * b
-        for j in range(b // 4):
-            other = b // 2 - j - 1 if r else (b // 2 - j) % (b // 2)
-            at = 2 * (4 * j + r)
-            half[at] = factor * (z[2 * j] + opposite[2 * other])
-            half[at + 1] = factor * (z[2 * j + 1] - opposite[2 * other + 1])
-    half[2 * b], half[2 * b + 1] = 2 * factor * quarters[b // 2], 0

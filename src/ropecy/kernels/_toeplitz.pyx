@@ -30,16 +30,6 @@ cdef double ROUND = 0.2  # seconds between two looks at Ctrl-C
 cdef double RATE = 1e9  # operations a second, low: a bound on a round's time, not a prediction
 
 
-def empty_spectra(shape, block):
-    """Zeros for the spectra of so many blocks, (*shape, pitch), which starts a cache line; padding keeps blocks from
-    falling onto each other in the caches.
-    """
-    shape = (*shape, 2 * block + 68)
-    size = 2 * np.prod(shape)
-    zeros = np.zeros(size + 8)
-    return zeros[-zeros.ctypes.data % 64 // 8 :][:size].view(complex).reshape(shape)
-
-
 cdef Terms pointers(arrays):
     cdef Terms terms
     nonzero, start, shared, rows = arrays
@@ -61,8 +51,8 @@ cdef class Product:
     k : (H, d, keys), v : (H, columns, keys)
         Likewise for keys; v is 0 for keys that are masked.
     spectra : (H or 1, G or 1, levels, blocks, pitch) complex128
-        Of T's blocks, divided by 2b, frequencies 0 modulo 4 first, then 1, 2 and 3: block I - J + keys / b - 1
-        for query block I and key block J. T is a sum of levels.
+        Of T's blocks, as `_circulant` has them: block I - J + keys / b - 1 for query block I and key block J. T is a
+        sum of levels.
     nonzero : (levels, blocks) bool
         Which blocks have an entry that is not 0, in any head.
     gain : (H, G, levels, rows) float64, or None for ones
