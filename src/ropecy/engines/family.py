@@ -254,8 +254,8 @@ def memory(problem: Problem, grad: bool) -> float:
     H, G, n, d = problem.q.shape
     n_k, d_v = problem.v.shape[1:]
     entries, item = len(problem.family.left), problem.q.itemsize
-    block = _ROWS * (_ROWS + _KEYS) * (len(np.unique(problem.family.right)) + 6) * item
-    size = (H * G * n * (d + 2) + H * n_k * d) * item + problem.threads * block
+    block = (_ROWS + _KEYS) * (_ROWS * (len(np.unique(problem.family.right)) + 10) * item + 24 * entries)
+    size = (H * G * n * (d + 2) + H * n_k * d) * item + 24 * (n + n_k) + problem.threads * block
     if grad:
         length = n + n_k - 1
         part = 8 * (n_k * (d + d_v) + entries * length)
