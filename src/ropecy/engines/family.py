@@ -254,7 +254,8 @@ def memory(problem: Problem, grad: bool) -> float:
     H, G, n, d = problem.q.shape
     n_k, d_v = problem.v.shape[1:]
     entries, item = len(problem.family.left), problem.q.itemsize
-    block = (_ROWS + _KEYS) * (_ROWS * (len(np.unique(problem.family.right)) + 10) * item + 24 * entries)
+    arrays = len(np.unique(problem.family.right)) + (14 if grad else 10)
+    block = (_ROWS + _KEYS) * (_ROWS * arrays * item + 24 * entries)
     size = (H * G * n * (d + 2) + H * n_k * d) * item + 24 * (n + n_k) + problem.threads * block
     if grad:
         length = n + n_k - 1
