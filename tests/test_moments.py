@@ -9,9 +9,10 @@ import pytest
 from moment_cases import CHUNK, as_they_are, by_moments, problem_of, row_errors
 
 import ropecy
+from ropecy import by_moments as planning
 from ropecy import moments
 from ropecy import polynomial as poly
-from ropecy.bounds import measure, measure_values
+from ropecy.bounds import measure, measure_values, medians
 from ropecy.plan import make_plan
 
 # ---- the polynomials ----
@@ -190,13 +191,33 @@ def test_long_queries_between_the_sampled_ones_are_known(rng):
     assert certificate.n_exact_rows == 100
 
 
-def test_a_look_may_cost_more_where_it_is_expected_to_find_something(rng):
+@pytest.mark.parametrize("masked", [False, True])
+def test_medians_of_many_values_are_not_moved_by_a_few(masked, rng):
+    v = rng.uniform(-1, 1, (2, 50_000, 3)) + [[[0.0]], [[5.0]]]
+    v[:, rng.choice(50_000, 100, replace=False)] = 1e30
+    problem = problem_of(np.zeros((2, 1, 4, 3)), np.zeros((2, 50_000, 3)), v)
+    if masked:
+        keep = rng.random((2, 50_000)) < 0.5
+        v[~keep] = 1e30
+        problem = replace(problem, key_mask=keep)
+    # One of 12,500 values has a standard error of 0.009.
+    np.testing.assert_allclose(medians(problem), [[0.0] * 3, [5.0] * 3], atol=0.05)
+
+
+def test_a_look_may_cost_more_where_it_is_expected_to_find_something(rng, monkeypatch):
     q, k = rng.standard_normal((2, 8192, 16)).astype(np.float32)
     q, k = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (q, k))
     v = rng.uniform(-1, 1, (8192, 16)).astype(np.float32)
+    looks, choose = [], planning.choose
+    monkeypatch.setattr(planning, "choose", lambda *given: looks.append(given) or choose(*given))
     # A look is some 5% of exact work: worth it for B = 1, of which degree 3 is expected, and not for B = 2.
     assert ropecy.plan(q, k, v, scale=1.0, causal=True).certificate.rule == "moments"
-    assert ropecy.plan(q, k, v, scale=2.0, causal=True).engine == "exact"
+    assert looks
+    problem = problem_of(q[None, None], k[None], v[None], scale=2.0, causal=True)
+    looks.clear()
+    how = {"eps": 1e-3, "certify": "proof", "degree": None, "seed": None, "grad": False}
+    assert make_plan(problem, method="auto", **how).engine == "exact"
+    assert not looks
 
 
 def test_causal_rows_that_fail_alone_cost_a_tile_each(rng):
