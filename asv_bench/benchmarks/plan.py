@@ -67,7 +67,7 @@ class Problem:
 
 
 class Worst:
-    """The worst of head sizes, causal or not, and bounds, in one process; of 65,536 tokens in a quarter of an hour."""
+    """The worst of head sizes, causal or not, and bounds, in one process; 65,536 tokens take minutes."""
 
     params = (WORK, (128, 1024, 8192, 65536))
     param_names = ("work", "n")

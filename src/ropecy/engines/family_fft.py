@@ -4,9 +4,6 @@ The monomials of degree s are the multisets of s entries of the support (arXiv:2
 monomials q^a and k^b of the rows share a Toeplitz matrix, whose symbol is the sum of what each multiset makes of W.
 What passes between q^a and k^b is added up in frequencies, so that a transform of a column serves all its partners in
 a batch.
-
-Columns are laid out so that no symbol has to be turned: its offsets i - j come in order, keys stand from 0 on, and the
-rows of queries from n_k - 1 on.
 """
 
 from __future__ import annotations
@@ -20,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..bounds import Scores, largest_entries
-from ..kernels import _family
+from ..kernels import _circulant, _family
 from ..kernels._fftw import ComplexFFT, RealFFT
 from ..polynomial import Polynomial, antiderivative, n_features
 from ..problem import Problem
@@ -156,7 +153,7 @@ class Product:
             by_row.reshape(H, G, -1, rows)[..., :n] = gain
         self._support, self._used = _support(problem), tuple(used(problem))
         self._product_shape, self._size = (slots, groups, rows), W.size
-        self._monomial_bytes = 8.0 * self._v.shape[1] * levels.shape[2] * (rows // b) * (2 * b + 68)
+        self._monomial_bytes = 8.0 * self._v.shape[1] * levels.shape[2] * (rows // b) * _circulant.pitch_of(b)
         self._product = _family.Product(*transforms, q, k, W, of_levels, nonzero, by_row, problem.threads)
 
     def forward(self, p: Polynomial) -> np.ndarray:
@@ -257,7 +254,7 @@ def memory(problem: Problem, degree: int, b: int, grad: bool) -> float:
     rows, keys, entries = -(-n // b) * b, -(-n_k // b) * b, len(problem.family.left)
     slots = _slots(problem)
     parts = -(-_PARTS // slots)
-    pitch = 2 + 68 / b
+    pitch = _circulant.pitch_of(b) / b
     monomial = pitch * columns * rows * (2 if grad else 1)
     batch = min(max(_BATCH_BYTES / 8, monomial), monomial * (1 + n_features(d, degree + grad) // parts))
     batch += 2 * pitch * columns * keys + (4 * pitch + 4) * (rows + keys) + (G + 4) * rows

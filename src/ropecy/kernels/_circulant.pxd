@@ -9,4 +9,4 @@ cdef void circulant(RealFFT fft, const double *offsets, double *window, double *
 # What a spectrum's real part, in time, has at i - j = 0 .. b - 1, then at -b .. -1, in `window`: the adjoint.
 cdef void circulant_adjoint(RealFFT fft, const double *quarters, double *half, double *window) noexcept nogil
 
-cdef ptrdiff_t pitch_of(ptrdiff_t b) noexcept nogil
+cpdef ptrdiff_t pitch_of(ptrdiff_t b) noexcept nogil

@@ -14,7 +14,7 @@ from ._fftw cimport RealFFT
 cnp.import_array()
 
 
-cdef ptrdiff_t pitch_of(ptrdiff_t b) noexcept nogil:
+cpdef ptrdiff_t pitch_of(ptrdiff_t b) noexcept nogil:
     """Complex numbers from one spectrum of 2b to the next, lest they fall onto each other in the caches."""
     return 2 * b + 68
 

@@ -17,7 +17,9 @@ from libc.string cimport memset
 from ._arrays cimport LINE, line, pieces, pointer
 from ._circulant cimport circulant, circulant_adjoint, pitch_of
 from ._fftw cimport ComplexFFT, RealFFT
-from ._toeplitz cimport RC_ADD_ADJOINT, RC_ADD_PRODUCT, RC_CORRELATE, Terms, kernels, pointers, rc_mixing
+from ._toeplitz cimport (
+    RC_ADD_ADJOINT, RC_ADD_PRODUCT, RC_COLUMNS, RC_CORRELATE, Terms, kernels, pointers, rc_mixing,
+)
 
 from ._toeplitz import _terms
 
@@ -25,7 +27,6 @@ cnp.import_array()
 
 cdef enum:
     STRIP = 1024  # offsets at a time, so that what all multisets of a pair read stays in the cache
-    MOST = 64  # variables of a monomial
 
 
 cdef struct Work:
@@ -348,7 +349,7 @@ cdef class Product:
     cdef void make_symbol(self, ptrdiff_t slot, ptrdiff_t pair, double factor, Work *work) noexcept nogil:
         """The spectra of T_ab, divided by 2b, by level and block."""
         cdef const double *levels = self.levels_of(slot)
-        cdef const double *of[MOST]
+        cdef const double *of[RC_COLUMNS]
         cdef ptrdiff_t level, block, multiset, strip, at, size, degree
         for level in range(self.levels):
             memset(work.line + self.begin, 0, (self.end - self.begin) * sizeof(double))
@@ -388,9 +389,9 @@ cdef class Product:
     cdef void correlate(self, ptrdiff_t lane, ptrdiff_t slot, ptrdiff_t part, ptrdiff_t pair, double weight,
                         double grad_weight, Work *work) noexcept nogil:
         """What pairs with one offset add to the derivative of T_ab, and this to dW and dsymbol."""
-        cdef const double *of[MOST]
+        cdef const double *of[RC_COLUMNS]
         cdef const double *levels = self.levels_of(slot)
-        cdef double *to[MOST]
+        cdef double *to[RC_COLUMNS]
         cdef ptrdiff_t level, block, multiset, strip, at, size, degree, last, place
         cdef ptrdiff_t known = self.multiset_end[pair]
         cdef const ptrdiff_t *entries
@@ -436,8 +437,8 @@ cdef class Product:
     cdef void derive(self, ptrdiff_t size, ptrdiff_t degree, const ptrdiff_t *variables, const double *x,
                      const double *adjoint, double *dx) noexcept nogil:
         """dx += the derivatives of a monomial by each of its variables, times its adjoint."""
-        cdef const double *of[MOST]
-        cdef double *to[MOST]
+        cdef const double *of[RC_COLUMNS]
+        cdef double *to[RC_COLUMNS]
         cdef ptrdiff_t at
         for at in range(degree):
             of[at], to[at] = x + variables[at] * size, dx + variables[at] * size
@@ -445,7 +446,7 @@ cdef class Product:
 
     cdef void monomial(self, ptrdiff_t size, ptrdiff_t degree, const ptrdiff_t *variables, const double *x,
                        double *column) noexcept nogil:
-        cdef const double *of[MOST]
+        cdef const double *of[RC_COLUMNS]
         cdef ptrdiff_t at
         for at in range(degree):
             of[at] = x + variables[at] * size

@@ -8,6 +8,9 @@ cdef extern from "c/toeplitz.h" nogil:
         RC_ADD_PRODUCT
         RC_ADD_ADJOINT
 
+    enum:
+        RC_COLUMNS
+
     const int RC_TILE, RC_CHUNK
 
     ctypedef struct rc_toeplitz_kernels:

@@ -292,7 +292,7 @@ cdef class Product:
                            queries + 2 * g * self.rows)
 
     cdef void monomials(self, ptrdiff_t size, ptrdiff_t pair, const double *x, double *columns) noexcept nogil:
-        cdef const double *of[64]
+        cdef const double *of[RC_COLUMNS]
         cdef ptrdiff_t which, at
         for which in range(2):
             for at in range(self.degrees[pair]):
@@ -302,26 +302,17 @@ cdef class Product:
     cdef void derive(self, ptrdiff_t size, ptrdiff_t pair, const double *x, const double *adjoint,
                      double *dx) noexcept nogil:
         """dx += the derivatives of both monomials by each variable, times their adjoints."""
-        cdef const double *rest[64]
+        cdef const double *of[RC_COLUMNS]
+        cdef double *to[RC_COLUMNS]
         cdef const ptrdiff_t *variables
-        cdef ptrdiff_t which, first, at, count, power, degree = self.degrees[pair]
+        cdef ptrdiff_t which, at, degree = self.degrees[pair]
         for which in range(2):
             variables = self.variables + (2 * pair + which) * self.most
             if self.factors[2 * pair + which] == 0:
                 continue
-            first = 0
-            while first < degree:
-                # Variables come in order: those from `first` on that are the same make a power.
-                count, power = 0, 0
-                for at in range(degree):
-                    if variables[at] == variables[first]:
-                        power += 1
-                    if at != first:
-                        rest[count] = x + variables[at] * size
-                        count += 1
-                kernels.derive(size, power * self.factors[2 * pair + which], adjoint + which * size, count, rest,
-                               dx + variables[first] * size)
-                first += power
+            for at in range(degree):
+                of[at], to[at] = x + variables[at] * size, dx + variables[at] * size
+            kernels.differentiate(size, self.factors[2 * pair + which], adjoint + which * size, degree, of, to)
 
     cdef const double *spectra_of(self, ptrdiff_t head) noexcept nogil:
         return self.spectra + 2 * self.pitch * self.levels * self.blocks * head * self.symbol_head * self.symbol_groups

@@ -10,8 +10,8 @@
  *     #include "name.template.c"
  *
  * On arm64 the baseline is NEON: 32 registers of 128 bits. Tests of the kernels have passed there under an emulator (QEMU,
- * GCC 12), but for `largest`, `quadratic` and `columns` of rows and the quarters of toeplitz.c, which came later; it
- * verifies values and no times. A step of the 9 x 3 product is 43 instructions, of which 27 are
+ * GCC 12), but for `largest`, `quadratic` and `columns` of rows and the quarters and `differentiate` of toeplitz.c, which
+ * came later; it verifies values and no times. A step of the 9 x 3 product is 43 instructions, of which 27 are
  * multiply-adds and none touches the stack.
  *
  * The template includes this header, which has no include guard on purpose: it redefines REAL, vreal,

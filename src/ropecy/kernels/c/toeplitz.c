@@ -95,6 +95,8 @@ static void RC_NAME(differentiate)(ptrdiff_t size, double factor, const double *
     case 2: RC_NAME(differentiate_few)(size, factor, y, 2, x, dx); break;
     case 3: RC_NAME(differentiate_few)(size, factor, y, 3, x, dx); break;
     case 4: RC_NAME(differentiate_few)(size, factor, y, 4, x, dx); break;
+    case 5: RC_NAME(differentiate_few)(size, factor, y, 5, x, dx); break;
+    case 6: RC_NAME(differentiate_few)(size, factor, y, 6, x, dx); break;
     default: RC_NAME(differentiate_few)(size, factor, y, count, x, dx);
     }
 }

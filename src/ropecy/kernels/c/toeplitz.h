@@ -11,7 +11,7 @@
 #include <stddef.h>
 #include "isa.h"
 
-#define RC_COLUMNS 64 /* of a product that is differentiated, at most */
+#define RC_COLUMNS 64 /* of a product, at most */
 #define RC_TILE 4     /* rows that `mix` makes together, so that it reads once what they share */
 #define RC_CHUNK 128  /* doubles of a row that it makes at a time */
 
