@@ -43,6 +43,16 @@ def as_they_are(problem):
     return scores
 
 
+def seen_by_rows(problem):
+    """Which rows see which keys, (H, 1, n, n_k)."""
+    n, n_k = problem.q.shape[2], problem.k.shape[1]
+    seen = np.ones((n, n_k), bool)
+    if problem.hi is not None:
+        seen = np.arange(n_k) <= np.arange(n)[:, None] + problem.q_offset
+    seen = np.broadcast_to(seen, (len(problem.k), 1, n, n_k))
+    return seen if problem.key_mask is None else seen & problem.key_mask[:, None, None, :]
+
+
 def row_errors(problem, o, by_column=False):
     """max_c |O - Attn| / range of the values that the row sees, (H, G, n), plain NumPy.
 
@@ -52,12 +62,7 @@ def row_errors(problem, o, by_column=False):
     H, G, n, _ = problem.q.shape
     n_k = problem.k.shape[1]
     q, k, v = (x.astype(np.longdouble) for x in (problem.q, problem.k, problem.v))
-    seen = np.ones((n, n_k), bool)
-    if problem.hi is not None:
-        seen = np.arange(n_k) <= np.arange(n)[:, None] + problem.q_offset
-    seen = np.broadcast_to(seen, (H, 1, n, n_k))
-    if problem.key_mask is not None:
-        seen = seen & problem.key_mask[:, None, None, :]
+    seen = seen_by_rows(problem)
     s = np.where(seen, problem.scale * q @ k[:, None].swapaxes(-1, -2), -np.inf)
     w = np.exp(s - np.maximum(s.max(axis=-1, keepdims=True), -1e300))
     total = w.sum(axis=-1, keepdims=True)

@@ -6,7 +6,7 @@ import os
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moment_cases import DATA, adversarial, by_moments, problem_of, row_errors, values_for
+from moment_cases import DATA, adversarial, by_moments, problem_of, row_errors, seen_by_rows, values_for
 
 import ropecy
 from ropecy.bounds import measure, measure_values
@@ -84,3 +84,10 @@ def test_no_result_is_past_what_is_certified(kind, seed, eps, method, causal, ma
     errors, ranges, largest = row_errors(problem, O, by_column=True)
     rows = certificate.rows_truncation[..., None] * ranges + certificate.rounding * largest
     assert np.all(errors <= rows)
+    # Whole rows, by how far values are from the row: in the 2-norm, and in that of the sum.
+    apart = np.abs(problem.v[:, None, None].astype(np.float64) - O[..., None, :])
+    for p in (1, 2):
+        radius = np.max(np.linalg.norm(apart, p, axis=-1), axis=-1, where=seen_by_rows(problem), initial=0)
+        allowed = 2 * certificate.rows_truncation * radius * (1 + 1e-6)
+        allowed += certificate.rounding * largest * problem.v.shape[2]
+        assert np.all(np.linalg.norm(errors, p, axis=-1) <= allowed)

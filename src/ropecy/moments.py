@@ -5,9 +5,10 @@ denominator, and T the row that is computed,
 
     |Attn_ic - T_ic| <= h_i / (1 - h_i) max_j |V_jc - T_ic|,
 
-since sum_j p_i(s_ij) (V_j - T_i) = 0. The radius is a polynomial, so h_i takes moments of the scores: the k-th is the
-share of degree k in the denominator, right for every mask. Keys' sums do not depend on p_i, so every row has its own,
-for the size of its own scores, and a long query spoils no other row.
+since sum_j p_i(s_ij) (V_j - T_i) = 0; as are whole rows in any norm, ||Attn_i - T_i|| and ||V_j - T_i|| in the
+place of these. The radius is a polynomial, so h_i takes moments of the scores: the k-th is the share of degree k in
+the denominator, right for every mask. Keys' sums do not depend on p_i, so every row has its own, for the size of
+its own scores, and a long query spoils no other row.
 
 Fourth moments, of degrees 2 and 3, come from an eigenvalue. For any matrix M, with a = x^T M x and m keys,
 s^2 = a + <x x^T, y y^T - M>, hence
@@ -20,9 +21,8 @@ prefixes. Nothing of this is in the papers.
 
 What was tried and left out, with n = 65,536 and d = 64:
 
-* Errors of whole rows, ``||Attn_i - T_i|| <= h_i / (1 - h_i) max_j ||V_j - T_i||``, are sharper than entries added
-  up, by 1.4 (uniform V) to 3.3 (Gaussian). Certificates are of entries, in units of their column's range, which that
-  bounds 5.7 and 2.1 times worse: it would not change a degree.
+* A degree chosen by errors of whole rows: eps is of entries, in units of their column's range, which the bound of a
+  whole row bounds 5.7 (uniform V) and 2.1 times (Gaussian) worse.
 * A polynomial of degree 2 without the products of the d - r coordinates (eigenvectors of the keys and queries) that
   scores have least of adds ``c_2 sum_j y_j^2`` to h, y their share of a score. At a certificate 1.25 times larger, that
   is 2,145 features down to 93 to 254 where nothing is rotated (eigenvalues falling as 1/k to 1/k^2), to 192 to 605
