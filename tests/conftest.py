@@ -1,8 +1,14 @@
-"""Fixtures that every test file may use."""
+"""Fixtures that every test file may use, and the same examples on every run but for a hunt."""
+
+import os
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from oracle import Alibi, Buckets, Family, Kerple, Rope, Table
+
+settings.register_profile("ropecy", deadline=None, derandomize="ROPECY_HUNT" not in os.environ)
+settings.load_profile("ropecy")
 
 
 @pytest.fixture

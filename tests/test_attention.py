@@ -173,7 +173,7 @@ def test_huge_keys_meet_tiny_queries(method, rng):
     np.testing.assert_allclose(O, expected, atol=1e-3 * np.ptp(V) if method == "auto" else 1e-12)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_exact_is_the_oracle_for_any_shape(data):
     draw = data.draw
@@ -190,7 +190,7 @@ def test_exact_is_the_oracle_for_any_shape(data):
     np.testing.assert_allclose(O, expected, rtol=0, atol=1e-12)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_polynomial_keeps_eps_for_any_shape(data):
     draw = data.draw

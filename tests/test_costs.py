@@ -95,7 +95,7 @@ sizes = {
 }
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(**sizes)
 def test_more_work_takes_longer(n, d, causal, grad, degree, heads, groups):
     def seconds(n=n, d=d, heads=heads, groups=groups, grad=grad, degree=degree):
@@ -114,7 +114,7 @@ def test_more_work_takes_longer(n, d, causal, grad, degree, heads, groups):
     assert several.seconds(1) >= several.seconds(2) >= several.seconds(64)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(n=st.integers(200, 6000), d=st.integers(1, 6), causal=st.booleans(), grad=st.booleans(), B=st.floats(0.2, 4))
 def test_choices_do_not_depend_on_the_number_of_threads(n, d, causal, grad, B):
     R = ropecy.Rotary(2 * d)

@@ -401,7 +401,7 @@ def test_fft_outlier_in_the_last_row_does_not_leak(rng):
     assert np.all(np.abs(difference[:-1]) <= 1e-6 + 1e6 * np.finfo(np.float32).eps)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data())
 def test_fft_certificate_holds_for_any_family(data):
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))

@@ -239,7 +239,7 @@ def test_polynomial_is_the_adjoint_of_the_exact_derivative_when_long(causal, rng
     assert abs(np.vdot(g.dQ, X) + np.vdot(g.dK, Y) + np.vdot(g.dV, Z) - expected) <= allowed + curvature
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_exact_is_the_oracle_for_any_shape(data):
     draw = data.draw

@@ -90,7 +90,7 @@ def data(rng, kind, n, n_k, d):
     return q, k
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     seed=st.integers(0, 2**32 - 1),
     kind=st.sampled_from(["spread", "line", "clusters", "low", "tails"]),

@@ -231,12 +231,12 @@ def test_what_is_offered_is_what_is_left(rng):
     assert 0.5 * square <= np.mean(scores**2, axis=2).max() <= square * 1.02
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.integers(0, 2**32 - 1),
     n=st.integers(300, 420),
     n_k=st.integers(300, 420),
-    long=st.floats(1.5, 60),
+    long=st.floats(1.5, 30),  # float32 rounds larger scores by too much for the smaller eps
     causal=st.booleans(),
     masked=st.booleans(),
     dtype=st.sampled_from([np.float32, np.float64]),

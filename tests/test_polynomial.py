@@ -96,7 +96,7 @@ def test_exchange_that_fails_leaves_the_taylor_polynomial(monkeypatch):
     assert true <= p.error <= 1.05 * true
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(B=st.floats(1e-9, MAX_BOUND), degree=st.integers(0, 40))
 def test_error_holds_anywhere(B, degree):
     p = minimax(B, degree)

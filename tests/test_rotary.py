@@ -213,7 +213,7 @@ def test_empty(shape):
     assert Rotary(4).rotate(np.zeros((0, 4)), []).shape == (0, 4)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.integers(1, 9).flatmap(lambda p: st.tuples(st.just(p), st.integers(0, 3))),
     st.lists(st.integers(-(2**34), 2**34), min_size=1, max_size=20),

@@ -88,9 +88,10 @@ class Sender:
         """Of some keys and rows, and of how many keys are kept."""
         layout, found = self._layout, _network.totals(self._H, self._size)
         row_step, key_step = steps(self._problem, sum(layout.n), sum(layout.n_k))
-        # A row comes in float64 with three numbers more.
-        row, key = self._H * self._G * (self._d + 3) * 8, self._H * self._d * self._item
-        for lengths, step, width in ((layout.n_k, key_step, key), (layout.n, row_step, row)):
+        # A row comes with three numbers in float64.
+        rows, vector = self._H * self._G, self._d * self._item
+        keys = (layout.n_k, key_step, self._H * vector)
+        for lengths, step, width in (keys, (layout.n, row_step, rows * 24), (layout.n, row_step, rows * vector)):
             found += _network.joined([-(-length // step) * width for length in lengths], self._rank)
         return found
 

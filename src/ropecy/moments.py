@@ -5,10 +5,10 @@ denominator, and T the row that is computed,
 
     |Attn_ic - T_ic| <= h_i / (1 - h_i) max_j |V_jc - T_ic|,
 
-since sum_j p_i(s_ij) (V_j - T_i) = 0; as are whole rows in any norm, ||Attn_i - T_i|| and ||V_j - T_i|| in the
-place of these. The radius is a polynomial, so h_i takes moments of the scores: the k-th is the share of degree k in
-the denominator, right for every mask. Keys' sums do not depend on p_i, so every row has its own, for the size of
-its own scores, and a long query spoils no other row.
+since sum_j p_i(s_ij) (V_j - T_i) = 0; whole rows too, in any norm, with ||Attn_i - T_i|| and ||V_j - T_i||. The radius
+is a polynomial, so h_i takes moments of the scores: the k-th is the share of degree k in the denominator, right for
+every mask. Keys' sums do not depend on p_i, so every row has its own, for the size of its own scores, and a long query
+spoils no other row.
 
 Fourth moments, of degrees 2 and 3, come from an eigenvalue. For any matrix M, with a = x^T M x and m keys,
 s^2 = a + <x x^T, y y^T - M>, hence
@@ -21,8 +21,7 @@ prefixes. Nothing of this is in the papers.
 
 What was tried and left out, with n = 65,536 and d = 64:
 
-* A degree chosen by errors of whole rows: eps is of entries, in units of their column's range, which the bound of a
-  whole row bounds 5.7 (uniform V) and 2.1 times (Gaussian) worse.
+* A degree chosen by errors of whole rows, which bound those of entries 5.7 (uniform V) and 2.1 times (Gaussian) worse.
 * A polynomial of degree 2 without the products of the d - r coordinates (eigenvectors of the keys and queries) that
   scores have least of adds ``c_2 sum_j y_j^2`` to h, y their share of a score. At a certificate 1.25 times larger, that
   is 2,145 features down to 93 to 254 where nothing is rotated (eigenvalues falling as 1/k to 1/k^2), to 192 to 605
@@ -36,6 +35,7 @@ import math
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -350,25 +350,24 @@ class Sample:
         own = np.concatenate([some, few])
         lane, row = np.divmod(own, max(1, n))
         first = sum(rows for rows, _ in lengths[: ranks.rank])
-        # A sampled row: its place among all, how many it stands for, its bound, and itself.
-        sample = np.empty((len(own), 3 + d))
-        sample[:, 0], sample[:, 1] = lane * total + first + row, np.repeat(weights, [len(some), len(few)])
-        sample[:, 2], sample[:, 3:] = sizes.reshape(-1)[own], problem.q.reshape(-1, d)[own]
-        sample = ranks.joined(sample, 0)
-        sample = sample[np.argsort(sample[:, 0], kind="stable")]
-        self.index, self.weight, self.sizes = sample[:, 0].astype(np.intp), sample[:, 1].copy(), sample[:, 2].copy()
+        # A sampled row: its place among all, how many it stands for, its bound.
+        weights = np.repeat(weights, [len(some), len(few)])
+        sample = np.array([lane * total + first + row, weights, sizes.reshape(-1)[own]])
+        sample, x = ranks.joined(sample, 1), ranks.joined(problem.q.reshape(-1, d)[own], 0)
+        order = np.argsort(sample[0], kind="stable")
+        index, self.weight, self.sizes = sample[:, order]
+        self.index = index.astype(np.intp)
         self.n_rows = int(H * G * total)
         self.every = sizes.reshape(H, G, n) if ranks is Alone else None
         self._head, self._row = self.index // max(1, G * total), self.index % max(1, total)
-        self._x = sample[:, 3:] * scores.q_factor
+        self._x = np.multiply(x[order], scores.q_factor, dtype=np.float64)
         self.second, self.first = np.empty((2, len(self.index)))
-        mean = self._y.sum(axis=1, dtype=np.float64) / count[:, None]
+        mean = _rows.columns(self._y, None, problem.threads)[0] / count[:, None]
         for head, rows in self._by_head():
             x = self._x[rows]
-            self.second[rows] = np.einsum("rd,rd->r", x @ self._products[head], x)
+            self.second[rows] = _rows.quadratic(x[None], self._products[head : head + 1], problem.threads)[0]
             self.first[rows] = x @ mean[head]
         self._share = values.share
-        self._tails: dict[int, float] = {}
         self._means: dict[int, np.ndarray] = {}
         self._seen: tuple[np.ndarray, np.ndarray] | None = None
 
@@ -417,25 +416,26 @@ class Sample:
             sees = seen[:, None] > 0
         return np.where(inverse > 0, np.sqrt(far) * second * inverse, np.where(sees, np.inf, 0.0))
 
+    @cached_property
+    def _squares(self) -> list[np.ndarray]:
+        """Scores of a few rows and keys, squared, by the row's mean of these: an array a head."""
+        found = []
+        for head, rows in self._by_head():
+            x, y = self._x[rows], self._y[head, :: max(1, self._y.shape[1] // 1024)]
+            square = (x[:: max(1, len(x) // 64)] @ y.T.astype(np.float64)) ** 2
+            found.append(square / np.mean(square, axis=1, keepdims=True))
+        return found
+
     def _tail(self, k: int) -> float:
         """max_i m_k(i) / m_2(i)^(k/2) over a few rows and keys."""
-        if k == 2:
-            return 1.0
-        if k not in self._tails:
-            found = [1.0]
-            for head, rows in self._by_head():
-                x = self._x[rows]
-                y = self._y[head, :: max(1, self._y.shape[1] // 1024)]
-                s = x[:: max(1, len(x) // 64)] @ y.T.astype(np.float64)
-                square = s * s
+        found = 1.0
+        with np.errstate(all="ignore"):
+            for square in self._squares if k > 2 else []:
                 power = square
-                for _ in range(k // 2 - 1):  # pow is fifty times slower than a product
+                for _ in range(k // 2 - 2):  # pow is fifty times slower than a product
                     power = power * square
-                with np.errstate(all="ignore"):
-                    ratio = np.mean(power, axis=1) / np.mean(square, axis=1) ** (k // 2)
-                    found.append(np.nanmax(ratio, initial=1.0))
-            self._tails[k] = float(max(found))
-        return self._tails[k]
+                found = np.nanmax(np.einsum("rj,rj->r", power, square) / square.shape[1], initial=found)
+        return float(found)
 
     def fits(self, degree: int, kappa: float, least: float = 0.0) -> RowFits:
         """The polynomials of the sampled rows, whose bounds are taken to be at least that."""

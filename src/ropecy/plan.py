@@ -352,25 +352,27 @@ def _at_once(
 
 
 def _beside_outliers(problem: Problem, scores: Scores, values: Values, most: float, **how: Any) -> Plan | None:
-    """The plan of a few long keys and queries exactly and the rest by a polynomial, or None where none costs less than
-    `most` seconds.
-    """
+    """A few long keys and queries exactly, the rest by a polynomial; None where none costs less than `most` seconds."""
     eps, degree, grad = how["eps"], how["degree"], how["grad"]
     # Where nothing else is left, a look is worth it. Without a bound, work is too small or scores are too large.
     if scores.bound == math.inf or (most < math.inf and norms_work(problem).nominal > _LOOK_FOR_OUTLIERS * most):
         return None
-    norms, offers = outliers.Norms(problem, scores), []
-    for n_rows, n_keys, B, square in norms.candidates():
-        extra = outliers.work(problem, n_rows, n_keys, grad)
-        if extra.nominal >= most or not (n_rows or n_keys):
-            continue
-        of_moments = None if how["each_weight"] else square
-        g = by_moments.expected_degree(problem, values, B, of_moments, eps / 4 if grad else eps)
-        if g is None or g > (degree or g):
-            continue
-        total = extra + polynomial_work(problem, degree or g, grad)
-        if total.nominal < most:
-            offers.append((total.nominal, n_rows, n_keys))
+
+    def cost(B: float, square: float) -> float:
+        """Of the polynomial that is expected to do for scores within B, of that mean square."""
+        square = None if how["each_weight"] else square
+        g = by_moments.expected_degree(problem, values, B, square, eps / 4 if grad else eps)
+        return math.inf if g is None or g > (degree or g) else polynomial_work(problem, degree or g, grad).nominal
+
+    norms, offers, unmasked = outliers.Norms(problem, scores), [], exact_work(replace(problem, hi=None), grad)
+    found = list(norms.candidates())
+    # Where the least of both is too much, nothing helps.
+    if cost(min(B for *_, B, _ in found), min(square for *_, square in found)) >= most:
+        return None
+    for n_rows, n_keys, B, square in found:
+        total = outliers.work(problem, unmasked, n_rows, n_keys, grad).nominal
+        if (n_rows or n_keys) and total < most and (total := total + cost(B, square)) < most:
+            offers.append((total, n_rows, n_keys))
     # Degrees are expected, not certified. Where nothing else is left, every offer is worth a try.
     for _, *counts in sorted(offers)[: _OFFERS if most < math.inf else None]:
         made = _beside(problem, norms.split(*counts), counts, scores, values, most, **how)
@@ -390,8 +392,8 @@ def _beside(
         return None
     if rest.engine != "polynomial":
         return None
-    exact = exact_work(problem, grad)
-    works = {"exact": exact, "polynomial": rest._choice.work + outliers.work(problem, *counts, grad)}
+    exact, unmasked = exact_work(problem, grad), exact_work(replace(problem, hi=None), grad)
+    works = {"exact": exact, "polynomial": rest._choice.work + outliers.work(problem, unmasked, *counts, grad)}
     if works["polynomial"].nominal >= most:
         return None
     sizes = {"exact": rest.bytes["exact"]}

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from ..bounds import Scores
-from ..costs import Work, exact_work
-from ..kernels import _rows
+from ..costs import Work
+from ..kernels import _quartic, _rows
 from ..moments import TILE
 from ..problem import Problem
 from . import exact
@@ -84,12 +84,12 @@ class Norms:
     @cached_property
     def _spread(self) -> np.ndarray:
         """The largest mean square of a direction of the keys that are left when most are taken out, (H,)."""
-        k, mask = self._centred, self._problem.key_mask
         kept = self._keys <= self._longest[1][:, -1:]
-        kept &= True if mask is None else mask
-        y = k * (kept[..., None] * k.dtype.type(self._k_factor))
-        second = (y.swapaxes(1, 2) @ y) / np.maximum(np.count_nonzero(kept, axis=1), 1)[:, None, None]
-        return np.linalg.eigvalsh(second.astype(np.float64))[:, -1]
+        if self._problem.key_mask is not None:
+            kept &= self._problem.key_mask
+        rows = _quartic.Rows(self._centred, kept, None, self._k_factor, self._problem.threads)
+        second = rows.apply([kept.shape[1]], None)[0][:, 0]
+        return np.linalg.eigvalsh(second)[:, -1] / np.maximum(np.count_nonzero(kept, axis=1), 1)
 
     def candidates(self) -> Iterator[tuple[int, int, float, float]]:
         """How many queries and how many keys of a slot to take out, the bound B of the other scores, and about the
@@ -146,15 +146,14 @@ def _counts(most: int) -> list[int]:
     return [0, *(2**k for k in range(most.bit_length()))]
 
 
-def work(problem: Problem, n_rows: int, n_keys: int, grad: bool) -> Work:
-    """Of what is exact."""
+def work(problem: Problem, unmasked: Work, n_rows: int, n_keys: int, grad: bool) -> Work:
+    """Of what is exact; `unmasked` is that of every row and key."""
     H, G, n, _ = problem.q.shape
-    n_k = problem.k.shape[1]
-    whole, causal = exact_work(replace(problem, hi=None), grad), problem.hi is not None
+    n_k, causal = problem.k.shape[1], problem.hi is not None
     # A row of a causal problem costs a tile, and rows see the long keys before them by calls of their own.
     rows = n_rows * (TILE if causal else 1) / (G * n)
     calls = H * ((n_keys if causal else 1) * (n_keys > 0) + (n_rows if causal else G) * (n_rows > 0))
-    return whole.times(rows + n_keys / n_k) + Work(calls * _CALL * (3 if grad else 1))
+    return unmasked.times(rows + n_keys / n_k) + Work(calls * _CALL * (3 if grad else 1))
 
 
 def memory(problem: Problem, n_rows: int, n_keys: int, grad: bool) -> float:
