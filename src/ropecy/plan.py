@@ -283,7 +283,7 @@ def _at_once(
         centre = partial(_hopeful, problem, works["exact"], eps, grad)
     scores, values = _bounds(problem, measured, centre)
     sizes = {"exact": exact_bytes(piece, grad)}
-    worst = chosen = None
+    worst = chosen = by_scan = by_fft = None
     refusal = f"the polynomial engine does not do {missing}" if missing else None
     if scores.bound == math.inf > scores.plain:
         refusal = None if method == "exact" else "the cheapest engine, whatever the degree"
@@ -305,14 +305,12 @@ def _at_once(
             works["polynomial"] += sample_work(problem, grad)
         sizes["polynomial"] = polynomial_engine.memory(piece, chosen.degree, grad, chosen.grad_degree)
 
-    by_scan = None
-    if relative and not problem.empty and method in ("auto", "polynomial"):
+    if relative and method in ("auto", "polynomial"):
         hidden = measured and measured.hidden
         by_scan, refusal = _scan_plan(problem, piece, hidden, scores, values, eps, degree, grad, method, works, sizes)
         if by_scan is not None and method == "auto" and not cheaper("polynomial", works, sizes):
             by_scan = None
 
-    by_fft = None
     none_yet = chosen is None and by_scan is None
     if method == "fft" or (method == "auto" and not lacking and none_yet and works["exact"].nominal > _WORTH_ASKING):
         by_fft, no_fft = _fft_plan(problem, scores, values, eps, degree, grad, method, works, sizes)
@@ -320,9 +318,8 @@ def _at_once(
             raise BoundedEntryError(no_fft)
 
     def exactly(reason):
-        certificate = Certificate(
-            "exact", None, None, scores.plain, "exact", 0.0, exact_rounding(problem, scores.plain, values)
-        )
+        rounding = exact_rounding(problem, scores.plain, values)
+        certificate = Certificate("exact", None, None, scores.plain, "exact", 0.0, rounding)
         return _plan(problem, "exact", scores, values, certificate, grad, reason, works, sizes, eps)
 
     def by_polynomial(choice, reason):
@@ -385,9 +382,12 @@ def _beside(
     problem: Problem, split: outliers.Split, counts: list[int], scores: Scores, values: Values, most: float, **how: Any
 ) -> Plan | None:
     """That of these long queries and keys exactly and the rest by a polynomial."""
-    eps, grad = how["eps"], how["grad"]
+    eps, grad, rounding = how["eps"], how["grad"], exact_rounding(problem, scores.plain, values)
     try:
         rest = _at_once(split.rest, **how)
+        more = rounding - rest.certificate.rounding
+        if more > 0 and rest.certificate.truncation + rounding > eps:
+            rest = _at_once(split.rest, **{**how, "eps": eps - more})
     except BoundedEntryError:
         return None
     if rest.engine != "polynomial":
@@ -398,7 +398,7 @@ def _beside(
         return None
     sizes = {"exact": rest.bytes["exact"]}
     sizes["polynomial"] = rest.bytes["polynomial"] + outliers.memory(problem, *counts, grad)
-    rounding = max(rest.certificate.rounding, exact_rounding(problem, scores.plain, values))
+    rounding = max(rest.certificate.rounding, rounding)
     if rest.certificate.truncation + rounding > eps:
         return None
     reason = f"{rest.reason}: {split}"
