@@ -194,9 +194,20 @@ def test_certificate_of_gradients(rng):
     assert vjp(O).certificate.engine == "polynomial"
 
 
-def test_auto_warns_of_long_exact_work_where_it_is_called(rng, monkeypatch):
+@pytest.mark.parametrize(
+    "call",
+    [
+        ropecy.attention,
+        ropecy.attention_vjp,
+        ropecy.plan,
+        lambda Q, K, V: ropecy.loss(Q, K, V, V),
+        lambda Q, K, V: ropecy.loss_grad(Q, K, V, V),
+        lambda Q, K, V: ropecy.AttentionMatrix(Q, K) @ V,
+    ],
+)
+def test_auto_warns_of_long_exact_work_where_it_is_called(call, rng, monkeypatch):
     Q, K, V = rng.standard_normal((3, 50, 4)) * 10
     monkeypatch.setattr(sys.modules["ropecy.plan"], "_MINUTE", 0.0)
     with pytest.warns(ropecy.PerformanceWarning, match=r"exact attention is predicted to take .* s: ") as caught:
-        ropecy.attention(Q, K, V)
+        call(Q, K, V)
     assert caught[0].filename == __file__

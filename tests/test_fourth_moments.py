@@ -147,3 +147,27 @@ def test_fourth_moments_are_attained_up_to_the_room_of_lanczos(degree, masked, r
     share = max(1 - o[0, 0, 0, 0], o[0, 0, 0, 0])
     assert rows[0, 0, 0] == pytest.approx(h / (1 - h) * share, rel=1e-9)
     assert np.all(row_errors(problem, o) <= rows)
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_what_steps_of_lanczos_may_miss_is_added(heads, rng, monkeypatch):
+    q, k = rng.standard_normal((heads, 1, 8, 6)), rng.standard_normal((heads, 400, 6))
+    problem = problem_of(q, k, k)
+    scores, theta = measure(problem), rng.random((heads, 1)) + 0.5
+    monkeypatch.setattr(moments, "_largest_variance", lambda *given: theta)
+    found = moments.fourth_moments(problem, scores, 0)
+    # Kuczynski and Wozniakowski: theta < (1 - e) Lambda with probability 1.648 sqrt(N) exp(-sqrt(e) (2 k - 1)), k = 20.
+    e = (np.log(1.648 * np.sqrt(21) * heads / 1e-6) / 39) ** 2
+    expected = theta / (1 - e) / (scores.keys * abs(scores.k_factor))[:, None] ** 4
+    assert 0.1 < e < 0.4
+    np.testing.assert_allclose(found.largest, expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("offset", [0, 100, 500, -300])
+def test_far_keys_are_those_before_the_chunk(offset, rng):
+    n, n_k = 700, 650
+    k = np.ones((1, n_k, 1))
+    problem = problem_of(np.ones((1, 1, n, 1)), k, k, causal=True, q_offset=offset)
+    found = moments.far_keys(problem, np.arange(n))
+    expected = [min(max((i + offset) // CHUNK * CHUNK, 0), n_k) for i in range(n)]
+    np.testing.assert_array_equal(found, expected)

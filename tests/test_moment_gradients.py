@@ -252,3 +252,15 @@ def test_bits_do_not_depend_on_threads(threads, rng):
         results.append((O, g.dQ, g.dK, g.dV, g.certificate.rows_truncation))
     for one, other in zip(*results, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_rows_of_all_sizes_have_the_polynomial_itself(rng):
+    # dV has its weights, so it is what every row is certified with.
+    q = rng.standard_normal((1, 1, 20, 3)) * np.linspace(0.01, 1, 20)[:, None]
+    problem = problem_of(q, rng.standard_normal((1, 30, 3)), rng.standard_normal((1, 30, 2)))
+    scores = measure(problem)
+    p, r = (poly.fit_moments(poly.B_grid(scores.bound), degree) for degree in (4, 4))
+    rule = moments.MomentRule(p, 0.0, scores, weights=r)
+    fits = rule.fits(problem)
+    assert np.all(fits.of_rows(lambda fit: fit.B) == p.B)
+    assert np.all(fits.of_rows(lambda fit: fit.alone) == p.alone)

@@ -449,3 +449,26 @@ def test_rows_just_past_eps_are_computed_exactly(length):
     assert 0 < certificate.n_exact_rows < 30
     assert certificate.error <= 1e-3
     assert np.count_nonzero(certificate.rows_truncation == 0) == certificate.n_exact_rows
+
+
+def test_rounding_has_its_part_of_eps(rng):
+    problem = problem_of(*(x[None] for x in bulk(rng, n=3000)), scale=1 / 16)
+    problem = replace(problem, q=problem.q[:, None])
+    how = {"certify": "proof", "method": "polynomial", "degree": 2, "seed": 1, "grad": False}
+    rows = make_plan(problem, eps=1e-2, **how).forward(problem, False).certificate.rows_truncation
+    made = make_plan(problem, eps=1e-2, **how)
+    made.eps = 1.5 * float(np.quantile(rows, 0.99))
+    made.certificate = replace(made.certificate, rounding=made.eps / 3)
+    certificate = made.forward(problem, False).certificate
+    assert certificate.n_exact_rows == np.count_nonzero(rows > made.eps - made.certificate.rounding) > 20
+    assert certificate.error <= made.eps
+
+
+def test_a_row_that_is_exact_rounds_as_exact_rows_do(rng):
+    Q, K, V = (x.astype(np.float32) for x in bulk(rng, n=4000, d=8))
+    Q[7] *= 3000
+    options = {"eps": 5e-2, "return_certificate": True, "scale": 1 / 8}
+    _, certificate = ropecy.attention(Q, K, V, method="polynomial", degree=2, seed=1, **options)
+    _, exact = ropecy.attention(Q, K, V, method="exact", **options)
+    assert certificate.n_exact_rows >= 1
+    assert certificate.rounding == exact.rounding > 1e-4

@@ -255,3 +255,19 @@ def test_no_certificate_is_exceeded(ours, seed, n, n_k, long, causal, masked, dt
     dense = oracle.attention(**case)
     rows = certificate.rows_truncation + certificate.rounding
     assert np.all(np.abs(O - dense.O) <= rows[..., None] * dense.value_range + np.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_values_that_only_long_keys_have_are_certified(ours, causal, rng):
+    # Those of the other keys are all the same: by themselves they would be certified to be exact.
+    case = make(rng, n=900, n_k=900, d=16, long=30.0, causal=causal)
+    long = np.linalg.norm(case["K"][0], axis=1) > 10
+    case["V"] = np.zeros((1, 900, 2))
+    case["V"][0, long] = 1, -2
+    how = {"eps": 1e-2, "method": "polynomial", "seed": 1}
+    O, certificate = ropecy.attention(**ours(case), **how, return_certificate=True)
+    assert certificate.rule == "moments"
+    dense = oracle.attention(**case)
+    error, rows = np.abs(O - dense.O), certificate.rows_truncation + certificate.rounding
+    assert error.max() > 1e-6
+    assert np.all(error <= rows[..., None] * dense.value_range)

@@ -87,10 +87,12 @@ def attention(
     eps : float
         Every entry of the result is within eps * (max_j V_jc - min_j V_jc), over the keys that its row sees.
     certify : {"proof", "sample"}
-        Whether eps must be proved, or whether evidence from sampled rows will do.
+        Whether eps must be proved, or whether evidence from sampled rows will do. Gradients, and with them the forward
+        pass before them, are proved in any case.
     method : {"auto", "exact", "polynomial", "fft"}
-        "auto" is the cheapest that certifies eps. "polynomial" takes causal and key_mask, no bias, no window and no
-        RelativeFamily; "fft" takes all but `near`; "exact" takes all.
+        "auto" is the cheapest that certifies eps. "polynomial" takes causal, key_mask and `near`, and biases that are
+        sums of decays or constant far out (ALiBi, T5, KERPLE, clipped tables), no window and no RelativeFamily; "fft"
+        takes all but `near`; "exact" takes all.
     degree : int, optional
         Fixes the degree of the polynomial.
     seed : int, optional

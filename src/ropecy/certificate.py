@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,6 +15,14 @@ class BoundedEntryError(ValueError):
 
 class PerformanceWarning(UserWarning):
     """Exact work that is predicted to take more than a minute."""
+
+
+def warn(message: str) -> None:
+    """A `PerformanceWarning`, at the line that called the package."""
+    frame, level = sys._getframe(), 1
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, PerformanceWarning, stacklevel=level)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +40,17 @@ class Certificate:
     rule : str
         What the bound of the truncation rests on: "exact" (there is none), "worst case" (every score may be B),
         "moments" (of the scores of each row; proved once the row is computed), or "sampled": not proved, but twice the
-        largest error of `n_sampled` rows, half of them those that have most to fear, half drawn from the others.
+        largest error of `n_sampled` rows, half of them those that have most to fear, half drawn from the others. m of
+        these say, with a probability of 1 - degree (1 - b)^m, that at most a part b of the others is past half of it:
+        every degree that is tried has rows of its own.
     truncation : float
         Error of the polynomial, in units of range_j(V_jc), column by column.
     rounding : float
         Of floating point, in units of the largest range_j(V_jc) of all columns and heads (of max |V| where all are
         constant): a model of its size, not a proof.
     rows_truncation : (..., n) float64 array or None
-        `truncation` row by row, in units of the range over the keys that the row sees; None in a plan.
+        `truncation` row by row, in units of the range over the keys that the row sees; None in a plan. By the worst
+        case, and where it is "sampled", all rows have the same.
     n_exact_rows : int
         How many rows were computed exactly, the polynomial's certificate being too large there.
     seed, failure : int or None, float
@@ -85,12 +98,22 @@ class Certificate:
             how += f", degree {self.degree} ({self.n_features:,} features)"
         coins = f" but for a probability of {self.failure:g} (seed {self.seed})" if self.failure else ""
         if self.rule == "sampled":
-            coins = f", twice that of {self.n_sampled} rows (seed {self.seed}), not proved"
+            coins = f", {self._evidence()}, not proved"
         rows = f", {self.n_exact_rows:,} rows exactly" if self.n_exact_rows else ""
         return (
             f"{how}{rows}: error <= {self.error:.2g}{coins} ({self.rule}: truncation {self.truncation:.2g}, "
             f"rounding {self.rounding:.2g}), scores within {self.bound:.4g}"
         )
+
+    def _evidence(self) -> str:
+        """What sampled rows say."""
+        rows = f"twice that of {self.n_sampled:,} rows (seed {self.seed})"
+        if self.rows_truncation is None:
+            return f"if {rows} is no more"
+        if self.rows_truncation.size <= self.n_sampled:
+            return f"{rows}, which are all"
+        fraction = 1 - (0.01 / self.degree) ** (1 / (self.n_sampled - self.n_sampled // 2))
+        return f"{rows}, and with confidence 99% at most {fraction:.1%} of the others are past half of it"
 
 
 def nothing_to_do() -> Certificate:

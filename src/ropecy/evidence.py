@@ -20,6 +20,7 @@ from .relative import RelativeFamily
 from .rotary import Rotary
 
 _CONFIDENCE = 0.99
+_RANGE = "the range of the values"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ class Evidence:
     seed: int
     confidence: float
     fraction: float
-    of: str = "the range of the values"
+    of: str = _RANGE
 
     def __str__(self) -> str:
         found = f"{self.n_rows:,} of {self.n_rows_total:,} rows: error <= {self.error:.2g} of {self.of}"
@@ -148,7 +149,7 @@ def check(
         found = row_errors(exact, call.from_user(O).astype(np.float64), chosen, _unit(call.dtype), bound)
         error, worst = float(found.max()), int(chosen[found.argmax()])
     index = tuple(int(i) for i in np.unravel_index(worst, call.shape[:-1])) if total else ()
-    of = Evidence.of if dO is None else "the largest row of dQ"
+    of = _RANGE if dO is None else "the largest row of dQ"
     return Evidence(error, index, count, total, seed, _CONFIDENCE, fraction, of)
 
 

@@ -195,7 +195,8 @@ class MomentRule:
         Time O(n).
         """
         h = self._radius(problem, fits, moment, inverse)
-        share = np.minimum(spread * (1 + 8 * float(np.finfo(problem.q.dtype).eps)), 1.0)
+        # At least half, but where all these values are equal: those of long keys may not be.
+        share = np.clip(spread * (1 + 8 * float(np.finfo(problem.q.dtype).eps)), 0.5, 1.0)
         with np.errstate(all="ignore"):
             return np.where(h < 1, np.where(inverse > 0, h / (1 - h) * share, 0.0), math.inf)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import secrets
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -15,7 +14,7 @@ from numpy.typing import ArrayLike
 from . import by_moments, moments
 from . import polynomial as poly
 from .bounds import Measured, Scores, Values, exact_rounding, measure, measure_values, polynomial_rounding
-from .certificate import BoundedEntryError, Certificate, PerformanceWarning, nothing_to_do
+from .certificate import BoundedEntryError, Certificate, nothing_to_do, warn
 from .costs import (
     TRANSFORMS,
     Work,
@@ -163,11 +162,7 @@ def make_plan(
             f"and {available_memory() / 2**30:.3g} GiB are available"
         )
     if made.engine == "exact" and method == "auto" and made.seconds.get("exact", 0.0) > _MINUTE:
-        warnings.warn(
-            f"exact attention is predicted to take {made.seconds['exact']:.0f} s: {made.reason}",
-            PerformanceWarning,
-            stacklevel=4,
-        )
+        warn(f"exact attention is predicted to take {made.seconds['exact']:.0f} s: {made.reason}")
     return made
 
 

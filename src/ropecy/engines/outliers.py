@@ -1,10 +1,11 @@
 """Attention with a few long keys and queries: these exactly, so that they do not set the bound of everybody's scores.
 
 Rows of q and k of the largest norms are taken out. What is left is a problem of its own, for the polynomial; the long
-keys are a second softmax for every row, merged by its lse; the rows of long queries are computed exactly. A weight that
-is exact is within any relative error, so the worst case's certificate is that of the whole. So is that of moments: let
-h be a row's sum of radii by its denominator, s the share that the kept keys have of it, D the range of all values and
-r D >= h / (1 - h) max_j |V_j - T| the certificate over the kept keys, r (1 - h) >= h / 2. With T' the merged row
+keys are a second softmax for every row, merged by its lse; the rows of long queries are computed exactly. A weight
+that is exact is within any relative error, so the worst case's certificate is that of the whole. So is that of
+moments: let h be a row's sum of radii by its denominator, s the share that the kept keys have of it, D the range of
+all values and r D >= h / (1 - h) max_j |V_j - T| the certificate over the kept keys, r (1 - h) >= h / 2 whatever V
+is. With T' the merged row
 
     h s / (1 - h s) max_j |V_j - T'| <= s h / (1 - h) (s max_j |V_j - T| + (1 - s) D) <= r s (2 - s) D <= r D.
 
