@@ -88,8 +88,11 @@ RC_NOINLINE void RC_NAME(scores)(ptrdiff_t d, const REAL *queries, const REAL *k
     }
 }
 
+/* Blocks after which sums over keys go on from 0: added to a long sum, equal terms are all rounded to the same side. */
+enum { RC_NAME(STRETCH) = 16 };
+
 static size_t RC_NAME(forward_workspace)(const rc_exact_problem *p) {
-    return sizeof(REAL) * TILE * (p->d + p->d_v + BLOCK);
+    return TILE * (sizeof(REAL) * (p->d + p->d_v + BLOCK) + sizeof(double) * p->d_v);
 }
 
 static void RC_NAME(pack_keys)(const rc_exact_problem *p, ptrdiff_t head, ptrdiff_t block) {
@@ -110,7 +113,9 @@ static void RC_NAME(forward)(const rc_exact_problem *p, ptrdiff_t head, ptrdiff_
     const RC_NAME(masking) masking = RC_NAME(masking_of)(p, head, group);
     REAL *queries = workspace, *P = queries + d * TILE, *N = P + BLOCK * TILE;
     REAL maximum[TILE];
-    double sum[TILE];
+    /* Of the stretches before this one, where there are any. */
+    double sum[TILE], sum_before[TILE] = {0}, *before = (double *)(N + d_v * TILE);
+    int blocks = 0;
     RC_NAME(tile_load)((const REAL *)p->q + slot * d, d, rows, d, p->factor ? 1 : (REAL)(p->scale * LOG2E), 0, queries, TILE);
     for (ptrdiff_t i = 0; i < d_v * TILE; i++)
         N[i] = 0;
@@ -121,9 +126,19 @@ static void RC_NAME(forward)(const rc_exact_problem *p, ptrdiff_t head, ptrdiff_
     }
     ptrdiff_t first, last;
     RC_NAME(visible_keys)(p, row0, row0 + rows, &first, &last);
-    for (ptrdiff_t j0 = first / BLOCK * BLOCK; j0 < last; j0 += BLOCK) {
+    for (ptrdiff_t j0 = first / BLOCK * BLOCK; j0 < last; j0 += BLOCK, blocks++) {
         const ptrdiff_t keys = rc_min(BLOCK, last - j0);
         const RC_NAME(masking) *m = RC_NAME(needs_tables)(&masking, row0, j0) || keys % KEYS ? &masking : 0;
+        if (blocks && blocks % RC_NAME(STRETCH) == 0) {
+            for (ptrdiff_t i = 0; i < d_v * TILE; i++) {
+                before[i] = N[i] + (blocks == RC_NAME(STRETCH) ? 0 : before[i]);
+                N[i] = 0;
+            }
+            for (int i = 0; i < TILE; i++) {
+                sum_before[i] += sum[i];
+                sum[i] = 0;
+            }
+        }
         const REAL *pack = (const REAL *)p->key_pack + (head * padded + j0) * d;
         vreal part[VECTORS];
         for (int v = 0; v < VECTORS; v++)
@@ -142,18 +157,23 @@ static void RC_NAME(forward)(const rc_exact_problem *p, ptrdiff_t head, ptrdiff_
                 RC_NAME(scores)(d, queries, pack + j * d, P + j * TILE, largest, m, row0, j0 + j);
             const REAL gain = (REAL)p->gain;
             for (int v = 0; v < VECTORS; v++) {
-                vreal before = LOAD(maximum + v * LANES), now = largest[v];
-                vint grew = (vint)(now > before);
+                vreal was = LOAD(maximum + v * LANES), now = largest[v];
+                vint grew = (vint)(now > was);
                 int any = 0;
                 for (int i = 0; i < LANES; i++)
                     any |= grew[i] != 0;
                 if (any) {
                     REAL shrink[LANES];
-                    STORE(shrink, RC_NAME(exp2)((before - now) * gain));
+                    STORE(shrink, RC_NAME(exp2)((was - now) * gain));
                     for (ptrdiff_t c = 0; c < d_v; c++)
                         STORE(N + c * TILE + v * LANES, LOAD(N + c * TILE + v * LANES) * LOAD(shrink));
-                    for (int i = 0; i < LANES; i++)
+                    for (ptrdiff_t c = 0; blocks >= RC_NAME(STRETCH) && c < d_v; c++)
+                        for (int i = 0; i < LANES; i++)
+                            before[c * TILE + v * LANES + i] *= shrink[i];
+                    for (int i = 0; i < LANES; i++) {
                         sum[v * LANES + i] *= shrink[i];
+                        sum_before[v * LANES + i] *= shrink[i];
+                    }
                     STORE(maximum + v * LANES, now);
                 }
                 for (ptrdiff_t j = 0; j < rc_round_up(keys, KEYS); j++) {
@@ -172,13 +192,14 @@ static void RC_NAME(forward)(const rc_exact_problem *p, ptrdiff_t head, ptrdiff_
     }
     REAL *o = (REAL *)p->o + slot * d_v;
     for (ptrdiff_t i = 0; i < rows; i++) {
-        const REAL inverse = sum[i] > 0 ? (REAL)(1 / sum[i]) : 0;
+        const double whole = sum_before[i] + sum[i];
+        const REAL inverse = whole > 0 ? (REAL)(1 / whole) : 0;
         for (ptrdiff_t c = 0; c < d_v; c++)
-            o[i * d_v + c] = N[c * TILE + i] * inverse;
+            o[i * d_v + c] = (REAL)(N[c * TILE + i] + (blocks > RC_NAME(STRETCH) ? before[c * TILE + i] : 0)) * inverse;
         ((REAL *)p->maximum)[slot + i] = maximum[i];
         ((REAL *)p->inverse)[slot + i] = inverse;
         if (p->lse)
-            p->lse[slot + i] = sum[i] > 0 ? LN2 * (maximum[i] * p->gain + __builtin_log2(sum[i])) : -__builtin_inf();
+            p->lse[slot + i] = whole > 0 ? LN2 * (maximum[i] * p->gain + __builtin_log2(whole)) : -__builtin_inf();
     }
 }
 
