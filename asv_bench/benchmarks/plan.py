@@ -52,9 +52,9 @@ class Problem:
         """The least seconds of each method, in turns: what else the machine does counts least in them."""
         times = {method: [] for method in methods}
         start = time.perf_counter()
-        # Three turns, and up to 101 for what is quick; one alone for what takes seconds.
+        # Three turns, and up to 101 for what is quick; fewer of what takes many seconds.
         for turn in range(101):
-            if turn and time.perf_counter() - start > (0.4 if turn > 2 else 5):
+            if turn and time.perf_counter() - start > (0.4 if turn > 2 else 10):
                 break
             methods = methods[::-1]
             for method in methods:
