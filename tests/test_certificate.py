@@ -229,3 +229,13 @@ def test_sums_of_equal_terms_are_covered(n_k, bounded, dtype, rng):
         worst = max(worst, error)
     assert certificate.rounding < 130 * np.finfo(dtype).eps / 2 or not bounded
     assert worst > 10 * np.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_sums_of_equal_terms_with_a_family_are_covered(dtype, rng):
+    family = ropecy.RelativeFamily(np.broadcast_to(np.eye(2, dtype=dtype), (3999, 2, 2)).copy(), 2000)
+    for _ in range(3):
+        K, V = np.full((2000, 2), rng.uniform(-1, 1)), np.ones((2000, 8)) * rng.uniform(1, 2, 8)
+        Q, K, V = (X.astype(dtype) for X in (np.ones((2000, 2)), K, V))
+        O, certificate = ropecy.attention(Q, K, V, family, scale=1.0, method="exact", return_certificate=True)
+        assert np.abs(O - V).max() <= certificate.rounding * V.max()

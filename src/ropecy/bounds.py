@@ -384,7 +384,8 @@ def exact_rounding(problem: Problem, bound: float, values: Values) -> float:
     """Scores of size S carry (2 + sqrt(d) / 2) S units; sums over blocks of keys the square root of their number.
 
     Weights that are off by that move O by as much of the range; sums are off in units of max |V|. Where terms are all
-    equal, a block's sums are rounded to one side, by half of a unit a key, and in float64 those of stretches of blocks.
+    equal, a block's sums are rounded to one side, by half of a unit a key, and in float64 those of stretches of blocks;
+    with a family, those of keys.
     """
     unit = float(np.finfo(problem.q.dtype).eps) / 2
     d, n_k = problem.q.shape[-1], problem.k.shape[1]
@@ -392,5 +393,5 @@ def exact_rounding(problem: Problem, bound: float, values: Values) -> float:
         bound += float(np.abs(problem.bias).max())
     if problem.near is not None and problem.scale:
         bound *= max(1.0, abs(problem.near[1] / problem.scale))
-    sums = unit * (48 + math.sqrt(n_k / 96)) + 2.0**-53 * n_k / 3072
+    sums = unit * (48 + math.sqrt(n_k / 96)) + 2.0**-53 * n_k / (3072 if problem.family is None else 2)
     return min(1.0, sums * max(1.0, values.offset) + unit * (2 + math.sqrt(d) / 2) * bound)
