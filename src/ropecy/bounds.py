@@ -380,7 +380,7 @@ def polynomial_rounding(problem: Problem, B: float, values: Values) -> float:
     return unit * (sums * (2 if values.far else 1) + 2 * values.offset)
 
 
-def exact_rounding(problem: Problem, bound: float, values: Values) -> float:
+def exact_rounding(problem: Problem, bound: float, values: Values, ranks: Any = Alone) -> float:
     """Scores of size S carry (2 + sqrt(d) / 2) S units; sums over blocks of keys the square root of their number.
 
     Weights that are off by that move O by as much of the range; sums are off in units of max |V|. Where terms are all
@@ -388,7 +388,7 @@ def exact_rounding(problem: Problem, bound: float, values: Values) -> float:
     with a family, those of keys.
     """
     unit = float(np.finfo(problem.q.dtype).eps) / 2
-    d, n_k = problem.q.shape[-1], problem.k.shape[1]
+    d, n_k = problem.q.shape[-1], sum(ranks.gather(problem.k.shape[1]))
     if problem.bias is not None:
         bound += float(np.abs(problem.bias).max())
     if problem.near is not None and problem.scale:

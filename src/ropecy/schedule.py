@@ -220,7 +220,7 @@ class Plan:
         if n_failed:
             ring.forward_rows(problem, scores.plain, failed, o, lse, ranks)
             rows[failed] = 0.0
-            rounding = max(rounding, exact_rounding(problem, scores.plain, self._values))
+            rounding = max(rounding, exact_rounding(problem, scores.plain, self._values, ranks))
         found = replace(certificate, rounding=rounding, n_exact_rows=n_failed)
         truncation = max(ranks.gather(float(rows.max(initial=0))))
         certificate = replace(found, truncation=truncation, rows_truncation=rows)
