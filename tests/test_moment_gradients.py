@@ -259,8 +259,7 @@ def test_rows_of_all_sizes_have_the_polynomial_itself(rng):
     q = rng.standard_normal((1, 1, 20, 3)) * np.linspace(0.01, 1, 20)[:, None]
     problem = problem_of(q, rng.standard_normal((1, 30, 3)), rng.standard_normal((1, 30, 2)))
     scores = measure(problem)
-    p, r = (poly.fit_moments(poly.B_grid(scores.bound), degree) for degree in (4, 4))
-    rule = moments.MomentRule(p, 0.0, scores, weights=r)
-    fits = rule.fits(problem)
+    p = poly.fit_moments(poly.B_grid(scores.bound), 4)
+    fits = moments.MomentRule(p, 0.0, scores, weights=p).fits(problem)
     assert np.all(fits.of_rows(lambda fit: fit.B) == p.B)
     assert np.all(fits.of_rows(lambda fit: fit.alone) == p.alone)

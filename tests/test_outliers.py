@@ -236,7 +236,7 @@ def test_what_is_offered_is_what_is_left(rng):
     seed=st.integers(0, 2**32 - 1),
     n=st.integers(300, 420),
     n_k=st.integers(300, 420),
-    long=st.floats(1.5, 30),  # float32 rounds larger scores by too much for the smaller eps
+    long=st.floats(1.5, 60),
     causal=st.booleans(),
     masked=st.booleans(),
     dtype=st.sampled_from([np.float32, np.float64]),
@@ -251,7 +251,13 @@ def test_no_certificate_is_exceeded(ours, seed, n, n_k, long, causal, masked, dt
     offset = float(rng.integers(0, 2))
     case = make(rng, n=n, n_k=n_k, d=2, long=long, mask=masked, causal=causal, offset=offset, dtype=dtype)
     case["K"][..., rng.integers(0, n_k), :] *= rng.choice([1.0, 2.0, -1.5])
-    O, certificate = ropecy.attention(**ours(case), eps=eps, method="polynomial", return_certificate=True)
+    try:
+        O, certificate = ropecy.attention(**ours(case), eps=eps, method="polynomial", return_certificate=True)
+    except ropecy.BoundedEntryError:
+        # Only where what is exact rounds by all of eps, but for little.
+        _, certificate = ropecy.attention(**ours(case), eps=eps, method="exact", return_certificate=True)
+        assert certificate.rounding > 0.9 * eps
+        return
     dense = oracle.attention(**case)
     rows = certificate.rows_truncation + certificate.rounding
     assert np.all(np.abs(O - dense.O) <= rows[..., None] * dense.value_range + np.finfo(dtype).eps)

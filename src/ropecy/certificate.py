@@ -17,6 +17,16 @@ class PerformanceWarning(UserWarning):
     """Exact work that is predicted to take more than a minute."""
 
 
+CONFIDENCE = 0.99
+
+
+def unseen(n_rows: int, trials: int = 1) -> float:
+    """The part of all rows that may be worse than the worst of n_rows drawn at random, with that confidence, where each
+    of so many trials draws its own.
+    """
+    return 1 - ((1 - CONFIDENCE) / trials) ** (1 / n_rows)
+
+
 def warn(message: str) -> None:
     """A `PerformanceWarning`, at the line that called the package."""
     frame, level = sys._getframe(), 1
@@ -50,7 +60,7 @@ class Certificate:
         constant): a model of its size, not a proof.
     rows_truncation : (..., n) float64 array or None
         `truncation` row by row, in units of the range over the keys that the row sees; None in a plan. By the worst
-        case, and where it is "sampled", all rows have the same.
+        case, and where it is "sampled", all rows that are not exact have the same.
     n_exact_rows : int
         How many rows were computed exactly, the polynomial's certificate being too large there.
     seed, failure : int or None, float
@@ -112,8 +122,8 @@ class Certificate:
             return f"if {rows} is no more"
         if self.rows_truncation.size <= self.n_sampled:
             return f"{rows}, which are all"
-        fraction = 1 - (0.01 / self.degree) ** (1 / (self.n_sampled - self.n_sampled // 2))
-        return f"{rows}, and with confidence 99% at most {fraction:.1%} of the others are past half of it"
+        part = unseen(self.n_sampled - self.n_sampled // 2, self.degree)
+        return f"{rows}, and with confidence {CONFIDENCE:.0%} at most {part:.1%} of the others are past half of it"
 
 
 def nothing_to_do() -> Certificate:

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 
 from . import _validate
 from .bounds import Alone, measure, range_elsewhere
+from .certificate import CONFIDENCE, unseen
 from .engines import exact as exact_engine
 from .engines import ring
 from .kernels import _rows
@@ -19,7 +20,6 @@ from .problem import Call, Problem, prepare_for
 from .relative import RelativeFamily
 from .rotary import Rotary
 
-_CONFIDENCE = 0.99
 _RANGE = "the range of the values"
 
 
@@ -137,7 +137,7 @@ def check(
     problem = call.problem
     total = int(np.prod(call.shape[:-1]))
     count = min(rows, total)
-    fraction = 0.0 if count == total else 1 - (1 - _CONFIDENCE) ** (1 / count)
+    fraction = 0.0 if count == total else unseen(count)
     chosen = np.sort(np.random.default_rng(seed).choice(total, count, replace=False)) if total else np.empty(0, int)
     error, worst = 0.0, 0
     if count and dO is not None:
@@ -150,7 +150,7 @@ def check(
         error, worst = float(found.max()), int(chosen[found.argmax()])
     index = tuple(int(i) for i in np.unravel_index(worst, call.shape[:-1])) if total else ()
     of = _RANGE if dO is None else "the largest row of dQ"
-    return Evidence(error, index, count, total, seed, _CONFIDENCE, fraction, of)
+    return Evidence(error, index, count, total, seed, CONFIDENCE, fraction, of)
 
 
 def row_errors(

@@ -362,21 +362,22 @@ def _beside_outliers(problem: Problem, scores: Scores, values: Values, most: flo
     if cost(min(B for *_, B, _ in found), min(square for *_, square in found)) >= most:
         return None
     for n_rows, n_keys, B, square in found:
-        total = outliers.work(problem, unmasked, n_rows, n_keys, grad).nominal
-        if (n_rows or n_keys) and total < most and (total := total + cost(B, square)) < most:
-            offers.append((total, n_rows, n_keys))
+        extra = outliers.work(problem, unmasked, n_rows, n_keys, grad)
+        if (n_rows or n_keys) and extra.nominal < most and (total := extra.nominal + cost(B, square)) < most:
+            offers.append((total, (n_rows, n_keys), extra))
     # Degrees are expected, not certified. Where nothing else is left, every offer is worth a try.
-    for _, *counts in sorted(offers)[: _OFFERS if most < math.inf else None]:
-        made = _beside(problem, norms.split(*counts), counts, scores, values, most, **how)
+    offers.sort(key=lambda offer: offer[:2])
+    for _, counts, extra in offers[: _OFFERS if most < math.inf else None]:
+        made = _beside(problem, norms.split(*counts), extra, scores, values, most, **how)
         if made is not None:
             return made
     return None
 
 
 def _beside(
-    problem: Problem, split: outliers.Split, counts: list[int], scores: Scores, values: Values, most: float, **how: Any
+    problem: Problem, split: outliers.Split, extra: Work, scores: Scores, values: Values, most: float, **how: Any
 ) -> Plan | None:
-    """That of these long queries and keys exactly and the rest by a polynomial."""
+    """That of these long queries and keys exactly, which is `extra`, and the rest by a polynomial."""
     eps, grad, rounding = how["eps"], how["grad"], exact_rounding(problem, scores.plain, values)
     try:
         rest = _at_once(split.rest, **how)
@@ -387,12 +388,11 @@ def _beside(
         return None
     if rest.engine != "polynomial":
         return None
-    exact, unmasked = exact_work(problem, grad), exact_work(replace(problem, hi=None), grad)
-    works = {"exact": exact, "polynomial": rest._choice.work + outliers.work(problem, unmasked, *counts, grad)}
+    works = {"exact": exact_work(problem, grad), "polynomial": rest._choice.work + extra}
     if works["polynomial"].nominal >= most:
         return None
     sizes = {"exact": rest.bytes["exact"]}
-    sizes["polynomial"] = rest.bytes["polynomial"] + outliers.memory(problem, *counts, grad)
+    sizes["polynomial"] = rest.bytes["polynomial"] + outliers.memory(problem, split, grad)
     rounding = max(rest.certificate.rounding, rounding)
     if rest.certificate.truncation + rounding > eps:
         return None

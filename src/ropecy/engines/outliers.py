@@ -157,12 +157,12 @@ def work(problem: Problem, unmasked: Work, n_rows: int, n_keys: int, grad: bool)
     return unmasked.times(rows + n_keys / n_k) + Work(calls * _CALL * (3 if grad else 1))
 
 
-def memory(problem: Problem, n_rows: int, n_keys: int, grad: bool) -> float:
+def memory(problem: Problem, split: Split, grad: bool) -> float:
     """Bytes beyond those of the rest."""
     H, G, n, d = problem.q.shape
     n_k, d_v = problem.v.shape[1:]
     item = problem.q.itemsize
-    copies = (n_rows > 0) * H * G * n * d + (n_keys > 0) * H * n_k * (d + d_v)
+    copies = (split.rows is not None) * H * G * n * d + (split.keys is not None) * H * n_k * (d + d_v)
     return (copies + H * G * n * (d_v + 4) * (3 if grad else 1)) * item + H * n_k
 
 
