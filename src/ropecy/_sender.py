@@ -6,8 +6,8 @@ from . import _network
 from ._network import Traffic
 from .engines import polynomial as polynomial_engine
 from .engines.ring import Layout
-from .moments import steps
 from .problem import Call, Problem
+from .sample import steps
 from .schedule import Plan
 
 

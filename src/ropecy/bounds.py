@@ -115,7 +115,7 @@ class Measured:
     scores : Scores
     values : Values
     hidden : engines.scan.Hidden
-    sample : moments.Sample or None
+    sample : sample.Sample or None
         Where moments may serve.
     """
 

@@ -14,6 +14,7 @@ from .costs import Work, fourth_work, moments_work, polynomial_work, sample_work
 from .moments import MomentRule
 from .polynomial import MomentPolynomial
 from .problem import Problem
+from .sample import Sample
 from .schedule import Choice
 
 # Past this degree moments are not tried where the worst case has no degree at all.
@@ -79,14 +80,14 @@ def choose(
     grad: bool,
     exact: Work,
     worst: Choice | None,
-    pieces: moments.Sample | None,
+    pieces: Sample | None,
 ) -> Choice | None:
     """The cheapest degree below that of the worst case that moments are expected to certify, or None, where they
     `may_serve`.
 
     Of a problem in pieces the sample is given, and there are no fourth moments.
     """
-    sample = pieces or moments.Sample(problem, scores, values)
+    sample = pieces or Sample(problem, scores, values)
     # Features of a query that is longer than this would overflow in backward, where it counts 0 times.
     cuts = [B for B in sample.cuts(scores.bound) if not grad or scores.bound <= _LONGEST * B]
     best, fourth = None, None

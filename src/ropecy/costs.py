@@ -19,9 +19,10 @@ from .engines import exact as exact_engine
 from .engines import family as family_engine
 from .engines import polynomial as polynomial_engine
 from .kernels import _exact
-from .moments import SAMPLED_KEYS, SAMPLED_ROWS, STEPS, prefixes
+from .moments import STEPS, prefixes
 from .polynomial import n_features
 from .problem import Problem
+from .sample import SAMPLED_KEYS, SAMPLED_ROWS
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,7 +271,7 @@ def operations_work(problem: Problem, operations: float) -> Work:
 
 
 def sample_work(problem: Problem, grad: bool) -> Work:
-    """Of `moments.Sample`, and of what is asked of it."""
+    """Of `sample.Sample`, and of what is asked of it."""
     H, G, n, d = problem.q.shape
     rows, keys = min(H * G * n, SAMPLED_ROWS), min(H * problem.k.shape[1], H * SAMPLED_KEYS)
     return Work((1e-3 if grad else 6e-4) + (rows + keys) * (_SAMPLE[0] + _SAMPLE[1] * d * d))

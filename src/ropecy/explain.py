@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import moments
 from .bounds import measure, measure_values, polynomial_rounding
 from .certificate import BoundedEntryError, Certificate
 from .costs import pays_from
 from .engines import polynomial as polynomial_engine
 from .problem import Problem
+from .sample import Sample
 
 if TYPE_CHECKING:
     from .schedule import Plan
@@ -74,7 +74,7 @@ def explain(problem: Problem, made: Plan, how: dict[str, Any], make: Callable[..
     # A plan that is exact need not know what centring does.
     made._shown = measure(problem)
     if problem.family is None:
-        second = moments.Sample(problem, made._shown, made._values).second
+        second = Sample(problem, made._shown, made._values).second
         made._spread = float(np.sqrt(np.mean(second))), float(np.sqrt(np.max(second)))
 
     def polynomial(name: str, problem: Problem = problem, **changes: Any) -> Alternative:

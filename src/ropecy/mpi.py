@@ -27,11 +27,11 @@ from .engines import polynomial as polynomial_engine
 from .engines import scan as scan_engine
 from .engines.ring import Layout, Ring
 from .forms import FarGradient
-from .moments import Sample
 from .plan import Certificate, Plan, make_plan, nothing_to_do, wants_sample
 from .problem import Call, Problem, check, check_names, key_heads_of, length_of
 from .relative import RelativeFamily
 from .rotary import Rotary
+from .sample import Sample
 
 __all__ = ["Network", "attention", "attention_vjp", "loss_grad", "plan"]
 

@@ -37,6 +37,7 @@ from .explain import explain
 from .problem import Problem, prepare_for
 from .relative import RelativeFamily
 from .rotary import Rotary
+from .sample import Sample
 from .schedule import Choice, Plan
 
 _MINUTE = 60.0
@@ -194,7 +195,7 @@ def _by_sample(
     if sampling.nominal > limit:
         return None
     B, trials, total = poly.B_grid(scores.bound), [], 0.0
-    sample = measured.sample if measured else moments.Sample(problem, scores, values)
+    sample = measured.sample if measured else Sample(problem, scores, values)
     for g in [degree] if degree else range(1, by_moments.MOST + 1):
         line = poly.MomentPolynomial(B, 1, (1.0, 1.0), 0, (0.0, 0.0), 0.0)
         p = line if g == 1 else poly.fit_moments(B, g, sample.kappa() / B**2 * (g == 2))

@@ -16,9 +16,9 @@ from . import polynomial as poly
 from .bounds import measure, measure_values, polynomial_rounding
 from .certificate import BoundedEntryError
 from .costs import pays_from
-from .moments import Sample
 from .plan import make_plan
 from .problem import Problem, prepare
+from .sample import Sample
 
 WIDTHS = (4, 8, 16, 32, 64, 128)
 BOUNDS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)

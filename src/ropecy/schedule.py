@@ -22,6 +22,7 @@ from .engines import scan as scan_engine
 from .explain import Alternative, table
 from .moments import MomentRule
 from .problem import Problem
+from .sample import Sample
 
 _ENGINES = {"exact": exact_engine, "polynomial": polynomial_engine, "fft": fft_engine}
 
@@ -122,7 +123,7 @@ class Plan:
     _second: Plan | None  # what runs where too many rows fail
     _works: dict[str, Work]  # by engine, whatever the threads
     _trials: list[poly.MomentPolynomial] | None = None  # to be judged by sampled rows
-    _sample: moments.Sample | None = None
+    _sample: Sample | None = None
     _proof: Callable[[Problem], Plan] | None = None  # where these refuse them
     _symbol: fft_engine.Symbol | None = None
     _split: scan_engine.Split | None = None
