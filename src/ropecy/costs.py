@@ -1,4 +1,4 @@
-"""What work costs: seconds of the exact and the polynomial engine from their shapes, and memory.
+"""What work costs: seconds of the exact and the polynomial engine from their shapes, and bytes of the exact one.
 
 The constants are shipped, for each instruction set and precision, and not measured, so that the same call takes the
 same engine, hence gives the same bits, on every run; nor does a choice depend on the number of threads. One factor, of
@@ -8,7 +8,6 @@ this machine over the one they were fitted on, is measured once a process, and g
 from __future__ import annotations
 
 import math
-import os
 import time
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,6 +18,7 @@ from .engines import exact as exact_engine
 from .engines import family as family_engine
 from .engines import polynomial as polynomial_engine
 from .kernels import _exact
+from .memory import fits
 from .moments import STEPS, prefixes
 from .polynomial import n_features
 from .problem import Problem
@@ -333,27 +333,6 @@ def exact_bytes(problem: Problem, grad: bool) -> float:
         # Transposed and padded copies of q and do, and a dq for each segment of keys.
         size += (H * G * n * (2 * (d + d_v) + d * exact_engine.segments(problem)) + H * n_k * d_v) * item
     return size
-
-
-def fits(size: float) -> bool:
-    """Whether so many bytes can be had."""
-    # Asking the system costs as much as a small call.
-    return size < 2**26 or size <= available_memory()
-
-
-def available_memory() -> float:
-    """Bytes that can be had without swapping, where the system tells; else inf."""
-    try:
-        with open("/proc/meminfo") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return float(line.split()[1]) * 1024
-    except OSError:
-        pass
-    try:
-        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (ValueError, OSError, AttributeError):
-        return math.inf
 
 
 def cheaper(engine: str, works: dict[str, Work], sizes: dict[str, float]) -> bool:

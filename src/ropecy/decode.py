@@ -14,10 +14,10 @@ from . import _decode_bounds as bounds
 from . import _validate, _validate_decode
 from . import polynomial as poly
 from .certificate import BoundedEntryError, Certificate
-from .costs import available_memory, fits
 from .engines import exact as exact_engine
 from .engines import polynomial as polynomial_engine
 from .kernels import _monomials
+from .memory import available_memory, fits
 from .problem import Problem
 from .relative import RelativeBias
 from .rotary import Rotary, rotate_rows

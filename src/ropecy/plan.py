@@ -18,11 +18,9 @@ from .certificate import BoundedEntryError, Certificate, nothing_to_do, warn
 from .costs import (
     TRANSFORMS,
     Work,
-    available_memory,
     cheaper,
     exact_bytes,
     exact_work,
-    fits,
     norms_work,
     operations_work,
     polynomial_work,
@@ -34,6 +32,7 @@ from .engines import outliers
 from .engines import polynomial as polynomial_engine
 from .engines import scan as scan_engine
 from .explain import explain
+from .memory import fits, require
 from .problem import Problem, prepare_for
 from .relative import RelativeFamily
 from .rotary import Rotary
@@ -157,11 +156,7 @@ def make_plan(
     else:
         made = _by_proof(problem, **how)
     made.seconds = {engine: seconds_of(work, problem.threads, grad) for engine, work in made._works.items()}
-    if not fits(made.bytes.get(made.engine, 0.0)):
-        raise MemoryError(
-            f"the {made.engine} engine needs {made.bytes[made.engine] / 2**30:.3g} GiB beyond inputs and outputs, "
-            f"and {available_memory() / 2**30:.3g} GiB are available"
-        )
+    require(made.bytes.get(made.engine, 0.0), f"the {made.engine} engine, beyond inputs and outputs,")
     if made.engine == "exact" and method == "auto" and made.seconds.get("exact", 0.0) > _MINUTE:
         warn(f"exact attention is predicted to take {made.seconds['exact']:.0f} s: {made.reason}")
     return made
