@@ -10,7 +10,7 @@ The map of the package:
 `RelativeBias`, `RelativeFamily`            what depends on j - i alone
 `attention`, `attention_vjp`                O, and its gradient
 `loss`, `loss_grad`                         L, and its gradient
-`AttentionMatrix`                           A itself, implicit: ``A @ X``, ``A.T @ X``, ``A.D``
+`AttentionMatrix`                           A itself, implicit: ``A @ X``, ``A.T @ X``, ``A.D``; SciPy takes it
 `DecodeState`                               token by token, on a state of fixed size
 `plan`, `Plan`, `Certificate`               which engine would run, why, and what error it promises
 `check`, `Evidence`                         a finished result against rows computed exactly
@@ -23,11 +23,12 @@ The map of the package:
 """
 
 from ._info import info
-from .attention import AttentionMatrix, attention, attention_vjp
+from .attention import attention, attention_vjp
 from .certificate import BoundedEntryError, Certificate, PerformanceWarning
 from .decode import DecodeState
 from .evidence import Evidence, check
 from .loss import loss, loss_grad
+from .matrix import AttentionMatrix
 from .plan import Plan, plan
 from .relative import RelativeBias, RelativeFamily
 from .rotary import Rotary

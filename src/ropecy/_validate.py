@@ -226,16 +226,33 @@ def check_values(V: Any) -> None:
         raise TypeError("V: got None, wants an array (..., n_k, d_v)")
 
 
-def check_columns(X: Any, dtype: np.dtype, lead: tuple[int, ...], rows: int) -> np.ndarray:
-    """X (..., rows, m) or (rows,), that a matrix of shape lead + (_, rows) is multiplied with."""
+def check_factor(X: Any, dtype: np.dtype, lead: tuple[int, ...], length: int, axis: int = -2) -> np.ndarray:
+    """X, that a matrix with the leading axes `lead` is multiplied with: (length,), or an array whose axis `axis`, -2 of
+    a factor on the right and -1 of one on the left, has that length.
+    """
     X = _array("X", X, least_axes=1)
     if X.dtype != dtype:
         raise TypeError(f"X: got dtype {X.dtype}, wants {dtype} as Q has")
     leads_fit = X.ndim < 3 or _broadcasts(X.shape[:-2], lead)
-    if X.shape[-2:][0] != rows or not leads_fit:
-        raise ValueError(f"X: got shape {X.shape}, wants ({rows},) or (..., {rows}, m), leading axes as in {lead}")
+    if X.shape[axis if X.ndim > 1 else 0] != length or not leads_fit:
+        rows = f"{length}, m" if axis == -2 else f"m, {length}"
+        raise ValueError(f"X: got shape {X.shape}, wants ({length},) or (..., {rows}), leading axes as in {lead}")
     check_finite("X", X)
     return X
+
+
+def check_real(name: str, X: Any, dtype: np.dtype) -> np.ndarray:
+    """X, real numbers of any dtype, rounded to `dtype`."""
+    X = np.asarray(X)
+    if X.dtype.kind not in "biuf" and X.dtype.name != "bfloat16":
+        raise TypeError(f"{name}: got dtype {X.dtype}, wants real numbers")
+    with np.errstate(over="ignore"):
+        return X.astype(dtype, copy=False)
+
+
+def check_number(name: str, value: Any) -> float:
+    """A finite real number, as a float."""
+    return _real(name, value)
 
 
 def check_finite(name: str, X: np.ndarray) -> float:

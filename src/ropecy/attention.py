@@ -1,4 +1,4 @@
-"""Softmax attention with rotary positions, its gradient, and its matrix: what users call."""
+"""Softmax attention with rotary positions, and its gradient: what users call."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from . import _validate
 from .certificate import Certificate, nothing_to_do
 from .engines import exact
 from .plan import make_plan
-from .problem import Call, Problem, prepare, prepare_for, spread_columns
+from .problem import Call, prepare, prepare_for
 from .relative import RelativeBias, RelativeFamily
 from .rotary import Rotary
 
@@ -312,105 +312,3 @@ def without_overflow(do: np.ndarray, largest: float) -> tuple[np.ndarray, int]:
     if exponent <= np.finfo(do.dtype).maxexp // 3:
         return do, 0
     return np.ldexp(do, -exponent), exponent
-
-
-class AttentionMatrix:
-    """A_ij = exp(scale Q_i W R_{j-i} K_j^T + b_{j-i}), implicit and not normalised: ``A @ X``, ``A.T @ X``, ``A.D``.
-
-    Parameters
-    ----------
-    Q, K, R, **options
-        As in `attention`, without V, `W_V` and what says what to return.
-
-    Attributes
-    ----------
-    shape : tuple of int
-        (..., n, n_k).
-    dtype : numpy.dtype
-        Of Q.
-
-    Notes
-    -----
-    ``A @ X`` is within e sum_j A_ij |X_jc| of the truth, e = 2 eps / (1 + eps^2), beside rounding. Nothing is shifted:
-    where a sum is past the largest number, it is inf. Each product costs what `attention` does with values X.
-
-    Examples
-    --------
-    >>> Q, K = np.random.default_rng(0).uniform(-1, 1, (2, 50, 4))
-    >>> A = AttentionMatrix(Q, K, causal=True)
-    >>> bool(np.allclose(A.D, (A @ np.ones((50, 1)))[:, 0]))
-    True
-    """
-
-    # NumPy leaves X @ A to this class, which has no product from the left, instead of taking A for an object array.
-    __array_ufunc__ = None
-
-    def __init__(self, Q: ArrayLike, K: ArrayLike, R: Rotary | RelativeFamily | None = None, **options: Any) -> None:
-        if "W_V" in options:
-            raise TypeError("AttentionMatrix() got an unexpected keyword argument 'W_V'")
-        self._call = prepare_for("AttentionMatrix", Q, K, None, R, options)
-        self._transposed = False
-        self.dtype: np.dtype = self._call.dtype
-        self.shape: tuple[int, ...] = self._call.lead + (self._call.shape[-2], self._call.problem.k.shape[1])
-
-    def __repr__(self) -> str:
-        return f"AttentionMatrix(shape={self.shape}, dtype={self.dtype})"
-
-    @property
-    def T(self) -> AttentionMatrix:
-        """A^T, with queries and keys in each other's place."""
-        other = object.__new__(AttentionMatrix)
-        other._call, other._transposed, other.dtype = self._call, not self._transposed, self.dtype
-        other.shape = self.shape[:-2] + (self.shape[-1], self.shape[-2])
-        return other
-
-    @property
-    def D(self) -> np.ndarray:
-        """The row sums, (..., n), in the dtype of Q."""
-        return self @ np.ones(self.shape[-1], self.dtype)
-
-    def __matmul__(self, X: ArrayLike) -> np.ndarray:
-        """A X for X (..., n_k, m) or (n_k,), in the dtype of Q.
-
-        Raises
-        ------
-        TypeError, ValueError, BoundedEntryError, NotImplementedError, MemoryError
-            As `attention` does.
-        """
-        X = _validate.check_columns(X, self.dtype, self.shape[:-2], self.shape[-1])
-        columns = X[:, None] if X.ndim == 1 else X
-        shape = self.shape[:-1] + columns.shape[-1:]
-        product = np.zeros(shape, self.dtype)
-        if product.size:
-            columns = columns.astype(self._call.problem.q.dtype, copy=False)
-            with np.errstate(over="ignore"):
-                product[...] = self._product(columns).reshape(shape)
-        return product[..., 0] if X.ndim == 1 else product
-
-    def toarray(self) -> np.ndarray:
-        """A as a dense array, for small n: the product with the identity."""
-        return self @ np.eye(self.shape[-1], dtype=self.dtype)
-
-    def _product(self, X: np.ndarray) -> np.ndarray:
-        """A X or A^T X in float64, slot by slot: exp(lse) times the normalised result."""
-        call = self._call
-        if not self._transposed:
-            # Columns that differ between the heads of a group end the sharing of keys.
-            grouped = X.ndim < 3 or X.shape[-3] == 1
-            problem = call.problem if grouped else call.problem.ungrouped()
-            return self._evaluate(problem, spread_columns(X, call, call.key_heads if grouped else call.heads))
-        problem = call.problem.transposed(spread_columns(X, call, call.heads))
-        product = self._evaluate(problem, problem.v)[:, 0, ::-1]
-        mask = call.problem.key_mask
-        if mask is None:
-            return product
-        return np.where(np.repeat(mask, call.problem.q.shape[1], axis=0)[..., None], product, 0)
-
-    def _evaluate(self, problem: Problem, v: np.ndarray) -> np.ndarray:
-        problem = problem.with_values(v)
-        if problem.empty:
-            return np.zeros(problem.q.shape[:3] + v.shape[2:])
-        forward = make_plan(problem, **self._call.how, grad=False, each_weight=True).forward(problem, want_lse=True)
-        with np.errstate(over="ignore", invalid="ignore"):
-            # 0 stays 0 where the sum of the row is past the largest number.
-            return np.where(forward.o == 0, 0, np.exp(forward.lse)[..., None] * forward.o)

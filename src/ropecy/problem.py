@@ -42,6 +42,12 @@ class Family:
         """The index in `values` of the offsets t from first to last."""
         return np.clip(np.arange(first, last + 1) + self.zero, 0, len(self.values) - 1)
 
+    def matrix(self, t: int, d: int) -> np.ndarray:
+        """W_t as a (d, d) float64 array."""
+        W = np.zeros((d, d))
+        np.add.at(W, (self.left, self.right), self.values[self.rows(t, t)[0]])
+        return W
+
     def transposed(self) -> Family:
         """W_t^T."""
         return replace(self, left=self.right, right=self.left)

@@ -1,0 +1,347 @@
+"""The attention matrix as a linear operator: products with A and A^T, which is what NumPy and SciPy ask of one."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import replace
+from typing import Any, Literal, NoReturn, overload
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from . import _validate
+from .certificate import Certificate, nothing_to_do
+from .memory import require
+from .plan import make_plan
+from .polynomial import relative_error_for
+from .problem import Problem, prepare_for, spread_columns
+from .relative import RelativeFamily
+from .rotary import Rotary
+
+
+class Operator(ABC):
+    """A matrix M that is known by its products with M and M^T, and holds no array of its entries.
+
+    It has what SciPy's iterative solvers and ``scipy.sparse.linalg.aslinearoperator`` look for.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        (..., n, n_k); SciPy takes matrices without leading axes.
+    dtype : numpy.dtype
+        Of what M is made from.
+    """
+
+    # NumPy then leaves X @ M and 2 * M to this class, instead of taking M for an array of one object.
+    __array_ufunc__ = None
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes."""
+        return len(self.shape)
+
+    @property
+    @abstractmethod
+    def T(self) -> Operator:
+        """M^T."""
+
+    @abstractmethod
+    def __matmul__(self, X: ArrayLike) -> np.ndarray:
+        """M X for X (..., n_k, m) or (n_k,), of M's dtype."""
+
+    @abstractmethod
+    def diagonal(self) -> np.ndarray:
+        """M_ii, (..., min(n, n_k))."""
+
+    def __rmatmul__(self, X: ArrayLike) -> np.ndarray:
+        """X M for X (..., m, n) or (n,), of M's dtype."""
+        X = _validate.check_factor(X, self.dtype, self.shape[:-2], self.shape[-2], axis=-1)
+        return self.T @ X if X.ndim == 1 else np.swapaxes(self.T @ np.swapaxes(X, -1, -2), -1, -2)
+
+    def __mul__(self, factor: float) -> AffineMatrix:
+        """factor M, for a number."""
+        if np.ndim(factor):
+            return NotImplemented
+        return AffineMatrix(self, _validate.check_number("factor", factor), 0.0)
+
+    __rmul__ = __mul__
+
+    def add_diagonal(self, shift: float) -> AffineMatrix:
+        """M + shift I, for a square M.
+
+        Raises
+        ------
+        ValueError
+            M is not square.
+        """
+        return AffineMatrix(self, 1.0, _validate.check_number("shift", shift))
+
+    def dot(self, X: ArrayLike) -> np.ndarray:
+        """M X, as ``M @ X``."""
+        return self @ X
+
+    def matvec(self, x: ArrayLike) -> np.ndarray:
+        """M x for a vector x (n_k,) or a column (n_k, 1).
+
+        Solvers choose the dtype of their vectors: real numbers of any dtype are rounded to M's.
+        """
+        return self @ _validate.check_real("x", x, self.dtype)
+
+    def rmatvec(self, x: ArrayLike) -> np.ndarray:
+        """M^T x, as `matvec`."""
+        return self.T.matvec(x)
+
+    def matmat(self, X: ArrayLike) -> np.ndarray:
+        """M X for X (n_k, m), real numbers of any dtype, as `matvec`."""
+        return self @ _validate.check_real("X", X, self.dtype)
+
+    def rmatmat(self, X: ArrayLike) -> np.ndarray:
+        """M^T X, as `matmat`."""
+        return self.T.matmat(X)
+
+    def toarray(self) -> np.ndarray:
+        """M as a dense array, for small n: the product with the identity.
+
+        Raises
+        ------
+        MemoryError
+            The array needs more than the machine has.
+        """
+        size, n_k = math.prod(self.shape), self.shape[-1]
+        # The product is made in float64, then rounded; the identity stands beside it.
+        require(size * (8.0 + self.dtype.itemsize) + 8.0 * n_k * n_k, f"an array of shape {self.shape}")
+        return self @ np.eye(n_k, dtype=self.dtype)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NoReturn:
+        raise TypeError(
+            f"{type(self).__name__} of shape {self.shape} holds no array: A @ X multiplies without one, and "
+            "A.toarray() makes it"
+        )
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(shape={self.shape}, dtype={self.dtype})"
+
+
+class AttentionMatrix(Operator):
+    """A_ij = exp(scale Q_i W R_{j-i} K_j^T + b_{j-i}), implicit and not normalised: ``A @ X``, ``A.T @ X``, ``A.D``.
+
+    Parameters
+    ----------
+    Q, K, R, **options
+        As in `attention`, without V, `W_V` and what says what to return.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        (..., n, n_k).
+    dtype : numpy.dtype
+        Of Q.
+
+    Notes
+    -----
+    ``A @ X`` is within e sum_j A_ij |X_jc| of the truth, e = 2 eps / (1 + eps^2), beside rounding. Nothing is shifted:
+    where a sum is past the largest number, it is inf. Each product costs what `attention` does with values X.
+
+    ``scipy.sparse.linalg.cg(A, b)`` and ``aslinearoperator(A)`` work as they are, and ``2 * A`` and
+    ``A.add_diagonal(0.1)``, which is A + 0.1 I, are linear operators too (`AffineMatrix`). ``np.asarray(A)`` is a
+    TypeError: n x n_k numbers are made by ``A.toarray()`` alone.
+
+    Examples
+    --------
+    >>> Q, K = np.random.default_rng(0).uniform(-1, 1, (2, 50, 4))
+    >>> A = AttentionMatrix(Q, K, causal=True)
+    >>> bool(np.allclose(A.D, (A @ np.ones((50, 1)))[:, 0]))
+    True
+    """
+
+    def __init__(self, Q: ArrayLike, K: ArrayLike, R: Rotary | RelativeFamily | None = None, **options: Any) -> None:
+        if "W_V" in options:
+            raise TypeError("AttentionMatrix() got an unexpected keyword argument 'W_V'")
+        self._call = prepare_for("AttentionMatrix", Q, K, None, R, options)
+        self._transposed = False
+        self.dtype = self._call.dtype
+        self.shape = self._call.lead + (self._call.shape[-2], self._call.problem.k.shape[1])
+
+    @property
+    def T(self) -> AttentionMatrix:
+        """A^T, with queries and keys in each other's place."""
+        other = object.__new__(AttentionMatrix)
+        other._call, other._transposed, other.dtype = self._call, not self._transposed, self.dtype
+        other.shape = self.shape[:-2] + (self.shape[-1], self.shape[-2])
+        return other
+
+    @property
+    def D(self) -> np.ndarray:
+        """The row sums, (..., n), in the dtype of Q."""
+        return self @ np.ones(self.shape[-1], self.dtype)
+
+    def __matmul__(self, X: ArrayLike) -> np.ndarray:
+        """A X for X (..., n_k, m) or (n_k,), in the dtype of Q.
+
+        Raises
+        ------
+        TypeError, ValueError, BoundedEntryError, NotImplementedError, MemoryError
+            As `attention` does.
+        """
+        return self._multiply(X)[0]
+
+    @overload
+    def dot(self, X: ArrayLike, *, return_certificate: Literal[False] = False) -> np.ndarray: ...
+    @overload
+    def dot(self, X: ArrayLike, *, return_certificate: Literal[True]) -> tuple[np.ndarray, Certificate]: ...
+    @overload
+    def dot(
+        self, X: ArrayLike, *, return_certificate: bool
+    ) -> np.ndarray | tuple[np.ndarray, Certificate]: ...
+    def dot(
+        self, X: ArrayLike, *, return_certificate: bool = False
+    ) -> np.ndarray | tuple[np.ndarray, Certificate]:
+        """A X, as ``A @ X``, and on demand what is certified of it.
+
+        Parameters
+        ----------
+        X : (..., n_k, m) or (n_k,) array
+            Of the dtype of Q.
+        return_certificate : bool
+            Whether to return the certificate beside the product.
+
+        Returns
+        -------
+        product : (..., n, m) or (..., n) array
+        certificate : Certificate
+            If `return_certificate`. Where no sum overflows, row i and column c of the product are within ``truncation
+            sum_j A_ij |X_jc| + rounding (sum_j A_ij) max |X|`` of A X, the maximum over all of X.
+
+        Raises
+        ------
+        TypeError, ValueError, BoundedEntryError, NotImplementedError, MemoryError
+            As `attention` does.
+        """
+        return_certificate = _validate.check_flag("return_certificate", return_certificate)
+        product, certificate = self._multiply(X)
+        return (product, certificate) if return_certificate else product
+
+    def diagonal(self) -> np.ndarray:
+        """A_ii, (..., min(n, n_k)), in the dtype of Q: computed directly, hence exact but for rounding."""
+        problem = self._call.problem
+        H, G = problem.q.shape[:2]
+        count = min(self.shape[-2:])
+        q, k = problem.q[:, :, :count], problem.k[:, :count]
+        # All of the diagonal is at this one offset.
+        t = -problem.q_offset
+        seen = (problem.lo is None or problem.lo <= t) and (problem.hi is None or t <= problem.hi)
+        diagonal = np.zeros((H, G, count))
+        if count and seen:
+            scale = problem.near[1] if problem.near is not None and abs(t) < problem.near[0] else problem.scale
+            if problem.family is not None:
+                q = q @ problem.family.matrix(-t, k.shape[-1])
+            with np.errstate(over="ignore"):
+                scores = np.einsum("hgid,hid->hgi", q, k, dtype=np.float64)
+                scores *= scale
+                if problem.bias is not None:
+                    scores += problem.bias[..., problem.q.shape[2] - 1, None]
+                np.exp(scores, out=diagonal)
+            if problem.key_mask is not None:
+                diagonal = np.where(problem.key_mask[:, None, :count], diagonal, 0)
+        with np.errstate(over="ignore"):
+            return diagonal.reshape(self.shape[:-2] + (count,)).astype(self.dtype)
+
+    def _multiply(self, X: ArrayLike) -> tuple[np.ndarray, Certificate]:
+        """A X in the dtype of Q, and its certificate."""
+        X = _validate.check_factor(X, self.dtype, self.shape[:-2], self.shape[-1])
+        columns = X[:, None] if X.ndim == 1 else X
+        shape = self.shape[:-1] + columns.shape[-1:]
+        product, certificate = np.zeros(shape, self.dtype), nothing_to_do()
+        if product.size:
+            found, certificate = self._product(columns.astype(self._call.problem.q.dtype, copy=False))
+            with np.errstate(over="ignore"):
+                product[...] = found.reshape(shape)
+        return (product[..., 0] if X.ndim == 1 else product), certificate
+
+    def _product(self, X: np.ndarray) -> tuple[np.ndarray, Certificate]:
+        """A X or A^T X in float64, slot by slot: exp(lse) times the normalised result. And its certificate."""
+        call = self._call
+        if not self._transposed:
+            # Columns that differ between the heads of a group end the sharing of keys.
+            grouped = X.ndim < 3 or X.shape[-3] == 1
+            problem = call.problem if grouped else call.problem.ungrouped()
+            return self._evaluate(problem, spread_columns(X, call, call.key_heads if grouped else call.heads))
+        problem = call.problem.transposed(spread_columns(X, call, call.heads))
+        product, certificate = self._evaluate(problem, problem.v)
+        product = product[:, 0, ::-1]
+        mask = call.problem.key_mask
+        if mask is not None:
+            product = np.where(np.repeat(mask, call.problem.q.shape[1], axis=0)[..., None], product, 0)
+        return product, certificate
+
+    def _evaluate(self, problem: Problem, v: np.ndarray) -> tuple[np.ndarray, Certificate]:
+        problem = problem.with_values(v)
+        if problem.empty:
+            return np.zeros(problem.q.shape[:3] + v.shape[2:]), nothing_to_do()
+        forward = make_plan(problem, **self._call.how, grad=False, each_weight=True).forward(problem, want_lse=True)
+        with np.errstate(over="ignore", invalid="ignore"):
+            # 0 stays 0 where the sum of the row is past the largest number.
+            product = np.where(forward.o == 0, 0, np.exp(forward.lse)[..., None] * forward.o)
+        # Weights are off by e each. Rounding moves a normalised row by at most that part of range(X) <= 2 max |X|, and
+        # the sum of its weights by as much.
+        of_row = forward.certificate
+        e = relative_error_for(of_row.truncation) if of_row.truncation else 0.0
+        return product, replace(of_row, truncation=e, rounding=3 * of_row.rounding, rows_truncation=None)
+
+
+class AffineMatrix(Operator):
+    """factor M + shift I, of an `AttentionMatrix` or another such M: what ``2 * A`` and ``A.add_diagonal(0.1)`` are.
+
+    Its products are M's: an error of M X counts `factor` times.
+
+    Parameters
+    ----------
+    M : AttentionMatrix or AffineMatrix
+    factor, shift : float
+
+    Raises
+    ------
+    ValueError
+        `shift` is not 0, and M is not square.
+    """
+
+    def __init__(self, M: Operator, factor: float, shift: float) -> None:
+        if isinstance(M, AffineMatrix):
+            M, factor, shift = M._M, factor * M._factor, factor * M._shift + shift
+        if shift and M.shape[-2] != M.shape[-1]:
+            raise ValueError(f"shift: got {shift}, wants a square matrix to add it to, and its shape is {M.shape}")
+        self._M, self._factor, self._shift = M, factor, shift
+        self.shape, self.dtype = M.shape, M.dtype
+
+    @property
+    def T(self) -> AffineMatrix:
+        """factor M^T + shift I."""
+        return AffineMatrix(self._M.T, self._factor, self._shift)
+
+    def __matmul__(self, X: ArrayLike) -> np.ndarray:
+        """factor M X + shift X for X (..., n_k, m) or (n_k,), in the dtype of M.
+
+        Raises
+        ------
+        TypeError, ValueError, BoundedEntryError, NotImplementedError, MemoryError
+            As `attention` does.
+        """
+        X = _validate.check_factor(X, self.dtype, self.shape[:-2], self.shape[-1])
+        return self._combine(self._M @ X, X)
+
+    def diagonal(self) -> np.ndarray:
+        """factor M_ii + shift, (..., min(n, n_k))."""
+        diagonal = self._M.diagonal()
+        return self._combine(diagonal, np.ones_like(diagonal))
+
+    def _combine(self, of_M: np.ndarray, of_I: np.ndarray) -> np.ndarray:
+        """factor of_M + shift of_I."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            combined = self._factor * of_M
+            if self._shift:
+                combined = combined + self._shift * of_I
+        return combined.astype(self.dtype, copy=False)
