@@ -43,6 +43,7 @@ class Saved:
     """What backward needs of forward, and what certifies its rows where that was measured (c/monomials.h)."""
 
     scan: _monomials.Scan
+    states: np.ndarray  # sums of keys, as forward used them
     o: np.ndarray
     inverse: np.ndarray
     moment: np.ndarray | None
@@ -125,15 +126,16 @@ def forward(
     )
     order = 0 if reach is None else p.order
     fall = None
+    asked = want_lse, order, reach, ratio
     if ranks is Alone:
-        o, inverse, lse, moment, spread = scan.forward(want_lse, order, reach, None, ratio)
+        o, inverse, lse, moment, spread, states = scan.forward(*asked)
     else:
         if decay is not None:
             fall = np.array(ranks.gather(np.exp(-decay * problem.k.shape[1])))
-        own = ranks.together(scan.key_states)
+        states, own = ranks.together(scan.key_states)
         start = ranks.before(own, fall) if problem.hi is not None else ranks.total(own)
-        o, inverse, lse, moment, spread = ranks.together(scan.forward, want_lse, order, reach, start, ratio)
-    return o, lse, Saved(scan, o, inverse, moment, spread, fall)
+        o, inverse, lse, moment, spread, states = ranks.together(scan.forward, *asked, states, start)
+    return o, lse, Saved(scan, states, o, inverse, moment, spread, fall)
 
 
 def backward(problem: Problem, saved: Saved, do: np.ndarray, ranks: Any = Alone, key_sums: np.ndarray | None = None):
@@ -149,11 +151,11 @@ def backward(problem: Problem, saved: Saved, do: np.ndarray, ranks: Any = Alone,
     """
     scan, results = saved.scan, (saved.o, saved.inverse, do)
     if ranks is Alone:
-        dq, dk, dv = scan.backward(*results, key_sums=key_sums)
+        dq, dk, dv = scan.backward(saved.states, *results, key_sums)
     else:
-        own = ranks.together(scan.query_states, *results)
+        grad_states, own = ranks.together(scan.query_states, *results)
         start = ranks.after(own, saved.fall) if problem.hi is not None else ranks.total(own)
-        dq, dk, dv = ranks.together(scan.backward, *results, start, key_sums)
+        dq, dk, dv = ranks.together(scan.backward, saved.states, *results, key_sums, grad_states, start)
     if problem.key_mask is not None:
         # phi(k) dS is there for every key; a masked one has no weight.
         dv[~problem.key_mask] = 0
@@ -175,7 +177,8 @@ def key_states(k: np.ndarray, v: np.ndarray, monomials: Monomials, middle: np.nd
     """
     q = np.empty((k.shape[0], 1, 0, k.shape[2]))
     parts = segments(Problem(q=q, k=k, v=v, scale=1.0), monomials.state_degree)
-    return _monomials.Scan(q, k, v, None, False, 0, monomials, None, middle, 1.0, 1.0, parts, threads).key_states()
+    _, total = _monomials.Scan(q, k, v, None, False, 0, monomials, None, middle, 1.0, 1.0, parts, threads).key_states()
+    return total
 
 
 def memory(problem: Problem, degree: int, grad: bool, grad_degree: int | None = None) -> float:

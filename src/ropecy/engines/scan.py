@@ -392,6 +392,8 @@ def forward(
         if part.own is not None:
             part.share = share
         part.saved.inverse = np.ascontiguousarray(part.saved.inverse * part.side.there(share), whole.q.dtype)
+    if ring is not None and grad:
+        ring.resume(o, lse)
     saved = Saved(split, whole, pieces, scores.centre, o, lse, parts, ring, near_o, near_lse) if grad else None
     shape = problem.q.shape[:3]
     return o.reshape(shape + o.shape[3:]), lse.reshape(shape) if want_lse else None, saved
@@ -440,7 +442,6 @@ def backward(problem: Problem, saved: Saved, do: np.ndarray, shared: Any = None)
     dsymbol = None
     if split.near is not None:
         if saved.ring is not None:
-            saved.ring.resume(saved.o, saved.lse)
             dq, dk, dv = saved.ring.backward(do, shared)
         else:
             near = _of_one_scale(split.near_problem(whole))
@@ -456,9 +457,10 @@ def backward(problem: Problem, saved: Saved, do: np.ndarray, shared: Any = None)
         far, side = part.far, part.side
         if far.right not in rows:
             rows[far.right] = side, side.there(saved.o), side.there(do), np.zeros_like(side.problem.q)
-        _, part.saved.o, grad, total = rows[far.right]
+        _, o, grad, total = rows[far.right]
         sums = None if problem.tail is None else np.zeros(side.problem.k.shape[:2])
-        dq_part, *found, _ = polynomial_engine.backward(side.problem, part.saved, grad, side.ranks, sums)
+        of_whole = replace(part.saved, o=o)
+        dq_part, *found, _ = polynomial_engine.backward(side.problem, of_whole, grad, side.ranks, sums)
         total += dq_part
         for X, part_X in zip((dk, dv), found, strict=True):
             X += part_X[:, ::-1] if far.right else part_X

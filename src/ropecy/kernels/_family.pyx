@@ -48,6 +48,41 @@ cdef struct Work:
     double *adjoint
 
 
+cdef struct Pass:
+    # The lists, as `Lists` has them,
+    ptrdiff_t batches, batch, most
+    const ptrdiff_t *batch_start
+    const ptrdiff_t *key_start
+    const ptrdiff_t *pair_start
+    const ptrdiff_t *multiset_start
+    const ptrdiff_t *multiset_end
+    const ptrdiff_t *partner
+    const ptrdiff_t *query_degree
+    const ptrdiff_t *query_variables
+    const ptrdiff_t *key_degree
+    const ptrdiff_t *key_variables
+    const ptrdiff_t *of_entries
+    const double *multinomial
+    # how tasks are cut,
+    ptrdiff_t parts, tasks, lanes
+    # what is read; grad is NULL forward,
+    ptrdiff_t columns
+    const double *v
+    const double *weights
+    const double *grad_weights
+    const double *grad
+    # what is added up: sums have an axis of parts in front, dW of lanes,
+    double *sums
+    double *dq
+    double *dk
+    double *dv
+    double *dsymbol
+    double *dW
+    # and whether there was a Ctrl-C, and what it raised: a list.
+    bint stopped
+    void *errors
+
+
 cdef double *carved(uintptr_t *at, ptrdiff_t size) noexcept nogil:
     cdef double *taken = <double *>at[0]
     at[0] += (size + 7) // 8 * 8 * sizeof(double)
@@ -55,7 +90,7 @@ cdef double *carved(uintptr_t *at, ptrdiff_t size) noexcept nogil:
 
 
 cdef class Product:
-    """The product and its adjoint for one problem.
+    """The product and its adjoint for one problem; nothing is changed after `__init__`, so any thread may call either.
 
     Parameters
     ----------
@@ -81,14 +116,12 @@ cdef class Product:
 
     cdef ComplexFFT fft
     cdef RealFFT real
-    cdef object arrays, of_pass, error
-    cdef ptrdiff_t slots, groups, heads, d, rows, keys, columns, entries, levels, offsets, blocks, block, pitch
-    cdef ptrdiff_t query_blocks, key_blocks, level_slots, begin, end, parts, tasks, lanes, batches, batch, most
+    cdef object arrays
+    cdef ptrdiff_t slots, groups, heads, d, rows, keys, entries, levels, offsets, blocks, block, pitch
+    cdef ptrdiff_t query_blocks, key_blocks, level_slots, begin, end
     cdef int threads
-    cdef bint stopped
     cdef const double *q
     cdef const double *k
-    cdef const double *v
     cdef const double *W
     cdef const double *of_levels
     cdef const double *gain
@@ -98,30 +131,6 @@ cdef class Product:
     cdef Terms products
     cdef Terms adjoints
     cdef Terms correlated
-
-    # lists of the pass that is running, as `Lists` has them
-    cdef const ptrdiff_t *batch_start
-    cdef const ptrdiff_t *key_start
-    cdef const ptrdiff_t *pair_start
-    cdef const ptrdiff_t *multiset_start
-    cdef const ptrdiff_t *multiset_end
-    cdef const ptrdiff_t *partner
-    cdef const ptrdiff_t *query_degree
-    cdef const ptrdiff_t *query_variables
-    cdef const ptrdiff_t *key_degree
-    cdef const ptrdiff_t *key_variables
-    cdef const ptrdiff_t *of_entries
-    cdef const double *multinomial
-    # and its arrays; sums have an axis of parts in front, dW of lanes
-    cdef const double *weights
-    cdef const double *grad_weights
-    cdef const double *grad
-    cdef double *sums
-    cdef double *dq
-    cdef double *dk
-    cdef double *dv
-    cdef double *dsymbol
-    cdef double *dW
 
     def __init__(self, ComplexFFT fft, RealFFT real, q, k, W, levels, nonzero, gain, threads):
         self.fft, self.real, self.threads, self.block = fft, real, threads, 2 * fft.n
@@ -148,12 +157,11 @@ cdef class Product:
         """(slots, G, columns, rows): sum_ab q^a T_ab (k^b v_c), T_ab the sum over multisets of s entries of weights[s]
         times their multinomial and the product of W's entries.
         """
-        self.take(lists, parts, v)
-        self.weights, self.grad = <const double *>pointer(weights), NULL
-        sums = np.zeros((parts, self.slots, self.groups, self.columns, self.rows))
-        self.sums = <double *>pointer(sums)
-        self.lanes = self.tasks
-        self.run()
+        cdef Pass p = self.pass_over(lists, parts, v)
+        p.weights, p.lanes = <const double *>pointer(weights), p.tasks
+        sums = np.zeros((parts, self.slots, self.groups, p.columns, self.rows))
+        p.sums = <double *>pointer(sums)
+        self.run(&p)
         return sums.sum(axis=0)
 
     def backward(self, lists, parts, lanes, v, weights, grad_weights, grad, bint want_dsymbol):
@@ -163,127 +171,133 @@ cdef class Product:
         (slots, columns, keys) and dsymbol (slots, offsets), that of what multiplies all T_ab, for `weights`; the last
         is None where not wanted. dW is summed in so many lanes, each of which has some of the tasks.
         """
-        self.take(lists, parts, v)
-        self.weights, self.grad_weights = <const double *>pointer(weights), <const double *>pointer(grad_weights)
-        self.grad, self.lanes = <const double *>pointer(grad), lanes
+        cdef Pass p = self.pass_over(lists, parts, v)
+        p.weights, p.grad_weights = <const double *>pointer(weights), <const double *>pointer(grad_weights)
+        p.grad, p.lanes = <const double *>pointer(grad), lanes
         lead = (parts, self.slots)
         dq, dk = np.zeros(lead + (self.groups, self.d, self.rows)), np.zeros(lead + (self.d, self.keys))
-        dv = np.zeros(lead + (self.columns, self.keys))
+        dv = np.zeros(lead + (p.columns, self.keys))
         dsymbol = np.zeros(lead + (self.offsets,)) if want_dsymbol else None
         dW = np.zeros((lanes, self.entries, self.offsets))
-        self.dq, self.dk, self.dv = <double *>pointer(dq), <double *>pointer(dk), <double *>pointer(dv)
-        self.dsymbol, self.dW = <double *>pointer(dsymbol), <double *>pointer(dW)
-        self.run()
+        p.dq, p.dk, p.dv = <double *>pointer(dq), <double *>pointer(dk), <double *>pointer(dv)
+        p.dsymbol, p.dW = <double *>pointer(dsymbol), <double *>pointer(dW)
+        self.run(&p)
         return tuple([None if x is None else x.sum(axis=0) for x in (dq, dk, dv, dsymbol, dW)])
 
-    cdef void take(self, lists, ptrdiff_t parts, v):
-        """What a pass goes through."""
-        self.of_pass, self.parts, self.tasks = (lists, v), parts, parts * self.slots
-        self.v, self.columns = <const double *>pointer(v), v.shape[1]
+    cdef Pass pass_over(self, lists, ptrdiff_t parts, v):
+        """What both passes go through; the caller keeps lists and v."""
+        cdef Pass p
+        memset(&p, 0, sizeof(Pass))
+        p.parts, p.tasks = parts, parts * self.slots
+        p.v, p.columns = <const double *>pointer(v), v.shape[1]
         starts = lists.batch_start
-        self.batches, self.batch = len(starts) - 1, np.diff(starts).max()
-        self.most = lists.query_variables.shape[1]
-        self.batch_start = <const ptrdiff_t *>pointer(starts)
-        self.key_start = <const ptrdiff_t *>pointer(lists.key_start)
-        self.pair_start = <const ptrdiff_t *>pointer(lists.pair_start)
-        self.multiset_start = <const ptrdiff_t *>pointer(lists.multiset_start)
-        self.multiset_end = <const ptrdiff_t *>pointer(lists.multiset_end)
-        self.partner = <const ptrdiff_t *>pointer(lists.partner)
-        self.query_degree = <const ptrdiff_t *>pointer(lists.query_degree)
-        self.query_variables = <const ptrdiff_t *>pointer(lists.query_variables)
-        self.key_degree = <const ptrdiff_t *>pointer(lists.key_degree)
-        self.key_variables = <const ptrdiff_t *>pointer(lists.key_variables)
-        self.of_entries = <const ptrdiff_t *>pointer(lists.entries)
-        self.multinomial = <const double *>pointer(lists.multinomial)
+        p.batches, p.batch = len(starts) - 1, np.diff(starts).max()
+        p.most = lists.query_variables.shape[1]
+        p.batch_start = <const ptrdiff_t *>pointer(starts)
+        p.key_start = <const ptrdiff_t *>pointer(lists.key_start)
+        p.pair_start = <const ptrdiff_t *>pointer(lists.pair_start)
+        p.multiset_start = <const ptrdiff_t *>pointer(lists.multiset_start)
+        p.multiset_end = <const ptrdiff_t *>pointer(lists.multiset_end)
+        p.partner = <const ptrdiff_t *>pointer(lists.partner)
+        p.query_degree = <const ptrdiff_t *>pointer(lists.query_degree)
+        p.query_variables = <const ptrdiff_t *>pointer(lists.query_variables)
+        p.key_degree = <const ptrdiff_t *>pointer(lists.key_degree)
+        p.key_variables = <const ptrdiff_t *>pointer(lists.key_variables)
+        p.of_entries = <const ptrdiff_t *>pointer(lists.entries)
+        p.multinomial = <const double *>pointer(lists.multinomial)
+        return p
 
-    cdef Work carve(self, uintptr_t *at) noexcept nogil:
+    cdef Work carve(self, const Pass *p, uintptr_t *at) noexcept nogil:
         """A thread's workspace from `at` on, which is moved past its end."""
         cdef Work work
-        cdef ptrdiff_t sent = self.sent_size() * self.batch, keys = self.columns * self.key_blocks * self.pitch
+        cdef ptrdiff_t sent = self.sent_size(p) * p.batch, keys = p.columns * self.key_blocks * self.pitch
         cdef ptrdiff_t symbol = 2 * self.levels * self.blocks * self.pitch
         work.sent, work.keys, work.symbol = carved(at, sent), carved(at, keys), carved(at, symbol)
         work.line, work.window = carved(at, self.offsets), carved(at, 2 * self.block)
         work.half = carved(at, 2 * self.block + 2)
         work.key_column, work.columns = carved(at, self.keys), carved(at, self.groups * self.rows)
-        if self.grad != NULL:
+        if p.grad != NULL:
             work.given, work.back, work.correlations = carved(at, sent), carved(at, keys), carved(at, symbol)
             work.key_adjoint, work.adjoint = carved(at, self.keys), carved(at, self.rows)
             work.both = carved(at, 2 * self.rows)
         return work
 
-    cdef ptrdiff_t sent_size(self) noexcept nogil:
+    cdef ptrdiff_t sent_size(self, const Pass *p) noexcept nogil:
         """Doubles of the spectra that belong to one monomial of queries."""
-        return self.columns * self.levels * self.query_blocks * self.pitch
+        return p.columns * self.levels * self.query_blocks * self.pitch
 
-    cdef void run(self):
+    cdef void run(self, Pass *p):
         """All tasks, each lane's one after another."""
         cdef ptrdiff_t lane
         cdef uintptr_t each = 0, start
-        self.carve(&each)
+        self.carve(p, &each)
         workspace = np.empty(self.threads * each + LINE, np.uint8)
         # Cache lines: more than the alignment that FFTW's plans were made for.
         start = <uintptr_t>line(workspace)
-        self.stopped, self.error = False, None
-        for lane in prange(self.lanes, nogil=True, num_threads=self.threads, schedule="dynamic"):
-            self.tasks_of(lane, start + threadid() * each)
-        if self.error is not None:
-            raise self.error
+        errors = []
+        p.errors = <void *>errors
+        for lane in prange(p.lanes, nogil=True, num_threads=self.threads, schedule="dynamic"):
+            self.tasks_of(p, lane, start + threadid() * each)
+        if errors:
+            raise errors[0]
 
-    cdef void tasks_of(self, ptrdiff_t lane, uintptr_t start) noexcept nogil:
-        cdef Work work = self.carve(&start)
+    cdef void tasks_of(self, Pass *p, ptrdiff_t lane, uintptr_t start) noexcept nogil:
+        cdef Work work = self.carve(p, &start)
         cdef ptrdiff_t step, task, slot, part, batch
-        for step in range(pieces(self.tasks - lane, self.lanes)):
-            task = lane + step * self.lanes
-            slot, part = task // self.parts, task % self.parts
-            for batch in range(self.batches * part // self.parts, self.batches * (part + 1) // self.parts):
-                if self.interrupted():
+        for step in range(pieces(p.tasks - lane, p.lanes)):
+            task = lane + step * p.lanes
+            slot, part = task // p.parts, task % p.parts
+            for batch in range(p.batches * part // p.parts, p.batches * (part + 1) // p.parts):
+                if self.interrupted(p):
                     return
-                if self.grad == NULL:
-                    self.forward_batch(slot, part, batch, &work)
+                if p.grad == NULL:
+                    self.forward_batch(p, slot, part, batch, &work)
                 else:
-                    self.backward_batch(lane, slot, part, batch, &work)
+                    self.backward_batch(p, lane, slot, part, batch, &work)
 
-    cdef bint interrupted(self) noexcept nogil:
+    cdef bint interrupted(self, Pass *p) noexcept nogil:
         """Whether there was a Ctrl-C, which the calling thread looks at."""
         if threadid() == 0:
             with gil:
                 try:
                     PyErr_CheckSignals()
                 except BaseException as error:
-                    self.error, self.stopped = error, True
-        return self.stopped
+                    p.stopped = True
+                    (<list>p.errors).append(error)
+        return p.stopped
 
-    cdef void forward_batch(self, ptrdiff_t slot, ptrdiff_t part, ptrdiff_t batch, Work *work) noexcept nogil:
-        cdef ptrdiff_t first = self.batch_start[batch], last = self.batch_start[batch + 1]
+    cdef void forward_batch(self, Pass *p, ptrdiff_t slot, ptrdiff_t part, ptrdiff_t batch,
+                            Work *work) noexcept nogil:
+        cdef ptrdiff_t first = p.batch_start[batch], last = p.batch_start[batch + 1]
         cdef ptrdiff_t key, pair, c, g, a, level, I, place = part * self.slots + slot
         cdef double *found
         cdef double *sums
-        memset(work.sent, 0, (last - first) * self.sent_size() * sizeof(double))
-        for key in range(self.key_start[batch], self.key_start[batch + 1]):
-            if self.interrupted():
+        memset(work.sent, 0, (last - first) * self.sent_size(p) * sizeof(double))
+        for key in range(p.key_start[batch], p.key_start[batch + 1]):
+            if self.interrupted(p):
                 return
-            if self.weights[self.key_degree[key]] == 0:
+            if p.weights[p.key_degree[key]] == 0:
                 continue
-            self.transform_keys(slot, key, work)
-            for pair in range(self.pair_start[key], self.pair_start[key + 1]):
-                self.make_symbol(slot, pair, self.weights[self.key_degree[key]], work)
-                self.multiply(pair, first, True, work)
+            self.transform_keys(p, slot, key, work)
+            for pair in range(p.pair_start[key], p.pair_start[key + 1]):
+                self.make_symbol(p, slot, pair, p.weights[p.key_degree[key]], work)
+                self.multiply(p, pair, first, True, work)
         for a in range(first, last):
-            self.query_columns(slot, a, work)
-            for c in range(0, self.columns, 2):
+            self.query_columns(p, slot, a, work)
+            for c in range(0, p.columns, 2):
                 for level in range(self.levels):
                     for I in range(self.query_blocks):
-                        found = self.invert(self.sent_of(work.sent, a - first, c, level, I))
+                        found = self.invert(self.sent_of(p, work.sent, a - first, c, level, I))
                         for g in range(self.groups):
-                            sums = self.sums + ((place * self.groups + g) * self.columns + c) * self.rows
+                            sums = p.sums + ((place * self.groups + g) * p.columns + c) * self.rows
                             sums += I * self.block
                             kernels.scatter(self.block, 1.0, self.gain_of(slot, g, level, I),
                                             work.columns + g * self.rows + I * self.block, found, self.turn, sums,
                                             sums + self.rows)
 
-    cdef void backward_batch(self, ptrdiff_t lane, ptrdiff_t slot, ptrdiff_t part, ptrdiff_t batch,
+    cdef void backward_batch(self, Pass *p, ptrdiff_t lane, ptrdiff_t slot, ptrdiff_t part, ptrdiff_t batch,
                              Work *work) noexcept nogil:
-        cdef ptrdiff_t first = self.batch_start[batch], last = self.batch_start[batch + 1]
+        cdef ptrdiff_t first = p.batch_start[batch], last = p.batch_start[batch + 1]
         cdef ptrdiff_t place = part * self.slots + slot, head = slot * self.heads // self.slots
         cdef const double *k = self.k + head * self.d * self.keys
         cdef ptrdiff_t key, pair, c, g, a, level, I, J
@@ -292,61 +306,62 @@ cdef class Product:
         cdef double *found
         cdef double *dv
         cdef const double *x
-        memset(work.sent, 0, (last - first) * self.sent_size() * sizeof(double))
+        memset(work.sent, 0, (last - first) * self.sent_size(p) * sizeof(double))
         for a in range(first, last):
-            self.transform_grads(slot, a, first, work)
-        for key in range(self.key_start[batch], self.key_start[batch + 1]):
-            if self.interrupted():
+            self.transform_grads(p, slot, a, first, work)
+        for key in range(p.key_start[batch], p.key_start[batch + 1]):
+            if self.interrupted(p):
                 return
-            weight, grad_weight = self.weights[self.key_degree[key]], self.grad_weights[self.key_degree[key]]
+            weight, grad_weight = p.weights[p.key_degree[key]], p.grad_weights[p.key_degree[key]]
             if weight == 0 and grad_weight == 0:
                 continue
-            self.transform_keys(slot, key, work)
-            memset(work.back, 0, self.columns * self.key_blocks * self.pitch * sizeof(double))
+            self.transform_keys(p, slot, key, work)
+            memset(work.back, 0, p.columns * self.key_blocks * self.pitch * sizeof(double))
             back = False
-            for pair in range(self.pair_start[key], self.pair_start[key + 1]):
-                used = self.multiset_end[pair] > self.multiset_start[pair]
+            for pair in range(p.pair_start[key], p.pair_start[key + 1]):
+                used = p.multiset_end[pair] > p.multiset_start[pair]
                 if used:
                     back = True
-                    self.make_symbol(slot, pair, 1.0, work)
-                self.multiply(pair, first, used, work)
-                self.correlate(lane, slot, part, pair, weight, grad_weight, work)
+                    self.make_symbol(p, slot, pair, 1.0, work)
+                self.multiply(p, pair, first, used, work)
+                self.correlate(p, lane, slot, part, pair, weight, grad_weight, work)
             if not back:
                 continue
             memset(work.key_adjoint, 0, self.keys * sizeof(double))
-            for c in range(0, self.columns, 2):
+            for c in range(0, p.columns, 2):
                 for J in range(self.key_blocks):
                     found = self.invert(work.back + (c * self.key_blocks + 2 * J) * self.pitch)
                     if weight:
-                        dv = self.dv + (place * self.columns + c) * self.keys + J * self.block
+                        dv = p.dv + (place * p.columns + c) * self.keys + J * self.block
                         kernels.scatter(self.block, weight, NULL, work.key_column + J * self.block, found, self.turn,
                                         dv, dv + self.keys)
-                    x = self.v + (head * self.columns + c) * self.keys + J * self.block
+                    x = p.v + (head * p.columns + c) * self.keys + J * self.block
                     kernels.gather(self.block, grad_weight, NULL, x, x + self.keys, found, self.turn,
                                    work.key_adjoint + J * self.block)
-            self.derive(self.keys, self.key_degree[key], self.key_variables + key * self.most, k, work.key_adjoint,
-                        self.dk + place * self.d * self.keys)
+            self.derive(self.keys, p.key_degree[key], p.key_variables + key * p.most, k, work.key_adjoint,
+                        p.dk + place * self.d * self.keys)
         for a in range(first, last):
-            grad_weight = self.grad_weights[self.query_degree[a]]
+            grad_weight = p.grad_weights[p.query_degree[a]]
             # Once for all groups: `found` is needed by each.
-            for c in range(0, self.columns, 2):
+            for c in range(0, p.columns, 2):
                 for level in range(self.levels):
                     for I in range(self.query_blocks):
-                        self.invert(self.sent_of(work.sent, a - first, c, level, I))
+                        self.invert(self.sent_of(p, work.sent, a - first, c, level, I))
             for g in range(self.groups):
                 memset(work.adjoint, 0, self.rows * sizeof(double))
-                for c in range(0, self.columns, 2):
+                for c in range(0, p.columns, 2):
                     for level in range(self.levels):
                         for I in range(self.query_blocks):
-                            found = self.sent_of(work.sent, a - first, c, level, I)
-                            x = self.grad_of(slot, g, c) + I * self.block
+                            found = self.sent_of(p, work.sent, a - first, c, level, I)
+                            x = self.grad_of(p, slot, g, c) + I * self.block
                             kernels.gather(self.block, grad_weight, self.gain_of(slot, g, level, I), x, x + self.rows,
                                            found, self.turn, work.adjoint + I * self.block)
-                self.derive(self.rows, self.query_degree[a], self.query_variables + a * self.most,
+                self.derive(self.rows, p.query_degree[a], p.query_variables + a * p.most,
                             self.q + (slot * self.groups + g) * self.d * self.rows, work.adjoint,
-                            self.dq + (place * self.groups + g) * self.d * self.rows)
+                            p.dq + (place * self.groups + g) * self.d * self.rows)
 
-    cdef void make_symbol(self, ptrdiff_t slot, ptrdiff_t pair, double factor, Work *work) noexcept nogil:
+    cdef void make_symbol(self, const Pass *p, ptrdiff_t slot, ptrdiff_t pair, double factor,
+                          Work *work) noexcept nogil:
         """The spectra of T_ab, divided by 2b, by level and block."""
         cdef const double *levels = self.levels_of(slot)
         cdef const double *of[RC_COLUMNS]
@@ -356,9 +371,9 @@ cdef class Product:
             for strip in range(pieces(self.end - self.begin, STRIP)):
                 at = self.begin + strip * STRIP
                 size = min(<ptrdiff_t>STRIP, self.end - at)
-                for multiset in range(self.multiset_start[pair], self.multiset_end[pair]):
-                    degree = self.factors(multiset, at, of)
-                    kernels.derive(size, factor * self.multinomial[multiset], levels + level * self.offsets + at,
+                for multiset in range(p.multiset_start[pair], p.multiset_end[pair]):
+                    degree = self.factors(p, multiset, at, of)
+                    kernels.derive(size, factor * p.multinomial[multiset], levels + level * self.offsets + at,
                                    degree, of, work.line + at)
             for block in range(self.blocks):
                 if not self.nonzero[level * self.blocks + block]:
@@ -366,34 +381,34 @@ cdef class Product:
                 circulant(self.real, work.line + block * self.block, work.window, work.half,
                           work.symbol + 2 * (level * self.blocks + block) * self.pitch)
 
-    cdef void multiply(self, ptrdiff_t pair, ptrdiff_t first, bint used, Work *work) noexcept nogil:
+    cdef void multiply(self, const Pass *p, ptrdiff_t pair, ptrdiff_t first, bint used, Work *work) noexcept nogil:
         """What a pair's spectra make, all columns added up: T_ab times keys, where it is not 0; backward, its transpose
         times gradients, and the correlations of these and keys.
         """
-        cdef ptrdiff_t c, a = self.partner[pair] - first
+        cdef ptrdiff_t c, a = p.partner[pair] - first
         cdef double *given
         cdef double *keys
-        if self.grad != NULL:
+        if p.grad != NULL:
             memset(work.correlations, 0, 2 * self.levels * self.blocks * self.pitch * sizeof(double))
-        for c in range(0, self.columns, 2):
+        for c in range(0, p.columns, 2):
             keys = work.keys + c * self.key_blocks * self.pitch
             if used:
-                self.mix(self.products, RC_ADD_PRODUCT, work.symbol, keys, self.sent_of(work.sent, a, c, 0, 0))
-            if self.grad != NULL:
-                given = self.sent_of(work.given, a, c, 0, 0)
+                self.mix(self.products, RC_ADD_PRODUCT, work.symbol, keys, self.sent_of(p, work.sent, a, c, 0, 0))
+            if p.grad != NULL:
+                given = self.sent_of(p, work.given, a, c, 0, 0)
                 if used:
                     self.mix(self.adjoints, RC_ADD_ADJOINT, work.symbol, given,
                              work.back + c * self.key_blocks * self.pitch)
                 self.mix(self.correlated, RC_CORRELATE, given, keys, work.correlations)
 
-    cdef void correlate(self, ptrdiff_t lane, ptrdiff_t slot, ptrdiff_t part, ptrdiff_t pair, double weight,
-                        double grad_weight, Work *work) noexcept nogil:
+    cdef void correlate(self, const Pass *p, ptrdiff_t lane, ptrdiff_t slot, ptrdiff_t part, ptrdiff_t pair,
+                        double weight, double grad_weight, Work *work) noexcept nogil:
         """What pairs with one offset add to the derivative of T_ab, and this to dW and dsymbol."""
         cdef const double *of[RC_COLUMNS]
         cdef const double *levels = self.levels_of(slot)
         cdef double *to[RC_COLUMNS]
         cdef ptrdiff_t level, block, multiset, strip, at, size, degree, last, place
-        cdef ptrdiff_t known = self.multiset_end[pair]
+        cdef ptrdiff_t known = p.multiset_end[pair]
         cdef const ptrdiff_t *entries
         cdef double factor
         memset(work.line + self.begin, 0, (self.end - self.begin) * sizeof(double))
@@ -410,26 +425,26 @@ cdef class Product:
         for strip in range(pieces(self.end - self.begin, STRIP)):
             at = self.begin + strip * STRIP
             size = min(<ptrdiff_t>STRIP, self.end - at)
-            for multiset in range(self.multiset_start[pair], self.multiset_start[pair + 1]):
-                entries = self.of_entries + multiset * self.most
-                degree = self.factors(multiset, at, of)
-                if self.dsymbol != NULL and weight and multiset < known:
-                    kernels.derive(size, weight * self.multinomial[multiset], work.line + at, degree, of,
-                                   self.dsymbol + (part * self.slots + slot) * self.offsets + at)
+            for multiset in range(p.multiset_start[pair], p.multiset_start[pair + 1]):
+                entries = p.of_entries + multiset * p.most
+                degree = self.factors(p, multiset, at, of)
+                if p.dsymbol != NULL and weight and multiset < known:
+                    kernels.derive(size, weight * p.multinomial[multiset], work.line + at, degree, of,
+                                   p.dsymbol + (part * self.slots + slot) * self.offsets + at)
                 for place in range(degree):
-                    to[place] = self.dW + (lane * self.entries + entries[place]) * self.offsets + at
-                factor = grad_weight * self.multinomial[multiset]
+                    to[place] = p.dW + (lane * self.entries + entries[place]) * self.offsets + at
+                factor = grad_weight * p.multinomial[multiset]
                 if multiset < known:
                     kernels.differentiate(size, factor, work.line + at, degree, of, to)
                 else:
                     # The last entry is 0 everywhere: no other of its multiset has a derivative.
                     kernels.derive(size, factor, work.line + at, degree - 1, of, to[degree - 1])
 
-    cdef ptrdiff_t factors(self, ptrdiff_t multiset, ptrdiff_t at, const double **of) noexcept nogil:
+    cdef ptrdiff_t factors(self, const Pass *p, ptrdiff_t multiset, ptrdiff_t at, const double **of) noexcept nogil:
         """W from the offset `at` on for all entries of a multiset, and how many these are: lists are padded with -1."""
-        cdef const ptrdiff_t *entries = self.of_entries + multiset * self.most
+        cdef const ptrdiff_t *entries = p.of_entries + multiset * p.most
         cdef ptrdiff_t degree = 0
-        while degree < self.most and entries[degree] >= 0:
+        while degree < p.most and entries[degree] >= 0:
             of[degree] = self.W + entries[degree] * self.offsets + at
             degree += 1
         return degree
@@ -452,42 +467,43 @@ cdef class Product:
             of[at] = x + variables[at] * size
         kernels.monomial(size, 1.0, degree, of, column)
 
-    cdef void query_columns(self, ptrdiff_t slot, ptrdiff_t a, Work *work) noexcept nogil:
+    cdef void query_columns(self, const Pass *p, ptrdiff_t slot, ptrdiff_t a, Work *work) noexcept nogil:
         cdef ptrdiff_t g
         for g in range(self.groups):
-            self.monomial(self.rows, self.query_degree[a], self.query_variables + a * self.most,
+            self.monomial(self.rows, p.query_degree[a], p.query_variables + a * p.most,
                           self.q + (slot * self.groups + g) * self.d * self.rows, work.columns + g * self.rows)
 
-    cdef void transform_keys(self, ptrdiff_t slot, ptrdiff_t key, Work *work) noexcept nogil:
+    cdef void transform_keys(self, const Pass *p, ptrdiff_t slot, ptrdiff_t key, Work *work) noexcept nogil:
         """The spectra of a column of keys times values, two columns of these at a time, block by block."""
         cdef ptrdiff_t head = slot * self.heads // self.slots, c, J
         cdef const double *values
-        self.monomial(self.keys, self.key_degree[key], self.key_variables + key * self.most,
+        self.monomial(self.keys, p.key_degree[key], p.key_variables + key * p.most,
                       self.k + head * self.d * self.keys, work.key_column)
-        for c in range(0, self.columns, 2):
+        for c in range(0, p.columns, 2):
             for J in range(self.key_blocks):
-                values = self.v + (head * self.columns + c) * self.keys + J * self.block
+                values = p.v + (head * p.columns + c) * self.keys + J * self.block
                 self.transform(values, values + self.keys, work.key_column + J * self.block,
                                work.keys + (c * self.key_blocks + 2 * J) * self.pitch)
 
-    cdef void transform_grads(self, ptrdiff_t slot, ptrdiff_t a, ptrdiff_t first, Work *work) noexcept nogil:
+    cdef void transform_grads(self, const Pass *p, ptrdiff_t slot, ptrdiff_t a, ptrdiff_t first,
+                              Work *work) noexcept nogil:
         """The spectra of a column of queries times the gradient and the gain, groups added, likewise by levels."""
         cdef const double *of[2]
         cdef ptrdiff_t c, which, level, g, I, count
-        self.query_columns(slot, a, work)
-        for c in range(0, self.columns, 2):
+        self.query_columns(p, slot, a, work)
+        for c in range(0, p.columns, 2):
             for level in range(self.levels):
                 memset(work.both, 0, 2 * self.rows * sizeof(double))
                 for g in range(self.groups):
                     of[1] = self.gain_of(slot, g, level, 0)
                     count = 1 if self.gain == NULL else 2
                     for which in range(2):
-                        of[0] = self.grad_of(slot, g, c + which)
+                        of[0] = self.grad_of(p, slot, g, c + which)
                         kernels.derive(self.rows, 1.0, work.columns + g * self.rows, count, of,
                                        work.both + which * self.rows)
                 for I in range(self.query_blocks):
                     self.transform(work.both + I * self.block, work.both + self.rows + I * self.block, self.ones,
-                                   self.sent_of(work.given, a - first, c, level, I))
+                                   self.sent_of(p, work.given, a - first, c, level, I))
 
     cdef void transform(self, const double *x1, const double *x2, const double *y,
                         double *to) noexcept nogil:
@@ -507,9 +523,9 @@ cdef class Product:
         kernels.mix(2 * self.block, self.pitch, terms.outputs, terms.start, terms.shared, terms.rows, how, 1.0, x,
                     shared, z, NULL)
 
-    cdef double *sent_of(self, double *spectra, ptrdiff_t at, ptrdiff_t c, ptrdiff_t level,
+    cdef double *sent_of(self, const Pass *p, double *spectra, ptrdiff_t at, ptrdiff_t c, ptrdiff_t level,
                          ptrdiff_t I) noexcept nogil:
-        spectra += at * self.sent_size()
+        spectra += at * self.sent_size(p)
         return spectra + ((c * self.levels + 2 * level) * self.query_blocks + 2 * I) * self.pitch
 
     cdef const double *levels_of(self, ptrdiff_t slot) noexcept nogil:
@@ -520,5 +536,5 @@ cdef class Product:
             return NULL
         return self.gain + ((slot * self.groups + g) * self.levels + level) * self.rows + I * self.block
 
-    cdef const double *grad_of(self, ptrdiff_t slot, ptrdiff_t g, ptrdiff_t c) noexcept nogil:
-        return self.grad + ((slot * self.groups + g) * self.columns + c) * self.rows
+    cdef const double *grad_of(self, const Pass *p, ptrdiff_t slot, ptrdiff_t g, ptrdiff_t c) noexcept nogil:
+        return p.grad + ((slot * self.groups + g) * p.columns + c) * self.rows

@@ -117,7 +117,10 @@ def blocking(dtype):
 
 
 cdef class Scan:
-    """One polynomial attention problem: forward, then backward as often as wanted.
+    """One polynomial attention problem: forward, then backward as often as wanted, from any thread.
+
+    Nothing is changed after `__init__`: each pass works on a copy of the problem and on arrays of its own, and what one
+    pass needs of another is handed to it.
 
     Parameters
     ----------
@@ -144,7 +147,7 @@ cdef class Scan:
     cdef bint causal
     cdef ptrdiff_t chunks
     cdef size_t size
-    cdef object arrays, decay, workspace, states, grad_states
+    cdef object arrays, decay
 
     def __init__(self, q, k, v, key_mask, bint causal, ptrdiff_t q_offset, monomials, centre, value_centre,
                  double q_factor, double k_factor, ptrdiff_t segments, int threads, decay=None):
@@ -171,8 +174,6 @@ cdef class Scan:
         p.packed_size = self.f.packed_size(p)
         p.grad_packed_size = self.f.grad_packed_size(p) if p.grad_degree else 0
         self.size = (self.f.workspace(p) + 2 * LINE - 1) // LINE * LINE
-        self.workspace = None
-        self.states = self.grad_states = None
         # What a segment's length does to a state; the last one ends where keys and rows do.
         self.decay = None
         if decay is not None:
@@ -184,139 +185,150 @@ cdef class Scan:
         cdef double operations = 6.0 * rows * self.p.pitch * (self.p.d_v + 1)
         return self.threads * max(<ptrdiff_t>1, <ptrdiff_t>(ROUND * RATE / operations))
 
-    cdef void run(self, segment_function piece, ptrdiff_t start, ptrdiff_t stop, ptrdiff_t rows):
+    cdef object workspaces(self):
+        return np.empty(self.threads * self.size + LINE, np.uint8)
+
+    cdef void run(self, const rc_monomials_problem *p, segment_function piece, ptrdiff_t start, ptrdiff_t stop,
+                  ptrdiff_t rows):
         """piece(head, i), of so many rows, for every head and start <= i < stop; Ctrl-C is looked at between rounds."""
         cdef ptrdiff_t count = stop - start
-        cdef ptrdiff_t task, first, last, tasks = self.p.heads * count, each = self.in_round(rows)
-        cdef char *work = line(self.workspace)
+        cdef ptrdiff_t task, first, last, tasks = p.heads * count, each = self.in_round(rows)
+        workspaces = self.workspaces()
+        cdef char *work = line(workspaces)
         for first in range(0, tasks, each):
             last = min(tasks, first + each)
             for task in prange(first, last, nogil=True, num_threads=self.threads, schedule="dynamic"):
-                piece(&self.p, task // count, start + task % count, work + threadid() * self.size)
+                piece(p, task // count, start + task % count, work + threadid() * self.size)
             PyErr_CheckSignals()
 
-    cdef void run_segments(self, segment_function piece, ptrdiff_t start, ptrdiff_t stop):
-        self.run(piece, start, stop, self.p.chunk * self.p.chunks_per_segment * self.p.groups)
+    cdef void run_segments(self, const rc_monomials_problem *p, segment_function piece, ptrdiff_t start,
+                           ptrdiff_t stop):
+        self.run(p, piece, start, stop, p.chunk * p.chunks_per_segment * p.groups)
 
-    cdef void run_rows(self, chunk_function piece):
+    cdef void run_rows(self, const rc_monomials_problem *p, chunk_function piece):
         """piece(head, group, chunk) for every chunk of query rows."""
-        cdef ptrdiff_t chunks = pieces(self.p.n, self.p.chunk)
-        cdef ptrdiff_t task, first, last, tasks = self.p.heads * self.p.groups * chunks
-        cdef ptrdiff_t each = self.in_round(self.p.chunk)
-        cdef char *work = line(self.workspace)
+        cdef ptrdiff_t chunks = pieces(p.n, p.chunk)
+        cdef ptrdiff_t task, first, last, tasks = p.heads * p.groups * chunks
+        cdef ptrdiff_t each = self.in_round(p.chunk)
+        workspaces = self.workspaces()
+        cdef char *work = line(workspaces)
         for first in range(0, tasks, each):
             last = min(tasks, first + each)
             for task in prange(first, last, nogil=True, num_threads=self.threads, schedule="dynamic"):
-                piece(&self.p, task // chunks // self.p.groups, task // chunks % self.p.groups, task % chunks,
+                piece(p, task // chunks // p.groups, task // chunks % p.groups, task % chunks,
                       work + threadid() * self.size)
             PyErr_CheckSignals()
 
-    cdef void pack(self, totals, packed, grad_packed):
+    cdef void pack(self, rc_monomials_problem *p, totals, packed, grad_packed):
         """Every head's state (H, columns, pitch) with its weights, as forward, grad_queries and grad_keys read it."""
         cdef ptrdiff_t head
-        for head in range(self.p.heads):
-            self.f.pack(&self.p, <const double *>pointer(totals[head]),
-                        NULL if packed is None else pointer(packed[head]),
-                        NULL if grad_packed is None else pointer(grad_packed[head]), line(self.workspace))
-        self.p.packed, self.p.grad_packed = pointer(packed), pointer(grad_packed)
+        workspace = np.empty(self.size + LINE, np.uint8)
+        for head in range(p.heads):
+            self.f.pack(p, <const double *>pointer(totals[head]), NULL if packed is None else pointer(packed[head]),
+                        NULL if grad_packed is None else pointer(grad_packed[head]), line(workspace))
+        p.packed, p.grad_packed = pointer(packed), pointer(grad_packed)
 
     cdef object empty_states(self):
         return np.empty((self.p.heads, self.p.segments, self.p.d_v + 1, self.p.pitch))
 
-    cdef void sum_keys(self, ptrdiff_t segments):
-        self.workspace = np.empty(self.threads * self.size + LINE, np.uint8)
-        self.states = self.empty_states()
-        self.p.states = <double *>pointer(self.states)
-        self.run_segments(self.f.sum_keys, 0, segments)
+    cdef object segment_states(self, ptrdiff_t segments):
+        """sum_j phi(k_j) [v_j - value_centre, 1] of each of the first segments: (H, segments, d_v + 1, pitch)."""
+        cdef rc_monomials_problem p = self.p
+        states = self.empty_states()
+        p.states = <double *>pointer(states)
+        self.run_segments(&p, self.f.sum_keys, 0, segments)
+        return states
 
-    cdef void sum_queries(self, ptrdiff_t first, o, inverse, grad):
-        self.workspace = np.empty(self.threads * self.size + LINE, np.uint8)
-        self.p.o, self.p.inverse, self.p.grad = pointer(o), pointer(inverse), pointer(grad)
-        self.grad_states = self.empty_states()
-        self.p.grad_states = <double *>pointer(self.grad_states)
-        self.run_segments(self.f.sum_queries, first, self.p.segments)
+    cdef object segment_grad_states(self, ptrdiff_t first, o, inverse, grad):
+        """The same of queries and the gradients of their numerators and denominators, from the segment `first` on."""
+        cdef rc_monomials_problem p = self.p
+        p.o, p.inverse, p.grad = pointer(o), pointer(inverse), pointer(grad)
+        states = self.empty_states()
+        p.grad_states = <double *>pointer(states)
+        self.run_segments(&p, self.f.sum_queries, first, p.segments)
+        return states
 
     def key_states(self):
-        """sum_j phi(k_j) [v_j - value_centre, 1] of every head, (H, d_v + 1, pitch) float64; decayed, seen from where
-        keys end.
+        """The sums of keys over each segment, which `forward` takes, and over all of them, (H, d_v + 1, pitch) float64;
+        decayed, seen from where keys end.
         """
-        self.sum_keys(self.p.segments)
-        self.workspace = None
-        return decayed_sum(self.states, self.decay)
+        states = self.segment_states(self.p.segments)
+        return states, decayed_sum(states, self.decay)
 
     def query_states(self, o, inverse, grad):
-        """The same sum of queries and the gradients of their numerators and denominators; decayed, seen from the first
-        key.
+        """The sums of queries over each segment, which `backward` takes, and over all of them; decayed, seen from the
+        first key.
         """
-        self.sum_queries(0, o, inverse, grad)
-        self.workspace = None
-        return decayed_sum(self.grad_states[:, ::-1], None if self.decay is None else self.decay[:, ::-1])
+        states = self.segment_grad_states(0, o, inverse, grad)
+        return states, decayed_sum(states[:, ::-1], None if self.decay is None else self.decay[:, ::-1])
 
-    def forward(self, bint want_lse, int order=0, reach=None, start=None, ratio=None):
-        """o (H, G, n, d_v), inverse denominators (H, G, n), lse float64 or None, moment and spread (H, G, n) or None.
+    def forward(self, bint want_lse, int order=0, reach=None, ratio=None, states=None, start=None):
+        """o (H, G, n, d_v), inverse denominators (H, G, n), lse float64 or None, moment and spread (H, G, n) or None,
+        and the states that `backward` takes.
 
-        The last two, of what certifies rows (c/monomials.h), where `reach` (H, 1 or chunks, 3, d_v) is given. `ratio`
-        (2, H, G, n) gives every row a polynomial of its own. `start`
-        (H, d_v + 1, pitch) is the state of keys that lie elsewhere, after `key_states` has summed those here: of what
+        Moment and spread, of what certifies rows (c/monomials.h), where `reach` (H, 1 or chunks, 3, d_v) is given.
+        `ratio` (2, H, G, n) gives every row a polynomial of its own. Where there are keys elsewhere, `states` is what
+        `key_states` found of each segment here, and is overwritten; and `start` (H, d_v + 1, pitch) the state of what
         comes before where causal, else of all keys there are.
         """
+        cdef rc_monomials_problem p = self.p
         q = self.arrays[0]
         shape = q.shape[:3]
-        o, inverse = np.zeros(shape + (self.p.d_v,), q.dtype), np.zeros(shape, q.dtype)
+        o, inverse = np.zeros(shape + (p.d_v,), q.dtype), np.zeros(shape, q.dtype)
         lse = np.full(shape, -np.inf) if want_lse else None
         if start is None:
             # Causal: what the last segment adds, no segment sees.
-            self.sum_keys(self.p.segments - 1 if self.causal else self.p.segments)
-        self.workspace = np.empty(self.threads * self.size + LINE, np.uint8)
-        self.p.o, self.p.inverse, self.p.lse = pointer(o), pointer(inverse), <double *>pointer(lse)
+            states = self.segment_states(p.segments - 1 if self.causal else p.segments)
+        p.o, p.inverse, p.lse = pointer(o), pointer(inverse), <double *>pointer(lse)
         moment = spread = None
         if reach is not None:
             moment, spread = np.zeros(shape, q.dtype), np.zeros(shape, q.dtype)
-            self.p.order, self.p.reaches = order, reach.shape[1]
-        self.p.moment, self.p.spread, self.p.reach = pointer(moment), pointer(spread), pointer(reach)
-        self.p.ratio = pointer(ratio)
+            p.order, p.reaches = order, reach.shape[1]
+        p.moment, p.spread, p.reach = pointer(moment), pointer(spread), pointer(reach)
+        p.ratio = pointer(ratio)
         if self.causal:
-            self.p.earlier = start is not None
-            exclusive_sum(self.states, start, self.decay)
-            self.run_segments(self.f.scan_forward, 0, self.p.segments)
+            p.earlier = start is not None
+            exclusive_sum(states, start, self.decay)
+            p.states = <double *>pointer(states)
+            self.run_segments(&p, self.f.scan_forward, 0, p.segments)
         else:
-            self.states = self.states.sum(axis=1) if start is None else start
-            packed = np.empty((self.p.heads, self.p.packed_size), q.dtype)
-            self.pack(self.states, packed, None)
-            self.run_rows(self.f.forward)
-        self.workspace = None
-        return o, inverse, lse, moment, spread
+            states = states.sum(axis=1) if start is None else start
+            packed = np.empty((p.heads, p.packed_size), q.dtype)
+            self.pack(&p, states, packed, None)
+            self.run_rows(&p, self.f.forward)
+        return o, inverse, lse, moment, spread, states
 
-    def backward(self, o, inverse, grad, start=None, key_sums=None):
-        """dq, dk, dv for do = grad, o and inverse being forward's.
+    def backward(self, states, o, inverse, grad, key_sums=None, grad_states=None, start=None):
+        """dq, dk, dv for do = grad; states, o and inverse being forward's.
 
         `key_sums` (H, n_k), zeros, is given sum_i dS_ij where causal, dS the gradient of the scores.
 
-        `start` (H, d_v + 1, pitch) is the gradient state of queries that lie elsewhere, after `query_states` has summed
-        those here: of what comes after where causal, else of all queries there are.
+        Where there are queries elsewhere, `grad_states` is what `query_states` found of each segment here, and is
+        overwritten; and `start` (H, d_v + 1, pitch) the gradient state of what comes after where causal, else of all
+        queries there are.
         """
+        cdef rc_monomials_problem p = self.p
         q, k, v = self.arrays[:3]
         dq, dk, dv = (np.zeros(X.shape, X.dtype) for X in (q, k, v))
         if start is None:
             # Causal: what the first segment adds, no segment sees.
-            self.sum_queries(1 if self.causal else 0, o, inverse, grad)
-        self.workspace = np.empty(self.threads * self.size + LINE, np.uint8)
-        self.p.o, self.p.inverse, self.p.grad = pointer(o), pointer(inverse), pointer(grad)
-        self.p.dq, self.p.dk, self.p.dv = pointer(dq), pointer(dk), pointer(dv)
-        self.p.key_sums = <double *>pointer(key_sums)
-        self.p.states = <double *>pointer(self.states)
+            grad_states = self.segment_grad_states(1 if self.causal else 0, o, inverse, grad)
+        p.o, p.inverse, p.grad = pointer(o), pointer(inverse), pointer(grad)
+        p.dq, p.dk, p.dv = pointer(dq), pointer(dk), pointer(dv)
+        p.key_sums = <double *>pointer(key_sums)
         if self.causal:
-            exclusive_sum(self.grad_states[:, ::-1], start, None if self.decay is None else self.decay[:, ::-1])
-            self.run_segments(self.f.scan_grad_queries, 0, self.p.segments)
-            self.run_segments(self.f.scan_grad_keys, 0, self.p.segments)
+            p.earlier = start is not None
+            exclusive_sum(grad_states[:, ::-1], start, None if self.decay is None else self.decay[:, ::-1])
+            p.states, p.grad_states = <double *>pointer(states), <double *>pointer(grad_states)
+            self.run_segments(&p, self.f.scan_grad_queries, 0, p.segments)
+            self.run_segments(&p, self.f.scan_grad_keys, 0, p.segments)
         else:
-            packed = np.empty((self.p.heads, self.p.packed_size), q.dtype)
-            grad_packed = np.empty((self.p.heads, self.p.grad_packed_size), q.dtype)
-            self.pack(self.states, None, grad_packed)
-            self.run_rows(self.f.grad_queries)
-            self.pack(self.grad_states.sum(axis=1) if start is None else start, packed, grad_packed)
-            self.run(self.f.grad_keys, 0, pieces(self.p.n_k, self.p.chunk), self.p.chunk)
-        self.workspace = self.grad_states = None
+            packed = np.empty((p.heads, p.packed_size), q.dtype)
+            grad_packed = np.empty((p.heads, p.grad_packed_size), q.dtype)
+            self.pack(&p, states, None, grad_packed)
+            self.run_rows(&p, self.f.grad_queries)
+            self.pack(&p, grad_states.sum(axis=1) if start is None else start, packed, grad_packed)
+            self.run(&p, self.f.grad_keys, 0, pieces(p.n_k, p.chunk), p.chunk)
         return dq, dk, dv
 
 

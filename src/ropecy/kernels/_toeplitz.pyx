@@ -39,8 +39,21 @@ cdef Terms pointers(arrays):
     return terms
 
 
+cdef struct Pass:
+    # What a pass reads, and what it adds up, with an axis of parts in front.
+    const double *weights
+    const double *grad_weights
+    const double *grad  # NULL forward
+    double *sums
+    double *dq
+    double *dk
+    double *dv
+    double *correlations
+    ptrdiff_t size  # of a thread's workspace, in doubles
+
+
 cdef class Product:
-    """The product and its adjoint for one problem.
+    """The product and its adjoint for one problem; nothing is changed after `__init__`, so any thread may call either.
 
     Parameters
     ----------
@@ -85,17 +98,6 @@ cdef class Product:
     cdef Terms products
     cdef Terms adjoints
     cdef Terms correlated
-    cdef ptrdiff_t size  # of a thread's workspace, in doubles
-
-    # of the pass that is running; sums have an axis of parts in front
-    cdef const double *weights
-    cdef const double *grad_weights
-    cdef const double *grad
-    cdef double *sums
-    cdef double *dq
-    cdef double *dk
-    cdef double *dv
-    cdef double *correlations
 
     def __init__(self, ComplexFFT fft, q, k, v, spectra, nonzero, gain, degrees, variables, factors, parts, threads):
         self.fft, self.parts, self.threads = fft, parts, threads
@@ -120,11 +122,13 @@ cdef class Product:
 
     def forward(self, weights):
         """(H, G, columns, rows): sum_a w_|a| q^a T (k^a v)."""
-        self.size = self.passing(self.key_blocks) + 2 * (self.groups * self.rows + self.keys)
-        self.weights, self.grad = <const double *>pointer(weights), NULL
+        cdef Pass p
+        memset(&p, 0, sizeof(Pass))
+        p.size = self.passing(self.key_blocks) + 2 * (self.groups * self.rows + self.keys)
+        p.weights = <const double *>pointer(weights)
         sums = np.zeros((self.parts, self.heads, self.groups, self.columns, self.rows))
-        self.sums = <double *>pointer(sums)
-        self.run(1)
+        p.sums = <double *>pointer(sums)
+        self.run(&p, 1)
         return self.total(sums)
 
     def backward(self, weights, grad_weights, grad, bint want_correlations):
@@ -135,19 +139,21 @@ cdef class Product:
         one offset, which T's derivative is, summed over the groups where these share T: their real parts, in time;
         None where not wanted.
         """
+        cdef Pass p
         cdef ptrdiff_t given = self.groups * self.levels * self.query_blocks
-        self.size = self.passing(self.key_blocks) + 2 * self.pitch * max(given, self.key_blocks)
-        self.size += 4 * (self.groups * self.rows + self.keys)
-        self.weights, self.grad_weights = <const double *>pointer(weights), <const double *>pointer(grad_weights)
-        self.grad = <const double *>pointer(grad)
+        memset(&p, 0, sizeof(Pass))
+        p.size = self.passing(self.key_blocks) + 2 * self.pitch * max(given, self.key_blocks)
+        p.size += 4 * (self.groups * self.rows + self.keys)
+        p.weights, p.grad_weights = <const double *>pointer(weights), <const double *>pointer(grad_weights)
+        p.grad = <const double *>pointer(grad)
         lead = (self.parts, self.heads)
         dq, dk = np.zeros(lead + (self.groups, self.d, self.rows)), np.zeros(lead + (self.d, self.keys))
         dv = np.zeros(lead + (self.columns, self.keys))
         shape = lead + (self.symbol_groups, self.levels, self.blocks, self.pitch)
         correlations = np.zeros(shape, complex) if want_correlations else None
-        self.dq, self.dk, self.dv = <double *>pointer(dq), <double *>pointer(dk), <double *>pointer(dv)
-        self.correlations = <double *>pointer(correlations)
-        self.run(2 + self.groups)
+        p.dq, p.dk, p.dv = <double *>pointer(dq), <double *>pointer(dk), <double *>pointer(dv)
+        p.correlations = <double *>pointer(correlations)
+        self.run(&p, 2 + self.groups)
         return tuple([None if x is None else self.total(x) for x in (dq, dk, dv, correlations)])
 
     cdef object total(self, parts):
@@ -164,40 +170,41 @@ cdef class Product:
         return (2 * self.pitch * max(given, self.products.outputs)
                 + RC_CHUNK * max(self.products.outputs, self.key_blocks))
 
-    cdef void run(self, ptrdiff_t passes):
+    cdef void run(self, Pass *p, ptrdiff_t passes):
         """All pairs of all heads: every part a range, in steps between which Ctrl-C is looked at."""
         cdef ptrdiff_t task, step, each, longest = (self.pairs + self.parts - 1) // self.parts
         cdef double work = 2.0 * passes * self.columns * (self.rows * self.groups * self.levels + self.keys)
         work *= 10 * np.log2(self.block) + 4 * (self.query_blocks + self.key_blocks)
         each = max(<ptrdiff_t>1, <ptrdiff_t>(ROUND * RATE / work))
-        self.size = (self.size + 7) // 8 * 8
-        workspace = np.empty(self.threads * self.size + 8)
+        p.size = (p.size + 7) // 8 * 8
+        workspace = np.empty(self.threads * p.size + 8)
         # Cache lines: more than the alignment that FFTW's plans were made for.
         cdef uintptr_t start = (<uintptr_t>pointer(workspace) + 63) // 64 * 64
         cdef double *work_of_threads = <double *>start
         for step in range(0, longest, each):
             for task in prange(self.heads * self.parts, nogil=True, num_threads=self.threads, schedule="dynamic"):
-                self.piece(task // self.parts, task % self.parts, step, each, work_of_threads + threadid() * self.size)
+                self.piece(p, task // self.parts, task % self.parts, step, each, work_of_threads + threadid() * p.size)
             PyErr_CheckSignals()
 
-    cdef void piece(self, ptrdiff_t head, ptrdiff_t part, ptrdiff_t step, ptrdiff_t each,
+    cdef void piece(self, const Pass *p, ptrdiff_t head, ptrdiff_t part, ptrdiff_t step, ptrdiff_t each,
                     double *work) noexcept nogil:
         """The pairs [step, step + each) of one part."""
         cdef ptrdiff_t pair, first = self.pairs * part // self.parts + step
         cdef ptrdiff_t last = min(first + each, self.pairs * (part + 1) // self.parts)
         for pair in range(first, last):
-            if self.grad == NULL:
-                self.forward_pair(head, part, pair, work)
+            if p.grad == NULL:
+                self.forward_pair(p, head, part, pair, work)
             else:
-                self.backward_pair(head, part, pair, work)
+                self.backward_pair(p, head, part, pair, work)
 
-    cdef void forward_pair(self, ptrdiff_t head, ptrdiff_t part, ptrdiff_t pair, double *work) noexcept nogil:
-        cdef double weight = self.weights[self.degrees[pair]]
+    cdef void forward_pair(self, const Pass *p, ptrdiff_t head, ptrdiff_t part, ptrdiff_t pair,
+                           double *work) noexcept nogil:
+        cdef double weight = p.weights[self.degrees[pair]]
         cdef double *spectra = work
         cdef double *room = spectra + 2 * self.pitch * max(self.key_blocks, self.products.outputs)
         cdef double *keys = room + RC_CHUNK * max(self.products.outputs, self.key_blocks)
         cdef double *queries = keys + 2 * self.keys
-        cdef double *sums = self.sums + (part * self.heads + head) * self.groups * self.columns * self.rows
+        cdef double *sums = p.sums + (part * self.heads + head) * self.groups * self.columns * self.rows
         cdef const double *column
         cdef const double *found
         cdef ptrdiff_t c, output, symbol, level, g, I
@@ -221,10 +228,11 @@ cdef class Product:
                                        found, self.turn,
                                        sums + (g * self.columns + c) * self.rows + I * self.block)
 
-    cdef void backward_pair(self, ptrdiff_t head, ptrdiff_t part, ptrdiff_t pair, double *work) noexcept nogil:
+    cdef void backward_pair(self, const Pass *p, ptrdiff_t head, ptrdiff_t part, ptrdiff_t pair,
+                            double *work) noexcept nogil:
         cdef ptrdiff_t degree = self.degrees[pair], slot = part * self.heads + head
         # A constant has no derivative.
-        cdef double weight = self.weights[degree], grad_weight = self.grad_weights[degree] if degree else 0
+        cdef double weight = p.weights[degree], grad_weight = p.grad_weights[degree] if degree else 0
         cdef ptrdiff_t given = self.groups * self.levels * self.query_blocks
         cdef double *spectra = work
         cdef double *room = spectra + 2 * self.pitch * max(self.key_blocks, self.products.outputs)
@@ -244,10 +252,10 @@ cdef class Product:
         for c in range(self.columns):
             values = self.v + (head * self.columns + c) * self.keys
             self.transform_keys(keys, values, spectra)
-            self.transform_grads(head, c, queries, grad_spectra)
-            if self.correlations != NULL and weight:
+            self.transform_grads(p, head, c, queries, grad_spectra)
+            if p.correlations != NULL and weight:
                 self.mix(self.correlated, RC_CORRELATE, weight, grad_spectra, spectra,
-                         self.correlations + 2 * self.pitch * slot * self.correlated.outputs, NULL)
+                         p.correlations + 2 * self.pitch * slot * self.correlated.outputs, NULL)
             if grad_weight:
                 self.mix(self.products, RC_PRODUCT, 1, self.spectra_of(head), spectra, spectra, room)
                 for output in range(self.products.outputs):
@@ -261,7 +269,7 @@ cdef class Product:
                         if self.symbol_groups == 1 or g == symbol:
                             column = query_adjoint + 2 * g * self.rows + I * self.block
                             kernels.scatter(self.block, grad_weight, self.gain_of(head, g, level, I),
-                                            self.grad_of(head, g, c) + I * self.block, found, self.turn, column,
+                                            self.grad_of(p, head, g, c) + I * self.block, found, self.turn, column,
                                             column + self.rows)
             self.mix(self.adjoints, RC_ADJOINT, 1, self.spectra_of(head), grad_spectra, grad_spectra, room)
             for J in range(self.key_blocks):
@@ -275,13 +283,13 @@ cdef class Product:
                 if weight:
                     column = keys + J * self.block
                     kernels.gather(self.block, weight, NULL, column, column + self.keys, found, self.turn,
-                                   self.dv + (slot * self.columns + c) * self.keys + J * self.block)
+                                   p.dv + (slot * self.columns + c) * self.keys + J * self.block)
         if grad_weight:
             self.derive(self.keys, pair, self.k + head * self.d * self.keys, key_adjoint,
-                        self.dk + slot * self.d * self.keys)
+                        p.dk + slot * self.d * self.keys)
             for g in range(self.groups):
                 self.derive(self.rows, pair, self.q + (head * self.groups + g) * self.d * self.rows,
-                            query_adjoint + 2 * g * self.rows, self.dq + (slot * self.groups + g) * self.d * self.rows)
+                            query_adjoint + 2 * g * self.rows, p.dq + (slot * self.groups + g) * self.d * self.rows)
 
     cdef void build(self, ptrdiff_t head, ptrdiff_t pair, double *keys, double *queries) noexcept nogil:
         """The two columns of keys, and two of queries for each group."""
@@ -322,8 +330,8 @@ cdef class Product:
             return NULL
         return self.gain + ((head * self.groups + g) * self.levels + level) * self.rows + I * self.block
 
-    cdef const double *grad_of(self, ptrdiff_t head, ptrdiff_t g, ptrdiff_t c) noexcept nogil:
-        return self.grad + ((head * self.groups + g) * self.columns + c) * self.rows
+    cdef const double *grad_of(self, const Pass *p, ptrdiff_t head, ptrdiff_t g, ptrdiff_t c) noexcept nogil:
+        return p.grad + ((head * self.groups + g) * self.columns + c) * self.rows
 
     cdef void transform(self, double *quarters) noexcept nogil:
         cdef ptrdiff_t k
@@ -340,7 +348,7 @@ cdef class Product:
                          values + J * self.block, self.turn, to)
             self.transform(to)
 
-    cdef void transform_grads(self, ptrdiff_t head, ptrdiff_t c, const double *queries,
+    cdef void transform_grads(self, const Pass *p, ptrdiff_t head, ptrdiff_t c, const double *queries,
                               double *spectra) noexcept nogil:
         """The spectra of both columns of queries times the gradient and the gain, by group, level and block."""
         cdef ptrdiff_t g, level, I
@@ -352,7 +360,7 @@ cdef class Product:
                     column = queries + 2 * g * self.rows + I * self.block
                     to = spectra + 2 * self.pitch * ((g * self.levels + level) * self.query_blocks + I)
                     kernels.pack(self.block, self.gain_of(head, g, level, I), column, column + self.rows,
-                                 self.grad_of(head, g, c) + I * self.block, self.turn, to)
+                                 self.grad_of(p, head, g, c) + I * self.block, self.turn, to)
                     self.transform(to)
 
     cdef void mix(self, Terms terms, rc_mixing how, double factor, const double *x, const double *shared,
