@@ -187,6 +187,11 @@ def test_decayed_states():
     for near in (None, (30, 2.0)):
         case = {"Q": Q, "K": Q[:2], "V": V, "bias": bias, "near": near, "R": ropecy.Rotary(4)}
         compare({**case, "causal": near is None}, "unequal", method="polynomial", eps=1e-12)
+    # Grouped heads that share one bias.
+    for bias in (ropecy.RelativeBias.alibi(0.01), ropecy.RelativeBias(rng.standard_normal(41))):
+        for key_heads in (1, 2):
+            case = {"Q": Q, "K": Q[:key_heads], "V": V[:key_heads], "bias": bias, "causal": key_heads == 1}
+            compare(case, "unequal", method="polynomial", eps=1e-12)
 
 
 def test_decayed_states_over_many_chunks():

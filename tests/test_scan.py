@@ -109,6 +109,33 @@ def test_grouped_heads_with_slopes_of_their_own(rng, ours):
         np.testing.assert_allclose(getattr(found, name), expected[name], rtol=1e-6, atol=1e-7, err_msg=name)
 
 
+SHARED = {
+    "alibi": oracle.Alibi(0.01),
+    "alibi of one head": oracle.Alibi(np.array([0.01])),
+    "t5": oracle.Buckets(np.linspace(-1, 1, 32)),
+    "table": oracle.Table(np.cos(np.arange(101))),
+    "kerple": oracle.Kerple(0.5, 0.1),
+}
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("near", [None, (70, 1.0)], ids=["", "near"])
+@pytest.mark.parametrize("key_heads", [1, 2])
+@pytest.mark.parametrize("bias", SHARED)
+def test_a_bias_that_grouped_queries_share(bias, key_heads, near, causal, rng, ours):
+    more = {"bias": SHARED[bias], "near": near, "causal": causal}
+    case, dO = _problem(rng, 300, 300, heads=4, key_heads=key_heads, **more)
+    dense = oracle.attention(**case)
+    eps = 1e-4 if bias == "kerple" else 1e-9
+    O, vjp = ropecy.attention_vjp(**ours(case), method="polynomial", eps=eps)
+    assert vjp.certificate.engine == "polynomial"
+    assert np.all(np.abs(O - dense.O) <= eps * dense.value_range.max())
+    found, expected = vjp(dO), dense.backward(dO)
+    for name in ("dQ", "dK", "dV", "dbias"):
+        difference = np.linalg.norm(getattr(found, name) - expected[name])
+        assert difference <= 10 * eps * np.linalg.norm(expected[name]) + 1e-7, name
+
+
 @pytest.mark.parametrize("slope", [1e-6, 2.0**-8, 0.3, 40.0])
 @pytest.mark.parametrize("causal", [False, True])
 def test_slopes_over_many_chunks(slope, causal, rng):

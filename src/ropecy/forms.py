@@ -52,9 +52,10 @@ class FarGradient:
     symbol : (H, G, m) float64 array or None
         In the near field, at all offsets.
     tail : Tail
-    flow : (2, terms, heads) array
-        The sum of dS over the pairs of a side, by terms.
-    moment : (2, heads) array
+    flow : (2, terms, slots) array
+        The sum of dS over the pairs of a side, by terms. Query heads that share a slot's keys share the bias, and are
+        added up.
+    moment : (2, slots) array
         The sum of |t| dS over the pairs of a side, where the tail asks for it.
     """
 

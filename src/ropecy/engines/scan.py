@@ -451,7 +451,7 @@ def backward(problem: Problem, saved: Saved, do: np.ndarray, shared: Any = None)
             near_sum = _row_sums(do, saved.near_o, saved.o, exact.share(saved.near_lse, saved.lse))
             dq -= (whole.scale * near_sum[..., None] * saved.centre[:, None, None]).astype(dq.dtype)
     terms = split.tail.rate.shape[1]
-    far_gradient = FarGradient(dsymbol, split.tail, np.zeros((2, terms, H * G)), np.zeros((2, H * G)))
+    far_gradient = FarGradient(dsymbol, split.tail, np.zeros((2, terms, H)), np.zeros((2, H)))
     rows = {}
     for part in saved.parts:
         far, side = part.far, part.side
