@@ -77,6 +77,22 @@ def test_hidden_keys_do_not_leak(hidden, method, rng):
     np.testing.assert_array_equal(h.dV[~mask], 0.0)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("far", [1e2, 1e6, 1e15])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_hidden_keys_beside_keys_far_from_0(dtype, far, causal, rng):
+    # What is hidden is 0, and as far from the centre of the others: its weight would overflow, and its monomials.
+    Q, K, V = rng.uniform(-1, 1, (3, 700, 4))
+    Q, K, V = (X.astype(dtype) for X in (Q / (far * 1e-4), far * (1 + 1e-4 * K), V))
+    options = {"key_mask": rng.random(700) < 0.7, "causal": causal}
+    O, vjp = ropecy.attention_vjp(Q, K, V, **options, method="polynomial", eps=1e-2)
+    dense = oracle.attention(Q, K, V, **options)
+    assert np.all(np.abs(O - dense.O) <= vjp.certificate.error * dense.value_range + 1e-6)
+    g = vjp(V)
+    for name, expected in dense.backward(V).items():
+        assert np.linalg.norm(getattr(g, name) - expected) <= 1e-2 * np.linalg.norm(expected), name
+
+
 def test_mask_of_ones_changes_nothing(rng):
     Q, K, V = _arrays(rng)
     for method in ("exact", "polynomial"):

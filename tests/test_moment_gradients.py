@@ -208,6 +208,25 @@ def test_rows_that_fail_are_exact(causal, offset, rng):
     np.testing.assert_allclose(g.dQ[0, rows], expected["dQ"][0, rows], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("times", [60, 1e3, 1e9])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_rows_that_are_exact_may_be_of_any_size(dtype, times, causal, rng):
+    # Weights of such a row would overflow in the polynomial's pass, and its monomials too.
+    case, dO = make(rng, n=1200, d=4, dtype=dtype), rng.standard_normal((1, 1200, 3)).astype(dtype)
+    case["Q"] *= dtype(2**0.5)
+    case["K"] *= dtype(2**0.5)
+    case["Q"][0, 600:1100:100] *= dtype(times)
+    plan = ropecy.plan(**case, causal=causal, method="polynomial", eps=0.01, grad=True)
+    assert plan.gradient_certificate.rule == "moments"
+    O, vjp = ropecy.attention_vjp(**case, causal=causal, method="polynomial", eps=0.01)
+    assert vjp.certificate.n_exact_rows >= 5
+    g, dense = vjp(dO), oracle.attention(**case, causal=causal)
+    assert np.all(np.abs(O - dense.O) <= 0.01 * dense.value_range + 1e-6)
+    for name, expected in dense.backward(dO).items():
+        assert np.linalg.norm(getattr(g, name) - expected) <= 0.01 * np.linalg.norm(expected), name
+
+
 def test_too_many_rows_that_fail(rng):
     case, dO = make(rng), rng.standard_normal((1, 1500, 3))
     problem = prepare_for("attention_vjp", *case.values(), None, {}).problem

@@ -23,8 +23,6 @@ MOST = 6
 _LOOK, LOOK_IF_EXPECTED = 0.03, 0.1
 # How many times less than expected the error of a degree may be that is looked at.
 _LUCK = 4
-# How many times longer than the longest row that is kept another may be, where there is a backward pass.
-_LONGEST = 1e4
 
 
 def may_serve(
@@ -88,8 +86,7 @@ def choose(
     Of a problem in pieces the sample is given, and there are no fourth moments.
     """
     sample = pieces or Sample(problem, scores, values)
-    # Features of a query that is longer than this would overflow in backward, where it counts 0 times.
-    cuts = [B for B in sample.cuts(scores.bound) if not grad or scores.bound <= _LONGEST * B]
+    cuts = sample.cuts(scores.bound)
     best, fourth = None, None
     # None that most rows would fail, were they lucky too.
     usual = (float(np.median(x)) for x in (sample.sizes, sample.mean(problem, 2)))

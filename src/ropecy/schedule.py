@@ -228,6 +228,8 @@ class Plan:
         if not grad:
             return Forward(o, lse, certificate, saved, self)
         of_gradient[failed] = 0.0
+        # To the polynomial's backward pass these rows are not there.
+        saved.inverse[failed] = 0.0
         gradient = replace(
             self.gradient_certificate,
             truncation=max(ranks.gather(float(of_gradient.max(initial=0)))),
@@ -295,14 +297,12 @@ class Plan:
             return outliers.backward(problem, self._outliers, self._rest._scores.centre, forward.saved, do)
         if self._split is not None:
             return scan_engine.backward(problem, forward.saved, do)
-        rows = forward.exact_rows
-        if rows is None and ranks is Alone:
+        if self.engine != "polynomial":
             return _ENGINES[self.engine].backward(problem, forward.saved, do)
-        if rows is None:
-            return polynomial_engine.backward(problem, forward.saved, do, ranks)
-        # To the others these rows have no gradient.
-        found = polynomial_engine.backward(problem, forward.saved, np.where(rows[..., None], 0, do), ranks)
-        ring.backward_rows(problem, self._scores.plain, rows, forward.o, forward.lse, do, *found[:3], ranks)
+        found = polynomial_engine.backward(problem, forward.saved, do, ranks)
+        rows = forward.exact_rows
+        if rows is not None:
+            ring.backward_rows(problem, self._scores.plain, rows, forward.o, forward.lse, do, *found[:3], ranks)
         return found
 
     def __str__(self) -> str:

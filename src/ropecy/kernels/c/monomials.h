@@ -43,7 +43,7 @@ typedef struct {
     void *packed, *grad_packed;   /* (heads, packed_size), (heads, grad_packed_size), in elements */
     size_t packed_size, grad_packed_size;
 
-    void *o, *inverse; /* (heads, groups, n, d_v), (heads, groups, n): 1 / denominator */
+    void *o, *inverse; /* (heads, groups, n, d_v), (heads, groups, n): 1 / denominator; 0: backward passes the row by */
     /* NULL or (2, heads, groups, n): a polynomial for every row, whose terms of degree - 1 and more are multiplied by the
      * first, and those of degree by the second as well. */
     const void *ratio;

@@ -105,7 +105,7 @@ static size_t RC_NAME(grad_packed_size)(const rc_monomials_problem *p) {
 
 /* Keys [row, row + count) of a chunk, as the exact pairs read them. */
 static void RC_NAME(load_chunk)(const rc_monomials_problem *p, RC_NAME(room) * w, ptrdiff_t head, ptrdiff_t row, ptrdiff_t count) {
-    RC_NAME(load_rows)(RC_NAME(keys)(p, head, row), count, p->d, (REAL)p->k_factor, RC_NAME(centre)(p, head), w->keys, p->d);
+    RC_NAME(load_keys)(p, head, row, count, w->keys);
     RC_NAME(load_key_columns)(p, w, head, row, count, w->key_columns);
     RC_NAME(pack_rows)(w->keys, p->d, count, rc_round_up(count, KEYS), w->key_pack);
 }
@@ -138,11 +138,9 @@ static void RC_NAME(exact_gradients)(RC_NAME(room) * w, ptrdiff_t j0, ptrdiff_t 
     }
 }
 
-/* xt and scaled = log2(e) xt of a tile of queries. */
-static void RC_NAME(load_query_tile)(const rc_monomials_problem *p, RC_NAME(room) * w, ptrdiff_t lane, ptrdiff_t row, ptrdiff_t rows,
-                                     const int tile) {
-    RC_NAME(tile_load)(RC_NAME(queries)(p, lane, row), p->d, rows, p->d, (REAL)p->q_factor, 0, w->xt, tile);
-    for (ptrdiff_t i = 0; i < p->d * tile; i++)
+/* scaled = log2(e) xt of a tile of queries, for exp2. */
+static void RC_NAME(scale_tile)(const rc_monomials_problem *p, RC_NAME(room) * w) {
+    for (ptrdiff_t i = 0; i < p->d * TILE; i++)
         w->scaled[i] = (REAL)LOG2E * w->xt[i];
 }
 
@@ -208,13 +206,18 @@ static void RC_NAME(finish)(const rc_monomials_problem *p, const RC_NAME(room) *
         }
 }
 
+/* xt of a tile of queries. */
+static void RC_NAME(load_query_tile)(const rc_monomials_problem *p, RC_NAME(room) * w, ptrdiff_t lane, ptrdiff_t row, ptrdiff_t rows) {
+    RC_NAME(tile_load)(RC_NAME(queries)(p, lane, row), p->d, rows, p->d, (REAL)p->q_factor, 0, w->xt, TILE);
+}
+
 static void RC_NAME(forward)(const rc_monomials_problem *p, ptrdiff_t head, ptrdiff_t group, ptrdiff_t chunk, void *workspace) {
     RC_NAME(room) w;
     RC_NAME(lay_out)(p, workspace, &w);
     const ptrdiff_t lane = head * p->groups + group, end = rc_min(p->n, (chunk + 1) * p->chunk);
     for (ptrdiff_t row = chunk * p->chunk; row < end; row += TILE) {
         const ptrdiff_t rows = rc_min(TILE, end - row);
-        RC_NAME(tile_load)(RC_NAME(queries)(p, lane, row), p->d, rows, p->d, (REAL)p->q_factor, 0, w.xt, TILE);
+        RC_NAME(load_query_tile)(p, &w, lane, row, rows);
         RC_NAME(evaluate_queries)(p, &w, lane, row, rows, (const REAL *)p->packed + head * p->packed_size);
         RC_NAME(finish)(p, &w, head, lane, row, rows, 0);
     }
@@ -239,7 +242,8 @@ static void RC_NAME(scan_forward)(const rc_monomials_problem *p, ptrdiff_t head,
             for (ptrdiff_t row = begin; row < end; row += TILE) {
                 const ptrdiff_t lane = head * p->groups + group, rows = rc_min(TILE, end - row);
                 const ptrdiff_t limit = row + p->q_offset - chunk * p->chunk, seen = rc_min(keys, limit + rows);
-                RC_NAME(load_query_tile)(p, &w, lane, row, rows, TILE);
+                RC_NAME(load_query_tile)(p, &w, lane, row, rows);
+                RC_NAME(scale_tile)(p, &w);
                 if (first > 0 || p->earlier) {
                     RC_NAME(evaluate_queries)(p, &w, lane, row, rows, w.packed);
                     for (ptrdiff_t i = 0; p->decay && i < w.y.columns * TILE; i++)
@@ -274,7 +278,7 @@ static void RC_NAME(differentiate_queries)(const rc_monomials_problem *p, RC_NAM
     for (; row < end; row += WIDE) {
         const ptrdiff_t rows = rc_min(WIDE, end - row);
         REAL *dq = (REAL *)p->dq + (lane * p->n + row) * p->d;
-        RC_NAME(tile_load)(RC_NAME(queries)(p, lane, row), p->d, rows, p->d, (REAL)p->q_factor, 0, w->xt, WIDE);
+        RC_NAME(load_grad_query_tile)(p, lane, row, rows, w->xt, WIDE);
         RC_NAME(load_query_columns)(p, w, lane, row, rows, w->columns);
         RC_NAME(decay_rows)(p, w, w->fall + (row + p->q_offset - start), 1, rows, w->columns);
         RC_NAME(tile_load)(w->columns, w->wide_columns, rows, w->y.columns, 1, 0, w->dN, WIDE);
@@ -288,11 +292,10 @@ static void RC_NAME(differentiate_queries)(const rc_monomials_problem *p, RC_NAM
 /* dk and dv of rows [row, end), and sums over queries, += from a packed gradient state, which is seen from token `stop`. */
 static void RC_NAME(differentiate_keys)(const rc_monomials_problem *p, RC_NAME(room) * w, ptrdiff_t head, ptrdiff_t row, ptrdiff_t end,
                                         ptrdiff_t stop, const REAL *packed, const REAL *grad_packed) {
-    const REAL *centre = RC_NAME(centre)(p, head);
     REAL *dk = (REAL *)p->dk + head * p->n_k * p->d, *dv = (REAL *)p->dv + head * p->n_k * p->d_v;
     for (ptrdiff_t j = row; j < end; j += WIDE) {
         const ptrdiff_t rows = rc_min(WIDE, end - j);
-        RC_NAME(tile_load)(RC_NAME(keys)(p, head, j), p->d, rows, p->d, (REAL)p->k_factor, centre, w->xt, WIDE);
+        RC_NAME(load_key_tile)(p, head, j, rows, w->xt, WIDE);
         RC_NAME(load_key_columns)(p, w, head, j, rows, w->columns);
         RC_NAME(decay_rows)(p, w, w->fall + (stop - j), -1, rows, w->columns);
         RC_NAME(tile_load)(w->columns, w->wide_columns, rows, w->y.columns, 1, 0, w->dN, WIDE);
@@ -303,7 +306,7 @@ static void RC_NAME(differentiate_keys)(const rc_monomials_problem *p, RC_NAME(r
     }
     for (ptrdiff_t j = row; j < end; j += TILE) {
         const ptrdiff_t rows = rc_min(TILE, end - j);
-        RC_NAME(tile_load)(RC_NAME(keys)(p, head, j), p->d, rows, p->d, (REAL)p->k_factor, centre, w->xt, TILE);
+        RC_NAME(load_key_tile)(p, head, j, rows, w->xt, TILE);
         RC_NAME(evaluate)(&w->y, p->degree, 0, w->xt, 0, w->xt, packed, w->phi, w->N, 0);
         for (ptrdiff_t i = 0; i < rows; i++) {
             const REAL weight = p->decay ? w->fall[stop - (j + i)] : 1;
@@ -336,7 +339,8 @@ static void RC_NAME(grad_keys)(const rc_monomials_problem *p, ptrdiff_t head, pt
 
 /* A tile of queries with the gradients of its numerators and denominators, by lanes and by rows. */
 static void RC_NAME(load_gradient_tile)(const rc_monomials_problem *p, RC_NAME(room) * w, ptrdiff_t lane, ptrdiff_t row, ptrdiff_t rows) {
-    RC_NAME(load_query_tile)(p, w, lane, row, rows, TILE);
+    RC_NAME(load_grad_query_tile)(p, lane, row, rows, w->xt, TILE);
+    RC_NAME(scale_tile)(p, w);
     RC_NAME(load_query_columns)(p, w, lane, row, rows, w->columns);
     RC_NAME(tile_load)(w->columns, w->wide_columns, rows, w->y.columns, 1, 0, w->dN, TILE);
 }
@@ -413,7 +417,7 @@ static void RC_NAME(scan_grad_keys)(const rc_monomials_problem *p, ptrdiff_t hea
                 const ptrdiff_t rows = rc_min(TILE, end - row);
                 const ptrdiff_t limit = row + p->q_offset - chunk * p->chunk, seen = rc_min(keys, limit + rows);
                 RC_NAME(load_gradient_tile)(p, &w, lane, row, rows);
-                RC_NAME(load_rows)(RC_NAME(queries)(p, lane, row), rows, d, (REAL)p->q_factor, 0, w.x, wide);
+                RC_NAME(load_grad_queries)(p, lane, row, rows, w.x, wide);
                 for (ptrdiff_t j = 0; j < seen; j += BLOCK) {
                     const ptrdiff_t count = rc_min(BLOCK, seen - j);
                     RC_NAME(exact_pairs)(p, &w, j, count, limit);

@@ -22,6 +22,48 @@ static void RC_NAME(load_rows)(const REAL *rows, ptrdiff_t count, ptrdiff_t d, R
     }
 }
 
+/* Rows that count for nothing are read as 0: keys that are masked, and in backward queries without a denominator. Their
+ * columns are 0, but their scores have no bound: a weight or a monomial that overflows, times 0, would be NaN. */
+
+/* Keys [row, row + count), centred and scaled, by rows. */
+static void RC_NAME(load_keys)(const rc_monomials_problem *p, ptrdiff_t head, ptrdiff_t row, ptrdiff_t count, REAL *x) {
+    const unsigned char *mask = p->key_mask ? p->key_mask + head * p->n_k + row : 0;
+    RC_NAME(load_rows)(RC_NAME(keys)(p, head, row), count, p->d, (REAL)p->k_factor, RC_NAME(centre)(p, head), x, p->d);
+    for (ptrdiff_t t = 0; mask && t < count; t++)
+        for (ptrdiff_t a = 0; a < p->d && !mask[t]; a++)
+            x[t * p->d + a] = 0;
+}
+
+/* The same by lanes. */
+static void RC_NAME(load_key_tile)(const rc_monomials_problem *p, ptrdiff_t head, ptrdiff_t row, ptrdiff_t count, REAL *xt,
+                                   const int tile) {
+    const unsigned char *mask = p->key_mask ? p->key_mask + head * p->n_k + row : 0;
+    RC_NAME(tile_load)(RC_NAME(keys)(p, head, row), p->d, count, p->d, (REAL)p->k_factor, RC_NAME(centre)(p, head), xt, tile);
+    for (ptrdiff_t t = 0; mask && t < count; t++)
+        for (ptrdiff_t a = 0; a < p->d && !mask[t]; a++)
+            xt[a * tile + t] = 0;
+}
+
+/* Queries [row, row + count) of backward, scaled, by rows of `pitch`. */
+static void RC_NAME(load_grad_queries)(const rc_monomials_problem *p, ptrdiff_t lane, ptrdiff_t row, ptrdiff_t count, REAL *x,
+                                       ptrdiff_t pitch) {
+    const REAL *inverse = (const REAL *)p->inverse + lane * p->n + row;
+    RC_NAME(load_rows)(RC_NAME(queries)(p, lane, row), count, p->d, (REAL)p->q_factor, 0, x, pitch);
+    for (ptrdiff_t t = 0; t < count; t++)
+        for (ptrdiff_t a = 0; a < p->d && inverse[t] == 0; a++)
+            x[t * pitch + a] = 0;
+}
+
+/* The same by lanes. */
+static void RC_NAME(load_grad_query_tile)(const rc_monomials_problem *p, ptrdiff_t lane, ptrdiff_t row, ptrdiff_t count, REAL *xt,
+                                          const int tile) {
+    const REAL *inverse = (const REAL *)p->inverse + lane * p->n + row;
+    RC_NAME(tile_load)(RC_NAME(queries)(p, lane, row), p->d, count, p->d, (REAL)p->q_factor, 0, xt, tile);
+    for (ptrdiff_t t = 0; t < count; t++)
+        for (ptrdiff_t a = 0; a < p->d && inverse[t] == 0; a++)
+            xt[a * tile + t] = 0;
+}
+
 /* [v - value_centre, 1] of keys, 0 where the key is masked, zeros past the columns */
 static void RC_NAME(load_key_columns)(const rc_monomials_problem *p, const RC_NAME(room) * w, ptrdiff_t head, ptrdiff_t row,
                                       ptrdiff_t count, REAL *out) {
@@ -38,7 +80,7 @@ static void RC_NAME(load_key_columns)(const rc_monomials_problem *p, const RC_NA
     }
 }
 
-/* [dn dden] of queries: do / den and -<do, o - value_centre> / den, zeros past the columns */
+/* [dn dden] of queries: do / den and -<do, o - value_centre> / den, 0 without a denominator, zeros past the columns */
 static void RC_NAME(load_query_columns)(const rc_monomials_problem *p, const RC_NAME(room) * w, ptrdiff_t lane, ptrdiff_t row,
                                         ptrdiff_t count, REAL *out) {
     const REAL *grad = (const REAL *)p->grad + (lane * p->n + row) * p->d_v, *o = (const REAL *)p->o + (lane * p->n + row) * p->d_v;
@@ -46,13 +88,13 @@ static void RC_NAME(load_query_columns)(const rc_monomials_problem *p, const RC_
     const REAL *middle = (const REAL *)p->value_centre + lane / p->groups * p->d_v;
     for (ptrdiff_t t = 0; t < count; t++, out += w->wide_columns) {
         REAL dot = 0;
-        for (ptrdiff_t c = 0; c < p->d_v; c++) {
+        for (ptrdiff_t c = 0; c < w->wide_columns; c++)
+            out[c] = 0;
+        for (ptrdiff_t c = 0; c < p->d_v && inverse[t] != 0; c++) {
             dot += grad[t * p->d_v + c] * (o[t * p->d_v + c] - middle[c]);
             out[c] = grad[t * p->d_v + c] * inverse[t];
         }
         out[p->d_v] = -dot * inverse[t];
-        for (ptrdiff_t c = w->y.columns; c < w->wide_columns; c++)
-            out[c] = 0;
     }
 }
 
@@ -115,7 +157,7 @@ static void RC_NAME(add_keys)(const rc_monomials_problem *p, RC_NAME(room) * w, 
                               ptrdiff_t stop, int *updates) {
     for (; row < end; row += w->update_tokens) {
         const ptrdiff_t count = rc_min(w->update_tokens, end - row);
-        RC_NAME(load_rows)(RC_NAME(keys)(p, head, row), count, p->d, (REAL)p->k_factor, RC_NAME(centre)(p, head), w->x, p->d);
+        RC_NAME(load_keys)(p, head, row, count, w->x);
         RC_NAME(load_key_columns)(p, w, head, row, count, w->columns);
         RC_NAME(decay_rows)(p, w, w->fall + (stop - row), -1, count, w->columns);
         RC_NAME(update)(&w->y, p->state_degree, (int)count, w->x, w->columns, w->wide_columns, w->low, w->low_pitch, w->panel, w->part);
@@ -127,7 +169,7 @@ static void RC_NAME(add_queries)(const rc_monomials_problem *p, RC_NAME(room) * 
                                  ptrdiff_t start, int *updates) {
     for (; row < end; row += w->update_tokens) {
         const ptrdiff_t count = rc_min(w->update_tokens, end - row);
-        RC_NAME(load_rows)(RC_NAME(queries)(p, lane, row), count, p->d, (REAL)p->q_factor, 0, w->x, p->d);
+        RC_NAME(load_grad_queries)(p, lane, row, count, w->x, p->d);
         RC_NAME(load_query_columns)(p, w, lane, row, count, w->columns);
         RC_NAME(decay_rows)(p, w, w->fall + (row + p->q_offset - start), 1, count, w->columns);
         RC_NAME(update)(&w->y, p->state_degree, (int)count, w->x, w->columns, w->wide_columns, w->low, w->low_pitch, w->panel, w->part);
