@@ -10,6 +10,7 @@ The map of the package:
 `RelativeBias`, `RelativeFamily`            what depends on j - i alone
 `attention`, `attention_vjp`                O, and its gradient
 `loss`, `loss_grad`                         L, and its gradient
+`VJP`, `Gradients`, `LossGradients`         what these give: gradients by name
 `AttentionMatrix`                           A itself, implicit: ``A @ X``, ``A.T @ X``, ``A.D``; SciPy takes it
 `DecodeState`                               token by token, on a state of fixed size
 `plan`, `Plan`, `Certificate`               which engine would run, why, and what error it promises
@@ -23,10 +24,11 @@ The map of the package:
 """
 
 from ._info import info
-from .attention import attention, attention_vjp
+from .attention import VJP, attention, attention_vjp
 from .certificate import BoundedEntryError, Certificate, PerformanceWarning
 from .decode import DecodeState
 from .evidence import Evidence, check
+from .gradients import Gradients, LossGradients
 from .loss import loss, loss_grad
 from .matrix import AttentionMatrix
 from .plan import Plan, plan
@@ -34,11 +36,14 @@ from .relative import RelativeBias, RelativeFamily
 from .rotary import Rotary
 
 __all__ = [
+    "VJP",
     "AttentionMatrix",
     "BoundedEntryError",
     "Certificate",
     "DecodeState",
     "Evidence",
+    "Gradients",
+    "LossGradients",
     "PerformanceWarning",
     "Plan",
     "RelativeBias",

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -13,12 +12,42 @@ from numpy.typing import ArrayLike
 from . import _validate
 from .certificate import Certificate, nothing_to_do
 from .engines import exact
+from .gradients import Gradients
+from .options import Options
 from .plan import make_plan
 from .problem import Call, prepare, prepare_for
 from .relative import RelativeBias, RelativeFamily
 from .rotary import Rotary
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+
+@overload
+def attention(
+    Q: ArrayLike, K: ArrayLike, V: ArrayLike, R: Rotary | RelativeFamily | None = None, *,
+    return_certificate: Literal[False] = False, return_lse: Literal[False] = False, **options: Unpack[Options],
+) -> np.ndarray: ...
+@overload
+def attention(
+    Q: ArrayLike, K: ArrayLike, V: ArrayLike, R: Rotary | RelativeFamily | None = None, *,
+    return_certificate: Literal[True], return_lse: Literal[False] = False, **options: Unpack[Options],
+) -> tuple[np.ndarray, Certificate]: ...
+@overload
+def attention(
+    Q: ArrayLike, K: ArrayLike, V: ArrayLike, R: Rotary | RelativeFamily | None = None, *,
+    return_certificate: Literal[False] = False, return_lse: Literal[True], **options: Unpack[Options],
+) -> tuple[np.ndarray, np.ndarray]: ...
+@overload
+def attention(
+    Q: ArrayLike, K: ArrayLike, V: ArrayLike, R: Rotary | RelativeFamily | None = None, *,
+    return_certificate: Literal[True], return_lse: Literal[True], **options: Unpack[Options],
+) -> tuple[np.ndarray, Certificate, np.ndarray]: ...
+@overload
+def attention(
+    Q: ArrayLike, K: ArrayLike, V: ArrayLike, R: Rotary | RelativeFamily | None = None, *,
+    return_certificate: bool = False, return_lse: bool = False, **options: Unpack[Options],
+) -> np.ndarray | tuple[Any, ...]: ...
 def attention(
     Q: ArrayLike,
     K: ArrayLike,
@@ -46,7 +75,7 @@ def attention(
     threads: int | None = None,
     return_certificate: bool = False,
     return_lse: bool = False,
-) -> Any:
+) -> np.ndarray | tuple[Any, ...]:
     r"""D^-1 A V, A_ij = exp(scale (Q_i W_Q) W R_{j-i} (K_j W_K)^T + b_{j-i}), D = diag(A 1), within a certified eps.
 
     Parameters
@@ -173,7 +202,7 @@ def attention(
 
 
 def attention_vjp(
-    Q: ArrayLike, K: ArrayLike, V: ArrayLike, R: Rotary | RelativeFamily | None = None, **options: Any
+    Q: ArrayLike, K: ArrayLike, V: ArrayLike, R: Rotary | RelativeFamily | None = None, **options: Unpack[Options]
 ) -> tuple[np.ndarray, VJP]:
     """D^-1 A V, and the map from dO to the gradients of <dO, D^-1 A V>.
 
@@ -243,14 +272,6 @@ class VJP:
         dO = _validate.check_like("dO", dO, call.dtype, call.shape)
         largest = _validate.check_finite("dO", dO)
         return Gradients(**self._evaluation.gradients(dO, largest), certificate=self._evaluation.gradient_certificate)
-
-
-class Gradients(SimpleNamespace):
-    """Gradients by name: dQ, dK, dV, those of what else was given, and what they are certified to be."""
-
-    def __repr__(self) -> str:
-        entries = (f"{k}: {v.dtype} {v.shape}" if isinstance(v, np.ndarray) else k for k, v in vars(self).items())
-        return f"Gradients({', '.join(entries)})"
 
 
 class Evaluation:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from ._info import info
-from .attention import Gradients, attention
+from .attention import attention
+from .gradients import Gradients, LossGradients
 from .loss import loss, loss_grad
 from .plan import plan
 from .rotary import Rotary
@@ -110,7 +111,7 @@ class Task:
         """The first n tokens."""
         return Task(self.A[:n].astype(dtype, copy=False), self.E[:n].astype(dtype, copy=False), self.R, self.eps)
 
-    def gradient(self, weights: dict[str, np.ndarray], method: str = "auto") -> Gradients:
+    def gradient(self, weights: dict[str, np.ndarray], method: str = "auto") -> LossGradients:
         """The loss and its gradient."""
         A = self.A
         return loss_grad(A, A, A, self.E, self.R, causal=True, eps=self.eps, method=method, **weights)

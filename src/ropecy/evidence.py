@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import secrets
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -16,11 +16,15 @@ from .certificate import CONFIDENCE, unseen
 from .engines import exact as exact_engine
 from .engines import ring
 from .kernels import _rows
+from .options import CheckOptions
 from .problem import Call, Problem, prepare_for
 from .relative import RelativeFamily
 from .rotary import Rotary
 
 _RANGE = "the range of the values"
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +78,7 @@ def check(
     rows: int = 459,
     seed: int | None = None,
     dO: ArrayLike | None = None,
-    **options: Any,
+    **options: Unpack[CheckOptions],
 ) -> Evidence:
     """max_i max_c |O_ic - (D^-1 A V)_ic| / range_j(V_jc) over `rows` rows i drawn at random and computed exactly.
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from . import _validate
-from .attention import Evaluation, Gradients
+from .attention import Evaluation
+from .gradients import LossGradients
+from .options import Options
 from .problem import prepare_for
 from .relative import RelativeFamily
 from .rotary import Rotary
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def loss(
@@ -20,7 +26,7 @@ def loss(
     V: ArrayLike,
     E: ArrayLike,
     R: Rotary | RelativeFamily | None = None,
-    **options: Any,
+    **options: Unpack[Options],
 ) -> float:
     """L = 1/2 || D^-1 A V - E ||_F^2, summed over all axes.
 
@@ -60,8 +66,8 @@ def loss_grad(
     V: ArrayLike,
     E: ArrayLike,
     R: Rotary | RelativeFamily | None = None,
-    **options: Any,
-) -> Gradients:
+    **options: Unpack[Options],
+) -> LossGradients:
     """The gradients of L = 1/2 || D^-1 A V - E ||_F^2 by everything that was given.
 
     Parameters
@@ -73,7 +79,7 @@ def loss_grad(
 
     Returns
     -------
-    Gradients
+    LossGradients
         ``g.loss`` and ``g.O``; ``g.dQ``, ``g.dK``, ``g.dV``, and ``g.dW``, ``g.dW_Q``, ``g.dW_K``, ``g.dW_V``,
         ``g.dbias``, ``g.dscale_near``, ``g.dR`` (of a RelativeFamily) of what was given; ``g.certificate`` of the
         gradients.
@@ -97,7 +103,7 @@ def loss_grad(
     """
     evaluation, E = _evaluation("loss_grad", Q, K, V, E, R, options, grad=True)
     dO = _difference(evaluation, E)
-    return Gradients(
+    return LossGradients(
         loss=_half_square(dO),
         O=evaluation.call.to_user(evaluation.o),
         **evaluation.gradients(dO, _validate.check_finite("O - E", dO)),
@@ -106,7 +112,7 @@ def loss_grad(
 
 
 def _evaluation(
-    function: str, Q: Any, K: Any, V: Any, E: Any, R: Any, options: dict[str, Any], *, grad: bool
+    function: str, Q: Any, K: Any, V: Any, E: Any, R: Any, options: Mapping[str, Any], *, grad: bool
 ) -> tuple[Evaluation, np.ndarray]:
     _validate.check_values(V)
     call = prepare_for(function, Q, K, V, R, options)

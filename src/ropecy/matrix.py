@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import replace
-from typing import Any, Literal, NoReturn, overload
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -13,11 +13,15 @@ from numpy.typing import ArrayLike
 from . import _validate
 from .certificate import Certificate, nothing_to_do
 from .memory import require
+from .options import MatrixOptions
 from .plan import make_plan
 from .polynomial import relative_error_for
 from .problem import Problem, prepare_for, spread_columns
 from .relative import RelativeFamily
 from .rotary import Rotary
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class Operator(ABC):
@@ -158,7 +162,9 @@ class AttentionMatrix(Operator):
     True
     """
 
-    def __init__(self, Q: ArrayLike, K: ArrayLike, R: Rotary | RelativeFamily | None = None, **options: Any) -> None:
+    def __init__(
+        self, Q: ArrayLike, K: ArrayLike, R: Rotary | RelativeFamily | None = None, **options: Unpack[MatrixOptions]
+    ) -> None:
         if "W_V" in options:
             raise TypeError("AttentionMatrix() got an unexpected keyword argument 'W_V'")
         self._call = prepare_for("AttentionMatrix", Q, K, None, R, options)
@@ -314,7 +320,8 @@ class AffineMatrix(Operator):
             M, factor, shift = M._M, factor * M._factor, factor * M._shift + shift
         if shift and M.shape[-2] != M.shape[-1]:
             raise ValueError(f"shift: got {shift}, wants a square matrix to add it to, and its shape is {M.shape}")
-        self._M, self._factor, self._shift = M, factor, shift
+        self._M: Operator = M
+        self._factor, self._shift = factor, shift
         self.shape, self.dtype = M.shape, M.dtype
 
     @property

@@ -11,8 +11,9 @@ What is bad on one rank raises on all of them, with the rank named.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -21,21 +22,51 @@ from . import _validate
 from ._network import Exchange, Network, Traffic
 from ._ranks import Ranks
 from ._sender import Sender
-from .attention import VJP, Gradients, without_overflow
+from .attention import VJP, without_overflow
 from .bounds import Measured, measure, measure_values
 from .engines import polynomial as polynomial_engine
 from .engines import scan as scan_engine
 from .engines.ring import Layout, Ring
 from .forms import FarGradient
+from .gradients import Gradients, LossGradients
+from .options import Options
 from .plan import Certificate, Plan, make_plan, nothing_to_do, wants_sample
 from .problem import Call, Problem, check, check_names, key_heads_of, length_of
 from .relative import RelativeFamily
 from .rotary import Rotary
 from .sample import Sample
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 __all__ = ["Network", "attention", "attention_vjp", "loss_grad", "plan"]
 
 
+@overload
+def attention(
+    comm: Any, Q: ArrayLike, K: ArrayLike, V: ArrayLike, R: Rotary | None = None, *,
+    return_certificate: Literal[False] = False, return_lse: Literal[False] = False, **options: Unpack[Options],
+) -> np.ndarray: ...
+@overload
+def attention(
+    comm: Any, Q: ArrayLike, K: ArrayLike, V: ArrayLike, R: Rotary | None = None, *,
+    return_certificate: Literal[True], return_lse: Literal[False] = False, **options: Unpack[Options],
+) -> tuple[np.ndarray, Certificate]: ...
+@overload
+def attention(
+    comm: Any, Q: ArrayLike, K: ArrayLike, V: ArrayLike, R: Rotary | None = None, *,
+    return_certificate: Literal[False] = False, return_lse: Literal[True], **options: Unpack[Options],
+) -> tuple[np.ndarray, np.ndarray]: ...
+@overload
+def attention(
+    comm: Any, Q: ArrayLike, K: ArrayLike, V: ArrayLike, R: Rotary | None = None, *,
+    return_certificate: Literal[True], return_lse: Literal[True], **options: Unpack[Options],
+) -> tuple[np.ndarray, Certificate, np.ndarray]: ...
+@overload
+def attention(
+    comm: Any, Q: ArrayLike, K: ArrayLike, V: ArrayLike, R: Rotary | None = None, *,
+    return_certificate: bool = False, return_lse: bool = False, **options: Unpack[Options],
+) -> np.ndarray | tuple[Any, ...]: ...
 def attention(
     comm: Any,
     Q: ArrayLike,
@@ -45,8 +76,8 @@ def attention(
     *,
     return_certificate: bool = False,
     return_lse: bool = False,
-    **options: Any,
-) -> Any:
+    **options: Unpack[Options],
+) -> np.ndarray | tuple[Any, ...]:
     """The rank's rows of D^-1 A V, the sequence being that of all ranks.
 
     Parameters
@@ -93,7 +124,7 @@ def attention_vjp(
     K: ArrayLike,
     V: ArrayLike,
     R: Rotary | None = None,
-    **options: Any,
+    **options: Unpack[Options],
 ) -> tuple[np.ndarray, VJP]:
     """The rank's rows of D^-1 A V, and the map from its rows of dO to gradients.
 
@@ -126,8 +157,8 @@ def loss_grad(
     V: ArrayLike,
     E: ArrayLike,
     R: Rotary | None = None,
-    **options: Any,
-) -> Gradients:
+    **options: Unpack[Options],
+) -> LossGradients:
     """The gradients of L = 1/2 || D^-1 A V - E ||_F^2 over all ranks' rows.
 
     Parameters
@@ -139,7 +170,7 @@ def loss_grad(
 
     Returns
     -------
-    Gradients
+    LossGradients
         As `ropecy.loss_grad` gives them: ``g.loss`` and the gradients of projections and biases are whole on every
         rank, ``g.O``, ``g.dQ``, ``g.dK``, ``g.dV`` the rank's piece.
 
@@ -152,7 +183,7 @@ def loss_grad(
     evaluation = _Evaluation(ranks, "loss_grad", Q, K, V, R, options, grad=True, target=E)
     dO, largest = ranks.together(evaluation.difference)
     loss = 0.5 * ranks.total(np.einsum("i,i->", dO.reshape(-1), dO.reshape(-1), dtype=np.float64))
-    return Gradients(
+    return LossGradients(
         loss=float(loss),
         O=evaluation.call.to_user(evaluation.o),
         **evaluation.gradients(dO, largest),
@@ -169,7 +200,7 @@ def plan(
     *,
     grad: bool = False,
     network: Network | None = None,
-    **options: Any,
+    **options: Unpack[Options],
 ) -> Plan:
     """What `attention` would do with these pieces, and what its ranks would send one another.
 
@@ -248,7 +279,7 @@ class _Evaluation:
         K: Any,
         V: Any,
         R: Any,
-        options: dict[str, Any],
+        options: Mapping[str, Any],
         *,
         grad: bool = False,
         flags: dict[str, Any] | None = None,
@@ -386,7 +417,7 @@ class _Shared:
 
 
 def _prepare(
-    ranks: Ranks, function: str, Q: Any, K: Any, V: Any, R: Any, options: dict[str, Any], flags: dict[str, Any]
+    ranks: Ranks, function: str, Q: Any, K: Any, V: Any, R: Any, options: Mapping[str, Any], flags: dict[str, Any]
 ) -> tuple[Call, Layout]:
     """The rank's call, with indices and positions that go on where the rank before ends, and the layout of all."""
 
@@ -415,7 +446,7 @@ def _prepare(
     return call, layout
 
 
-def _facts(function: str, a: _validate.Arguments, how: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+def _facts(function: str, a: _validate.Arguments, how: dict[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """What all ranks must agree upon, by the names that the user knows."""
 
     def rows(name: str) -> Any:

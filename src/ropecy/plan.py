@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from numpy.typing import ArrayLike
 
@@ -33,11 +33,15 @@ from .engines import polynomial as polynomial_engine
 from .engines import scan as scan_engine
 from .explain import explain
 from .memory import fits, require
+from .options import Options
 from .problem import Problem, prepare_for
 from .relative import RelativeFamily
 from .rotary import Rotary
 from .sample import Sample
 from .schedule import Choice, Plan
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _MINUTE = 60.0
 # Seconds of exact work, as `costs` knows them, below which auto does not ask what transforms would cost.
@@ -60,7 +64,7 @@ def plan(
     *,
     grad: bool = False,
     comm: Any = None,
-    **options: Any,
+    **options: Unpack[Options],
 ) -> Plan:
     """What `attention` would do with these arguments: the bound B of its scores, the degree, the engine, the cost; what
     the other engines would promise and cost; and what would bring the data into the regime.

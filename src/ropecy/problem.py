@@ -8,7 +8,7 @@ that share them, contiguous and of one dtype.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from typing import Any
@@ -444,13 +444,13 @@ def prepare(Q: Any, K: Any, V: Any, R: Any = None, **options: Any) -> Call:
     return Call(*check(Q, K, V, R, **options))
 
 
-def prepare_for(function: str, Q: Any, K: Any, V: Any, R: Any, options: dict[str, Any]) -> Call:
+def prepare_for(function: str, Q: Any, K: Any, V: Any, R: Any, options: Mapping[str, Any]) -> Call:
     """`prepare` for a function that takes **options, at whose door a wrong keyword is laid."""
     check_names(function, options)
     return prepare(Q, K, V, R, **options)
 
 
-def check_names(function: str, options: dict[str, Any]) -> None:
+def check_names(function: str, options: Mapping[str, Any]) -> None:
     """Refuse keywords that `attention` does not have."""
     unknown = [name for name in options if name not in check.__kwdefaults__]
     if unknown:
