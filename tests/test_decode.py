@@ -3,8 +3,10 @@
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import cases
 import numpy as np
@@ -158,6 +160,20 @@ def test_broadcast_leading_axes(rng):
     )
 
 
+def test_extend_wants_the_leading_axes_of_the_state(rng):
+    _, K, V = text(rng, 8, lead=(2, 3))
+    state = ropecy.DecodeState(6, 5)
+    state.extend(K, V)
+    before = state.attend(K[..., 0, :])
+    for lead in ((1, 3), (3,), ()):
+        one = np.zeros((*lead, 8, 6)), np.zeros((*lead, 8, 5))
+        with pytest.raises(ValueError, match=r"K, V: got leading axes .*, wants \(2, 3\) as the state has"):
+            state.extend(*one)
+    np.testing.assert_array_equal(state.attend(K[..., 0, :]), before)
+    state.extend(K[:1], V)  # together they have the state's axes
+    assert state.length == 16
+
+
 def test_strides_and_read_only_inputs(rng):
     Q, K, V = text(rng, 30, lead=(2,))
     state, other = (ropecy.DecodeState(6, 5, ropecy.Rotary(6), window=3) for _ in range(2))
@@ -260,6 +276,65 @@ def test_results_do_not_depend_on_threads(rng, monkeypatch):
         found.append(state.step(Q[:, 0], K[:, 0], V[:, 0]))
     np.testing.assert_array_equal(found[1], found[0])
     np.testing.assert_array_equal(found[2], found[0])
+
+
+# ---- one call at a time ----
+
+CALLS = {
+    "extend": lambda state, x: state.extend(x[None], x[None]),
+    "step": lambda state, x: state.step(x, x, x),
+    "attend": lambda state, x: state.attend(x),
+    "copy": lambda state, x: state.copy(),
+    "save": lambda state, x: state.save(os.devnull),
+    "certificate": lambda state, x: state.certificate,
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_during_another_is_refused(name, rng, monkeypatch):
+    """While `extend` works in one thread, other calls raise in another, and what can be read is as it was before."""
+    x = np.full(4, 0.1)
+    state = ropecy.DecodeState(4, 4)
+    state.extend(x[None], x[None])
+    refused = []
+
+    def meanwhile(*_):
+        with ThreadPoolExecutor(1) as pool:
+            for call in (CALLS[name], lambda state, x: (state.length, state.nbytes, repr(state))):
+                refused.append(pool.submit(call, state, x).exception())
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ropecy.decode.polynomial_engine.key_states", meanwhile)
+        with pytest.raises(KeyboardInterrupt):
+            state.extend(np.tile(x, (200, 1)), np.tile(x, (200, 1)))
+    assert isinstance(refused[0], RuntimeError)
+    assert re.match(f"{name}: got a state that another call is working on, wants one call at a time", str(refused[0]))
+    assert refused[1] is None
+    CALLS[name](state, x)  # an interrupted call does not keep the state
+
+
+def test_threads_give_right_rows_or_an_error(rng):
+    Q, K, V = text(rng, 4000, d=8, d_v=8)
+    state, alone = (ropecy.DecodeState(8, 8, eps=1e-6) for _ in range(2))
+    alone.extend(K, V)
+    expected = alone.attend(Q[0])
+
+    def decode_some(start):
+        done = 0
+        while done < 1000:
+            i = start + done
+            try:
+                state.step(Q[i], K[i], V[i])
+                done += 1
+            except RuntimeError:
+                pass
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(decode_some, range(0, 4000, 1000)))
+    # Every token is there once, in whatever order the threads got their turns.
+    assert state.length == 4000
+    np.testing.assert_allclose(state.attend(Q[0]), expected, rtol=0, atol=1e-5)
 
 
 # ---- past the bound ----

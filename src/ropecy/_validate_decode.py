@@ -110,7 +110,8 @@ def check_tokens(
         raise ValueError(f"{names}: got leading axes {leads[0]} and {leads[1]}, wants axes that broadcast") from None
     if 0 in together:
         raise ValueError(f"{names}: got leading axes {together}, wants at least one of each")
-    if lead is not None and not _broadcasts(together, lead):
+    # What is appended to a state of several texts must say of each what it gets. With a single token the query does.
+    if lead is not None and not (_broadcasts(together, lead) if single else together == lead):
         raise ValueError(f"{names}: got leading axes {together}, wants {lead} as the state has")
     if bias is not None and bias.heads not in (None, 1) and together and bias.heads % (lead or together)[-1]:
         raise ValueError(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
+import threading
 import zipfile
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
@@ -27,6 +31,26 @@ _VERSION = 2
 _VANISHED = -650.0
 # Elements of keys and values that `extend` works on at a time.
 _PIECE = 2**21
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _one_call_at_a_time(method: _Method) -> _Method:
+    """The method, which raises RuntimeError while another call of such a method works on the same state."""
+
+    @functools.wraps(method)
+    def guarded(self: DecodeState, *args: Any, **kwargs: Any) -> Any:
+        if not self._in_use.acquire(blocking=False):
+            raise RuntimeError(
+                f"{method.__name__}: got a state that another call is working on, wants one call at a time; "
+                "a lock around the calls, or a copy() of the state for each thread, helps"
+            )
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            self._in_use.release()
+
+    return guarded  # type: ignore[return-value]
 
 
 class DecodeState:
@@ -82,7 +106,8 @@ class DecodeState:
     counts for query heads. Weights stay positive under a bias, so it changes nothing in the proof. The method is that
     of arXiv:2412.17316 and arXiv:2505.11892 for a running sum; decays: certificates.md, section 7. Features and sums
     are float64 for float32 data too: ten million tokens lose no digit, and larger bounds can be certified. One state
-    is for one Python thread at a time.
+    serves one call at a time: what is called while another thread's call works on the same state raises RuntimeError,
+    but for `length`, `nbytes` and `repr`.
 
     Examples
     --------
@@ -112,6 +137,7 @@ class DecodeState:
         self._options = o = _validate_decode.check_decode(
             d, d_v, R, eps=eps, bound=bound, scale=scale, dtype=dtype, window=window, bias=bias, on_break=on_break
         )
+        self._in_use = threading.Lock()
         self._length = 0
         self._largest = 0.0
         self._dtype = o.dtype
@@ -143,6 +169,7 @@ class DecodeState:
         return sum(array.nbytes for array in self._arrays.values())
 
     @property
+    @_one_call_at_a_time
     def certificate(self) -> Certificate:
         """What is promised of results in units of max_c range_j(v_jc), values being of the size of their range.
 
@@ -173,6 +200,7 @@ class DecodeState:
 
     # ---- what it does ----
 
+    @_one_call_at_a_time
     def extend(self, K: ArrayLike, V: ArrayLike) -> None:
         """Append n tokens at once (prefill): what n steps would leave, up to rounding.
 
@@ -184,7 +212,8 @@ class DecodeState:
         Raises
         ------
         TypeError, ValueError
-            Another dtype, other shapes, NaN or Inf.
+            Another dtype, other shapes, NaN or Inf. Later tokens must together have the leading axes of the first:
+            those of one text are not written to several.
         BoundedEntryError
             A key is past `bound`. The state is then as it was.
 
@@ -228,6 +257,7 @@ class DecodeState:
             self._fill_ring(k, v, self._length + n)
         self._length += n
 
+    @_one_call_at_a_time
     def step(self, q: ArrayLike, k: ArrayLike, v: ArrayLike) -> np.ndarray:
         """Append one token, then attend with q at its position.
 
@@ -274,6 +304,7 @@ class DecodeState:
         self._length += 1
         return self._to_user(self._from_history(rows[:, 1:]) if past else result, q)
 
+    @_one_call_at_a_time
     def attend(self, q: ArrayLike) -> np.ndarray:
         """Attend with q (..., d) at the position of the last token, without appending one; as in `step`.
 
@@ -292,10 +323,12 @@ class DecodeState:
         slot = (self._length - 1) % (o.window or 1)
         return self._to_user(self._decoder.step(rows, None, slot, _validate.default_threads()), q)
 
+    @_one_call_at_a_time
     def copy(self) -> DecodeState:
         """The same state, independent from here on."""
         other = object.__new__(DecodeState)
         other.__dict__.update(self.__dict__)
+        other._in_use = threading.Lock()
         other._arrays = {name: array.copy() for name, array in self._arrays.items()}
         other._connect()
         return other
@@ -305,6 +338,7 @@ class DecodeState:
     def __deepcopy__(self, memo: dict) -> DecodeState:
         return self.copy()
 
+    @_one_call_at_a_time
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state to an npz file, whose name is `path` as it stands; `load` on any machine goes on from it."""
         o, arrays = self._options, dict(self._arrays)
@@ -436,8 +470,8 @@ class DecodeState:
             self._lead, self._dtype, self._slopes = lead, dtype, slopes
             self._connect()
         if largest > self._limit(self._dtype):
-            for name in ("state", "ring_keys", "ring", "centre"):
-                self._arrays.pop(name, None)
+            # A new dictionary, for `nbytes` may be reading the old one.
+            self._arrays = {name: array for name, array in self._arrays.items() if name in ("keys", "values")}
             self._connect()
 
     def _connect(self) -> None:
