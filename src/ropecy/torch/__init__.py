@@ -1,0 +1,10 @@
+"""PyTorch: scaled_dot_product_attention and an attention layer, on CPU tensors without copies.
+
+Forward and backward are each a custom operator of torch.library, ``ropecy::attention`` and
+``ropecy::attention_backward``, so autograd, torch.compile and vmap see them. Derivatives are of first order only.
+"""
+
+from .function import scaled_dot_product_attention
+from .layer import RoPEAttention
+
+__all__ = ["RoPEAttention", "scaled_dot_product_attention"]

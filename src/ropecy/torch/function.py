@@ -1,0 +1,158 @@
+"""scaled_dot_product_attention: what it is given, checked and put into the forms that the operators take."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..rotary import Rotary
+from .operators import attention_operator, encode
+
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    rotary: Rotary | None = None,
+    q_positions: Tensor | None = None,
+    k_positions: Tensor | None = None,
+    window: int | tuple[int, int] | None = None,
+    near: tuple[int, float | Tensor] | None = None,
+    q_offset: int = 0,
+    eps: float = 1e-3,
+    method: str = "auto",
+    threads: int | None = None,
+) -> Tensor:
+    r"""softmax(scale Q R_{j-i} K^T) V, as torch.nn.functional's function of this name and as `ropecy.attention`.
+
+    Parameters
+    ----------
+    query, key, value : (..., n, d), (..., n_k, d), (..., n_k, d_v) tensors
+        On the CPU and of one dtype: float32 or float64, computed in themselves, or float16 or bfloat16, computed in
+        float32. Any strides. The axis before n is the head axis.
+    attn_mask : bool tensor, optional
+        True for keys that are kept: (batch, n_k) beside (batch, ..., n, d), or what broadcasts to (..., 1, n_k). Beside
+        `is_causal` and `window` it combines by "and".
+    dropout_p : float
+        0 only.
+    is_causal : bool
+        Row i sees the keys j <= i + q_offset, so with n != n_k aligned at the top left, as in PyTorch.
+    scale : float, optional
+        By default 1/sqrt(d), as in PyTorch (the rest of ropecy has 1/d).
+    enable_gqa : bool
+        Whether key and value may have fewer heads than query: head h uses key head h // (heads / key heads).
+    rotary : Rotary, optional
+        Rotates query and key by their positions; by default they come as they are.
+    q_positions, k_positions, window, q_offset, eps, method
+        As in `ropecy.attention`; positions are integer tensors.
+    near : (int, float or tensor), optional
+        (w, scale_near) as in `ropecy.attention`; where scale_near is a tensor of one number, it has a gradient.
+    threads : int, optional
+        By default ``torch.get_num_threads()``.
+
+    Returns
+    -------
+    (..., n, d_v) tensor
+        Of query's dtype, contiguous. Rows that see no key are 0.
+
+    Raises
+    ------
+    TypeError
+        dtypes that disagree, a mask that is not bool, a `near` that is no pair.
+    NotImplementedError
+        Dropout, a mask that differs from query to query, a device other than the CPU.
+    ValueError
+        All that `ropecy.attention` refuses, NaN and Inf among it; a mask that might mean two things.
+
+    Notes
+    -----
+    Time and memory as `ropecy.attention` and `ropecy.attention_vjp`. Backward keeps query, key and value only and
+    computes forward again, so it costs that much more. A derivative of the gradient is an error.
+
+    Examples
+    --------
+    >>> Q, K, V = torch.ones(3, 2, 4, 100, 8)
+    >>> scaled_dot_product_attention(Q, K, V, is_causal=True, rotary=Rotary(8)).shape
+    torch.Size([2, 4, 100, 8])
+    """
+    if dropout_p != 0:
+        raise NotImplementedError(f"dropout_p: got {dropout_p}, wants 0.0: attention weights are never formed")
+    tensors = {"query": query, "key": key, "value": value}
+    for name, x in tensors.items():
+        if x.device.type not in ("cpu", "meta"):
+            raise NotImplementedError(f"{name}: got a tensor on {x.device}, wants one on the CPU")
+        if x.dtype not in _DTYPES:
+            raise TypeError(f"{name}: got {x.dtype}, wants float32, float64, float16 or bfloat16")
+        if x.dtype != query.dtype:
+            raise TypeError(f"{name}: got {x.dtype}, wants {query.dtype} as query has")
+        if x.dim() < 2:
+            raise ValueError(f"{name}: got shape {tuple(x.shape)}, wants (..., rows, width)")
+        if not enable_gqa and x.dim() > 2 and query.dim() > 2 and 1 != x.shape[-3] != query.shape[-3] != 1:
+            raise ValueError(
+                f"{name}: got {x.shape[-3]} heads beside {query.shape[-3]} of query, wants as many, or enable_gqa=True"
+            )
+    key_mask = None if attn_mask is None else _key_mask(attn_mask, query, key)
+    if window is not None:
+        window = list(window) if isinstance(window, (tuple, list)) else [window]
+    if near is not None and not (isinstance(near, tuple | list) and len(near) == 2):
+        raise TypeError(f"near: got {near!r}, wants a pair (w, scale_near)")
+    width, scale_near = near or (None, None)
+    if scale_near is not None and not isinstance(scale_near, Tensor):
+        scale_near = torch.tensor(scale_near, dtype=torch.float64)
+    if scale_near is not None and scale_near.dim():
+        raise ValueError(f"near: got a scale_near of shape {tuple(scale_near.shape)}, wants a number, shape ()")
+    return attention_operator(
+        query,
+        key,
+        value,
+        key_mask,
+        q_positions,
+        k_positions,
+        scale_near,
+        width,
+        None if rotary is None else encode(rotary),
+        query.shape[-1] ** -0.5 if scale is None else scale,
+        is_causal,
+        window,
+        q_offset,
+        eps,
+        method,
+        threads,
+    )
+
+
+def _key_mask(attn_mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """The mask with its query axis left out: (n_k,), or all leading axes beside it."""
+    shape, n, n_k = tuple(attn_mask.shape), query.shape[-2], key.shape[-2]
+    if attn_mask.dtype != torch.bool:
+        raise TypeError(f"attn_mask: got {attn_mask.dtype}, wants bool, True for a key that is kept")
+    wants = f"(batch, {n_k}) or (..., 1, {n_k}), one row of keys for all queries"
+    if shape[-1:] != (n_k,):
+        raise ValueError(f"attn_mask: got shape {shape}, wants {wants}")
+    leads = query.dim() - 2
+    if len(shape) == 1 or shape[:-1] == (1,) * (len(shape) - 1):
+        return attn_mask.reshape(n_k)
+    if len(shape) == 2:
+        batch = query.shape[0] if leads else 1
+        if shape[0] == n and batch == n:
+            raise ValueError(
+                f"attn_mask: got shape {shape}, which may be (batch, n_k) or (n, n_k); wants "
+                f"(batch, {'1, ' * leads}n_k), by attn_mask[:, {'None, ' * leads}:]"
+            )
+        if shape[0] == batch:
+            return attn_mask.reshape((batch,) + (1,) * (leads - 1) + (n_k,))
+    elif shape[-2] == 1:
+        missing = leads - (len(shape) - 2)
+        return attn_mask.reshape((1,) * missing + shape[:-2] + (n_k,))
+    raise NotImplementedError(
+        f"attn_mask: got shape {shape}, a mask of {shape[-2]} rows for {n} queries; wants {wants}: "
+        "masks of n x n_k are never formed; is_causal, window and q_offset describe them"
+    )

@@ -1,0 +1,163 @@
+"""The operators ``ropecy::attention`` and ``ropecy::attention_backward``: the functions of NumPy for torch.library."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import attention, attention_vjp
+from ..rotary import Rotary
+
+
+# A custom operator takes no Rotary, so that it goes through as text. Compiled code holds the text as a constant,
+# guarded by the object's identity.
+@torch.compiler.assume_constant_result
+def encode(rotary: Rotary) -> str:
+    _, fields = rotary.__reduce__()
+    return json.dumps(fields, default=lambda x: x.tolist())
+
+
+@lru_cache(maxsize=64)
+def _decode(rotary: str) -> Rotary:
+    return Rotary(*json.loads(rotary))
+
+
+def _array(x: Tensor) -> np.ndarray:
+    """x's own memory; halves become float32, in which they are computed anyway."""
+    return (x.float() if x.dtype.itemsize == 2 and x.is_floating_point() else x).numpy(force=True)
+
+
+def _tensor(x: np.ndarray, like: Tensor) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(x)).to(like.dtype)
+
+
+def _keywords(key_mask, q_positions, k_positions, scale_near, *options):
+    """What the operators are given beside Q, K and V, as the keyword arguments of `ropecy.attention`."""
+    width, rotary, scale, causal, window, q_offset, eps, method, threads = options
+    optional = {"key_mask": key_mask, "q_positions": q_positions, "k_positions": k_positions}
+    return {name: None if x is None else _array(x) for name, x in optional.items()} | {
+        "R": None if rotary is None else _decode(rotary),
+        "scale": scale,
+        "causal": causal,
+        "window": window if window is None or len(window) > 1 else window[0],
+        "near": None if width is None else (width, scale_near.item()),
+        "q_offset": q_offset,
+        "eps": eps,
+        "method": method,
+        "threads": torch.get_num_threads() if threads is None else threads,
+    }
+
+
+_INPUTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? key_mask, Tensor? q_positions, Tensor? k_positions, "
+    "Tensor? scale_near, SymInt? width, str? rotary, float scale, bool causal, SymInt[]? window, SymInt q_offset, "
+    "float eps, str method, SymInt? threads"
+)
+
+
+@torch.library.custom_op("ropecy::attention", mutates_args=(), device_types="cpu", schema=f"({_INPUTS}) -> Tensor")
+def attention_operator(query, key, value, *given):
+    return _tensor(attention(_array(query), _array(key), _array(value), **_keywords(*given)), query)
+
+
+@torch.library.custom_op(
+    "ropecy::attention_backward",
+    mutates_args=(),
+    device_types="cpu",
+    schema=f"(Tensor grad, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def backward_operator(grad, query, key, value, *given):
+    _, vjp = attention_vjp(_array(query), _array(key), _array(value), **_keywords(*given))
+    g = vjp(_array(grad))
+    scale_near = given[3]
+    near = query if scale_near is None else scale_near
+    dscale_near = torch.tensor(0.0 if scale_near is None else g.dscale_near, dtype=near.dtype)
+    return _tensor(g.dQ, query), _tensor(g.dK, key), _tensor(g.dV, value), dscale_near
+
+
+@attention_operator.register_fake
+def _(query, key, value, *options):
+    tensors = (query, key, value)
+    lead = torch.broadcast_shapes(*(x.shape[:-3] for x in tensors))
+    if any(x.dim() > 2 for x in tensors):
+        lead = (*lead, max(x.shape[-3] for x in tensors if x.dim() > 2))
+    return query.new_empty((*lead, query.shape[-2], value.shape[-1]))
+
+
+@backward_operator.register_fake
+def _(grad, query, key, value, key_mask, q_positions, k_positions, scale_near, *options):
+    near = query if scale_near is None else scale_near
+    return *(x.new_empty(x.shape) for x in (query, key, value)), near.new_empty(())
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs[:7])
+    ctx.options = inputs[7:]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    *gradients, dscale_near = backward_operator(grad, *ctx.saved_tensors, *ctx.options)
+    near = None if ctx.saved_tensors[6] is None else dscale_near
+    return (*gradients, None, None, None, near, *[None] * len(ctx.options))
+
+
+def _second_order(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError("ropecy has derivatives of first order only: attention's gradient has none of its own")
+
+
+attention_operator.register_autograd(_backward, setup_context=_setup_context)
+backward_operator.register_autograd(_second_order)
+
+
+def _batched(info: Any, in_dims: tuple[Any, ...], inputs: tuple[Any, ...], rows: int, expand: bool) -> list[Any]:
+    """Tensors with vmap's axis first, then 1s up to the rank of the others: `rows` of them (..., n, width), then three
+    that may be None, (..., n); ``expand`` lets those that have no such axis have it all the same.
+    """
+    rank = max(x.dim() - (axis is not None) for x, axis in zip(inputs[:rows], in_dims, strict=False))
+    tensors = []
+    for place, (x, axis) in enumerate(zip(inputs[: rows + 3], in_dims, strict=False)):
+        own_rank = rank if place < rows else rank - 1
+        if x is None or (axis is None and place >= rows and x.dim() == 1):
+            tensors.append(x)
+            continue
+        x = x.unsqueeze(0) if axis is None else x.movedim(axis, 0)
+        x = x.reshape(x.shape[:1] + (1,) * (own_rank - x.dim() + 1) + x.shape[1:])
+        tensors.append(x.expand(info.batch_size, *x.shape[1:]) if expand and place < rows else x)
+    return tensors
+
+
+def _one_by_one(operator: Any, info: Any, in_dims: tuple[Any, ...], inputs: tuple[Any, ...]) -> list[Any]:
+    """The operator's result for each element of vmap's batch: one call has one scale_near, and one gradient by it."""
+    places = range(info.batch_size)
+    return [
+        operator(*(x if axis is None else x.select(axis, i) for x, axis in zip(inputs, in_dims, strict=True)))
+        for i in places
+    ]
+
+
+@attention_operator.register_vmap
+def _(info, in_dims, *inputs):
+    if in_dims[6] is not None:
+        return torch.stack(_one_by_one(attention_operator, info, in_dims, inputs)), 0
+    tensors = _batched(info, in_dims, inputs, rows=3, expand=False)
+    return attention_operator(*tensors, *inputs[6:]), 0
+
+
+@backward_operator.register_vmap
+def _(info, in_dims, *inputs):
+    # Each batch element has gradients of its own, also of what all of them share.
+    if inputs[7] is not None:
+        each = _one_by_one(backward_operator, info, in_dims, inputs)
+        return tuple(torch.stack(parts) for parts in zip(*each, strict=True)), (0, 0, 0, 0)
+    *gradients, dscale_near = backward_operator(*_batched(info, in_dims, inputs, rows=4, expand=True), *inputs[7:])
+    shapes = (
+        x.shape if axis is None else x.movedim(axis, 0).shape[1:]
+        for x, axis in zip(inputs[1:4], in_dims[1:4], strict=True)
+    )
+    gradients = [g.reshape(info.batch_size, *shape) for g, shape in zip(gradients, shapes, strict=True)]
+    return (*gradients, dscale_near), (0, 0, 0, None)
