@@ -25,6 +25,7 @@ EXTENSIONS = {
     "_circulant": [],
     "_toeplitz": ["toeplitz"],
     "_family": [],
+    "_peak": ["peak"],
     "_fftw": [],
 }
 

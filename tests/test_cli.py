@@ -29,7 +29,7 @@ def test_plan_of_unbounded_scores_is_exact(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "demo | plan | map | info"),
+        ([], "demo | plan | map | bench | info"),
         (["nap"], "invalid choice: 'nap'"),
         (["plan", "--bound", "-1"], "--bound: wants a positive number, got '-1'"),
         (["plan", "--bound", "inf"], "--bound: wants a positive number, got 'inf'"),

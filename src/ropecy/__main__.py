@@ -1,4 +1,4 @@
-"""``python -m ropecy demo | plan | map | info``."""
+"""``ropecy demo | plan | map | bench | info``, and ``python -m ropecy`` likewise."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import demo, regime
+from . import bench, demo, regime
 from ._info import info
 from .plan import plan
 from .rotary import Rotary
@@ -18,10 +18,10 @@ from .rotary import Rotary
 def main(arguments: list[str] | None = None) -> None:
     """Run the command that `arguments` (by default sys.argv[1:]) names; a bad one exits with status 2 and a line."""
     parser = argparse.ArgumentParser(
-        prog="python -m ropecy",
+        prog="ropecy",
         description="Softmax attention with rotary positions, certified, in almost linear time.",
     )
-    commands = parser.add_subparsers(dest="command", metavar="demo | plan | map | info", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="demo | plan | map | bench | info", required=True)
     shared = argparse.ArgumentParser(add_help=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     shared.add_argument("--eps", type=_between_0_and_1, default=1e-3, help="the error to certify, in units of range(V)")
     shared.add_argument("--seed", type=_at_least(0), default=0, help="of the random numbers")
@@ -40,6 +40,15 @@ def main(arguments: list[str] | None = None) -> None:
         )
         add(command)
         command.set_defaults(run=run, fail=command.error)
+    about = "this machine's limits, and how near attention of a given size comes to them, beside PyTorch where it is"
+    command = commands.add_parser(
+        "bench",
+        help=about,
+        description=about[0].upper() + about[1:] + ".",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    _bench_options(command)
+    command.set_defaults(run=_bench, fail=command.error)
     about = "versions, FFTW, the instruction set in use, threads"
     commands.add_parser("info", help=about, description=about.capitalize() + ".").set_defaults(run=_info)
 
@@ -121,6 +130,29 @@ def _map(options: argparse.Namespace) -> None:
         print(f"\ndrawn to {options.plot}")
 
 
+def _bench_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--shape",
+        type=_shape,
+        default="1,8,8,2048,2048,64",
+        metavar="b,h,hk,n,nk,d",
+        help="batch, query heads, key heads, queries, keys, width of a head",
+    )
+    command.add_argument("--dtype", choices=bench.DTYPES, default="float32")
+    command.add_argument("--causal", action="store_true", help="the last query sees all keys")
+    command.add_argument("--threads", type=_at_least(1), help="(default: as ropecy info says)")
+    command.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the table")
+
+
+def _bench(options: argparse.Namespace) -> None:
+    try:
+        if options.plot is not None:
+            demo.check_plot(options.plot)
+        bench.run(options.shape, options.dtype, options.causal, options.threads, options.plot)
+    except (ImportError, OSError) as error:
+        options.fail(str(error))
+
+
 def _width(command: argparse.ArgumentParser) -> None:
     command.add_argument("--d", type=_even, default=8, help="width of a head, even")
 
@@ -142,6 +174,16 @@ def _at_least(least: int) -> Callable[[str], int]:
         return number
 
     return check
+
+
+def _shape(text: str) -> bench.Shape:
+    numbers = [_number(int, part) for part in text.split(",")]
+    if len(numbers) != 6 or any(number is None or number < 1 for number in numbers):
+        raise argparse.ArgumentTypeError(f"wants six integers of at least 1, b,h,hk,n,nk,d, got {text!r}")
+    shape = bench.Shape(*numbers)
+    if shape.h % shape.hk:
+        raise argparse.ArgumentTypeError(f"wants hk, the key heads, to divide h, the query heads, got {text!r}")
+    return shape
 
 
 def _even(text: str) -> int:
