@@ -7,13 +7,10 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from small_models import GROUPED, SIZES, make, padded, tokens  # noqa: E402
+
 from ropecy.transformers import register  # noqa: E402
 
-register("ropecy-exact", method="exact")
-
-SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
-SIZES |= {"max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-GROUPED = {"num_key_value_heads": 2}
 FAMILIES = {
     "llama": ("Llama", GROUPED),
     "mistral": ("Mistral", GROUPED | {"sliding_window": 7}),
@@ -24,34 +21,15 @@ FAMILIES = {
 }
 
 
-def make(family):
-    """The same small random model, eager and by ropecy."""
-    name, more = FAMILIES[family]
-    torch.manual_seed(5)
+def family(name):
+    name, more = FAMILIES[name]
     config = getattr(transformers, name + "Config")(**SIZES, **more)
-    eager = getattr(transformers, name + "ForCausalLM")._from_config(config, attn_implementation="eager")
-    with torch.no_grad():
-        for p in eager.parameters():
-            if p.dim() > 1:
-                p.mul_(8)  # the initial weights are so small that attention is nearly uniform
-    ours = copy.deepcopy(eager)
-    ours.set_attn_implementation("ropecy-exact")
-    return eager.eval(), ours.eval()
+    return make(getattr(transformers, name + "ForCausalLM"), config)
 
 
 @pytest.fixture(params=FAMILIES)
 def models(request):
-    return make(request.param)
-
-
-def tokens(b, n):
-    return torch.randint(3, 61, (b, n), generator=torch.Generator().manual_seed(1))
-
-
-def padded(side, b=3, n=21):
-    counts = torch.tensor([n, n - 6, 4])[:b, None]
-    places = torch.arange(n)
-    return (places >= n - counts if side == "left" else places < counts).long()
+    return family(request.param)
 
 
 def run(model, mask=None, **inputs):
@@ -111,7 +89,7 @@ def test_prefill_in_two_parts(models):
     results = []
     for model in models:
         first = model(tokens(2, 21)[:, :12], use_cache=True)
-        results.append(model(tokens(2, 21)[:, 12:], past_key_values=first.past_key_values).logits)
+        results.append(model(tokens(2, 21)[:, 12:], cache=first.cache).logits)
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-5)
 
 
@@ -130,7 +108,7 @@ def test_two_sided_windows(padding):
 
 
 def test_compiled():
-    eager, ours = make("mistral")
+    eager, ours = family("mistral")
     keep = padded("right", 2).bool()
     inputs = {"input_ids": tokens(2, 21), "attention_mask": keep.long()}
     a, b = (model(**inputs).logits[keep] for model in (torch.compile(ours, backend="aot_eager"), eager))
@@ -173,7 +151,7 @@ class Attends(torch.nn.Module):
         ({"dropout": 0.1}, "dropout_p: got 0.1"),
         ({"output_attentions": True}, "output_attentions"),
         ({"attention_mask": torch.zeros(1, 1, 5, 5)}, r"attention_mask: got shape \(1, 1, 5, 5\)"),
-        ({"cu_seq_lens_q": torch.tensor([0, 2, 5])}, "cu_seq_lens_q"),
+        ({"cu_seq_lens_q": torch.tensor([0, 2, 4])}, "cu_seq_lens_q: got packed sequences of 4 tokens"),
     ],
 )
 def test_refusals(more, message):
@@ -190,12 +168,10 @@ def test_none_and_harmless_arguments_pass():
 
 
 def test_masks_that_are_not_known_are_refused():
-    from transformers.masking_utils import create_causal_mask, create_chunked_causal_mask
+    from transformers.masking_utils import create_causal_mask
 
-    config = transformers.LlamaConfig(**SIZES, attention_chunk_size=4, attn_implementation="ropecy-exact")
-    inputs = {"config": config, "inputs_embeds": torch.ones(1, 9, 32), "attention_mask": None, "past_key_values": None}
-    with pytest.raises(NotImplementedError, match=r"attention_mask: .*chunked_overlay"):
-        create_chunked_causal_mask(**inputs)
+    config = transformers.LlamaConfig(**SIZES, attn_implementation="ropecy-exact")
+    inputs = {"config": config, "inputs_embeds": torch.ones(1, 9, 32), "attention_mask": None, "cache": None}
     with pytest.raises(NotImplementedError, match=r"attention_mask: .*or_masks"):
         create_causal_mask(**inputs, block_sequence_ids=torch.zeros(1, 9, dtype=torch.long))
 

@@ -1,7 +1,12 @@
 """transformers: models whose attention is ropecy's, by ``attn_implementation="ropecy"`` after `register`.
 
-Queries and keys arrive rotated, by whatever scaling rule the model has, so this is attention on rotated rows. Masks
-stay descriptions (causal, a window, keys that are kept, sequences packed into a row) and n x n ones are never formed.
+Queries and keys arrive rotated, by whatever scaling rule the model has, so this is attention on rotated rows.
+
+What a query sees is what the model's mask says: transformers asks ropecy to make the mask, and ropecy keeps a
+description of it (`ropecy._described_mask`) that carries causality, windows, padding and packed sequences to the
+attention. What the module says of itself, ``is_causal`` or ``sliding_window``, counts only where the model makes no
+mask at all; then it is what transformers' own attention by PyTorch makes of it. A model that computes attention in code
+of its own, and does not call ropecy's, is given the mask that eager attention has.
 
 There is no cache made of `ropecy.DecodeState`. A model hands its attention what ``Cache.update`` returns, tensors of
 all keys and values, and neither the cache nor a state, so one would have to be smuggled through them, while masks
@@ -18,15 +23,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 from . import _validate
+from ._described_mask import Band, DescribedMask, describe
 from .torch import scaled_dot_product_attention
 
 __all__ = ["register"]
 
 # What models hand to their attention that changes the result and that nothing here does.
 _REFUSED = ("softcap", "s_aux", "sinks", "position_bias", "indices", "block_indices", "cache")
+# A dense mask hides a key by adding this to its scores, or a number below it: the weight is then 0 in every dtype.
+_HIDDEN = -1e4
 
 
 def register(name: str = "ropecy", *, eps: float = 1e-3, method: str = "auto") -> None:
@@ -46,10 +53,11 @@ def register(name: str = "ropecy", *, eps: float = 1e-3, method: str = "auto") -
 
     Notes
     -----
-    Forward and backward of causal and two-sided attention, grouped queries, padding on either side, sliding windows,
-    packed sequences (position_ids that restart, without a mask and a cache), dynamic and static caches. What else would
-    change the result is a NotImplementedError that names it, when the model is run: dropout, soft caps, sinks, position
-    biases, four-dimensional masks, attention weights as an output. Tokens that padding hides may see no key, and
+    Forward and backward of causal and two-sided attention, grouped queries, padding on either side, windows on one side
+    or both, chunks, packed sequences (position_ids that restart, without a mask and a cache, or ``cu_seq_lens_q`` for
+    one row), dynamic and static caches, torch.compile. What else would change the result is a NotImplementedError that
+    names it, when the model is run: dropout, soft caps, sinks, position biases, masks of n x n_k numbers, masks made by
+    functions that are none of these, attention weights as an output. Tokens that padding hides may see no key, and
     attention is 0 for them, where other implementations give an average that nothing should read.
 
     Examples
@@ -63,7 +71,7 @@ def register(name: str = "ropecy", *, eps: float = 1e-3, method: str = "auto") -
     """
     _validate.check_method(eps=eps, certify="proof", method=method, degree=None, seed=None)
     AttentionInterface.register(name, partial(_attention, eps=eps, method=method))
-    AttentionMaskInterface.register(name, _mask)
+    AttentionMaskInterface.register(name, describe)
 
 
 def _attention(
@@ -83,108 +91,143 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """What transformers calls: query (b, h, n, d), key and value (b, h_k, n_k, _), the result (b, n, h, d_v).
 
-    `attention_mask` is what `_mask` made.
+    A mask says all that there is to say of what is seen, so that `is_causal` and `sliding_window` count only without.
     """
     for name in _REFUSED:
         if kwargs.get(name) is not None:
             raise NotImplementedError(f"{name}: {type(module).__name__} wants it in its attention, ropecy has none")
     if kwargs.get("output_attentions"):
         raise NotImplementedError("output_attentions: got True, wants False: attention weights are never formed")
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    window = sliding_window
-    if window is not None and not causal:
-        # As for FlashAttention: the window's own token counts, on both sides.
-        window = (window - 1, window - 1)
+    n, n_k = query.shape[-2], key.shape[-2]
+    kept = sequence = None
+    if attention_mask is None:
+        band = _band_without_mask(module, n, n_k, is_causal, sliding_window)
+    elif isinstance(attention_mask, DescribedMask):
+        band, kept, sequence = _described(attention_mask, n, n_k)
+    else:
+        band, kept = Band(), _kept_keys(attention_mask, n_k)
+    lengths = kwargs.get("cu_seq_lens_q")
+    if sequence is None and lengths is not None and len(lengths) > 2:
+        sequence = _numbers(lengths, kwargs.get("cu_seq_lens_k"), query, key)
     run = partial(
         scaled_dot_product_attention,
         dropout_p=dropout,
-        is_causal=causal,
         scale=scaling,
         enable_gqa=True,
-        window=window,
         eps=eps,
-        method="exact" if query.shape[-2] == 1 else method,
+        method="exact" if n == 1 else method,
     )
-    if attention_mask is None:
-        lengths = kwargs.get("cu_seq_lens_q")
-        if lengths is not None and len(lengths) > 2:
-            raise NotImplementedError(
-                "cu_seq_lens_q: got packed sequences, wants position_ids that restart beside them"
-            )
-        out = run(query, key, value, q_offset=key.shape[-2] - query.shape[-2])
-    elif attention_mask.dim() != 2:
+    attend = _attend if sequence is None else partial(_attend_packed, sequence)
+    return attend(run, query, key, value, kept, band).transpose(1, 2).contiguous(), None
+
+
+def _band_without_mask(
+    module: torch.nn.Module, n: int, n_k: int, is_causal: bool | None, sliding_window: int | None
+) -> Band:
+    """What transformers' own attention by PyTorch makes of the same arguments, where these leave nothing open."""
+    owner = type(module).__name__
+    if sliding_window is not None and sliding_window < n_k:
         raise NotImplementedError(
-            f"attention_mask: got shape {tuple(attention_mask.shape)}, wants (batch, n): n x n masks are never formed"
+            f"sliding_window: {owner} wants one of {sliding_window} without a mask that says where it lies, ropecy "
+            "takes windows from the mask"
         )
-    elif attention_mask.dtype != torch.bool:
-        out = _packed(run, query, key, value, attention_mask)
-    else:
-        # A static cache has room for more keys than there are.
-        n_k = attention_mask.shape[1]
-        key, value = key[..., :n_k, :], value[..., :n_k, :]
-        out = run(query, key, value, attention_mask[:, None, None], q_offset=n_k - query.shape[-2])
-    return out.transpose(1, 2).contiguous(), None
+    if n == 1:
+        return Band()
+    causal = getattr(module, "is_causal", None) if is_causal is None else is_causal
+    if causal is None:
+        raise NotImplementedError(
+            f"is_causal: {owner} gives its attention neither a mask nor is_causal, ropecy wants one of them"
+        )
+    return Band(high=0) if causal else Band()
 
 
-def _packed(run: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, sequence: Tensor) -> Tensor:
-    """Each sequence attends to itself; sequence (b, n) numbers them along a row."""
+def _described(mask: DescribedMask, n: int, n_k: int) -> tuple[Band, Tensor | None, Tensor | None]:
+    """Band, kept keys and sequences of the mask, which has to be one of n queries and n_k keys."""
+    rows, keys = mask.shape[2:]
+    one_for_all = rows == 1 and mask.band.low is None and mask.band.high is None
+    if keys != n_k or (rows != n and not one_for_all):
+        raise NotImplementedError(
+            f"attention_mask: got one of {rows} queries and {keys} keys beside {n} queries and {n_k} keys"
+        )
+    return mask.band, mask.kept, mask.sequence
+
+
+def _kept_keys(mask: Tensor, n_k: int) -> Tensor:
+    """Which keys (b, n_k) a dense mask (b, 1, 1, n_k) keeps: True, or 0 rather than what makes a weight vanish."""
+    if mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2] != 1 or mask.shape[3] != n_k:
+        raise NotImplementedError(
+            f"attention_mask: got shape {tuple(mask.shape)}, wants (batch, 1, 1, {n_k}): n x n masks are never formed"
+        )
+    mask = mask[:, 0, 0]
+    if mask.dtype == torch.bool:
+        return mask
+    kept = mask == 0
+    if not (kept | (mask <= _HIDDEN)).all():
+        raise NotImplementedError(
+            f"attention_mask: got a bias of keys, wants 0 for those that are kept and {_HIDDEN:.0f} or less for others"
+        )
+    return kept
+
+
+def _numbers(lengths: Tensor, key_lengths: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
+    """The number (1, n) of each token's sequence; `lengths` are the places where sequences begin, and n at the end."""
+    same = key_lengths is None or torch.equal(lengths, key_lengths)
+    if query.shape[0] != 1 or key.shape[-2] != query.shape[-2] or not same or lengths[-1] != query.shape[-2]:
+        raise NotImplementedError(
+            f"cu_seq_lens_q: got packed sequences of {int(lengths[-1])} tokens beside {query.shape[0]} rows of "
+            f"{key.shape[-2]} keys, wants one row of the same sequences, with use_cache=False"
+        )
+    return torch.repeat_interleave(lengths.diff())[None]
+
+
+def _attend(
+    run: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, kept: Tensor | None, band: Band
+) -> Tensor:
+    """Attention within a band, of the keys that it reaches: views of key and value, no copies."""
+    n, n_k = query.shape[-2], key.shape[-2]
+    low, high, offset = band
+    start = 0 if low is None else min(max(0, offset + low), n_k)
+    end = n_k if high is None else min(max(start, offset + n - 1 + high), n_k - 1) + 1
+    if start or end != n_k:
+        key, value = key[..., start:end, :], value[..., start:end, :]
+        kept = None if kept is None else kept[:, start:end]
+        offset, n_k = offset - start, end - start
+    # A bound that lies past the last key for every query says nothing, and engines have more to choose from without.
+    if high is not None and offset + high >= n_k - 1:
+        high = None
+    if low is not None and offset + n - 1 + low <= 0:
+        low = None
+    window = None
+    if low is not None or high not in (0, None):
+        window = 1 - low if high == 0 else (n_k + n if low is None else -low, n_k + n if high is None else high)
+    mask = None if kept is None else kept[:, None, None]
+    return run(query, key, value, mask, is_causal=high == 0, window=window, q_offset=offset)
+
+
+def _attend_packed(
+    sequence: Tensor,
+    run: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kept: Tensor | None,
+    band: Band,
+) -> Tensor:
+    """Each sequence attends to itself; sequence (b, n_k) numbers them, and query i is the token of key i + offset."""
+    n, offset = query.shape[-2], band.offset
     rows = []
-    for q, k, v, numbers in zip(query, key, value, sequence, strict=True):
-        _, lengths = torch.unique_consecutive(numbers, return_counts=True)
-        parts = (x.split(lengths.tolist(), dim=-2) for x in (q, k, v))
-        rows.append(torch.cat([run(*part) for part in zip(*parts, strict=True)], dim=-2))
-    return torch.stack(rows)
-
-
-def _mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor = 0,
-    kv_offset: int | Tensor = 0,
-    mask_function: Callable[..., Any] = causal_mask_function,
-    attention_mask: Tensor | None = None,
-    device: torch.device | str = "cpu",
-    **_: Any,
-) -> Tensor | None:
-    """Which keys there are: None for all, True for those kept (b, n_k), or the numbers of packed sequences (b, n).
-
-    The last query is at the last of these keys. Causality and windows reach the attention by themselves.
-    """
-    causal, sequence = _describe(mask_function)
-    if sequence is not None:
-        return sequence
-    n_k = min(kv_length, int(q_offset) + q_length - int(kv_offset)) if causal else kv_length
-    if attention_mask is None:
-        return None if n_k == kv_length else torch.ones(batch_size, n_k, dtype=torch.bool, device=device)
-    kept = attention_mask.to(torch.bool)
-    if kept.shape[1] != n_k:  # generate() makes the mask of a static cache beforehand, and it comes here again
-        kept = kept[:, int(kv_offset) : int(kv_offset) + n_k]
-        kept = torch.nn.functional.pad(kept, (0, n_k - kept.shape[1]))
-    return None if n_k == kv_length and kept.all() else kept
-
-
-def _describe(mask_function: Callable[..., Any]) -> tuple[bool, Tensor | None]:
-    """Whether it is causal, and the numbers of packed sequences where it has them.
-
-    transformers gives masks as functions of two indices, put together from known ones; of what is none of these, an
-    image's block or a chunk, nothing would reach the attention.
-    """
-    if mask_function in (causal_mask_function, bidirectional_mask_function):
-        return mask_function is causal_mask_function, None
-    name = mask_function.__qualname__.partition(".")[0]
-    cells = mask_function.__closure__ or ()
-    inside = dict(zip(mask_function.__code__.co_freevars, (cell.cell_contents for cell in cells), strict=True))
-    if name == "and_masks":
-        parts = [_describe(part) for part in inside["mask_functions"]]
-        return any(causal for causal, _ in parts), next((s for _, s in parts if s is not None), None)
-    if name == "remap_positions_for_packed_sequence":
-        return _describe(inside["mask_function"])
-    if name == "packed_sequence_mask_function":
-        return False, inside["packed_sequence_mask"]
-    if name in ("sliding_window_overlay", "sliding_window_bidirectional_overlay"):
-        return False, None
-    raise NotImplementedError(
-        f"attention_mask: the model makes it by {mask_function.__qualname__}, and ropecy knows causal masks, sliding "
-        "windows, padding and packed sequences"
-    )
+    for place in range(len(query)):
+        numbers, lengths = torch.unique_consecutive(sequence[place], return_counts=True)
+        if len(numbers.unique()) < len(numbers):
+            raise NotImplementedError("attention_mask: got packed sequences in pieces, wants each in one piece")
+        q, k, v = (x[place, None] for x in (query, key, value))
+        ends = lengths.cumsum(0).tolist()
+        parts = []
+        for start, end in zip([0, *ends[:-1]], ends, strict=True):
+            first, last = max(0, start - offset), min(n, end - offset)
+            if first < last:
+                mask = None if kept is None else kept[place, None, start:end]
+                own = band._replace(offset=offset + first - start)
+                parts.append(_attend(run, q[..., first:last, :], k[..., start:end, :], v[..., start:end, :], mask, own))
+        rows.append(torch.cat(parts, dim=-2))
+    return torch.cat(rows)
