@@ -15,8 +15,10 @@ from setuptools.modified import newer_group
 
 KERNELS = Path("src/ropecy/kernels")
 
-# Each extension and the C kernel files that it links: c/<name>.c, compiled once per instruction set level.
+# Each extension and the C kernel files that it links: c/<name>.c, compiled once per instruction set level; but for
+# _parallel, whose one C file is no kernel.
 EXTENSIONS = {
+    "_parallel": [],
     "_rotary": ["rotary"],
     "_rows": ["rows"],
     "_exact": ["exact"],
@@ -181,7 +183,7 @@ def extensions() -> list[Extension]:
     wanted = [
         Extension(
             f"ropecy.kernels.{name}",
-            [str(KERNELS / f"{name}.pyx")],
+            [str(KERNELS / f"{name}.pyx"), *([str(KERNELS / "c" / "parallel.c")] if name == "_parallel" else [])],
             include_dirs=[str(KERNELS), str(KERNELS / "c"), numpy.get_include()],
             define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
             extra_compile_args=list(SHIM_FLAGS),

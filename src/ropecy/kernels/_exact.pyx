@@ -1,16 +1,15 @@
 """Exact attention: threads, memory and interrupts around the serial C kernels of ``c/exact.h``.
 
 The split of work depends on the shapes alone, never on the number of threads, so that results are bitwise the same
-for every thread count. Long work is done in rounds of a fraction of a second, with a look at Ctrl-C between them.
+for every thread count.
 """
 
 import numpy as np
 
 cimport numpy as cnp
-from cpython.exc cimport PyErr_CheckSignals
-from cython.parallel cimport prange, threadid
 
 from ._arrays cimport LINE, line, pieces, pointer
+from ._parallel cimport interrupted, parallel_for, rc_worker, team
 
 cnp.import_array()
 
@@ -70,9 +69,13 @@ cdef extern from "c/isa.h" nogil:
 LEVEL = rc_level()
 cdef const rc_exact_kernels *kernels = rc_exact_select(LEVEL)
 
-cdef double SHARE = 5e6  # operations of a thread, some 50 us
-cdef double ROUND = 0.2  # seconds of one core between two looks at Ctrl-C
-cdef double PAIR_RATE = 2e10  # operations a second, low: a bound on a round's time, not a prediction
+
+cdef struct Pass:
+    rc_exact_problem p
+    const rc_exact_functions *f
+    ptrdiff_t tiles, blocks  # of a head's queries and keys
+    char *work
+    size_t size  # of a thread's workspace
 
 
 cdef const rc_exact_functions *functions_of(dtype):
@@ -100,53 +103,69 @@ cdef void describe(rc_exact_problem *p, q, k, v, tables):
         p.symbol_head = length * tables.symbol.shape[1] if tables.symbol.shape[0] > 1 else 0
 
 
+cdef void pack_keys(void *context, ptrdiff_t task, const rc_worker *worker) noexcept nogil:
+    cdef const Pass *x = <const Pass *>context
+    x.f.pack_keys(&x.p, task // x.blocks, task % x.blocks)
+
+
+cdef void pack_keys_and_values(void *context, ptrdiff_t task, const rc_worker *worker) noexcept nogil:
+    cdef const Pass *x = <const Pass *>context
+    x.f.pack_keys(&x.p, task // x.blocks, task % x.blocks)
+    x.f.pack_values(&x.p, task // x.blocks, task % x.blocks)
+
+
+cdef void forward_tile(void *context, ptrdiff_t task, const rc_worker *worker) noexcept nogil:
+    cdef const Pass *x = <const Pass *>context
+    # Long rows first: the last tiles of a causal problem see the most keys.
+    cdef ptrdiff_t tile = x.p.heads * x.p.groups * x.tiles - 1 - task
+    x.f.forward(&x.p, tile // x.tiles // x.p.groups, tile // x.tiles % x.p.groups, tile % x.tiles,
+                x.work + worker.slot * x.size)
+
+
+cdef void prepare_tile(void *context, ptrdiff_t task, const rc_worker *worker) noexcept nogil:
+    cdef const Pass *x = <const Pass *>context
+    x.f.prepare(&x.p, task // x.tiles // x.p.groups, task // x.tiles % x.p.groups, task % x.tiles)
+
+
+cdef void backward_segment(void *context, ptrdiff_t task, const rc_worker *worker) noexcept nogil:
+    cdef const Pass *x = <const Pass *>context
+    cdef ptrdiff_t block
+    for block in range(pieces(x.blocks, x.p.segments)):
+        if interrupted(worker):
+            return
+        x.f.backward(&x.p, task // x.p.segments, task % x.p.segments, block, block + 1, x.work + worker.slot * x.size)
+
+
+cdef void collect_tile(void *context, ptrdiff_t task, const rc_worker *worker) noexcept nogil:
+    cdef const Pass *x = <const Pass *>context
+    x.f.collect(&x.p, task // x.tiles // x.p.groups, task // x.tiles % x.p.groups, task % x.tiles)
+
+
 def forward(q, k, v, tables, bint want_lse, int threads):
     """o (H, G, n, d_v), maximum and inverse (H, G, n), lse float64 or None.
 
     ``tables`` is engines.exact.Tables. Time n n_k (2 d + 2 d_v + exp); memory beyond the results: the packed keys.
     """
-    cdef const rc_exact_functions *f = functions_of(q.dtype)
-    cdef rc_exact_problem p
-    cdef ptrdiff_t task, first, last, tiles, blocks, tasks, in_round, size
-    cdef double each
-    cdef char *work
-    describe(&p, q, k, v, tables)
+    cdef Pass x
+    cdef rc_exact_problem *p = &x.p
+    cdef double pairs
+    describe(p, q, k, v, tables)
+    x.f = functions_of(q.dtype)
+    x.blocks, x.tiles = pieces(p.n_k, x.f.block), pieces(p.n, x.f.tile)
     o = np.empty(q.shape[:3] + (p.d_v,), q.dtype)
     maximum, inverse = np.empty(q.shape[:3], q.dtype), np.empty(q.shape[:3], q.dtype)
     lse = np.empty(q.shape[:3]) if want_lse else None
-    blocks = pieces(p.n_k, f.block)
-    tiles = pieces(p.n, f.tile)
-    each = f.tile * p.n_k * (2.0 * p.d + 2.0 * p.d_v + 60.0)
-    threads = worth(threads, p.heads * p.groups * tiles * each)
-    key_pack = np.empty((p.heads, blocks * f.block, p.d), q.dtype)
+    pairs = <double>p.heads * p.groups * p.n * p.n_k
+    threads = team(threads, pairs * (p.d + p.d_v + 30))
+    key_pack = np.empty((p.heads, x.blocks * x.f.block, p.d), q.dtype)
     p.key_pack = pointer(key_pack)
     p.o, p.maximum, p.inverse, p.lse = pointer(o), pointer(maximum), pointer(inverse), <double *>pointer(lse)
-    size = pieces(f.forward_workspace(&p), LINE) * LINE + LINE
-    workspace = np.empty(threads * size + LINE, np.uint8)
-    work = line(workspace)
-    tasks = p.heads * blocks
-    for task in prange(tasks, nogil=True, num_threads=threads, schedule="static"):
-        f.pack_keys(&p, task // blocks, task % blocks)
-    tasks = p.heads * p.groups * tiles
-    in_round = rounds(threads, each)
-    for first in range(0, tasks, in_round):
-        last = min(tasks, first + in_round)
-        # Long rows first: the last tiles of a causal problem see the most keys.
-        for task in prange(first, last, nogil=True, num_threads=threads, schedule="dynamic"):
-            f.forward(&p, (tasks - 1 - task) // tiles // p.groups, (tasks - 1 - task) // tiles % p.groups,
-                      (tasks - 1 - task) % tiles, work + threadid() * size)
-        PyErr_CheckSignals()
+    x.size = pieces(x.f.forward_workspace(p), LINE) * LINE + LINE
+    workspace = np.empty(threads * x.size + LINE, np.uint8)
+    x.work = line(workspace)
+    parallel_for(p.heads * x.blocks, team(threads, 4.0 * p.heads * p.n_k * p.d), pack_keys, &x)
+    parallel_for(p.heads * p.groups * x.tiles, threads, forward_tile, &x)
     return o, maximum, inverse, lse
-
-
-cdef int worth(int threads, double operations):
-    """So many threads, or fewer, each of which has enough to do to be worth waking."""
-    return min(threads, max(1, <int>min(operations / SHARE, 2e9)))
-
-
-cdef ptrdiff_t rounds(int threads, double operations):
-    """Tasks in a round of ROUND seconds, at least one a thread."""
-    return max(<ptrdiff_t>threads, <ptrdiff_t>(threads * ROUND * PAIR_RATE / operations))
 
 
 def segments_of(ptrdiff_t heads, ptrdiff_t n_k, dtype):
@@ -159,27 +178,27 @@ def backward(q, k, v, tables, o, maximum, inverse, grad, bint want_dsymbol, int 
 
     Time 2.5 forwards (5 products); memory: transposed copies of q and grad and one dq for each segment.
     """
-    cdef const rc_exact_functions *f = functions_of(q.dtype)
-    cdef rc_exact_problem p
-    cdef ptrdiff_t task, first, last, tiles, blocks, tasks, in_round, size
-    cdef double each
-    cdef char *work
-    describe(&p, q, k, v, tables)
+    cdef Pass x
+    cdef rc_exact_problem *p = &x.p
+    cdef ptrdiff_t tiles
+    cdef double pairs
+    describe(p, q, k, v, tables)
     dtype = q.dtype
-    blocks = pieces(p.n_k, f.block)
-    tiles = pieces(p.n, f.tile)
-    each = f.block * <double>p.groups * p.n * (6.0 * p.d + 4.0 * p.d_v + 60.0)
-    threads = worth(threads, p.heads * blocks * each)
+    x.f = functions_of(dtype)
+    x.blocks, x.tiles = pieces(p.n_k, x.f.block), pieces(p.n, x.f.tile)
+    pairs = <double>p.heads * p.groups * p.n * p.n_k
+    threads = team(threads, pairs * (3 * p.d + 2 * p.d_v + 30))
     p.segments = segments_of(p.heads, p.n_k, dtype)
     dq, dk, dv = np.empty_like(q), np.empty_like(k), np.empty_like(v)
-    key_pack = np.empty((p.heads, blocks * f.block, p.d), dtype)
-    value_pack = np.empty((p.heads, blocks * f.block, p.d_v), dtype)
-    q_rows, grad_rows = whole_vectors(q, f.lanes), whole_vectors(grad, f.lanes)
+    key_pack = np.empty((p.heads, x.blocks * x.f.block, p.d), dtype)
+    value_pack = np.empty((p.heads, x.blocks * x.f.block, p.d_v), dtype)
+    q_rows, grad_rows = whole_vectors(q, x.f.lanes), whole_vectors(grad, x.f.lanes)
     # Of each tile of queries, which are padded to whole ones.
-    rows = p.heads * p.groups * tiles * f.tile * q.itemsize
+    tiles = p.heads * p.groups * x.tiles
+    rows = tiles * x.f.tile * q.itemsize
     q_tiles, grad_tiles = np.empty(rows * p.d + LINE, np.uint8), np.empty(rows * p.d_v + LINE, np.uint8)
     row_stats, dq_segments = np.empty(rows * 3 + LINE, np.uint8), np.zeros(p.segments * rows * p.d + LINE, np.uint8)
-    length = f.block + p.n + p.n_k - 1 + f.tile
+    length = x.f.block + p.n + p.n_k - 1 + x.f.tile
     dsymbol = np.zeros((p.segments, p.heads, p.groups, length)) if want_dsymbol else None
     p.key_pack, p.value_pack, p.grad = pointer(key_pack), pointer(value_pack), pointer(grad)
     p.q_rows, p.grad_rows = pointer(q_rows), pointer(grad_rows)
@@ -188,25 +207,14 @@ def backward(q, k, v, tables, o, maximum, inverse, grad, bint want_dsymbol, int 
     p.o, p.maximum, p.inverse = pointer(o), pointer(maximum), pointer(inverse)
     p.dq, p.dk, p.dv = pointer(dq), pointer(dk), pointer(dv)
     p.grad_scale = tables.grad_scale
-    size = pieces(f.backward_workspace(&p), LINE) * LINE + LINE
-    workspace = np.empty(threads * size + LINE, np.uint8)
-    work = line(workspace)
-    tasks = p.heads * blocks
-    for task in prange(tasks, nogil=True, num_threads=threads, schedule="static"):
-        f.pack_keys(&p, task // blocks, task % blocks)
-        f.pack_values(&p, task // blocks, task % blocks)
-    tasks = p.heads * p.groups * tiles
-    for task in prange(tasks, nogil=True, num_threads=threads, schedule="static"):
-        f.prepare(&p, task // tiles // p.groups, task // tiles % p.groups, task % tiles)
-    # Blocks of one segment go in order, whoever takes them: a round advances every segment by `in_round` blocks.
-    in_round = max(1, rounds(1, each))
-    for first in range(0, pieces(blocks, p.segments), in_round):
-        last = first + in_round
-        for task in prange(p.heads * p.segments, nogil=True, num_threads=threads, schedule="dynamic"):
-            f.backward(&p, task // p.segments, task % p.segments, first, last, work + threadid() * size)
-        PyErr_CheckSignals()
-    for task in prange(tasks, nogil=True, num_threads=threads, schedule="static"):
-        f.collect(&p, task // tiles // p.groups, task // tiles % p.groups, task % tiles)
+    x.size = pieces(x.f.backward_workspace(p), LINE) * LINE + LINE
+    workspace = np.empty(threads * x.size + LINE, np.uint8)
+    x.work = line(workspace)
+    parallel_for(p.heads * x.blocks, team(threads, 4.0 * p.heads * p.n_k * (p.d + p.d_v)), pack_keys_and_values, &x)
+    parallel_for(tiles, team(threads, 4.0 * p.heads * p.groups * p.n * (p.d + p.d_v)), prepare_tile, &x)
+    # Blocks of one segment go in order, so a segment is one task.
+    parallel_for(p.heads * p.segments, threads, backward_segment, &x)
+    parallel_for(tiles, team(threads, 4.0 * p.segments * p.heads * p.groups * p.n * p.d), collect_tile, &x)
     return dq, dk, dv, None if dsymbol is None else dsymbol.sum(axis=0)
 
 

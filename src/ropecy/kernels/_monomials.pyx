@@ -7,10 +7,9 @@ segment (causal): by shapes alone, so that results are bitwise the same for ever
 import numpy as np
 
 cimport numpy as cnp
-from cpython.exc cimport PyErr_CheckSignals
-from cython.parallel cimport prange, threadid
 
 from ._arrays cimport LINE, line, pieces, pointer
+from ._parallel cimport parallel_for, rc_worker, task_function, team
 
 cnp.import_array()
 
@@ -100,10 +99,27 @@ cdef extern from "c/monomials.h" nogil:
 cdef extern from "c/isa.h" nogil:
     int rc_level()
 
-cdef double ROUND = 0.2  # seconds of one core between two looks at Ctrl-C
-cdef double RATE = 2e10  # operations a second, low: a bound on a round's time, not a prediction
 cdef const rc_monomials_kernels *kernels = rc_monomials_select(rc_level())
-cdef ptrdiff_t WORK = 4194304  # multiply-adds of a step, about a millisecond: fewer are not worth a second thread
+
+cdef struct Pieces:
+    # Of heads, or of heads and groups: `count` of each, from `start` on; one of both functions.
+    const rc_monomials_problem *p
+    segment_function piece
+    chunk_function rows
+    ptrdiff_t start, count
+    char *work
+    size_t size  # of a thread's workspace
+
+
+cdef void run_piece(void *context, ptrdiff_t task, const rc_worker *worker) noexcept nogil:
+    cdef const Pieces *x = <const Pieces *>context
+    x.piece(x.p, task // x.count, x.start + task % x.count, x.work + worker.slot * x.size)
+
+
+cdef void run_chunk(void *context, ptrdiff_t task, const rc_worker *worker) noexcept nogil:
+    cdef const Pieces *x = <const Pieces *>context
+    x.rows(x.p, task // x.count // x.p.groups, task // x.count % x.p.groups, task % x.count,
+           x.work + worker.slot * x.size)
 
 
 cdef const rc_monomials_functions *functions_of(dtype):
@@ -180,44 +196,28 @@ cdef class Scan:
             cuts = np.minimum(np.arange(p.segments + 1) * p.chunk * p.chunks_per_segment, max(p.n_k, p.n + p.q_offset))
             self.decay = np.exp(-np.outer(decay, np.maximum(np.diff(cuts), 0)))
 
-    cdef ptrdiff_t in_round(self, ptrdiff_t rows):
-        """Pieces of so many rows in a round of a fraction of a second, at least one a thread."""
-        cdef double operations = 6.0 * rows * self.p.pitch * (self.p.d_v + 1)
-        return self.threads * max(<ptrdiff_t>1, <ptrdiff_t>(ROUND * RATE / operations))
-
-    cdef object workspaces(self):
-        return np.empty(self.threads * self.size + LINE, np.uint8)
-
     cdef void run(self, const rc_monomials_problem *p, segment_function piece, ptrdiff_t start, ptrdiff_t stop,
                   ptrdiff_t rows):
-        """piece(head, i), of so many rows, for every head and start <= i < stop; Ctrl-C is looked at between rounds."""
-        cdef ptrdiff_t count = stop - start
-        cdef ptrdiff_t task, first, last, tasks = p.heads * count, each = self.in_round(rows)
-        workspaces = self.workspaces()
-        cdef char *work = line(workspaces)
-        for first in range(0, tasks, each):
-            last = min(tasks, first + each)
-            for task in prange(first, last, nogil=True, num_threads=self.threads, schedule="dynamic"):
-                piece(p, task // count, start + task % count, work + threadid() * self.size)
-            PyErr_CheckSignals()
+        """piece(head, i), of so many rows, for every head and start <= i < stop."""
+        cdef Pieces x = Pieces(p=p, piece=piece, rows=NULL, start=start, count=stop - start, work=NULL, size=self.size)
+        self.share(&x, run_piece, p.heads * x.count, rows)
 
     cdef void run_segments(self, const rc_monomials_problem *p, segment_function piece, ptrdiff_t start,
                            ptrdiff_t stop):
         self.run(p, piece, start, stop, p.chunk * p.chunks_per_segment * p.groups)
 
-    cdef void run_rows(self, const rc_monomials_problem *p, chunk_function piece):
-        """piece(head, group, chunk) for every chunk of query rows."""
-        cdef ptrdiff_t chunks = pieces(p.n, p.chunk)
-        cdef ptrdiff_t task, first, last, tasks = p.heads * p.groups * chunks
-        cdef ptrdiff_t each = self.in_round(p.chunk)
-        workspaces = self.workspaces()
-        cdef char *work = line(workspaces)
-        for first in range(0, tasks, each):
-            last = min(tasks, first + each)
-            for task in prange(first, last, nogil=True, num_threads=self.threads, schedule="dynamic"):
-                piece(p, task // chunks // p.groups, task // chunks % p.groups, task % chunks,
-                      work + threadid() * self.size)
-            PyErr_CheckSignals()
+    cdef void run_rows(self, const rc_monomials_problem *p, chunk_function rows):
+        """rows(head, group, chunk) for every chunk of query rows."""
+        cdef ptrdiff_t count = pieces(p.n, p.chunk)
+        cdef Pieces x = Pieces(p=p, piece=NULL, rows=rows, start=0, count=count, work=NULL, size=self.size)
+        self.share(&x, run_chunk, p.heads * p.groups * count, p.chunk)
+
+    cdef void share(self, Pieces *x, task_function function, ptrdiff_t tasks, ptrdiff_t rows):
+        """So many tasks, of so many rows each, by threads with a workspace each."""
+        cdef int threads = team(self.threads, <double>tasks * rows * self.p.pitch * (self.p.d_v + 1))
+        workspaces = np.empty(threads * self.size + LINE, np.uint8)
+        x.work = line(workspaces)
+        parallel_for(tasks, threads, function, x)
 
     cdef void pack(self, rc_monomials_problem *p, totals, packed, grad_packed):
         """Every head's state (H, columns, pitch) with its weights, as forward, grad_queries and grad_keys read it."""
@@ -332,6 +332,17 @@ cdef class Scan:
         return dq, dk, dv
 
 
+cdef struct Step:
+    const rc_decode_problem *p
+    char *work
+    size_t size
+
+
+cdef void run_step(void *context, ptrdiff_t head, const rc_worker *worker) noexcept nogil:
+    cdef const Step *x = <const Step *>context
+    kernels.step(x.p, head, x.work + worker.slot * x.size)
+
+
 cdef class Decoder:
     """Decoding, a token at a time: what c/monomials.h says of a step, in float64, on arrays that are changed in place.
 
@@ -371,20 +382,18 @@ cdef class Decoder:
         G is S where S is not 1, or 0 where v is there. The token comes to `slot`; without v the last one is there.
         """
         cdef rc_decode_problem *p = &self.p
-        cdef ptrdiff_t size, head, work
-        cdef char *room
+        cdef Step x
+        cdef double work
         p.groups = rows.shape[1] - (v is not None)
-        size = (kernels.step_workspace(p) + LINE - 1) // LINE * LINE
-        if self.workspace.size < threads * size + LINE:
-            self.workspace = np.empty(threads * size + LINE, np.uint8)
+        x.size = (kernels.step_workspace(p) + LINE - 1) // LINE * LINE
+        if self.workspace.size < threads * x.size + LINE:
+            self.workspace = np.empty(threads * x.size + LINE, np.uint8)
         o = np.empty((p.heads, p.groups, p.d_v))
         p.rows, p.v, p.o = <const double *>pointer(rows), <const double *>pointer(v), <double *>pointer(o)
         p.slot = slot
-        room = line(self.workspace)
-        work = p.heads * (p.d_v + 1) * (p.pitch + p.ring_pitch) * (p.states + p.groups)
-        for head in prange(p.heads, nogil=True, num_threads=threads, schedule="static",
-                           use_threads_if=p.heads > 1 and work > WORK):
-            kernels.step(p, head, room + threadid() * size)
+        x.p, x.work = p, line(self.workspace)
+        work = <double>p.heads * (p.d_v + 1) * (p.pitch + p.ring_pitch) * (p.states + p.groups)
+        parallel_for(p.heads, team(threads, work / 2), run_step, &x)
         return o
 
 

@@ -3,9 +3,9 @@
 import numpy as np
 
 cimport numpy as cnp
-from cython.parallel cimport prange, threadid
 
 from ._arrays cimport LINE, line, pieces, pointer
+from ._parallel cimport parallel_for, rc_worker
 
 cnp.import_array()
 
@@ -31,6 +31,46 @@ cdef ptrdiff_t PIECE = 2048  # rows, at least: fewer are not worth a thread
 cdef ptrdiff_t PIECES = 64   # of a set of rows, at most: each has a sum
 
 
+cdef struct Packing:
+    const rc_quartic_functions *f
+    const char *x
+    const char *keep
+    const char *centre
+    double factor
+    ptrdiff_t n, d, item, tiles, size
+    char *out
+
+
+cdef struct Sums:
+    const rc_quartic_functions *f
+    const char *packed
+    const char *matrices
+    const ptrdiff_t *ends
+    ptrdiff_t d, tiles, size, stretches, count
+    double *images
+    double *totals
+    char *work
+    size_t room
+
+
+cdef void pack_tile(void *context, ptrdiff_t task, const rc_worker *worker) noexcept nogil:
+    cdef const Packing *p = <const Packing *>context
+    cdef ptrdiff_t head = task // p.tiles, row = task % p.tiles * p.f.tile
+    p.f.pack(p.x + (head * p.n + row) * p.d * p.item, min(<ptrdiff_t>p.f.tile, p.n - row), p.d,
+             NULL if p.keep == NULL else p.keep + head * p.n + row,
+             NULL if p.centre == NULL else p.centre + head * p.d * p.item, p.factor, p.out + task * p.size)
+
+
+cdef void sum_piece(void *context, ptrdiff_t task, const rc_worker *worker) noexcept nogil:
+    cdef const Sums *s = <const Sums *>context
+    cdef ptrdiff_t slot = task // s.count, part = task % s.count
+    cdef ptrdiff_t stop = s.ends[slot % s.stretches], size = s.d * s.d
+    s.totals[task] = s.f.apply(s.packed + slot // s.stretches * s.tiles * s.size, part * stop // s.count,
+                               (part + 1) * stop // s.count, s.d,
+                               NULL if s.matrices == NULL else s.matrices + slot * size * sizeof(double),
+                               s.images + task * size, s.work + worker.slot * s.room)
+
+
 cdef class Rows:
     """y = factor (x - centre) of the rows of x (H, n, d) that keep (H, n) has; centre (H, d) and keep may be None."""
 
@@ -40,21 +80,16 @@ cdef class Rows:
     cdef object packed
 
     def __init__(self, x, keep, centre, double factor, int threads):
-        cdef ptrdiff_t task, head, row, item = x.itemsize, tile
-        cdef size_t none = 0
+        cdef Packing p
         self.f = kernels.f32 if x.dtype == np.float32 else kernels.f64
         self.H, self.n, self.d = x.shape
-        self.threads, tile = threads, self.f.tile
-        self.tiles, self.size = pieces(self.n, tile), self.f.size(self.d) * item
+        self.threads = threads
+        self.tiles, self.size = pieces(self.n, self.f.tile), self.f.size(self.d) * x.itemsize
         self.packed = np.empty(self.H * self.tiles * self.size + LINE, np.uint8)
-        cdef char *out = line(self.packed)
-        cdef size_t data = <size_t>pointer(x), kept = <size_t>pointer(keep), centres = <size_t>pointer(centre)
-        for task in prange(self.H * self.tiles, nogil=True, num_threads=threads, schedule="static",
-                           use_threads_if=self.H * self.n > PIECE):
-            head, row = task // self.tiles, task % self.tiles * tile
-            self.f.pack(<void *>(data + (head * self.n + row) * self.d * item), min(tile, self.n - row), self.d,
-                        <void *>(kept + head * self.n + row if kept else none),
-                        <void *>(centres + head * self.d * item if centres else none), factor, out + task * self.size)
+        p.f, p.factor, p.n, p.d, p.item = self.f, factor, self.n, self.d, x.itemsize
+        p.x, p.keep, p.centre = <char *>pointer(x), <char *>pointer(keep), <char *>pointer(centre)
+        p.tiles, p.size, p.out = self.tiles, self.size, line(self.packed)
+        parallel_for(self.H * self.tiles, threads if self.H * self.n > PIECE else 1, pack_tile, &p)
 
     def apply(self, stops, X):
         """sum_j w_j y_j y_j^T and sum_j w_j, w_j = y_j^T X y_j: (H, L, d, d) and (H, L) float64.
@@ -62,24 +97,16 @@ cdef class Rows:
         Over the first stops[l] rows, which is n or a multiple of every tile. X (H, L, d, d) float64 is symmetric; None
         stands for w_j = 1, for all rows that are packed, there or not.
         """
-        cdef ptrdiff_t L = len(stops), d = self.d, count = max(<ptrdiff_t>1, min(PIECES, pieces(self.n, PIECE)))
-        cdef ptrdiff_t task, slot, stop
-        cdef size_t room = self.f.workspace(d) // LINE * LINE + 2 * LINE
-        workspace = np.empty(self.threads * room + LINE, np.uint8)
+        cdef Sums s
+        s.f, s.d, s.tiles, s.size, s.stretches = self.f, self.d, self.tiles, self.size, len(stops)
+        s.count = max(<ptrdiff_t>1, min(PIECES, pieces(self.n, PIECE)))
+        s.room = self.f.workspace(self.d) // LINE * LINE + 2 * LINE
+        workspace = np.empty(self.threads * s.room + LINE, np.uint8)
         ends = np.array([pieces(stop, self.f.tile) for stop in stops], np.intp)
-        image, total = np.empty((self.H, L, count, d, d)), np.empty((self.H, L, count))
-        cdef const char *packed = line(self.packed)
-        cdef size_t matrices = <size_t>pointer(X), none = 0
-        cdef const ptrdiff_t *end = <const ptrdiff_t *>pointer(ends)
-        cdef double *images = <double *>pointer(image)
-        cdef double *totals = <double *>pointer(total)
-        cdef char *work = line(workspace)
-        for task in prange(self.H * L * count, nogil=True, num_threads=self.threads, schedule="dynamic",
-                           use_threads_if=self.H * L * count > 1):
-            slot = task // count
-            stop = end[slot % L]
-            totals[task] = self.f.apply(packed + slot // L * self.tiles * self.size, task % count * stop // count,
-                                        (task % count + 1) * stop // count, d,
-                                        <void *>(matrices + slot * d * d * 8 if matrices else none),
-                                        images + task * d * d, work + threadid() * room)
+        lead = (self.H, s.stretches, s.count)
+        image, total = np.empty(lead + (self.d, self.d)), np.empty(lead)
+        s.packed, s.work, s.matrices = line(self.packed), line(workspace), <const char *>pointer(X)
+        s.ends = <const ptrdiff_t *>pointer(ends)
+        s.images, s.totals = <double *>pointer(image), <double *>pointer(total)
+        parallel_for(self.H * s.stretches * s.count, self.threads, sum_piece, &s)
         return image.sum(axis=2), total.sum(axis=2)

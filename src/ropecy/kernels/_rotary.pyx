@@ -1,9 +1,10 @@
 """Rows times rotations, from tables of cosines and sines (c/rotary.h): threads and memory; meaning is in rotary.py."""
 
 cimport numpy as cnp
-from cython.parallel cimport prange
 from libc.stddef cimport ptrdiff_t
 from libc.stdint cimport int64_t
+
+from ._parallel cimport parallel_for, rc_worker, team
 
 cnp.import_array()
 
@@ -38,12 +39,27 @@ cdef enum:
     BLOCK = 2048
 
 
-cdef void rotate_block(const rc_rotary *r, ptrdiff_t rows, bint single, const char *x, const int64_t *positions,
-                       char *y) noexcept nogil:
-    if single:
-        kernels.rows_f32(r, rows, <const float *> x, positions, <float *> y)
+cdef struct Blocks:
+    rc_rotary r
+    ptrdiff_t n, size, count  # rows of a slot, bytes of an element, blocks of a slot
+    bint single
+    const char *source
+    const ptrdiff_t *offsets
+    const int64_t *positions
+    const ptrdiff_t *position_offsets
+    char *target
+
+
+cdef void rotate_block(void *context, ptrdiff_t task, const rc_worker *worker) noexcept nogil:
+    cdef const Blocks *b = <const Blocks *>context
+    cdef ptrdiff_t slot = task // b.count, start = task % b.count * BLOCK, rows = min(BLOCK, b.n - start)
+    cdef const char *x = b.source + (b.offsets[slot] + start * b.r.row_stride) * b.size
+    cdef char *y = b.target + (slot * b.n + start) * b.r.d * b.size
+    cdef const int64_t *positions = b.positions + b.position_offsets[slot] + start * b.r.position_stride
+    if b.single:
+        kernels.rows_f32(&b.r, rows, <const float *>x, positions, <float *>y)
     else:
-        kernels.rows_f64(r, rows, <const double *> x, positions, <double *> y)
+        kernels.rows_f64(&b.r, rows, <const double *>x, positions, <double *>y)
 
 
 def rotate(
@@ -58,30 +74,22 @@ def rotate(
     """
     cdef:
         int axes = cnp.PyArray_NDIM(x)
-        ptrdiff_t size = cnp.PyArray_ITEMSIZE(x)
-        ptrdiff_t n = cnp.PyArray_DIM(x, axes - 2), slots = x_offsets.shape[0]
-        ptrdiff_t blocks = (n + BLOCK - 1) // BLOCK
-        ptrdiff_t task, slot, start
-        bint single = cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT32
-        const char *source = cnp.PyArray_BYTES(x)
-        char *target = cnp.PyArray_BYTES(out)
-        rc_rotary r
-    if n == 0 or slots == 0:
+        ptrdiff_t slots = x_offsets.shape[0]
+        Blocks b
+    b.n, b.size = cnp.PyArray_DIM(x, axes - 2), cnp.PyArray_ITEMSIZE(x)
+    if b.n == 0 or slots == 0:
         return
-    r.d = cnp.PyArray_DIM(x, axes - 1)
-    r.pairs = coarse.shape[1] // 2
-    r.row_stride = cnp.PyArray_STRIDE(x, axes - 2) // size
-    r.column_stride = cnp.PyArray_STRIDE(x, axes - 1) // size
-    r.position_stride = position_stride
-    r.interleaved = interleaved
-    r.coarse = &coarse[0, 0]
-    r.fine = &fine[0, 0]
-    for task in prange(slots * blocks, nogil=True, schedule="static", num_threads=threads):
-        slot = task // blocks
-        start = (task - slot * blocks) * BLOCK
-        rotate_block(
-            &r, min(BLOCK, n - start), single,
-            source + (x_offsets[slot] + start * r.row_stride) * size,
-            &positions[0] + position_offsets[slot] + start * position_stride,
-            target + (slot * n + start) * r.d * size,
-        )
+    b.count = (b.n + BLOCK - 1) // BLOCK
+    b.single = cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT32
+    b.source, b.target = cnp.PyArray_BYTES(x), cnp.PyArray_BYTES(out)
+    b.offsets, b.positions, b.position_offsets = &x_offsets[0], &positions[0], &position_offsets[0]
+    b.r.d = cnp.PyArray_DIM(x, axes - 1)
+    b.r.pairs = coarse.shape[1] // 2
+    b.r.row_stride = cnp.PyArray_STRIDE(x, axes - 2) // b.size
+    b.r.column_stride = cnp.PyArray_STRIDE(x, axes - 1) // b.size
+    b.r.position_stride = position_stride
+    b.r.interleaved = interleaved
+    b.r.coarse = &coarse[0, 0]
+    b.r.fine = &fine[0, 0]
+    # An element takes as long as ten multiply-adds of a product.
+    parallel_for(slots * b.count, team(threads, 10.0 * slots * b.n * b.r.d), rotate_block, &b)

@@ -4,9 +4,9 @@ import numpy as np
 
 cimport numpy as cnp
 from cython cimport floating
-from cython.parallel cimport prange, threadid
 
 from ._arrays cimport LINE, line, pieces, pointer
+from ._parallel cimport parallel_for, rc_worker, task_function
 
 cnp.import_array()
 
@@ -39,6 +39,81 @@ cdef const rc_rows_kernels *kernels = rc_rows_select(rc_level())
 cdef ptrdiff_t PIECE = 16384  # elements of a piece
 cdef ptrdiff_t WORTH = 131072  # elements: fewer are not worth a second thread
 
+cdef struct Pieces:
+    # Of x (H, n, d): `count` of each head, so many rows in each.
+    const char *x
+    ptrdiff_t H, n, d, item, rows, count
+    const char *keep       # (H, n) or NULL
+    const char *centre     # (H, d) or NULL
+    const double *factors  # (H,)
+    const char *matrices   # (H, d, d)
+    double *out
+    char *low
+    char *high
+    char *work
+    size_t size  # of a thread's workspace
+    norm_function norm
+    norms_function norms
+    quadratic_function quadratic
+    columns_function columns
+
+
+cdef struct Piece:
+    ptrdiff_t head, first, rows
+    const char *x
+    const unsigned char *keep
+
+
+cdef Pieces pieces_of(x):
+    cdef Pieces p
+    p.x, p.item = <const char *>pointer(x), x.itemsize
+    p.H, p.n, p.d = x.shape
+    p.rows = max(<ptrdiff_t>1, PIECE // p.d)
+    p.count = max(<ptrdiff_t>1, pieces(p.n, p.rows))
+    return p
+
+
+cdef Piece piece_of(const Pieces *p, ptrdiff_t task) noexcept nogil:
+    cdef Piece piece
+    cdef ptrdiff_t at
+    piece.head, piece.first = task // p.count, task % p.count * p.rows
+    piece.rows = min(p.rows, p.n - piece.first)
+    at = piece.head * p.n + piece.first
+    piece.x = p.x + at * p.d * p.item
+    piece.keep = NULL if p.keep == NULL else <const unsigned char *>p.keep + at
+    return piece
+
+
+cdef void run(Pieces *p, int threads, task_function function):
+    parallel_for(p.H * p.count, threads if p.H * p.n * p.d > WORTH else 1, function, p)
+
+
+cdef void norm_of_piece(void *context, ptrdiff_t task, const rc_worker *worker) noexcept nogil:
+    cdef const Pieces *p = <const Pieces *>context
+    cdef Piece piece = piece_of(p, task)
+    p.out[task] = p.norm(piece.x, piece.rows, p.d, piece.keep,
+                         NULL if p.centre == NULL else p.centre + piece.head * p.d * p.item)
+
+
+cdef void norms_of_piece(void *context, ptrdiff_t task, const rc_worker *worker) noexcept nogil:
+    cdef const Pieces *p = <const Pieces *>context
+    cdef Piece piece = piece_of(p, task)
+    p.norms(piece.x, piece.rows, p.d, p.factors[piece.head], p.out + piece.head * p.n + piece.first)
+
+
+cdef void quadratic_of_piece(void *context, ptrdiff_t task, const rc_worker *worker) noexcept nogil:
+    cdef const Pieces *p = <const Pieces *>context
+    cdef Piece piece = piece_of(p, task)
+    p.quadratic(piece.x, piece.rows, p.d, p.matrices + piece.head * p.d * p.d * p.item,
+                p.out + piece.head * p.n + piece.first, p.work + worker.slot * p.size)
+
+
+cdef void columns_of_piece(void *context, ptrdiff_t task, const rc_worker *worker) noexcept nogil:
+    cdef const Pieces *p = <const Pieces *>context
+    cdef Piece piece = piece_of(p, task)
+    p.columns(piece.x, piece.rows, p.d, piece.keep, p.out + task * p.d, p.low + task * p.d * p.item,
+              p.high + task * p.d * p.item)
+
 
 def largest(cnp.ndarray x):
     """max |x|, 0 for none, of contiguous float32 or float64 numbers; inf or NaN where one of them is."""
@@ -53,21 +128,13 @@ def largest(cnp.ndarray x):
 
 def largest_norms(x, keep, shift, int threads):
     """max_i ||x_i - shift||, (H,) float64, of x (H, n, d) over the rows that keep (H, n) has; shift (H, d) or None."""
-    cdef norm_function norm = kernels.norm_f32 if x.dtype == np.float32 else kernels.norm_f64
-    cdef ptrdiff_t H = x.shape[0], n = x.shape[1], d = x.shape[2], item = x.itemsize
-    cdef ptrdiff_t rows = max(<ptrdiff_t>1, PIECE // d), count = max(<ptrdiff_t>1, pieces(n, rows)), task, head, first
-    cdef const char *data = <const char *>pointer(x)
-    cdef const char *kept = <const char *>pointer(keep)
-    cdef const char *centre = <const char *>pointer(shift)
-    found = np.empty((H, count))
-    cdef double *out = <double *>pointer(found)
-    for task in prange(H * count, nogil=True, num_threads=threads, schedule="static", use_threads_if=H * n * d > WORTH):
-        head = task // count
-        first = task % count * rows
-        out[task] = norm(data + (head * n + first) * d * item, min(rows, n - first), d,
-                         NULL if kept == NULL else <const unsigned char *>kept + head * n + first,
-                         NULL if centre == NULL else centre + head * d * item)
-    found = found[:, 0] if count == 1 else found.max(axis=1)
+    cdef Pieces p = pieces_of(x)
+    p.norm = kernels.norm_f32 if x.dtype == np.float32 else kernels.norm_f64
+    p.keep, p.centre = <const char *>pointer(keep), <const char *>pointer(shift)
+    found = np.empty((p.H, p.count))
+    p.out = <double *>pointer(found)
+    run(&p, threads, norm_of_piece)
+    found = found[:, 0] if p.count == 1 else found.max(axis=1)
     return np.sqrt(found, out=found)
 
 
@@ -101,61 +168,40 @@ def few_scatter(x, ptrdiff_t step):
 
 def norms(x, factor, int threads):
     """factor_h ||x_hi||, (H, n) float64, of x (H, n, d), factor (H,) float64."""
-    cdef norms_function measure = kernels.norms_f32 if x.dtype == np.float32 else kernels.norms_f64
-    cdef ptrdiff_t H = x.shape[0], n = x.shape[1], d = x.shape[2], item = x.itemsize
-    cdef ptrdiff_t rows = max(<ptrdiff_t>1, PIECE // d), count = max(<ptrdiff_t>1, pieces(n, rows)), task, head, first
-    cdef const char *data = <const char *>pointer(x)
-    cdef const double *factors = <const double *>pointer(factor)
-    found = np.empty((H, n))
-    cdef double *out = <double *>pointer(found)
-    for task in prange(H * count, nogil=True, num_threads=threads, schedule="static", use_threads_if=H * n * d > WORTH):
-        head = task // count
-        first = task % count * rows
-        measure(data + (head * n + first) * d * item, min(rows, n - first), d, factors[head], out + head * n + first)
+    cdef Pieces p = pieces_of(x)
+    p.norms = kernels.norms_f32 if x.dtype == np.float32 else kernels.norms_f64
+    p.keep, p.factors = NULL, <const double *>pointer(factor)
+    found = np.empty((p.H, p.n))
+    p.out = <double *>pointer(found)
+    run(&p, threads, norms_of_piece)
     return found
 
 
 def quadratic(x, M, int threads):
     """<x_hi, M_h x_hi>, (H, n) float64, of x (H, n, d), M (H, d, d) symmetric."""
     cdef bint single = x.dtype == np.float32
-    cdef quadratic_function form = kernels.quadratic_f32 if single else kernels.quadratic_f64
-    cdef ptrdiff_t H = x.shape[0], n = x.shape[1], d = x.shape[2], item = x.itemsize
-    cdef ptrdiff_t rows = max(<ptrdiff_t>1, PIECE // d), count = pieces(n, rows), task, head, first
-    cdef ptrdiff_t size = kernels.quadratic_workspace_f32(d) if single else kernels.quadratic_workspace_f64(d)
+    cdef Pieces p = pieces_of(x)
+    p.quadratic = kernels.quadratic_f32 if single else kernels.quadratic_f64
+    p.size = kernels.quadratic_workspace_f32(p.d) if single else kernels.quadratic_workspace_f64(p.d)
+    p.size = pieces(p.size, LINE) * LINE
     # Half of the products are enough.
     upper = np.ascontiguousarray(np.triu(M) + np.triu(M, 1), x.dtype)
-    size = pieces(size, LINE) * LINE
-    found, workspace = np.empty((H, n)), np.empty(threads * size + LINE, np.uint8)
-    cdef const char *data = <const char *>pointer(x)
-    cdef const char *matrices = <const char *>pointer(upper)
-    cdef double *out = <double *>pointer(found)
-    cdef char *work = line(workspace)
-    for task in prange(H * count, nogil=True, num_threads=threads, schedule="static", use_threads_if=H * n * d > WORTH):
-        head = task // count
-        first = task % count * rows
-        form(data + (head * n + first) * d * item, min(rows, n - first), d, matrices + head * d * d * item,
-             out + head * n + first, work + threadid() * size)
+    found, workspace = np.empty((p.H, p.n)), np.empty(threads * p.size + LINE, np.uint8)
+    p.keep, p.matrices = NULL, <const char *>pointer(upper)
+    p.out, p.work = <double *>pointer(found), line(workspace)
+    run(&p, threads, quadratic_of_piece)
     return found
 
 
 def columns(x, keep, int threads):
     """Sums (H, d) float64, minima and maxima (H, d) of the columns of x (H, n, d) over kept rows."""
-    cdef columns_function measure = kernels.columns_f32 if x.dtype == np.float32 else kernels.columns_f64
-    cdef ptrdiff_t H = x.shape[0], n = x.shape[1], d = x.shape[2], item = x.itemsize
-    cdef ptrdiff_t rows = max(<ptrdiff_t>1, PIECE // d), count = max(<ptrdiff_t>1, pieces(n, rows)), task, head, first
-    cdef const char *data = <const char *>pointer(x)
-    cdef const char *kept = <const char *>pointer(keep)
-    total = np.empty((H, count, d))
-    low, high = np.empty((H, count, d), x.dtype), np.empty((H, count, d), x.dtype)
-    cdef double *sums = <double *>pointer(total)
-    cdef char *lows = <char *>pointer(low)
-    cdef char *highs = <char *>pointer(high)
-    for task in prange(H * count, nogil=True, num_threads=threads, schedule="static", use_threads_if=H * n * d > WORTH):
-        head = task // count
-        first = task % count * rows
-        measure(data + (head * n + first) * d * item, min(rows, n - first), d,
-                NULL if kept == NULL else <const unsigned char *>kept + head * n + first,
-                sums + task * d, lows + task * d * item, highs + task * d * item)
-    if count == 1:
+    cdef Pieces p = pieces_of(x)
+    p.columns = kernels.columns_f32 if x.dtype == np.float32 else kernels.columns_f64
+    p.keep = <const char *>pointer(keep)
+    total = np.empty((p.H, p.count, p.d))
+    low, high = np.empty((p.H, p.count, p.d), x.dtype), np.empty((p.H, p.count, p.d), x.dtype)
+    p.out, p.low, p.high = <double *>pointer(total), <char *>pointer(low), <char *>pointer(high)
+    run(&p, threads, columns_of_piece)
+    if p.count == 1:
         return total[:, 0], low[:, 0], high[:, 0]
     return total.sum(axis=1), low.min(axis=1), high.max(axis=1)

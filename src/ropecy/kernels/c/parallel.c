@@ -1,0 +1,173 @@
+#ifdef __linux__
+#define _GNU_SOURCE /* SCHED_BATCH */
+#include <sched.h>
+#endif
+#include "parallel.h"
+
+#include <pthread.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <time.h>
+
+enum { SPINS = 2000, MOST_HELPERS = RC_MOST_THREADS - 1 };
+static const long BETWEEN_POLLS = 50 * 1000 * 1000; /* nanoseconds */
+
+/* On the stack of the thread that runs it. */
+struct rc_loop {
+    rc_task function;
+    void *context;
+    rc_poll poll;
+    ptrdiff_t tasks;
+    atomic_ptrdiff_t next; /* the first task that nobody has taken */
+    atomic_int status;     /* what `poll` returned */
+    atomic_int running;    /* helpers in the loop; falls under the lock */
+    struct timespec polled;
+    /* under the lock: */
+    int joined, most; /* helpers that have ever come, and that may */
+    rc_loop *after;
+    pthread_cond_t finished; /* running is 0 */
+};
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+/* under the lock: */
+static pthread_cond_t work = PTHREAD_COND_INITIALIZER; /* there is a loop to join */
+static rc_loop *loops;                                 /* those that helpers may join, the oldest first */
+static int helpers, idle;
+
+static void run_tasks(const rc_worker *worker) {
+    rc_loop *loop = worker->loop;
+    ptrdiff_t task;
+    while ((task = atomic_fetch_add(&loop->next, 1)) < loop->tasks) {
+        loop->function(loop->context, task, worker);
+        if (worker->slot == 0 && rc_interrupted(worker)) break;
+    }
+}
+
+int rc_interrupted(const rc_worker *worker) {
+    rc_loop *loop = worker->loop;
+    int status = atomic_load_explicit(&loop->status, memory_order_relaxed);
+    if (worker->slot || status) return status;
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    if ((now.tv_sec - loop->polled.tv_sec) * 1000000000L + now.tv_nsec - loop->polled.tv_nsec < BETWEEN_POLLS) return 0;
+    loop->polled = now;
+    status = loop->poll();
+    if (status) {
+        atomic_store(&loop->status, status);
+        atomic_store(&loop->next, loop->tasks);
+    }
+    return status;
+}
+
+/* The oldest loop that has room for a helper and a task for it. */
+static rc_loop *open_loop(void) {
+    for (rc_loop *loop = loops; loop; loop = loop->after)
+        if (loop->joined < loop->most && atomic_load(&loop->next) < loop->tasks) return loop;
+    return NULL;
+}
+
+static void *help(void *nothing) {
+#ifdef __linux__
+    /* A helper that wakes does not push others from their processor, the caller least of all. */
+    sched_setscheduler(0, SCHED_BATCH, &(struct sched_param){0});
+#endif
+    pthread_mutex_lock(&lock);
+    for (;;) {
+        rc_loop *loop = open_loop();
+        if (!loop) {
+            idle++;
+            pthread_cond_wait(&work, &lock);
+            idle--;
+            continue;
+        }
+        const rc_worker worker = {++loop->joined, loop};
+        atomic_fetch_add(&loop->running, 1);
+        pthread_mutex_unlock(&lock);
+        run_tasks(&worker);
+        pthread_mutex_lock(&lock);
+        /* The last use of the loop, whose caller takes the lock before it leaves. */
+        if (atomic_fetch_sub(&loop->running, 1) == 1) pthread_cond_signal(&loop->finished);
+    }
+    return nothing;
+}
+
+/* Under the lock. Helpers leave all signals to the threads that were there before. */
+static void start_helpers(int count) {
+    sigset_t all, before;
+    pthread_attr_t detached;
+    if (pthread_attr_init(&detached)) return;
+    pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    for (pthread_t thread; count > 0 && helpers < MOST_HELPERS; count--) {
+        if (pthread_create(&thread, &detached, help, NULL)) break;
+        helpers++;
+    }
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    pthread_attr_destroy(&detached);
+}
+
+static void before_fork(void) { pthread_mutex_lock(&lock); }
+
+static void after_fork_in_parent(void) { pthread_mutex_unlock(&lock); }
+
+/* Helpers and the callers of loops have stayed with the parent. */
+static void after_fork_in_child(void) {
+    loops = NULL;
+    helpers = idle = 0;
+    work = (pthread_cond_t)PTHREAD_COND_INITIALIZER;
+    pthread_mutex_unlock(&lock);
+}
+
+static void at_fork(void) { pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child); }
+
+/* Asks helpers to join. */
+static void announce(rc_loop *loop) {
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, at_fork);
+    pthread_cond_init(&loop->finished, NULL);
+    pthread_mutex_lock(&lock);
+    rc_loop **last = &loops;
+    while (*last) last = &(*last)->after;
+    *last = loop;
+    if (idle < loop->most) start_helpers(loop->most - idle);
+    pthread_mutex_unlock(&lock);
+    for (int i = 0; i < loop->most; i++) pthread_cond_signal(&work);
+}
+
+/* Lets no more helpers join, and waits for those inside. */
+static void dismiss(rc_loop *loop) {
+    const rc_worker caller = {0, loop};
+    pthread_mutex_lock(&lock);
+    rc_loop **at = &loops;
+    while (*at != loop) at = &(*at)->after;
+    *at = loop->after;
+    pthread_mutex_unlock(&lock);
+    for (int i = 0; i < SPINS && atomic_load(&loop->running); i++) atomic_signal_fence(memory_order_seq_cst);
+    pthread_mutex_lock(&lock);
+    while (atomic_load(&loop->running)) {
+        struct timespec until;
+        clock_gettime(CLOCK_REALTIME, &until);
+        until.tv_nsec += BETWEEN_POLLS;
+        if (until.tv_nsec >= 1000000000L) until.tv_sec++, until.tv_nsec -= 1000000000L;
+        if (pthread_cond_timedwait(&loop->finished, &lock, &until) == 0) continue;
+        /* `poll` may wait for other threads, which may want the lock. */
+        pthread_mutex_unlock(&lock);
+        rc_interrupted(&caller);
+        pthread_mutex_lock(&lock);
+    }
+    pthread_mutex_unlock(&lock);
+    pthread_cond_destroy(&loop->finished);
+}
+
+int rc_parallel_for(ptrdiff_t tasks, int threads, rc_task function, void *context, rc_poll poll) {
+    rc_loop loop = {.function = function, .context = context, .poll = poll, .tasks = tasks};
+    const rc_worker caller = {0, &loop};
+    if (threads > RC_MOST_THREADS) threads = RC_MOST_THREADS;
+    loop.most = (int)(tasks < threads ? tasks : threads) - 1;
+    clock_gettime(CLOCK_MONOTONIC, &loop.polled);
+    if (loop.most > 0) announce(&loop);
+    run_tasks(&caller);
+    if (loop.most > 0) dismiss(&loop);
+    return atomic_load(&loop.status);
+}

@@ -1,0 +1,37 @@
+/* Loops over tasks that several threads share: the calling thread, and helpers that sleep between loops.
+ *
+ * The caller takes tasks itself and never waits for a helper that has not begun: beside busy processes, where the
+ * system lets a helper run late or not at all, a loop takes no longer than on one thread. It waits for helpers in the
+ * middle of a task only, so tasks are to be short. Waiting threads sleep; none spins for longer than a few
+ * microseconds. Which thread does which task is open, so results must not depend on it.
+ *
+ * Any number of threads may run loops at once, also from within a task. Helpers are started when first asked for; where
+ * the system refuses one, the loop goes on with fewer. After a fork the child starts helpers of its own.
+ */
+#ifndef RC_PARALLEL_H
+#define RC_PARALLEL_H
+#include <stddef.h>
+
+enum { RC_MOST_THREADS = 256 }; /* of one loop */
+
+typedef struct rc_loop rc_loop;
+
+/* One thread in one loop: `slot` is below the number of threads, and no other thread of the loop has it. */
+typedef struct {
+    int slot;
+    rc_loop *loop;
+} rc_worker;
+
+typedef void (*rc_task)(void *context, ptrdiff_t task, const rc_worker *worker);
+
+/* Whether to stop: called by the thread that runs the loop alone, a few times a second. */
+typedef int (*rc_poll)(void);
+
+/* function(context, i, worker) for 0 <= i < tasks, by at most so many threads. Returns 0 when all are done; or, once
+ * `poll` has returned something else, that, when every task that had begun has ended. */
+int rc_parallel_for(ptrdiff_t tasks, int threads, rc_task function, void *context, rc_poll poll);
+
+/* Whether the loop is to stop: for tasks that take longer than a fraction of a second. */
+int rc_interrupted(const rc_worker *worker);
+
+#endif
