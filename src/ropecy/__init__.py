@@ -15,7 +15,8 @@ The map of the package:
 `DecodeState`                               token by token, on a state of fixed size
 `plan`, `Plan`, `Certificate`               which engine would run, why, and what error it promises
 `check`, `Evidence`                         a finished result against rows computed exactly
-`BoundedEntryError`, `PerformanceWarning`   what stands in the way of a certificate, or of speed
+`BoundedEntryError`, `AccuracyWarning`      what stands in the way of a certificate
+`PerformanceWarning`                        what stands in the way of speed
 `info`                                      versions and what the machine offers
 `ropecy.mpi` (to be imported by name)       the same over the ranks of an MPI communicator
 ==========================================  ================================================
@@ -25,7 +26,7 @@ The map of the package:
 
 from ._info import info
 from .attention import VJP, attention, attention_vjp
-from .certificate import BoundedEntryError, Certificate, PerformanceWarning
+from .certificate import AccuracyWarning, BoundedEntryError, Certificate, PerformanceWarning
 from .decode import DecodeState
 from .evidence import Evidence, check
 from .gradients import Gradients, LossGradients
@@ -37,6 +38,7 @@ from .rotary import Rotary
 
 __all__ = [
     "VJP",
+    "AccuracyWarning",
     "AttentionMatrix",
     "BoundedEntryError",
     "Certificate",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -13,6 +12,7 @@ from . import _validate
 from .certificate import Certificate, nothing_to_do
 from .engines import exact
 from .gradients import Gradients
+from .normal import Normal, normal_form
 from .options import Options
 from .plan import make_plan
 from .problem import Call, prepare, prepare_for
@@ -281,14 +281,18 @@ class Evaluation:
         self.call = call
         problem = call.problem
         self._plan = self._forward = None
+        self._normal = Normal(problem)
         if problem.empty:
             self.o = np.zeros(problem.q.shape[:3] + problem.v.shape[2:], problem.q.dtype)
             lse = np.full(problem.q.shape[:3], -np.inf) if want_lse else None
         else:
-            self._plan = make_plan(problem, **call.how, grad=grad)
+            self._normal = normal = normal_form(problem)
+            self._plan = make_plan(normal.problem, **call.how, grad=grad)
             near = grad and problem.near is not None
-            self._forward = self._plan.forward(problem, want_lse=want_lse or near)
-            self.o, lse = self._forward.o, self._forward.lse
+            self._forward = self._plan.forward(normal.problem, want_lse=want_lse or near or normal.needs_lse)
+            lse = self._forward.lse
+            self.o = normal.output(self._forward.o, lse)
+            lse = normal.log_sums(lse) if want_lse else None
         self.lse = call.lse_to_user(lse) if want_lse else None
 
     @property
@@ -299,7 +303,8 @@ class Evaluation:
         rows = self._forward.certificate.rows_truncation
         if rows is None:
             rows = np.full(self._forward.o.shape[:3], self._forward.certificate.truncation)
-        return replace(self._forward.certificate, rows_truncation=self.call.lse_to_user(rows))
+        found = replace(self._forward.certificate, rows_truncation=self.call.lse_to_user(rows))
+        return found.stored(self._plan.storing(self.call.dtype))
 
     @property
     def gradient_certificate(self) -> Certificate:
@@ -313,23 +318,15 @@ class Evaluation:
 
     def gradients(self, dO: np.ndarray, largest: float) -> dict[str, np.ndarray]:
         """{"dQ": ..., ...} for dO in the shape of O, max |dO| = largest."""
-        problem, forward = self.call.problem, self._forward
+        normal, forward = self._normal, self._forward
+        problem = normal.problem
         near = None if problem.near is None else np.float64(0)
         if self._plan is None:
             zeros = (np.zeros_like(X) for X in (problem.q, problem.k, problem.v))
             return self.call.gradients(*zeros, None, dscale_near=near)
-        do, exponent = without_overflow(self.call.from_user(dO), largest)
+        do, exponent = normal.upstream(self.call.from_user(dO), largest)
         if near is not None:
             near = exact.near_scale_gradient(problem, forward.o, forward.lse, do)
-        return self.call.gradients(*forward.backward(problem, do), dscale_near=near, exponent=exponent)
-
-
-def without_overflow(do: np.ndarray, largest: float) -> tuple[np.ndarray, int]:
-    """do / 2^exponent and exponent, max |do| = largest.
-
-    Gradients are linear in dO. A power of two keeps <dO, V> from overflow, where Inf - Inf would be NaN.
-    """
-    exponent = math.frexp(largest)[1]
-    if exponent <= np.finfo(do.dtype).maxexp // 3:
-        return do, 0
-    return np.ldexp(do, -exponent), exponent
+        found = forward.backward(problem, do)
+        exponents = {"exponent": exponent + normal.exponent, "v_exponent": exponent}
+        return self.call.gradients(*found, dscale_near=near, **exponents)

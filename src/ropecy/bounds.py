@@ -46,6 +46,10 @@ class Scores:
         How `bound` betters `plain`.
     keys : (H,) array or None
         The largest ``||k_j - centre||`` of each slot; None with a family.
+    products : float
+        `plain` without the scale.
+    lost : float
+        What rounding has done to these products at most when q and k were projected and rotated.
     """
 
     plain: float
@@ -55,6 +59,8 @@ class Scores:
     k_factor: float
     how: str = "with keys centred"
     keys: np.ndarray | None = None
+    products: float = math.inf
+    lost: float = 0.0
 
     def of_rows(self, problem: Problem) -> np.ndarray:
         """Of every row its own bound ``|scale| ||q_i|| max_j ||k_j - centre||``, (H, G, n) float64."""
@@ -82,7 +88,13 @@ class Values:
         What is taken from v before it is summed: halfway between the least and the largest of a column, or, causal,
         the median where nearly all lie at one end. Later outliers then cost earlier rows no digits.
     offset : float
-        max |v| in units of max_c range_j(v_jc); 1 where all columns are constant.
+        What storing O costs, in units of rounding: max |v| in units of max_c range_j(v_jc) (1 where all columns are
+        constant), of the values before their normal form; more where v itself carries rounding, or is subnormal.
+    residual : float
+        max |v| of the values as they are now, in units of max_c range_j(v_jc).
+    varied, spread : float
+        Of the values before their normal form: max |v| of the columns that are not constant, and max_c range_j(v_jc),
+        or max |v| where all are constant.
     low, high : (H, d_v) arrays
         The least and the largest of a column.
     mean : (H, d_v) float64 array
@@ -97,6 +109,13 @@ class Values:
     high: np.ndarray
     mean: np.ndarray
     far: bool = False
+    residual: float = 1.0
+    varied: float = 0.0
+    spread: float = 0.0
+
+    def storing(self, dtype: np.dtype) -> float:
+        """What it costs to store O in a dtype, in units of max_c range_j(v_jc)."""
+        return storing(dtype, self.varied) / self.spread if self.varied else 0.0
 
     @property
     def share(self) -> float:
@@ -168,7 +187,26 @@ def measure_values(problem: Problem, ranks: Any = Alone) -> Values:
         crowded = np.abs(mean - middle) > 0.45 * (high - low)
         if far := bool(crowded.any()):
             middle = np.where(crowded, medians(problem).astype(v.dtype), middle)
-    return Values(middle, 0.5 * largest / spread if spread else 1.0, low, high, mean, far)
+    found = Values(middle, 1.0, low, high, mean, far, 0.5 * largest / spread if spread else 1.0)
+    origin, unit = problem.origin, float(np.finfo(v.dtype).eps) / 2
+    # The constant of a column is what O is there, and is stored as it is.
+    varied = np.maximum(np.abs(low), np.abs(high)).max(initial=0, where=high > low)
+    found.varied, found.spread = float(varied), 2 * spread
+    if origin.largest is not None:
+        largest, found.varied, found.spread = origin.largest, origin.varied, math.ldexp(2 * spread, origin.exponent)
+    found.spread = found.spread or largest
+    if found.spread:
+        found.offset = (found.storing(v.dtype) + origin.v_lost * largest / found.spread) / unit
+    return found
+
+
+def storing(dtype: np.dtype, largest: float) -> float:
+    """What rounding numbers of at most this size to a dtype does to one: half of the last place, and never less than
+    half of the smallest number there is.
+    """
+    # NumPy does not know bfloat16.
+    eps, tiny = (2.0**-7, 2.0**-133) if dtype.kind != "f" else (np.finfo(dtype).eps, np.finfo(dtype).smallest_subnormal)
+    return max(float(eps) * largest, float(tiny)) / 2
 
 
 def range_elsewhere(problem: Problem, ranks: Any = Alone) -> tuple[np.ndarray, np.ndarray]:
@@ -231,21 +269,27 @@ def measure(problem: Problem, ranks: Any = Alone, centre: bool | Callable[[float
     with np.errstate(all="ignore"):
         q_norm = ranks.largest(_rows.largest_norms(q.reshape(H, G * n, d), None, None, problem.threads))
         plain_norm = ranks.largest(_rows.largest_norms(k, keep, None, problem.threads))
-        plain = float((q_norm * plain_norm).max()) * scale * room
+        products = float((q_norm * plain_norm).max()) * room
+        plain = products * scale
         if not math.isfinite(plain):
             return Scores(math.inf, math.inf, None, 1.0, 1.0)
+        # Keys were rotated and projected before they were centred.
+        before = problem.origin.k_norm
+        lost = problem.origin.q_lost * products
+        lost += problem.origin.k_lost * (products if before is None else float((q_norm * before).max()))
+        products = {"products": products, "lost": lost}
         wanted = centre(0.0) and centre(scale * _least(problem, q_norm)) if callable(centre) else centre
         if not wanted:
-            return Scores(plain, math.inf, None, 1.0, 1.0)
+            return Scores(plain, math.inf, None, 1.0, 1.0, **products)
         total = ranks.total(_rows.columns(k, keep, problem.threads)[0])
         mean = (total / kept_keys(problem, ranks)[:, None]).astype(k.dtype)
         mean_norm = ranks.largest(_rows.largest_norms(k, keep, mean, problem.threads))
         shifted = float((q_norm * mean_norm).max()) * scale * room
     if shifted < plain:
         factors = _factors(problem.scale, float(q_norm.max()), float(mean_norm.max()))
-        return Scores(plain, shifted, mean, *factors, keys=mean_norm)
+        return Scores(plain, shifted, mean, *factors, keys=mean_norm, **products)
     factors = _factors(problem.scale, float(q_norm.max()), float(plain_norm.max()))
-    return Scores(plain, plain, None, *factors, keys=plain_norm)
+    return Scores(plain, plain, None, *factors, keys=plain_norm, **products)
 
 
 def _least(problem: Problem, q_norm: np.ndarray) -> float:
@@ -289,11 +333,14 @@ def _measure_family(problem: Problem) -> Scores:
             plain = np.maximum(plain, np.minimum(by_entry, norms * _norms(size, family)))
             bound = np.maximum(bound, np.minimum(by_entry, norms * _norms(values, family)))
         room = 1 + (8 * problem.q.shape[3] + len(family.left) + 64) * 2.0**-52
-        plain, bound = float(plain.max()) * scale * room, float(bound.max()) * scale * room
+        products = float(plain.max()) * room
+        plain, bound = products * scale, float(bound.max()) * scale * room
     if not math.isfinite(plain):
         return Scores(math.inf, math.inf, None, 1.0, 1.0)
     factors = _factors(problem.scale * (largest or 1.0), float(q_norm.max()), float(k_norm.max()))
-    return Scores(plain, min(plain, bound), None, *factors, how="by the norms of its matrices")
+    lost = (problem.origin.q_lost + problem.origin.k_lost) * products
+    how = "by the norms of its matrices"
+    return Scores(plain, min(plain, bound), None, *factors, how=how, products=products, lost=lost)
 
 
 def largest_entries(problem: Problem) -> float:
@@ -378,20 +425,3 @@ def polynomial_rounding(problem: Problem, B: float, values: Values) -> float:
     unit = float(np.finfo(problem.q.dtype).eps) / 2
     sums = 12 + 4 * math.exp(min(2 * B, 700))
     return unit * (sums * (2 if values.far else 1) + 2 * values.offset)
-
-
-def exact_rounding(problem: Problem, bound: float, values: Values, ranks: Any = Alone) -> float:
-    """Scores of size S carry (2 + sqrt(d) / 2) S units; sums over blocks of keys the square root of their number.
-
-    Weights that are off by that move O by as much of the range; sums are off in units of max |V|. Where terms are all
-    equal, a block's sums are rounded to one side, by half of a unit a key, and in float64 those of stretches of blocks;
-    with a family, those of keys.
-    """
-    unit = float(np.finfo(problem.q.dtype).eps) / 2
-    d, n_k = problem.q.shape[-1], sum(ranks.gather(problem.k.shape[1]))
-    if problem.bias is not None:
-        bound += float(np.abs(problem.bias).max())
-    if problem.near is not None and problem.scale:
-        bound *= max(1.0, abs(problem.near[1] / problem.scale))
-    sums = unit * (48 + math.sqrt(n_k / 96)) + 2.0**-53 * n_k / (3072 if problem.family is None else 2)
-    return min(1.0, sums * max(1.0, values.offset) + unit * (2 + math.sqrt(d) / 2) * bound)

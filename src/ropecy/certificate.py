@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -17,6 +17,10 @@ class PerformanceWarning(UserWarning):
     """Exact work that is predicted to take more than a minute."""
 
 
+class AccuracyWarning(UserWarning):
+    """``method="auto"`` has no engine that certifies eps: rounding alone may be larger in the dtype of the arrays."""
+
+
 CONFIDENCE = 0.99
 
 
@@ -27,12 +31,12 @@ def unseen(n_rows: int, trials: int = 1) -> float:
     return 1 - ((1 - CONFIDENCE) / trials) ** (1 / n_rows)
 
 
-def warn(message: str) -> None:
-    """A `PerformanceWarning`, at the line that called the package."""
+def warn(message: str, category: type[Warning] = PerformanceWarning) -> None:
+    """A warning at the line that called the package."""
     frame, level = sys._getframe(), 1
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
         frame, level = frame.f_back, level + 1
-    warnings.warn(message, PerformanceWarning, stacklevel=level)
+    warnings.warn(message, category, stacklevel=level)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +61,7 @@ class Certificate:
         Error of the polynomial, in units of range_j(V_jc), column by column.
     rounding : float
         Of floating point, in units of the largest range_j(V_jc) of all columns and heads (of max |V| where all are
-        constant): a model of its size, not a proof.
+        constant): a model of its size, not a proof. It includes `storing`.
     rows_truncation : (..., n) float64 array or None
         `truncation` row by row, in units of the range over the keys that the row sees; None in a plan. By the worst
         case, and where it is "sampled", all rows that are not exact have the same.
@@ -68,6 +72,10 @@ class Certificate:
         the probability that they make a proved rule wrong.
     n_sampled : int
         How many rows were computed exactly to be compared.
+    storing : float
+        The part of `rounding` that comes of storing a result, which is computed in float32, as float16 or bfloat16; 0
+        for float32 and float64. eps is asked of the result before it is stored: ``error - storing`` is within eps where
+        an engine certifies it.
 
     Notes
     -----
@@ -82,6 +90,11 @@ class Certificate:
     ``||K_j||``, if that bounds scores better), and what is said of dK and dV holds of the sum over j: with ddX for
     what dX is off by, ``sum_j ||ddK_j|| <= c zeta sum_i omega_i ||Q_i||`` and ``sum_j |ddV_jc| <= zeta sum_i
     |dO_ic|``. Of the projection of X, ``||ddW||_F <= sum_i ||X_i|| ||ddY_i||``, Y = X W.
+
+    Rounding does not shrink with omega_i or P_ij. With r = rounding and ``w_i = sum_c |dO_ic| range_j(V_jc)``,
+    it adds up to ``c r w_i max_j ||K_j - k||`` to dQ_i, k being the mean of the keys (0 beside `near` and with a
+    RelativeFamily), ``c r sum_i w_i ||Q_i||`` to every dK_j, and ``r sum_i |dO_ic|`` to every dV_jc, and that of
+    storing each of them. Beside `near`, c is the larger of the two scales.
     """
 
     engine: str
@@ -96,6 +109,7 @@ class Certificate:
     seed: int | None = None
     failure: float = 0.0
     n_sampled: int = 0
+    storing: float = 0.0
 
     @property
     def error(self) -> float:
@@ -110,10 +124,15 @@ class Certificate:
         if self.rule == "sampled":
             coins = f", {self._evidence()}, not proved"
         rows = f", {self.n_exact_rows:,} rows exactly" if self.n_exact_rows else ""
+        storing = f", of which {self.storing:.2g} for storing it in half precision" if self.storing else ""
         return (
             f"{how}{rows}: error <= {self.error:.2g}{coins} ({self.rule}: truncation {self.truncation:.2g}, "
-            f"rounding {self.rounding:.2g}), scores within {self.bound:.4g}"
+            f"rounding {self.rounding:.2g}{storing}), scores within {self.bound:.4g}"
         )
+
+    def stored(self, storing: float) -> Certificate:
+        """That of the same result once it is stored in half precision, which adds so much."""
+        return replace(self, rounding=self.rounding + storing, storing=storing) if storing else self
 
     def _evidence(self) -> str:
         """What sampled rows say."""

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 from . import _validate
 from .certificate import Certificate, nothing_to_do
 from .memory import require
+from .normal import normal_form
 from .options import MatrixOptions
 from .plan import make_plan
 from .polynomial import relative_error_for
@@ -288,10 +289,13 @@ class AttentionMatrix(Operator):
         problem = problem.with_values(v)
         if problem.empty:
             return np.zeros(problem.q.shape[:3] + v.shape[2:]), nothing_to_do()
-        forward = make_plan(problem, **self._call.how, grad=False, each_weight=True).forward(problem, want_lse=True)
+        normal = normal_form(problem)
+        plan = make_plan(normal.problem, **self._call.how, grad=False, each_weight=True)
+        forward = plan.forward(normal.problem, want_lse=True)
+        o = normal.output(forward.o, forward.lse)
         with np.errstate(over="ignore", invalid="ignore"):
             # 0 stays 0 where the sum of the row is past the largest number.
-            product = np.where(forward.o == 0, 0, np.exp(forward.lse)[..., None] * forward.o)
+            product = np.where(o == 0, 0, np.exp(normal.log_sums(forward.lse))[..., None] * o)
         # Weights are off by e each. Rounding moves a normalised row by at most that part of range(X) <= 2 max |X|, and
         # the sum of its weights by as much.
         of_row = forward.certificate

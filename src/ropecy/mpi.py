@@ -22,16 +22,17 @@ from . import _validate
 from ._network import Exchange, Network, Traffic
 from ._ranks import Ranks
 from ._sender import Sender
-from .attention import VJP, without_overflow
+from .attention import VJP
 from .bounds import Measured, measure, measure_values
 from .engines import polynomial as polynomial_engine
 from .engines import scan as scan_engine
 from .engines.ring import Layout, Ring
 from .forms import FarGradient
 from .gradients import Gradients, LossGradients
+from .normal import Normal, normal_form
 from .options import Options
 from .plan import Certificate, Plan, make_plan, nothing_to_do, wants_sample
-from .problem import Call, Problem, check, check_names, key_heads_of, length_of
+from .problem import Call, Origin, Problem, check, check_names, key_heads_of, length_of
 from .relative import RelativeFamily
 from .rotary import Rotary
 from .sample import Sample
@@ -237,6 +238,8 @@ def plan(
     call, layout = _prepare(ranks, "plan", Q, K, V, R, options, {"grad": grad})
     whole, piece = _whole(ranks, call, layout)
     problem = replace(call.problem, lo=whole.lo, hi=whole.hi)
+    if not whole.empty:
+        problem = _normal_form(ranks, problem, whole).problem
     looked = False
     if whole.empty:
         made = make_plan(whole, **call.how, grad=grad)
@@ -248,6 +251,7 @@ def plan(
     everyone = ranks.gather(own)
     worst = Traffic(*(max(getattr(t, name) for t in everyone) for name in ("sent", "received", "messages")))
     made.exchange = Exchange(ranks.size, own, worst, network or ranks.network())
+    made.certificate = made.certificate.stored(made.storing(call.dtype))
     return made
 
 
@@ -291,18 +295,24 @@ class _Evaluation:
         self._target = None if target is None else ranks.together(self._checked_target, target)
         whole, piece = _whole(ranks, self.call, layout)
         problem = self._problem = replace(self.call.problem, lo=whole.lo, hi=whole.hi)
+        self._normal = Normal(problem)
         self._saved = self._judged = self._at_keys = self._ring = self._cuts = self._pieces = None
         if whole.empty:
             self.o = np.zeros(problem.q.shape[:3] + problem.v.shape[2:], problem.q.dtype)
             lse = np.full(problem.q.shape[:3], -np.inf)
             self.certificate = self.gradient_certificate = nothing_to_do()
         else:
+            self._normal = normal = _normal_form(ranks, problem, whole)
+            problem = self._problem = normal.problem
             measured = _measured(ranks, self.call, problem, whole, grad)
             made = _make_plan(ranks, self.call, whole, piece, measured, grad)
             masked = any(ranks.gather(problem.key_mask is not None))
             symbol = None if whole.bias is None else self.call.symbol
             pieces = scan_engine.Pieces(ranks, layout, masked, symbol)
-            self.o, lse = self._forward(made, pieces, grad, want_lse)
+            o, lse = self._forward(made, pieces, grad, want_lse or normal.needs_lse)
+            self.o = normal.output(o, lse)
+            lse = normal.log_sums(lse) if want_lse else None
+            self.certificate = self.certificate.stored(made.storing(self.call.dtype))
             rows = self.certificate.rows_truncation
             if rows is None:
                 rows = np.full(self.o.shape[:3], self.certificate.truncation)
@@ -348,7 +358,7 @@ class _Evaluation:
         """{"dQ": ..., ...} for the rank's dO, in the shape of its O, max |dO| = largest."""
         ranks, call = self.ranks, self.call
         largest = float(ranks.largest(np.array(largest)))
-        do, exponent = without_overflow(call.from_user(dO), largest)
+        do, exponent = self._normal.upstream(call.from_user(dO), largest)
         shared = _Shared(call)
         if self._ring is not None:
             dq, dk, dv = self._ring.backward(do, shared)
@@ -366,9 +376,10 @@ class _Evaluation:
         else:
             dq, dk, dv = (np.zeros_like(X) for X in (self._problem.q, self._problem.k, self._problem.v))
         near = None if call.problem.near is None else ranks.total(shared.near)
-        gradients = call.gradients(dq, dk, dv, None, dscale_near=near, exponent=exponent, total=ranks.total)
+        exponents = {"exponent": exponent + self._normal.exponent, "v_exponent": exponent}
+        gradients = call.gradients(dq, dk, dv, None, dscale_near=near, total=ranks.total, **exponents)
         if "dbias" in gradients:
-            gradients["dbias"] = shared.bias(ranks, exponent)
+            gradients["dbias"] = shared.bias(ranks, exponents["exponent"])
         return gradients
 
     def _back(self, X: np.ndarray) -> np.ndarray:
@@ -489,6 +500,7 @@ def _whole(ranks: Ranks, call: Call, layout: Layout) -> tuple[Problem, Problem]:
     everyone = ranks.gather((own.threads, own.key_mask is None or bool(own.key_mask.any())))
     threads, kept = zip(*everyone, strict=True)
 
+    masked = any(ranks.gather(own.key_mask is not None))
     any_kept = any(k and n_k for k, n_k in zip(kept, layout.n_k, strict=True))
 
     def shaped(n: int, n_k: int, threads: int) -> Problem:
@@ -505,6 +517,7 @@ def _whole(ranks: Ranks, call: Call, layout: Layout) -> tuple[Problem, Problem]:
             near=own.near,
             key_mask=None if any_kept else np.zeros((H, n_k), np.bool_),
             threads=threads,
+            origin=Origin(hidden=masked),
         )
 
     whole = shaped(sum(layout.n), sum(layout.n_k), sum(threads))
@@ -515,6 +528,13 @@ def _whole(ranks: Ranks, call: Call, layout: Layout) -> tuple[Problem, Problem]:
         first, last = -(sum(layout.n) - 1) - layout.q_offset, sum(layout.n_k) - 1 - layout.q_offset
         whole.bias, whole.tail = call.symbol(first, last), call.tail
     return whole, piece
+
+
+def _normal_form(ranks: Ranks, problem: Problem, whole: Problem) -> Normal:
+    """That of this rank's piece, all ranks being of one mind; rounding before it is that of the worst rank."""
+    own = problem.origin
+    lost = ranks.largest(np.array([own.q_lost, own.k_lost, own.v_lost])).tolist()
+    return normal_form(replace(problem, origin=Origin(*lost)), ranks)
 
 
 def _measured(ranks: Ranks, call: Call, problem: Problem, whole: Problem, grad: bool) -> Measured:

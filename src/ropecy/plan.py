@@ -9,12 +9,13 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from numpy.typing import ArrayLike
 
 from . import by_moments, moments
 from . import polynomial as poly
-from .bounds import Measured, Scores, Values, exact_rounding, measure, measure_values, polynomial_rounding
-from .certificate import BoundedEntryError, Certificate, nothing_to_do, warn
+from .bounds import Measured, Scores, Values, measure, measure_values, polynomial_rounding
+from .certificate import AccuracyWarning, BoundedEntryError, Certificate, nothing_to_do, warn
 from .costs import (
     TRANSFORMS,
     Work,
@@ -33,10 +34,12 @@ from .engines import polynomial as polynomial_engine
 from .engines import scan as scan_engine
 from .explain import explain
 from .memory import fits, require
+from .normal import normal_form
 from .options import Options
 from .problem import Problem, prepare_for
 from .relative import RelativeFamily
 from .rotary import Rotary
+from .rounding import exact_rounding
 from .sample import Sample
 from .schedule import Choice, Plan
 
@@ -116,8 +119,10 @@ def plan(
         return mpi.plan(comm, Q, K, V, R, grad=grad, **options)
     call = prepare_for("plan", Q, K, V, R, options)
     how = {**call.how, "grad": grad}
-    made = make_plan(call.problem, **how)
-    explain(call.problem, made, how, make_plan)
+    problem = call.problem if call.problem.empty else normal_form(call.problem).problem
+    made = make_plan(problem, **how)
+    explain(problem, made, how, make_plan)
+    made.certificate = made.certificate.stored(made.storing(call.dtype))
     return made
 
 
@@ -161,9 +166,43 @@ def make_plan(
         made = _by_proof(problem, **how)
     made.seconds = {engine: seconds_of(work, problem.threads, grad) for engine, work in made._works.items()}
     require(made.bytes.get(made.engine, 0.0), f"the {made.engine} engine, beyond inputs and outputs,")
-    if made.engine == "exact" and method == "auto" and made.seconds.get("exact", 0.0) > _MINUTE:
-        warn(f"exact attention is predicted to take {made.seconds['exact']:.0f} s: {made.reason}")
+    if made.engine == "exact" and method == "auto" and made.certificate.error > eps:
+        made = _certified_by_another(problem, made, eps, seed, grad, measured, piece) or made
+    if made.engine == "exact" and method == "auto":
+        if made.seconds.get("exact", 0.0) > _MINUTE:
+            warn(f"exact attention is predicted to take {made.seconds['exact']:.0f} s: {made.reason}")
+        if made.certificate.error > eps and not each_weight:
+            cure = "; float64 holds more" if problem.q.dtype == np.float32 else ""
+            warn(
+                f"no engine certifies eps = {eps:g}: rounding in {problem.q.dtype} alone may be "
+                f"{made.certificate.rounding:.2g} of the range of the values{cure}",
+                AccuracyWarning,
+            )
     return made
+
+
+def _certified_by_another(
+    problem: Problem,
+    exact: Plan,
+    eps: float,
+    seed: int | None,
+    grad: bool,
+    measured: Measured | None,
+    piece: Problem | None,
+) -> Plan | None:
+    """The plan of an engine that certifies eps where exact work rounds by more; None where none does, or it would take
+    more than exact work and a minute.
+    """
+    how = {"degree": None, "certify": "proof", "each_weight": True, "measured": measured, "piece": piece}
+    for method in ("polynomial", "fft"):
+        try:
+            made = make_plan(problem, eps=eps, method=method, seed=seed, grad=grad, **how)
+        except (BoundedEntryError, NotImplementedError, MemoryError):
+            continue
+        if made._works[made.engine].nominal <= max(exact._works["exact"].nominal, _MINUTE):
+            made.reason = f"exact work rounds by {exact.certificate.rounding:.2g}, this certifies eps"
+            return made
+    return None
 
 
 def _by_sample(
@@ -313,7 +352,7 @@ def _at_once(
             raise BoundedEntryError(no_fft)
 
     def exactly(reason):
-        rounding = exact_rounding(problem, scores.plain, values)
+        rounding = exact_rounding(problem, scores, values)
         certificate = Certificate("exact", None, None, scores.plain, "exact", 0.0, rounding)
         return _plan(problem, "exact", scores, values, certificate, grad, reason, works, sizes, eps)
 
@@ -378,7 +417,7 @@ def _beside(
     problem: Problem, split: outliers.Split, extra: Work, scores: Scores, values: Values, most: float, **how: Any
 ) -> Plan | None:
     """That of these long queries and keys exactly, which is `extra`, and the rest by a polynomial."""
-    eps, grad, rounding = how["eps"], how["grad"], exact_rounding(problem, scores.plain, values)
+    eps, grad, rounding = how["eps"], how["grad"], exact_rounding(problem, scores, values)
     try:
         rest = _at_once(split.rest, **how)
         more = rounding - rest.certificate.rounding

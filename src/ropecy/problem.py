@@ -18,6 +18,11 @@ import numpy as np
 from . import _validate, forms
 from .rotary import rotate_rows
 
+# What a rotation does to a row at most, in units of its norm: two products and a sum, of rounded cosines and sines.
+_ROTATED = 2.0
+# Rows that are projected together: products are float64, and take no more memory than this many rows do.
+_PRODUCT_ROWS = 4096
+
 
 @dataclass(slots=True)
 class Family:
@@ -63,6 +68,36 @@ class Family:
 
 
 @dataclass(slots=True)
+class Origin:
+    """Where the arrays of a problem come from: what models of rounding need that the arrays no longer show.
+
+    Attributes
+    ----------
+    q_lost, k_lost, v_lost : float
+        What rounding has already done to the rows of q and k, and to the entries of v, when they were projected and
+        rotated, relative to the longest row and the largest entry. 0 for arrays that are as the user gave them.
+    k_norm : (H,) array or None
+        An upper bound of ``||k_j||`` before keys were centred (`normal.normal_form`); None where they are not.
+    largest, varied : float or None
+        max |v| before values were centred and scaled, of all columns and of those that are not constant; None where
+        they are not.
+    exponent : int
+        Values were multiplied by ``2^-exponent``.
+    hidden : bool
+        Whether keys are hidden of which key_mask says nothing, being of other ranks.
+    """
+
+    q_lost: float = 0.0
+    k_lost: float = 0.0
+    v_lost: float = 0.0
+    k_norm: np.ndarray | None = None
+    largest: float | None = None
+    varied: float | None = None
+    exponent: int = 0
+    hidden: bool = False
+
+
+@dataclass(slots=True)
 class Problem:
     """O_i = sum_j A_ij V_j / sum_j A_ij with A_ij = exp(scale <q_i, k_j> + b_{j-i}) where key j is seen by row i.
 
@@ -94,6 +129,7 @@ class Problem:
         Shared by all slots.
     threads : int
         How many threads may work.
+    origin : Origin
     """
 
     q: np.ndarray
@@ -109,6 +145,7 @@ class Problem:
     key_mask: np.ndarray | None = None
     family: Family | None = None
     threads: int = 1
+    origin: Origin = field(default_factory=Origin)
 
     @property
     def offsets(self) -> tuple[int, int]:
@@ -129,8 +166,9 @@ class Problem:
         return (self.hi is not None and self.hi < first) or (self.lo is not None and self.lo > last)
 
     def with_values(self, v: np.ndarray) -> Problem:
-        """The same scores over other values, (H, n_k, m)."""
-        return replace(self, v=_masked(v, self.key_mask))
+        """The same scores over other values, (H, n_k, m), which are as the user gave them."""
+        origin = replace(self.origin, v_lost=0.0, largest=None, varied=None, exponent=0)
+        return replace(self, v=_masked(v, self.key_mask), origin=origin)
 
     def ungrouped(self) -> Problem:
         """The same problem with every query head in a slot of its own: keys are repeated."""
@@ -167,6 +205,7 @@ class Problem:
             q_offset=self.q_offset + n - n_k,
             key_mask=None,
             family=None if self.family is None else self.family.transposed(),
+            origin=Origin(q_lost=self.origin.k_lost, k_lost=self.origin.q_lost),
         )
 
 
@@ -180,14 +219,16 @@ class _Rows:
     positions: np.ndarray | None = None
     rotate: Callable[..., np.ndarray] | None = None
     shape: tuple[int, ...] = field(init=False)
+    lost: float = 0.0  # what rounding has done to a row at most, relative to the longest
 
     def slots(self) -> np.ndarray:
         """(batch * heads, rows, width), C-contiguous; the user's own memory where nothing has to be done."""
         X = next(iter(self.factors.values()))
         if len(self.factors) > 1:
-            with np.errstate(all="ignore"):
-                X = reduce(np.matmul, self.factors.values())
+            X, self.lost = _product(list(self.factors.values()))
             _validate.check_finite(" @ ".join(self.factors), X)
+        if self.positions is not None:
+            self.lost += _ROTATED * float(np.finfo(X.dtype).eps) / 2
         self.shape = X.shape
         if self.positions is None:
             X = _spread(X, self.batch, self.heads)
@@ -282,6 +323,7 @@ class Call:
             key_mask=mask,
             family=None if a.family is None else self._family(),
             threads=a.threads,
+            origin=Origin(self._q.lost, self._k.lost, self._v.lost),
         )
 
     def _family(self) -> Family:
@@ -337,9 +379,11 @@ class Call:
         *,
         dscale_near: np.float64 | None = None,
         exponent: int = 0,
+        v_exponent: int = 0,
         total: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> dict[str, np.ndarray]:
-        """{"dQ": ..., "dW_Q": ...}: an engine's gradients, which are overwritten, times 2^exponent.
+        """{"dQ": ..., "dW_Q": ...}: an engine's gradients, which are overwritten, times 2^exponent, those of
+        V and W_V times 2^v_exponent.
 
         Every argument that was given has its gradient, in its shape and dtype. `total` makes the gradient of what
         pieces of a sequence share, projections, of a piece's part of it.
@@ -352,9 +396,10 @@ class Call:
             found |= self._v.gradients(dv[..., : self.shape[-1]])
             if total:
                 found.update({name: total(X) for name, X in found.items() if name.startswith("W")})
-            if exponent:
-                found = {name: np.ldexp(X, exponent) for name, X in found.items()}
-                dfamily = None if dfamily is None else np.ldexp(dfamily, exponent)
+            powers = dict.fromkeys(found, exponent) | dict.fromkeys(self._v.factors, v_exponent)
+            found = {name: np.ldexp(X, powers[name]) if powers[name] else X for name, X in found.items()}
+            if exponent and dfamily is not None:
+                dfamily = np.ldexp(dfamily, exponent)
         gradients = {"d" + name: self._cast(X) for name, X in found.items()}
         if dscale_near is not None:
             with np.errstate(over="ignore"):
@@ -488,6 +533,41 @@ def _given(arguments: _validate.Arguments, *names: str) -> dict[str, np.ndarray]
         return given
     # Products are then bitwise the same for every memory layout.
     return {name: np.require(X, requirements=["C", "A"]) for name, X in given.items()}
+
+
+def _product(factors: list[np.ndarray]) -> tuple[np.ndarray, float]:
+    """The product of matrices, and what rounding has done to a row of it at most, relative to the longest row.
+
+    Sums are float64 for float32 too, where then only the rounding of the result counts, however much cancels. In
+    float64 an entry of ``x W`` is off by about a unit of ``||x||`` times the norm of the column, which is more than a
+    unit of the result where terms cancel.
+    """
+    first, *others = factors
+    wide = [W.astype(np.float64, copy=False) for W in others]
+    norms, parts = np.zeros(len(factors)), []
+    with np.errstate(all="ignore"):
+        for at in range(0, max(first.shape[-2], 1), _PRODUCT_ROWS):
+            X = first[..., at : at + _PRODUCT_ROWS, :].astype(np.float64, copy=False)
+            norms[0] = max(norms[0], _longest(X))
+            for step, W in enumerate(wide, start=1):
+                X = np.matmul(X, W)
+                norms[step] = max(norms[step], _longest(X))
+            parts.append(X.astype(first.dtype, copy=False))
+    lost = 0.0
+    for W, before, after in zip(wide, norms, norms[1:], strict=False):
+        growth = before * _longest(W.reshape(-1, 1, W.shape[-2] * W.shape[-1])) / after if after else 0.0
+        lost = (lost + 2.0**-53) * growth
+    stored = 0.0 if first.dtype == np.float64 else float(np.finfo(first.dtype).eps) / 2
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-2), lost + stored
+
+
+def _longest(X: np.ndarray) -> float:
+    """The largest norm of a row of float64 numbers."""
+    square = float(np.einsum("...d,...d->...", X, X).max(initial=0))
+    if 1e-250 < square < math.inf:
+        return math.sqrt(square)
+    peak = float(np.abs(X).max(initial=0))
+    return peak * _longest(X / peak) if 0 < peak < math.inf else peak
 
 
 def _masked(X: np.ndarray, key_mask: np.ndarray | None) -> np.ndarray:

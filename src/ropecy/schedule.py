@@ -11,7 +11,7 @@ import numpy as np
 from . import evidence, moments
 from . import polynomial as poly
 from ._network import Exchange
-from .bounds import Alone, Scores, Values, exact_rounding
+from .bounds import Alone, Scores, Values
 from .certificate import BoundedEntryError, Certificate
 from .costs import Work
 from .engines import exact as exact_engine
@@ -22,6 +22,7 @@ from .engines import scan as scan_engine
 from .explain import Alternative, table
 from .moments import MomentRule
 from .problem import Problem
+from .rounding import exact_rounding
 from .sample import Sample
 
 _ENGINES = {"exact": exact_engine, "polynomial": polynomial_engine, "fft": fft_engine}
@@ -169,6 +170,10 @@ class Plan:
         """What is certified before it is computed."""
         return Forward(o, lse, self.certificate, saved, self, self.gradient_certificate)
 
+    def storing(self, dtype: np.dtype) -> float:
+        """What storing O in the dtype of the call adds to its certificate: nothing but in half precision."""
+        return self._values.storing(dtype) if self._values is not None and dtype.itemsize == 2 else 0.0
+
     @property
     def judged(self) -> bool:
         """Whether rows are certified once they are computed: by moments, or by a sample of them."""
@@ -221,7 +226,7 @@ class Plan:
         if n_failed:
             ring.forward_rows(problem, scores.plain, failed, o, lse, ranks)
             rows[failed] = 0.0
-            rounding = max(rounding, exact_rounding(problem, scores.plain, self._values, ranks))
+            rounding = max(rounding, exact_rounding(problem, scores, self._values, ranks))
         found = replace(certificate, rounding=rounding, n_exact_rows=n_failed)
         truncation = max(ranks.gather(float(rows.max(initial=0))))
         certificate = replace(found, truncation=truncation, rows_truncation=rows)

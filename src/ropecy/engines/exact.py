@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..kernels import _exact
+from ..kernels import _exact, _rows
 from ..problem import Problem
 from . import family
 
@@ -34,20 +34,37 @@ class Tables:
     symbol: np.ndarray | None
     factor: np.ndarray | None
     key_shift: np.ndarray
+    bias_shift: np.ndarray | float  # what was taken from every bias, (H or 1, G or 1, 1)
+
+
+@dataclass(slots=True)
+class Sized:
+    """q, k and scales after powers of two, with these exponents, were taken from them."""
+
+    q: np.ndarray
+    k: np.ndarray
+    of_q: int = 0
+    of_k: int = 0
+    of_scale: int = 0
+
+    @property
+    def gain(self) -> float:
+        """What scores of these are to be multiplied with: a finite number of the dtype, where it has to be clipped
+        weights are 0 or 1 whatever it is.
+        """
+        most = np.finfo(self.q.dtype).maxexp - 4
+        return math.ldexp(1.0, min(max(self.of_q + self.of_k + self.of_scale, -most), most))
 
 
 @dataclass(slots=True)
 class Saved:
     """What backward needs of forward: O, and maximum and inverse sum of every row (so no exp is taken twice)."""
 
-    q: np.ndarray
-    k: np.ndarray
+    sized: Sized
     tables: Tables
     o: np.ndarray
     maximum: np.ndarray
     inverse: np.ndarray
-    q_factor: float
-    k_factor: float
 
 
 def forward(problem: Problem, bound: float, want_lse: bool) -> tuple[np.ndarray, np.ndarray | None, Saved]:
@@ -66,10 +83,12 @@ def forward(problem: Problem, bound: float, want_lse: bool) -> tuple[np.ndarray,
     """
     if problem.family is not None:
         return family.forward(problem, want_lse)
-    q, k, q_factor, k_factor = _without_overflow(problem, bound)
-    tables = _tables(problem, bound, 1 / (q_factor * k_factor))
-    o, maximum, inverse, lse = _exact.forward(q, k, problem.v, tables, want_lse, problem.threads)
-    return o, lse, Saved(q, k, tables, o, maximum, inverse, q_factor, k_factor)
+    sized = _sized(problem, bound)
+    tables = _tables(problem, bound, sized)
+    o, maximum, inverse, lse = _exact.forward(sized.q, sized.k, problem.v, tables, want_lse, problem.threads)
+    if want_lse and problem.bias is not None:
+        lse += tables.bias_shift
+    return o, lse, Saved(sized, tables, o, maximum, inverse)
 
 
 def backward(problem: Problem, saved: Saved, do: np.ndarray):
@@ -84,13 +103,14 @@ def backward(problem: Problem, saved: Saved, do: np.ndarray):
     if problem.family is not None:
         return family.backward(problem, saved, do)
     want = problem.bias is not None
-    tables = saved.tables
+    sized, tables = saved.sized, saved.tables
     dq, dk, dv, diagonals = _exact.backward(
-        saved.q, saved.k, problem.v, tables, saved.o, saved.maximum, saved.inverse, do, want, problem.threads
+        sized.q, sized.k, problem.v, tables, saved.o, saved.maximum, saved.inverse, do, want, problem.threads
     )
-    if saved.q_factor != 1 or saved.k_factor != 1:
-        dq /= saved.k_factor
-        dk /= saved.q_factor
+    if sized.of_q or sized.of_k or sized.of_scale:
+        with np.errstate(over="ignore"):
+            dq = np.ldexp(dq, sized.of_scale + sized.of_k)
+            dk = np.ldexp(dk, sized.of_scale + sized.of_q)
     if not want:
         return dq, dk, dv, None
     _, block, _ = _exact.blocking(problem.q.dtype)
@@ -181,13 +201,13 @@ def resume(problem: Problem, bound: float, o: np.ndarray, lse: np.ndarray) -> Sa
     """What `backward` needs of a forward pass that had more keys than `problem`, of which o and lse are the results."""
     if problem.family is not None:
         return family.resume(problem, o, lse)
-    q, k, q_factor, k_factor = _without_overflow(problem, bound)
-    gain = 1 / (q_factor * k_factor)
-    log2_sum = np.where(np.isfinite(lse), lse * LOG2E, 0)
+    sized = _sized(problem, bound)
+    tables, gain = _tables(problem, bound, sized), sized.gain
+    log2_sum = np.where(np.isfinite(lse), (lse - tables.bias_shift) * LOG2E, 0)
     # What rounding the maximum loses, its partner keeps.
-    maximum = (log2_sum / gain).astype(q.dtype)
-    inverse = np.where(np.isfinite(lse), np.exp2(maximum.astype(np.float64) * gain - log2_sum), 0).astype(q.dtype)
-    return Saved(q, k, _tables(problem, bound, gain), o, maximum, inverse, q_factor, k_factor)
+    maximum = (log2_sum / gain).astype(o.dtype)
+    inverse = np.where(np.isfinite(lse), np.exp2(maximum.astype(np.float64) * gain - log2_sum), 0).astype(o.dtype)
+    return Saved(sized, tables, o, maximum, inverse)
 
 
 def merge(o: np.ndarray, lse: np.ndarray, part: np.ndarray, part_lse: np.ndarray) -> None:
@@ -246,26 +266,36 @@ def segments(problem: Problem) -> int:
     return _exact.segments_of(problem.k.shape[0], problem.k.shape[1], problem.q.dtype)
 
 
-def _without_overflow(problem: Problem, bound: float):
-    """q and k, divided by powers of two where a score could overflow the dtype (entries of 1e155 in float64)."""
-    q, k = problem.q, problem.k
-    if bound < 1e30 and problem.near is None:
-        return q, k, 1.0, 1.0
-    largest = float(np.finfo(q.dtype).max) / 16
+def _sized(problem: Problem, bound: float) -> Sized:
+    """q, k and scales, by powers of two, so that no score overflows (entries of 1e155 in float64, a scale of 1e38 in
+    float32) and no scale is subnormal.
+    """
+    q, k, near = problem.q, problem.k, problem.near
+    info = np.finfo(q.dtype)
+    scale = max(abs(problem.scale), 0 if near is None else abs(near[1]))
+    power = math.frexp(scale)[1]
+    power = power if abs(power) > 3 * info.maxexp // 4 else 0
+    sized = Sized(q, k)
+    if bound < 1e30 and near is None and not power:
+        return sized
+    largest = float(info.max) / 16
     top_q, top_k = (float(max(abs(x.max(initial=0)), abs(x.min(initial=0)))) for x in (q, k))
-    scale = max(1.0, abs(problem.scale), abs(problem.near[1]) if problem.near else 0)
-    room = math.log2(largest) - math.log2(scale * q.shape[-1]) - 1
+    if power:
+        # All to a size of about 1.
+        of_q, of_k = math.frexp(top_q)[1], math.frexp(top_k)[1]
+        return Sized(np.ldexp(q, -of_q), np.ldexp(k, -of_k), of_q, of_k, power)
+    room = math.log2(largest) - math.log2(max(1.0, scale) * q.shape[-1]) - 1
     over = math.log2(top_q or 1) + math.log2(top_k or 1) - room
-    if over <= 0:
-        return q, k, 1.0, 1.0
-    # An exponent each, proportional to its own size; the gain must itself be a finite number of the dtype.
-    over = min(math.ceil(over), int(math.log2(largest)))
-    part_q = min(over, max(0, math.ceil(over / 2 + (math.log2(top_q or 1) - math.log2(top_k or 1)) / 2)))
-    q_factor, k_factor = 2.0**-part_q, 2.0 ** -(over - part_q)
-    return q * q.dtype.type(q_factor), k * k.dtype.type(k_factor), q_factor, k_factor
+    if over > 0:
+        # An exponent each, proportional to its own size; the gain must itself be a finite number of the dtype.
+        over = min(math.ceil(over), int(math.log2(largest)))
+        part_q = min(over, max(0, math.ceil(over / 2 + (math.log2(top_q or 1) - math.log2(top_k or 1)) / 2)))
+        sized = Sized(np.ldexp(q, -part_q), np.ldexp(k, part_q - over), part_q, over - part_q, 0)
+    return sized
 
 
-def _tables(problem: Problem, bound: float, gain: float) -> Tables:
+def _tables(problem: Problem, bound: float, sized: Sized) -> Tables:
+    gain, scale = sized.gain, math.ldexp(problem.scale, -sized.of_scale)
     dtype = problem.q.dtype
     tile, block, _ = _exact.blocking(dtype)
     heads, n_k = problem.k.shape[:2]
@@ -274,7 +304,7 @@ def _tables(problem: Problem, bound: float, gain: float) -> Tables:
     lo = -far if problem.lo is None else max(-far, problem.lo + problem.q_offset)
     hi = far if problem.hi is None else min(far, problem.hi + problem.q_offset)
 
-    symbol = None
+    symbol, bias_shift = None, 0.0
     reach = bound
     if problem.bias is not None or problem.lo is not None or problem.hi is not None:
         lead = (1, 1) if problem.bias is None else problem.bias.shape[:2]
@@ -285,30 +315,37 @@ def _tables(problem: Problem, bound: float, gain: float) -> Tables:
         if problem.bias is None:
             inside[...] = 0
         else:
+            # Counted from the largest, so that float32 holds those that count, whatever their size. What is too low
+            # even so stays finite: a row that sees nothing else is a softmax still.
             bias = problem.bias[..., ::-1][..., first:last]
-            inside[...] = bias * (LOG2E / gain)
-            reach += float(np.abs(bias).max(initial=0))
+            if bias.shape[-1]:
+                bias_shift = bias.max(axis=-1, keepdims=True)
+            with np.errstate(over="ignore"):
+                depth = bias_shift - bias
+                inside[...] = -np.minimum(depth * (LOG2E / gain), float(np.finfo(dtype).max) / 4)
+            reach += float(depth.max(initial=0))
     factor = None
     if problem.near is not None:
-        width, scale_near = problem.near
+        width, scale_near = problem.near[0], math.ldexp(problem.near[1], -sized.of_scale)
         offset = (n_k - 1) - np.arange(n + n_k - 1)  # j - i at u = i - j + n_k - 1
         near = np.abs(offset - problem.q_offset) < width
-        factor = np.pad(np.where(near, scale_near, problem.scale) * LOG2E, (block, tile)).astype(dtype)
+        factor = np.pad(np.where(near, scale_near, scale) * LOG2E, (block, tile)).astype(dtype)
         reach = math.inf
     key_shift = np.full((heads, -(-n_k // block) * block), -np.inf, dtype)
     key_shift[:, :n_k] = 0 if problem.key_mask is None else np.where(problem.key_mask, 0, -np.inf)
-    top_v = float(max(problem.v.max(initial=0), -problem.v.min(initial=0)))
-    bounded = gain == 1 and reach * LOG2E <= BOUNDED and top_v * 2**BOUNDED * max(n_k, 1) < float(np.finfo(dtype).max)
+    bounded = gain == 1 and reach * LOG2E <= BOUNDED
+    bounded = bounded and _rows.largest(problem.v) * 2**BOUNDED * max(n_k, 1) < float(np.finfo(dtype).max)
     return Tables(
         lo=lo,
         hi=hi,
-        scale=problem.scale,
+        scale=scale,
         gain=gain,
         bounded=bounded,
         everywhere=problem.bias is not None or problem.near is not None,
         masked=problem.key_mask is not None,
-        grad_scale=math.log(2) if problem.near is not None else problem.scale,
+        grad_scale=math.log(2) if problem.near is not None else scale,
         symbol=symbol,
         factor=factor,
         key_shift=key_shift,
+        bias_shift=bias_shift,
     )

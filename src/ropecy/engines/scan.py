@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from ..bounds import Alone, Scores, Values, exact_rounding, polynomial_rounding
+from ..bounds import Alone, Scores, Values, polynomial_rounding
 from ..costs import Work, exact_work, polynomial_work
 from ..forms import FarGradient, Tail
 from ..polynomial import Polynomial
 from ..problem import Problem
+from ..rounding import exact_rounding
 from . import exact
 from . import polynomial as polynomial_engine
 from .ring import Layout, Ring
@@ -293,7 +294,7 @@ def rounding(split: Split, problem: Problem, scores: Scores, values: Values) -> 
     if near.bias is not None:
         # Only what the band reads of it.
         near = replace(near, bias=near.bias[..., max(0, near.lo + first) : near.hi + first + 1])
-    return total + exact_rounding(near, scores.plain, values)
+    return total + exact_rounding(near, scores, values)
 
 
 def work(split: Split, problem: Problem, degree: int, grad: bool) -> Work:

@@ -120,9 +120,10 @@ static void RC_NAME(forward)(const rc_exact_problem *p, ptrdiff_t head, ptrdiff_
     RC_NAME(tile_load)((const REAL *)p->q + slot * d, d, rows, d, p->factor ? 1 : (REAL)(p->scale * LOG2E), 0, queries, TILE);
     for (ptrdiff_t i = 0; i < d_v * TILE; i++)
         N[i] = 0;
-    /* A finite start, so that a masked score minus the maximum is -inf and not NaN. */
+    /* The lowest number, below every score that is not masked, and finite, so that a masked score minus the maximum is
+     * -inf and not NaN. */
     for (int i = 0; i < TILE; i++) {
-        maximum[i] = p->bounded ? 0 : RC_BITS == 32 ? (REAL)-1e38 : (REAL)-1e307;
+        maximum[i] = p->bounded ? 0 : RC_BITS == 32 ? -(REAL)__FLT_MAX__ : -(REAL)__DBL_MAX__;
         sum[i] = 0;
     }
     ptrdiff_t first, last;

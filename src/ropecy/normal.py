@@ -1,0 +1,151 @@
+"""The normal form of a problem: keys and values near 0 and of a size that sums can hold, and the way back.
+
+Softmax does not see what is added to every key, for it adds the same number to all scores of a row; and what is added
+to every value is added to the result. So columns of keys and of values that lie farther from 0 than twice as far as
+they spread are centred. Rounding is then in proportion to how far they spread, and not to how far away they are. A
+power of two is taken from values so large that their sums would overflow, or so small that products with weights would
+vanish. Every engine computes with what is left, whatever parts it cuts a problem into, and only the end result is
+turned back.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from .bounds import Alone
+from .kernels import _rows
+from .problem import Problem
+
+
+@dataclass(slots=True)
+class Normal:
+    """A problem in normal form, and how to turn back what an engine makes of it.
+
+    Attributes
+    ----------
+    problem : Problem
+    key_centre : (H, d) array or None
+        What was taken from keys; None is 0.
+    value_centre : (H, d_v) array or None
+        What was taken from values; None is 0.
+    exponent : int
+        Values were then multiplied by ``2^-exponent``.
+    largest : float
+        max |v| of the normal form.
+    """
+
+    problem: Problem
+    key_centre: np.ndarray | None = None
+    value_centre: np.ndarray | None = None
+    exponent: int = 0
+    largest: float = 0.0
+
+    @property
+    def needs_lse(self) -> bool:
+        """Whether `output` has to be told the lse: a row that sees no key gives 0, and not the centre."""
+        return self.value_centre is not None
+
+    def output(self, o: np.ndarray, lse: np.ndarray | None) -> np.ndarray:
+        """O of the problem as it was, from that of the normal form, (H, G, n, d_v)."""
+        if self.exponent:
+            o = np.ldexp(o, self.exponent)
+        if self.value_centre is None:
+            return o
+        seen = ~np.isneginf(lse)[..., None]
+        return np.where(seen, o + self.value_centre[:, None, None], o)
+
+    def log_sums(self, lse: np.ndarray) -> np.ndarray:
+        """lse of the problem as it was, from that of the normal form, (H, G, n) float64."""
+        if self.key_centre is None:
+            return lse
+        q = self.problem.q
+        common = np.einsum("hgna,ha->hgn", q, self.key_centre.astype(np.float64), dtype=np.float64)
+        return lse + self.problem.scale * common
+
+    def upstream(self, do: np.ndarray, largest: float) -> tuple[np.ndarray, int]:
+        """``do 2^-exponent`` and that exponent, max |do| = largest.
+
+        Gradients are linear in do. The power of two keeps ``<do, v>`` from overflow, where Inf - Inf would be NaN, and
+        do from being so small that its products with weights vanish.
+        """
+        if not largest:
+            return do, 0
+        most, size = np.finfo(do.dtype).maxexp, math.frexp(largest)[1]
+        exponent = size + max(0, math.frexp(self.largest)[1]) - most // 2
+        if exponent <= 0:
+            exponent = min(0, size + most // 3)
+        return (np.ldexp(do, -exponent), exponent) if exponent else (do, 0)
+
+
+def normal_form(problem: Problem, ranks: Any = Alone) -> Normal:
+    """The normal form of a problem, the same on all ranks that hold pieces of it. Time O(n_k (d + d_v)).
+
+    Keys are left alone beside a `near` scale or a family, where what is added to all of them is not the same for all
+    scores of a row.
+    """
+    normal = Normal(problem)
+    if problem.near is None and problem.family is None:
+        low, high = _ends(problem.k, problem.key_mask, problem.threads, ranks)
+        normal.key_centre = _centre(low, high)
+        if normal.key_centre is not None:
+            size = np.maximum(np.abs(low), np.abs(high)).astype(np.float64)
+            k = _taken(problem.k, normal.key_centre, 0, problem.key_mask)
+            origin = replace(problem.origin, k_norm=np.linalg.norm(size, axis=1))
+            normal.problem = problem = replace(problem, k=k, origin=origin)
+    low, high = _ends(problem.v, problem.key_mask, problem.threads, ranks)
+    size, varied = np.maximum(np.abs(low), np.abs(high)), high > low
+    before = {"largest": float(size.max(initial=0)), "varied": float(size.max(initial=0, where=varied))}
+    normal.value_centre = _centre(low, high)
+    if normal.value_centre is not None:
+        low, high = low - normal.value_centre, high - normal.value_centre
+    left = float(max(high.max(initial=0), -low.min(initial=0)))
+    keys = sum(ranks.gather(problem.k.shape[1]))
+    normal.exponent = _exponent(left, keys, problem.v.dtype)
+    normal.largest = math.ldexp(left, -normal.exponent)
+    if normal.value_centre is not None or normal.exponent:
+        v = _taken(problem.v, normal.value_centre, normal.exponent, problem.key_mask)
+        origin = replace(problem.origin, **before, exponent=normal.exponent)
+        normal.problem = replace(problem, v=v, origin=origin)
+    return normal
+
+
+def _ends(X: np.ndarray, keep: np.ndarray | None, threads: int, ranks: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The least and the largest of the columns of X (H, n_k, m) over kept keys, (H, m); 0 where there are none."""
+    _, low, high = _rows.columns(X, keep, threads)
+    low, high = -ranks.largest(-low), ranks.largest(high)
+    if (empty := low > high).any():
+        low[empty], high[empty] = 0, 0
+    return low, high
+
+
+def _centre(low: np.ndarray, high: np.ndarray) -> np.ndarray | None:
+    """Halfway between the ends of a column that is farther from 0 than twice the distance between them, and 0 for the
+    others; None where all are 0. All of such a column is within a factor of two: to take the centre from it is exact.
+    """
+    half_low, half_high = 0.5 * low.astype(np.float64), 0.5 * high.astype(np.float64)
+    far = np.maximum(np.abs(half_low), np.abs(half_high)) > 2 * (half_high - half_low)
+    return np.where(far, half_low + half_high, 0).astype(low.dtype) if far.any() else None
+
+
+def _exponent(largest: float, keys: int, dtype: np.dtype) -> int:
+    """The power of two to be taken from values up to this size, which are summed over so many keys: 0 wherever products
+    with weights are far from underflow and sums far from overflow. Columns may differ by much: no more than is needed.
+    """
+    if not largest:
+        return 0
+    most, size = np.finfo(dtype).maxexp, math.frexp(largest)[1]
+    highest = 3 * most // 4 - math.frexp(keys)[1]
+    if size > highest:
+        return size - highest
+    return size if size < -(most // 2) else 0
+
+
+def _taken(X: np.ndarray, centre: np.ndarray | None, exponent: int, keep: np.ndarray | None) -> np.ndarray:
+    """``(X - centre) 2^-exponent`` of kept rows of X (H, n_k, m), and 0 for the others."""
+    X = X if centre is None else X - centre[:, None]
+    X = np.ldexp(X, -exponent) if exponent else X
+    return X if keep is None else np.where(keep[..., None], X, X.dtype.type(0))

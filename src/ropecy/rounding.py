@@ -1,0 +1,91 @@
+"""What rounding costs the exact engine: a model of its size, which is measured and not proved."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from .bounds import Alone, Scores, Values
+from .problem import Problem
+
+
+def exact_rounding(problem: Problem, scores: Scores, values: Values, ranks: Any = Alone) -> float:
+    """What rounding costs the exact engine at most, in units of max_c range_j(v_jc).
+
+    Three things add up.
+
+    * Sums over keys. In a block of 96 keys equal terms are all rounded to the same side, by half of a unit a key, and
+      in float64 those of stretches of blocks (with a family, those of keys); sums over blocks grow with the square
+      root of their number.
+    * Scores. Those of size S carry ``(2 + sqrt(d) / 2) S`` units; biases two units of their size, which counts from
+      the largest bias (`bias_reach`). Weights that are off by that move O by as much of the range, and never by more
+      than the range: O stays between the least and the largest of the values.
+    * Storing O, which may lie far from 0.
+    """
+    unit = float(np.finfo(problem.q.dtype).eps) / 2
+    d, n_k = problem.q.shape[-1], sum(ranks.gather(problem.k.shape[1]))
+    scale = abs(problem.scale) if problem.near is None else max(abs(problem.scale), abs(problem.near[1]))
+    size = scale * scores.products if scale else 0.0
+    off = unit * (2 + math.sqrt(d) / 2) * size + (scale * scores.lost if scale else 0.0)
+    if problem.bias is not None:
+        off += 2 * unit * bias_reach(problem, size)
+    sums = unit * (8 + min(40.0, n_k / 2) + math.sqrt(n_k / 96))
+    sums += 2.0**-53 * n_k / (3072 if problem.family is None else 2)
+    return sums * max(1.0, values.residual) + min(1.0, off) + unit * values.offset
+
+
+def bias_reach(problem: Problem, size: float) -> float:
+    """How far below the largest bias those of the keys are that count in a row, scores being within `size`.
+
+    At most all the way. And at most what the best key of a row is below it, and the mean over a row's weights P below
+    that: P maximises ``sum_j P_j (s_j + b_j) + entropy(P)``, so this is at most ``2 size + log n_k``.
+    """
+    bias = problem.bias
+    n, n_k = problem.q.shape[2], problem.k.shape[1]
+    first = -(n - 1) - problem.q_offset
+    low = 0 if problem.lo is None else max(0, problem.lo - first)
+    high = bias.shape[-1] if problem.hi is None else min(bias.shape[-1], problem.hi - first + 1)
+    if low >= high:
+        return 0.0
+    seen = bias[..., low:high]
+    with np.errstate(over="ignore", invalid="ignore"):
+        top = seen.max(axis=-1, keepdims=True)
+        depth = top - seen
+        reach = float(depth.max())
+        near = 2 * size + math.log(max(n_k, 1))
+        if reach <= near or problem.origin.hidden:
+            return reach
+        depth = np.pad(depth, ((0, 0), (0, 0), (low, bias.shape[-1] - high)), constant_values=np.inf)
+        best = _best(problem, depth)
+    best = float(best[np.isfinite(best)].max(initial=0))
+    return min(reach, best + near)
+
+
+def _best(problem: Problem, depth: np.ndarray) -> np.ndarray:
+    """The least of depth (H or 1, G or 1, n + n_k - 1), by offset, over the keys that a row sees, (_, _, n); inf where
+    that is none. With a key_mask that of the kept key next to the row, which is no less.
+    """
+    n, n_k = problem.q.shape[2], problem.k.shape[1]
+    at = np.arange(n)
+    if problem.key_mask is None:
+        # Row i sees the n_k entries from n - 1 - i on: the end of a block of so many, and the start of the next.
+        blocks = -(-depth.shape[-1] // n_k) + 1
+        room = ((0, 0), (0, 0), (0, blocks * n_k - depth.shape[-1]))
+        cut = np.pad(depth, room, constant_values=np.inf).reshape(*depth.shape[:2], blocks, n_k)
+        from_start = np.minimum.accumulate(cut, axis=-1).reshape(*depth.shape[:2], -1)
+        to_end = np.minimum.accumulate(cut[..., ::-1], axis=-1)[..., ::-1].reshape(*depth.shape[:2], -1)
+        return np.minimum(to_end[..., n - 1 - at], from_start[..., n - 1 - at + n_k - 1])
+    own, kept = at + problem.q_offset, np.where(problem.key_mask, np.arange(n_k), -1)
+    before = np.pad(np.maximum.accumulate(kept, axis=1), ((0, 0), (1, 0)), constant_values=-1)
+    after = np.where(problem.key_mask, np.arange(n_k), n_k)
+    after = np.pad(np.minimum.accumulate(after[:, ::-1], axis=1)[:, ::-1], ((0, 0), (0, 1)), constant_values=n_k)
+    found = np.full((problem.k.shape[0], problem.q.shape[1], n), np.inf)
+    for key in (before[:, np.clip(own + 1, 0, n_k)], after[:, np.clip(own, 0, n_k)]):
+        index = key - at + n - 1
+        seen = (key >= 0) & (key < n_k)
+        index = np.broadcast_to(np.where(seen, index, 0)[:, None], found.shape)
+        deep = np.take_along_axis(np.broadcast_to(depth, found.shape[:2] + depth.shape[-1:]), index, axis=-1)
+        found = np.minimum(found, np.where(seen[:, None], deep, np.inf))
+    return found

@@ -1,0 +1,304 @@
+"""Numbers far from 0, huge, tiny and of unlike size: the exact engine is right, or its certificate says how far not."""
+
+import math
+import warnings
+
+import numpy as np
+import oracle
+import pytest
+from conftest import relative_bias
+from oracle import Table
+
+import ropecy
+
+F4, F8 = np.float32, np.float64
+
+
+def uniform(rng, *shape, dtype=F4):
+    return rng.uniform(-1, 1, shape).astype(dtype)
+
+
+def truth(case):
+    numbers = {key: X.astype(F8) for key, X in case.items() if isinstance(X, np.ndarray) and X.dtype != bool}
+    return oracle.attention(**{**case, **numbers})
+
+
+def error_and_certificate(case, **options):
+    """The error in units of the largest range of a column, and what is certified; a case has the oracle's bias."""
+    dense = truth(case)
+    ours = dict(case)
+    if "bias" in ours:
+        ours["bias"] = relative_bias(ours["bias"])
+    O, certificate = ropecy.attention(**ours, **options, return_certificate=True)
+    with np.errstate(over="ignore"):
+        spread = np.ptp(0.5 * dense.v, axis=-2).max() or np.abs(0.5 * dense.v).max()
+        error = np.abs(0.5 * O.astype(F8) - 0.5 * dense.O).max() / spread
+    assert np.isfinite(O.astype(F8)).all()
+    return error, certificate
+
+
+def assert_certified(case, **options):
+    error, certificate = error_and_certificate(case, **options)
+    assert error <= certificate.error
+    return certificate
+
+
+def values(kind, rng, n):
+    return {
+        "far": rng.random((n, 2)) + 1e4,
+        "one constant, one small": np.stack([np.full(n, 1000.0), 1e-5 * rng.uniform(-1, 1, n)], axis=1),
+        "two numbers": 1e8 + 8.0 * rng.integers(0, 2, (n, 1)),
+        "of unlike size": rng.uniform(-1, 1, (n, 2)) * [1e30, 1e-30],
+        "few digits": 3e7 + rng.integers(0, 3, (n, 1)),
+        "huge": 1e37 * rng.random((n, 3)),
+        "tiny": 1e-20 * rng.uniform(-1, 1, (n, 3)),
+        "subnormal": 1e-43 * rng.uniform(-1, 1, (n, 3)),
+    }[kind].astype(F4)
+
+
+VALUES = "far", "one constant, one small", "two numbers", "of unlike size", "few digits", "huge", "tiny", "subnormal"
+
+
+@pytest.mark.filterwarnings("ignore::ropecy.AccuracyWarning")
+@pytest.mark.parametrize("kind", VALUES)
+@pytest.mark.parametrize("method", ["exact", "auto"])
+def test_values_of_any_size(kind, method, rng):
+    case = {"Q": uniform(rng, 400, 8), "K": uniform(rng, 400, 8), "V": values(kind, rng, 400)}
+    assert_certified(case, method=method)
+    assert_certified({**case, "causal": True, "bias": Table(np.linspace(-9, 0, 101))}, method=method)
+
+
+def test_each_column_keeps_its_digits(rng):
+    V = values("of unlike size", rng, 300)
+    O = ropecy.attention(uniform(rng, 300, 8), uniform(rng, 300, 8), V, method="exact")
+    assert np.all(np.ptp(O, axis=0) > 0)
+    O = ropecy.attention(uniform(rng, 300, 8), uniform(rng, 300, 8), V * F4(2.0**27), method="exact")
+    assert np.all(np.ptp(O, axis=0) > 0) and np.isfinite(O).all()
+
+
+def test_a_sum_of_two_is_past_the_largest_number():
+    V = np.array([[2e38], [2e38], [-1e38]], F4)
+    O = ropecy.attention(np.zeros((1, 2), F4), np.ones((3, 2), F4), V, method="exact")
+    assert O == pytest.approx(1e38, rel=1e-6)
+
+
+def test_float64_near_its_largest_number(rng):
+    Q, K = uniform(rng, 2, 400, 8, dtype=F8)
+    V = 1e307 * rng.random((400, 3))
+    O, vjp = ropecy.attention_vjp(Q, K, V, method="exact")
+    dense = oracle.attention(Q, K, V / 2**10)
+    assert np.allclose(O / 2**10, dense.O, rtol=1e-13)
+    dO = rng.standard_normal(O.shape)
+    found, expected = vjp(dO * 2.0**-10), dense.backward(dO)
+    assert np.allclose(found.dQ, expected["dQ"], rtol=1e-9, atol=1e-12 * np.abs(expected["dQ"]).max())
+    assert np.allclose(found.dV, expected["dV"] / 2**10, rtol=1e-12)
+
+
+def test_auto_says_where_nothing_certifies_eps(rng):
+    Q, K, V = uniform(rng, 3, 300, 8)
+    with pytest.warns(ropecy.AccuracyWarning, match=r"no engine certifies eps = 0.001: rounding in float32") as caught:
+        ropecy.attention(Q, K, V + F4(1e6))
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ropecy.attention(Q, K, V + F4(1e6), method="exact", return_certificate=True)[1].error > 1e-3
+        assert ropecy.attention(Q, K, V + F4(1e4), return_certificate=True)[1].error <= 1e-3
+    with pytest.raises(ropecy.BoundedEntryError):
+        ropecy.attention(Q, K, V + F4(1e6), method="polynomial")
+
+
+def test_a_certificate_changes_no_bit(rng):
+    Q, K, V = uniform(rng, 3, 200, 8) + F4(50)
+    alone = ropecy.attention(Q, K, V)
+    assert np.array_equal(alone, ropecy.attention(Q, K, V, return_certificate=True, return_lse=True)[0])
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+@pytest.mark.parametrize("offset", [0.0, 3.0, 100.0])
+def test_storing_in_half_precision_is_counted(name, offset, rng):
+    dtype = np.float16 if name == "float16" else pytest.importorskip("ml_dtypes").bfloat16
+    case = {"Q": uniform(rng, 300, 8), "K": uniform(rng, 300, 8), "V": uniform(rng, 300, 3) + F4(offset)}
+    case = {key: X.astype(dtype) for key, X in case.items()}
+    with warnings.catch_warnings():
+        # eps is asked of the result before it is stored.
+        warnings.simplefilter("error")
+        certificate = assert_certified(case)
+    assert 0 < certificate.storing < certificate.rounding
+    assert certificate.error - certificate.storing <= 1e-4 < certificate.error
+    assert "for storing it in half precision" in str(certificate)
+    plan = ropecy.plan(*case.values())
+    assert plan.certificate.rounding == certificate.rounding
+
+
+def test_float32_is_not_stored_again(rng):
+    _, certificate = ropecy.attention(*uniform(rng, 3, 20, 4), return_certificate=True)
+    assert certificate.storing == 0 and "storing" not in str(certificate)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.125])
+@pytest.mark.parametrize("method", ["exact", "auto"])
+@pytest.mark.filterwarnings("ignore::ropecy.AccuracyWarning")
+def test_rounding_of_near_scores_is_counted_whatever_the_scale(scale, method, rng):
+    K = (uniform(rng, 8, dtype=F8) + 1e-4 * rng.standard_normal((512, 8))).astype(F4)
+    case = {"Q": uniform(rng, 512, 8), "K": K, "V": uniform(rng, 512, 8), "near": (300, 1e4), "scale": scale}
+    assert assert_certified(case, method=method).rounding > 1e-4
+
+
+@pytest.mark.filterwarnings("ignore::ropecy.AccuracyWarning")
+@pytest.mark.parametrize("near", [(100, 3e38), (100, 1e30)])
+def test_a_near_scale_of_any_size_gives_no_nan(near, rng):
+    Q, K, V = uniform(rng, 3, 300, 8)
+    O, vjp = ropecy.attention_vjp(Q, K, V, near=near)
+    assert np.isfinite(O).all()
+    assert not np.isnan(vjp(V).dQ).any()
+
+
+@pytest.mark.parametrize("scale", [3e38, 1e-42])
+def test_a_scale_of_any_size(scale, rng):
+    q, k = (1e-19, 1e-19) if scale > 1 else (1e21, 1e21)
+    case = {"Q": uniform(rng, 60, 8) * F4(q), "K": uniform(rng, 60, 8) * F4(k), "V": uniform(rng, 60, 2)}
+    case["scale"] = scale
+    assert_certified(case, method="exact")
+    dense = truth(case)
+    found = ropecy.attention_vjp(**case, method="exact")[1](case["V"])
+    expected = dense.backward(case["V"].astype(F8))
+    for name in ("dQ", "dK", "dV"):
+        off = np.abs(getattr(found, name) - expected[name]).max()
+        assert off <= 1e-4 * np.abs(expected[name]).max()
+
+
+@pytest.mark.parametrize("dtype", [F4, F8])
+def test_projections_that_cancel(dtype, rng):
+    column = np.stack([1e4 + rng.random(512), np.full(512, 1e4)], axis=1).astype(dtype)
+    W = np.array([[1.1], [-1.1]], dtype)
+    case = {"Q": uniform(rng, 512, 1), "K": uniform(rng, 512, 1), "V": uniform(rng, 512, 2)}
+    case = {key: X.astype(dtype) for key, X in case.items()}
+    for name in "QKV":
+        certificate = assert_certified({**case, name: column, f"W_{name}": W}, method="exact")
+        assert certificate.error < (1e-5 if dtype == F4 else 1e-11)
+
+
+LOWEST = [(-7e37, F4), (-1e39, F4), (1e39, F4), (float(np.finfo(F4).min), F4)]
+LOWEST += [(-1e307, F8), (float(np.finfo(F8).min), F8)]
+
+
+@pytest.mark.parametrize(("bias", "dtype"), LOWEST)
+def test_a_bias_of_any_size_that_all_keys_have_is_none(bias, dtype, rng):
+    Q, K, V = uniform(rng, 3, 130, 8, dtype=dtype)
+    expected, vjp = ropecy.attention_vjp(Q, K, V, method="exact")
+    O, with_bias = ropecy.attention_vjp(Q, K, V, bias=ropecy.RelativeBias(np.array([bias])), method="exact")
+    assert np.allclose(O, expected, rtol=1e-5, atol=1e-6)
+    assert np.allclose(with_bias(V).dQ, vjp(V).dQ, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("bias", "dtype"), [case for case in LOWEST if case[0] < 0])
+def test_the_lowest_numbers_as_a_mask(bias, dtype, rng):
+    table = np.zeros(2 * 130 - 1)
+    table[130:] = bias
+    case = {"Q": uniform(rng, 130, 8), "K": uniform(rng, 130, 8), "V": uniform(rng, 130, 3)}
+    case = {key: X.astype(dtype) for key, X in case.items()}
+    masked = error_and_certificate({**case, "bias": Table(table)}, method="exact")
+    assert masked[0] <= masked[1].error < 1e-5
+    # The first rows see only keys that are masked so: still a softmax.
+    O = ropecy.attention(**case, bias=ropecy.RelativeBias(table), q_offset=-20, method="exact")
+    assert np.all(O[:20] <= case["V"].max(axis=0)) and np.all(O[:20] >= case["V"].min(axis=0))
+
+
+@pytest.mark.parametrize("size", [30.0, 1e4, 1e9])
+@pytest.mark.filterwarnings("ignore::ropecy.AccuracyWarning")
+def test_biases_of_many_nats(size, rng):
+    case = {"Q": uniform(rng, 150, 8), "K": uniform(rng, 150, 8), "V": uniform(rng, 150, 3)}
+    table = Table(size * rng.uniform(-1, 1, 299))
+    mask = rng.random(150) < 0.5
+    for options in ({}, {"causal": True}, {"window": 9}, {"key_mask": mask}, {"key_mask": mask, "causal": True}):
+        assert_certified({**case, "bias": table, **options}, method="exact")
+
+
+def test_a_steep_bias_that_every_row_sees_from_its_top_costs_nothing(rng):
+    # Keys far below a row's best have no weight, however their scores are rounded.
+    bias = ropecy.RelativeBias.alibi(40.0)
+    options = {"causal": True, "bias": bias, "method": "exact", "return_certificate": True}
+    _, certificate = ropecy.attention(*uniform(rng, 3, 3000, 4), **options)
+    assert certificate.rounding < 1e-5
+
+
+def test_centred_keys_certify_more(rng):
+    Q, K, V = uniform(rng, 3, 500, 8)
+    O, certificate = ropecy.attention(Q, K + F4(1000), V, method="exact", return_certificate=True)
+    assert certificate.error < 2 * ropecy.attention(Q, K, V, method="exact", return_certificate=True)[1].error
+    assert_certified({"Q": Q, "K": K + F4(1000), "V": V}, method="exact")
+    lse = ropecy.attention(Q, K + F4(1000), V, method="exact", return_lse=True)[1]
+    assert np.allclose(lse, truth({"Q": Q, "K": K + F4(1000), "V": V}).lse, rtol=1e-6)
+
+
+def test_rows_without_keys_stay_0(rng):
+    Q, K, V = uniform(rng, 3, 100, 8) + F4(100)
+    O = ropecy.attention(Q, K, V, causal=True, q_offset=-30)
+    assert not O[:30].any() and np.all(O[30:] > 90)
+    mask = np.arange(100) > 49
+    O, vjp = ropecy.attention_vjp(Q, K, V, causal=True, key_mask=mask)
+    assert not O[:50].any() and np.all(O[50:] > 90)
+    assert not vjp(V).dV[:50].any()
+
+
+@pytest.mark.parametrize("size", [1e-40, 1e-25, 1e20, 1e37])
+@pytest.mark.parametrize("of_v", [1e-40, 1e-20, 1e20, 1e37])
+def test_gradients_of_any_size(size, of_v, rng):
+    case = {"Q": uniform(rng, 70, 4), "K": uniform(rng, 70, 4), "V": uniform(rng, 70, 3)}
+    dO = uniform(rng, 70, 3)
+    expected = truth(case).backward(dO.astype(F8))
+    found = ropecy.attention_vjp(case["Q"], case["K"], case["V"] * F4(of_v), method="exact")[1](dO * F4(size))
+    room = 1e-4 if min(size, of_v) > 1e-38 else 1e-2  # subnormal numbers have few digits
+    for name, factor in (("dQ", size * of_v), ("dK", size * of_v), ("dV", size)):
+        with np.errstate(over="ignore"):
+            wanted = (expected[name] * factor).astype(F4)
+        got, smallest = getattr(found, name), 2 * float(np.finfo(F4).smallest_subnormal)
+        finite = np.isfinite(wanted)
+        largest = np.abs(wanted[finite]).max() if finite.any() else 0
+        assert np.all(np.abs(got[finite] - wanted[finite]) <= room * largest + smallest) and not np.isnan(got).any()
+
+
+@pytest.mark.parametrize("method", ["exact", "polynomial"])
+def test_gradients_of_constant_values_and_of_keys_far_away(method, rng):
+    Q, K, dO = uniform(rng, 3, 300, 4)
+    V = np.full((300, 4), 3.7, F4)
+    gradients = ropecy.attention_vjp(Q, K, V, method=method)[1](dO)
+    assert not gradients.dQ.any() and not gradients.dK.any()
+    # Without scores rounding is that of sums over keys alone.
+    K = (1e4 + rng.standard_normal((300, 4))).astype(F4)
+    case = {"Q": np.zeros((300, 4), F4), "K": K, "V": uniform(rng, 300, 4)}
+    found = ropecy.attention_vjp(**case, method=method)[1](dO)
+    expected = truth(case).backward(dO.astype(F8))
+    assert np.abs(found.dQ - expected["dQ"]).max() <= 1e-4 * np.abs(expected["dQ"]).max()
+
+
+@pytest.mark.filterwarnings("ignore::ropecy.AccuracyWarning")
+@pytest.mark.parametrize("steep", [0.0, 40.0, 400.0])
+@pytest.mark.parametrize("far", [0.0, 1e4])
+def test_rounding_of_gradients_is_within_what_is_said_of_it(steep, far, rng):
+    case = {"Q": 3 * uniform(rng, 200, 8), "K": uniform(rng, 200, 8) + F4(far), "V": uniform(rng, 200, 3) + F4(far)}
+    case["V"][:, 0] = 5.0
+    if steep:
+        case["bias"] = oracle.Alibi(steep)
+    dO = uniform(rng, 200, 3)
+    expected = truth(case).backward(dO.astype(F8))
+    if steep:
+        case["bias"] = ropecy.RelativeBias.alibi(steep)
+    found = ropecy.attention_vjp(**case, method="exact")[1](dO)
+    r, c, stored = found.certificate.rounding, 1 / 8, 2.0**-23
+    w = np.abs(dO) @ np.ptp(case["V"], axis=0)
+    off = {}
+    for name in ("dQ", "dK", "dV"):
+        off[name] = np.abs(getattr(found, name) - expected[name]) - stored * np.abs(expected[name])
+    norms = np.linalg.norm(case["K"] - case["K"].mean(axis=0), axis=1).max()
+    assert np.all(off["dQ"] <= c * r * w[:, None] * norms)
+    assert np.all(off["dK"] <= c * r * (w * np.linalg.norm(case["Q"], axis=1)).sum())
+    assert np.all(off["dV"] <= r * np.abs(dO).sum(axis=0))
+
+
+def test_few_keys_round_less(rng):
+    errors = [
+        ropecy.attention(*uniform(rng, 3, n, 4), method="exact", return_certificate=True)[1].rounding for n in (4, 400)
+    ]
+    assert errors[0] < 0.4 * errors[1]
+    assert math.isclose(errors[1], 54 * 2.0**-24, rel_tol=0.2)
