@@ -152,6 +152,75 @@ def test_near_field_by_a_number_or_a_tensor():
     assert scale_near.grad.dtype == torch.float32 and scale_near.grad.shape == ()
 
 
+AUTOCAST = [(None, None, None), (None, torch.bfloat16, torch.float16), (torch.float16, None, torch.bfloat16)]
+
+
+@pytest.mark.parametrize("dtypes", AUTOCAST)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype, dtypes):
+    """Cast as PyTorch's own attention casts them, with gradients in each argument's own dtype."""
+    shapes = [(2, 2, 33, 16)] * 3
+    inputs = [x.detach().to(own or torch.float32) for x, own in zip(tensors(*shapes), dtypes, strict=True)]
+    inputs = [x.requires_grad_() for x in inputs]
+    with torch.autocast("cpu", dtype=dtype):
+        ours, theirs = (gradients(attend, inputs) for attend in (scaled_dot_product_attention, SDPA))
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=0, atol=0.05)
+    doubled = [inputs[0], *tensors(*shapes[1:])]
+    for attend in (scaled_dot_product_attention, SDPA):  # float64 is left alone, and fits nothing else
+        with torch.autocast("cpu", dtype=dtype), pytest.raises((TypeError, RuntimeError), match=r"dtype|wants"):
+            attend(*doubled)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_certificate(dtype, monkeypatch):
+    """That of the result beside it, of one call; and it holds."""
+    inputs = tensors(*[(2, 3, 300, 4)] * 3, dtype=dtype)
+    options = {"scale": 0.02, "eps": 1e-2, "method": "polynomial"}
+    calls = []
+
+    def count(*arrays, **how):
+        calls.append(how)
+        return ropecy.attention(*arrays, **how)
+
+    monkeypatch.setattr("ropecy.torch.operators.attention", count)
+    O, certificate = scaled_dot_product_attention(*inputs, **options, return_certificate=True)
+    assert len(calls) == 1 and certificate.engine == "polynomial" and certificate.rows_truncation.shape == (2, 3, 300)
+    assert torch.equal(O, scaled_dot_product_attention(*inputs, **options))
+    exact = scaled_dot_product_attention(*(x.double() for x in inputs), **options | EXACT)
+    spread = inputs[2].amax(-2).sub(inputs[2].amin(-2)).max()
+    assert (O - exact).abs().max() <= (certificate.error + torch.finfo(dtype).eps) * spread
+    O.sum().backward()
+    assert all(x.grad.isfinite().all() for x in inputs)
+    # Whatever raises inside leaves no collector behind.
+    with pytest.raises(ropecy.BoundedEntryError):
+        scaled_dot_product_attention(*inputs, scale=40.0, method="polynomial", return_certificate=True)
+    assert isinstance(scaled_dot_product_attention(*inputs), torch.Tensor)
+
+
+def test_certificate_under_vmap_and_compile():
+    Q, K, V = tensors(*[(3, 2, 30, 4)] * 3, grad=False)
+    near = torch.tensor([0.5, 5.0, 0.1], dtype=torch.float64)
+    found = []
+
+    def run(q, k, v, scale_near):
+        O, certificate = scaled_dot_product_attention(
+            q, k, v, near=(3, scale_near), return_certificate=True, eps=1e-6, **EXACT
+        )
+        found.append(certificate)
+        return O
+
+    torch.func.vmap(run)(Q, K, V, near)
+    one_by_one = [run(*x) is None or found[-1].error for x in zip(Q, K, V, near, strict=True)]
+    assert found[0].error == max(one_by_one) > min(one_by_one)
+    with pytest.raises(NotImplementedError, match="return_certificate: got tensors without numbers"):
+        x = torch.empty(2, 3, 4, device="meta")
+        scaled_dot_product_attention(x, x, x, return_certificate=True)
+    with pytest.raises(Exception, match=r"return_certificate: got True inside torch\.compile"):
+        torch.compile(run, backend="eager", fullgraph=True)(Q, K, V, 1.0)
+
+
 @pytest.mark.parametrize(
     "change, error, message",
     [
@@ -164,6 +233,8 @@ def test_near_field_by_a_number_or_a_tensor():
         ({"value": torch.ones(2, 4, 9, 8).half()}, TypeError, "value: got torch.float16, wants torch.float32"),
         ({"query": torch.ones(2, 4, 9, 8).long()}, TypeError, "query: got torch.int64"),
         ({"query": torch.ones(8)}, ValueError, "query: got shape"),
+        ({"query": torch.ones(2, 4, 9, 0), "key": torch.ones(2, 4, 9, 0)}, ValueError, r"query: got shape .*, 0\)"),
+        ({"query": torch.ones(2, 4, 9, 8), "key": torch.ones(2, 4, 9, 0)}, ValueError, r"key: got shape .*, 0\)"),
         ({"key": torch.full((2, 4, 9, 8), math.nan)}, ValueError, "K: got NaN"),
         ({"window": 0}, ValueError, "window: got 0"),
         ({"near": 3}, TypeError, r"near: got 3, wants a pair \(w, scale_near\)"),

@@ -103,7 +103,7 @@ def check_arguments(
     """What the arguments of `attention` say of the numbers, checked; ``V=None`` where no values are meant."""
     q_offset = _integer("q_offset", q_offset)
     threads = _threads(threads)
-    lo, hi = _band(check_flag("causal", causal), window)
+    lo, hi = band(check_flag("causal", causal), window)
     if near is not None:
         near = _near(near)
     family, R = (R, None) if isinstance(R, RelativeFamily) else (None, R)
@@ -340,7 +340,7 @@ def _pair(value: Any) -> tuple[Any, Any] | None:
     return tuple(value) if isinstance(value, (tuple, list)) and len(value) == 2 else None
 
 
-def _band(causal: bool, window: Any) -> tuple[int | None, int | None]:
+def band(causal: bool, window: Any) -> tuple[int | None, int | None]:
     """(lo, hi) with lo <= j - (i + q_offset) <= hi for the keys that ``causal`` and ``window`` both allow."""
     lo, hi = None, (0 if causal else None)
     if window is None:

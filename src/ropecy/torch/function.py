@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..certificate import Certificate
 from ..rotary import Rotary
-from .operators import attention_operator, encode
+from .derivatives import Attention
+from .operators import attention_operator, collect_certificates, encode
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -30,14 +32,16 @@ def scaled_dot_product_attention(
     eps: float = 1e-3,
     method: str = "auto",
     threads: int | None = None,
-) -> Tensor:
+    return_certificate: bool = False,
+) -> Tensor | tuple[Tensor, Certificate]:
     r"""softmax(scale Q R_{j-i} K^T) V, as torch.nn.functional's function of this name and as `ropecy.attention`.
 
     Parameters
     ----------
     query, key, value : (..., n, d), (..., n_k, d), (..., n_k, d_v) tensors
         On the CPU and of one dtype: float32 or float64, computed in themselves, or float16 or bfloat16, computed in
-        float32. Any strides. The axis before n is the head axis.
+        float32. Under ``torch.autocast("cpu")`` all but float64 are cast to its dtype, as PyTorch's attention casts
+        them. Any strides. The axis before n is the head axis.
     attn_mask : bool tensor, optional
         True for keys that are kept: (batch, n_k) beside (batch, ..., n, d), or what broadcasts to (..., 1, n_k). Beside
         `is_causal` and `window` it combines by "and".
@@ -57,25 +61,37 @@ def scaled_dot_product_attention(
         (w, scale_near) as in `ropecy.attention`; where scale_near is a tensor of one number, it has a gradient.
     threads : int, optional
         By default ``torch.get_num_threads()``.
+    return_certificate : bool
+        Return the certificate too, that of this very result: nothing is planned twice. Under vmap, which may compute
+        the elements of its batch one by one, it is the worst of theirs.
 
     Returns
     -------
-    (..., n, d_v) tensor
+    O : (..., n, d_v) tensor
         Of query's dtype, contiguous. Rows that see no key are 0.
+    certificate : ropecy.certificate.Certificate
+        If `return_certificate`: the engine, and the error of O that is certified, before O is rounded to float16 or
+        bfloat16.
 
     Raises
     ------
     TypeError
         dtypes that disagree, a mask that is not bool, a `near` that is no pair.
     NotImplementedError
-        Dropout, a mask that differs from query to query, a device other than the CPU.
+        Dropout, a mask that differs from query to query, a device other than the CPU; a certificate under
+        torch.compile; a derivative of the gradient, or in forward mode one by the polynomial or the fft engine.
     ValueError
-        All that `ropecy.attention` refuses, NaN and Inf among it; a mask that might mean two things.
+        All that `ropecy.attention` refuses, NaN and Inf in query, key and value among it; a mask that might mean two
+        things.
 
     Notes
     -----
     Time and memory as `ropecy.attention` and `ropecy.attention_vjp`. Backward keeps query, key and value only and
-    computes forward again, so it costs that much more. A derivative of the gradient is an error.
+    computes forward again, so it costs that much more. NaN and Inf in the gradient that backward is given make
+    gradients NaN, as a gradient scaler wants it: of the query's row, and of key and value of its head.
+
+    Derivatives in forward mode (torch.func.jvp and jacfwd, dual numbers) are computed exactly, pair by pair, in time
+    n n_k (3 d + 3 d_v), and may be differentiated again: torch.func.jacrev(torch.func.jacfwd(f)) is the Hessian.
 
     Examples
     --------
@@ -85,38 +101,13 @@ def scaled_dot_product_attention(
     """
     if dropout_p != 0:
         raise NotImplementedError(f"dropout_p: got {dropout_p}, wants 0.0: attention weights are never formed")
-    tensors = {"query": query, "key": key, "value": value}
-    for name, x in tensors.items():
-        if x.device.type not in ("cpu", "meta"):
-            raise NotImplementedError(f"{name}: got a tensor on {x.device}, wants one on the CPU")
-        if x.dtype not in _DTYPES:
-            raise TypeError(f"{name}: got {x.dtype}, wants float32, float64, float16 or bfloat16")
-        if x.dtype != query.dtype:
-            raise TypeError(f"{name}: got {x.dtype}, wants {query.dtype} as query has")
-        if x.dim() < 2:
-            raise ValueError(f"{name}: got shape {tuple(x.shape)}, wants (..., rows, width)")
-        if not enable_gqa and x.dim() > 2 and query.dim() > 2 and 1 != x.shape[-3] != query.shape[-3] != 1:
-            raise ValueError(
-                f"{name}: got {x.shape[-3]} heads beside {query.shape[-3]} of query, wants as many, or enable_gqa=True"
-            )
+    query, key, value = _check_tensors(query, key, value, enable_gqa)
     key_mask = None if attn_mask is None else _key_mask(attn_mask, query, key)
     if window is not None:
         window = list(window) if isinstance(window, (tuple, list)) else [window]
-    if near is not None and not (isinstance(near, tuple | list) and len(near) == 2):
-        raise TypeError(f"near: got {near!r}, wants a pair (w, scale_near)")
-    width, scale_near = near or (None, None)
-    if scale_near is not None and not isinstance(scale_near, Tensor):
-        scale_near = torch.tensor(scale_near, dtype=torch.float64)
-    if scale_near is not None and scale_near.dim():
-        raise ValueError(f"near: got a scale_near of shape {tuple(scale_near.shape)}, wants a number, shape ()")
-    return attention_operator(
-        query,
-        key,
-        value,
-        key_mask,
-        q_positions,
-        k_positions,
-        scale_near,
+    width, scale_near = _near(near)
+    inputs = (query, key, value, key_mask, q_positions, k_positions, scale_near)
+    options = (
         width,
         None if rotary is None else encode(rotary),
         query.shape[-1] ** -0.5 if scale is None else scale,
@@ -127,6 +118,58 @@ def scaled_dot_product_attention(
         method,
         threads,
     )
+    if torch.compiler.is_compiling():
+        if return_certificate:
+            raise NotImplementedError(
+                "return_certificate: got True inside torch.compile, wants False there: a certificate is no tensor"
+            )
+        return attention_operator(*inputs, *options)
+    if not return_certificate:
+        return Attention.apply(*inputs, *options)
+    with collect_certificates() as found:
+        out = Attention.apply(*inputs, *options)
+    if not found:
+        raise NotImplementedError("return_certificate: got tensors without numbers, wants numbers to be certified")
+    return out, max(found, key=lambda certificate: certificate.error)
+
+
+def _check_tensors(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> list[Tensor]:
+    """query, key and value of one dtype, which under autocast is the one that PyTorch's own attention casts them to."""
+    tensors = {"query": query, "key": key, "value": value}
+    for name, x in tensors.items():
+        if x.device.type not in ("cpu", "meta"):
+            raise NotImplementedError(f"{name}: got a tensor on {x.device}, wants one on the CPU")
+        if x.dtype not in _DTYPES:
+            raise TypeError(f"{name}: got {x.dtype}, wants float32, float64, float16 or bfloat16")
+        if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:
+            tensors[name] = x.to(torch.get_autocast_dtype("cpu"))
+    query = tensors["query"]
+    for name, x in tensors.items():
+        if x.dtype != query.dtype:
+            raise TypeError(f"{name}: got {x.dtype}, wants {query.dtype} as query has")
+        if x.dim() < 2:
+            raise ValueError(f"{name}: got shape {tuple(x.shape)}, wants (..., rows, width)")
+        if name != "value" and x.shape[-1] == 0:
+            raise ValueError(f"{name}: got shape {tuple(x.shape)}, wants rows of at least one entry, to form scores")
+        if not enable_gqa and x.dim() > 2 and query.dim() > 2 and 1 != x.shape[-3] != query.shape[-3] != 1:
+            raise ValueError(
+                f"{name}: got {x.shape[-3]} heads beside {query.shape[-3]} of query, wants as many, or enable_gqa=True"
+            )
+    return list(tensors.values())
+
+
+def _near(near: tuple[int, float | Tensor] | None) -> tuple[int | None, Tensor | None]:
+    """The near field's width, and its scale as a tensor of one number."""
+    if near is None:
+        return None, None
+    if not (isinstance(near, tuple | list) and len(near) == 2):
+        raise TypeError(f"near: got {near!r}, wants a pair (w, scale_near)")
+    width, scale_near = near
+    if not isinstance(scale_near, Tensor):
+        scale_near = torch.tensor(scale_near, dtype=torch.float64)
+    if scale_near.dim():
+        raise ValueError(f"near: got a scale_near of shape {tuple(scale_near.shape)}, wants a number, shape ()")
+    return width, scale_near
 
 
 def _key_mask(attn_mask: Tensor, query: Tensor, key: Tensor) -> Tensor:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any
 
@@ -11,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import attention, attention_vjp
+from ..certificate import Certificate
 from ..rotary import Rotary
 
 
@@ -23,7 +27,7 @@ def encode(rotary: Rotary) -> str:
 
 
 @lru_cache(maxsize=64)
-def _decode(rotary: str) -> Rotary:
+def decode(rotary: str) -> Rotary:
     return Rotary(*json.loads(rotary))
 
 
@@ -41,7 +45,7 @@ def _keywords(key_mask, q_positions, k_positions, scale_near, *options):
     width, rotary, scale, causal, window, q_offset, eps, method, threads = options
     optional = {"key_mask": key_mask, "q_positions": q_positions, "k_positions": k_positions}
     return {name: None if x is None else _array(x) for name, x in optional.items()} | {
-        "R": None if rotary is None else _decode(rotary),
+        "R": None if rotary is None else decode(rotary),
         "scale": scale,
         "causal": causal,
         "window": window if window is None or len(window) > 1 else window[0],
@@ -53,6 +57,21 @@ def _keywords(key_mask, q_positions, k_positions, scale_near, *options):
     }
 
 
+# Where the operator leaves certificates, which are no tensors, for the call around it: a list, if they are wanted.
+_collected: ContextVar[list[Certificate] | None] = ContextVar("collected", default=None)
+
+
+@contextmanager
+def collect_certificates() -> Iterator[list[Certificate]]:
+    """A list that gets the certificate of each ``ropecy::attention`` which this thread computes inside the block."""
+    found: list[Certificate] = []
+    token = _collected.set(found)
+    try:
+        yield found
+    finally:
+        _collected.reset(token)
+
+
 _INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? key_mask, Tensor? q_positions, Tensor? k_positions, "
     "Tensor? scale_near, SymInt? width, str? rotary, float scale, bool causal, SymInt[]? window, SymInt q_offset, "
@@ -62,7 +81,13 @@ _INPUTS = (
 
 @torch.library.custom_op("ropecy::attention", mutates_args=(), device_types="cpu", schema=f"({_INPUTS}) -> Tensor")
 def attention_operator(query, key, value, *given):
-    return _tensor(attention(_array(query), _array(key), _array(value), **_keywords(*given)), query)
+    found = _collected.get()
+    arrays, how = (_array(query), _array(key), _array(value)), _keywords(*given)
+    if found is None:
+        return _tensor(attention(*arrays, **how), query)
+    O, certificate = attention(*arrays, **how, return_certificate=True)
+    found.append(certificate)
+    return _tensor(O, query)
 
 
 @torch.library.custom_op(
@@ -73,11 +98,27 @@ def attention_operator(query, key, value, *given):
 )
 def backward_operator(grad, query, key, value, *given):
     _, vjp = attention_vjp(_array(query), _array(key), _array(value), **_keywords(*given))
-    g = vjp(_array(grad))
+    # A gradient scaler looks for NaN in gradients, by which it knows that it has to skip a step.
+    lost = ~grad.isfinite().all(-1, keepdim=True)
+    any_lost = bool(lost.any())
+    g = vjp(_array(grad.masked_fill(lost, 0) if any_lost else grad))
     scale_near = given[3]
     near = query if scale_near is None else scale_near
     dscale_near = torch.tensor(0.0 if scale_near is None else g.dscale_near, dtype=near.dtype)
-    return _tensor(g.dQ, query), _tensor(g.dK, key), _tensor(g.dV, value), dscale_near
+    dQ, dK, dV = _tensor(g.dQ, query), _tensor(g.dK, key), _tensor(g.dV, value)
+    if any_lost:
+        nan = torch.zeros_like(lost, dtype=grad.dtype).masked_fill(lost, torch.nan)
+        dQ, dscale_near = _spoilt(dQ, nan), dscale_near + nan.sum()
+        dK, dV = (_spoilt(x, nan.sum(-2, keepdim=True)) for x in (dK, dV))
+    return dQ, dK, dV, dscale_near
+
+
+def _spoilt(gradient: Tensor, nan: Tensor) -> Tensor:
+    """gradient, NaN where nan (..., heads, rows or 1, 1) is it for a head or batch element that shares it."""
+    heads = gradient.shape[-3] if gradient.dim() > 2 else 1
+    if nan.dim() > 2 and 1 < heads < nan.shape[-3]:
+        nan = nan.unflatten(-3, (heads, -1)).sum(-3)
+    return gradient + nan.sum_to_size(*gradient.shape[:-2], *nan.shape[-2:])
 
 
 @attention_operator.register_fake
@@ -95,23 +136,22 @@ def _(grad, query, key, value, key_mask, q_positions, k_positions, scale_near, *
     return *(x.new_empty(x.shape) for x in (query, key, value)), near.new_empty(())
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """What backward needs: the tensors among the inputs of ``ropecy::attention``, and its options."""
     ctx.save_for_backward(*inputs[:7])
     ctx.options = inputs[7:]
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    *gradients, dscale_near = backward_operator(grad, *ctx.saved_tensors, *ctx.options)
-    near = None if ctx.saved_tensors[6] is None else dscale_near
+def input_gradients(ctx: Any, grad: Tensor, backward: Any = backward_operator) -> tuple[Tensor | None, ...]:
+    """A gradient, or None, for each input of ``ropecy::attention``."""
+    # Under checkpoint, saved tensors are computed again when they are asked for, and may be asked for once.
+    tensors = ctx.saved_tensors
+    *gradients, dscale_near = backward(grad, *tensors, *ctx.options)
+    near = None if tensors[6] is None else dscale_near
     return (*gradients, None, None, None, near, *[None] * len(ctx.options))
 
 
-def _second_order(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError("ropecy has derivatives of first order only: attention's gradient has none of its own")
-
-
-attention_operator.register_autograd(_backward, setup_context=_setup_context)
-backward_operator.register_autograd(_second_order)
+attention_operator.register_autograd(input_gradients, setup_context=save_inputs)
 
 
 def _batched(info: Any, in_dims: tuple[Any, ...], inputs: tuple[Any, ...], rows: int, expand: bool) -> list[Any]:
@@ -133,10 +173,13 @@ def _batched(info: Any, in_dims: tuple[Any, ...], inputs: tuple[Any, ...], rows:
 
 def _one_by_one(operator: Any, info: Any, in_dims: tuple[Any, ...], inputs: tuple[Any, ...]) -> list[Any]:
     """The operator's result for each element of vmap's batch: one call has one scale_near, and one gradient by it."""
-    places = range(info.batch_size)
+
+    def element(x: Any, axis: Any, i: int) -> Any:
+        return x.select(axis, i) if isinstance(axis, int) else x  # of a list, the axis is a list
+
     return [
-        operator(*(x if axis is None else x.select(axis, i) for x, axis in zip(inputs, in_dims, strict=True)))
-        for i in places
+        operator(*(element(x, axis, i) for x, axis in zip(inputs, in_dims, strict=True)))
+        for i in range(info.batch_size)
     ]
 
 
