@@ -213,6 +213,18 @@ def test_auto_warns_of_long_exact_work_where_it_is_called(call, rng, monkeypatch
     assert caught[0].filename == __file__
 
 
+@pytest.mark.parametrize("method", ["exact", "polynomial", "fft"])
+def test_every_method_warns_of_long_work_once(method, rng, monkeypatch):
+    Q, K, V = _bounded(rng)
+    monkeypatch.setattr(sys.modules["ropecy.plan"], "_MINUTE", 0.0)
+    said = "exact attention" if method == "exact" else rf"{method} attention of degree \d, [\d,]+ features,"
+    for call in (ropecy.attention, ropecy.attention_vjp, ropecy.plan):
+        with pytest.warns(ropecy.PerformanceWarning, match=rf"^{said} is predicted to take .* s: ") as caught:
+            call(Q, K, V, method=method)
+        # Of what would run, and not of what plan compares it with.
+        assert len(caught) == 1
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("n_k", [96, 3000, 100_000])
 @pytest.mark.parametrize("bounded", [True, False])

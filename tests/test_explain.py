@@ -1,6 +1,7 @@
 """What plan() says: a row for each engine, and advice that does what it promises."""
 
 import re
+import sys
 
 import cases
 import numpy as np
@@ -133,3 +134,64 @@ def test_pays_from_is_where_predictions_cross(rng):
             polynomial = costs.polynomial_work(made, worst.certificate.degree, grad)  # worst case: one more in backward
             cheaper.append(polynomial.nominal < costs.exact_work(made, grad).nominal)
         assert cheaper == [True, False]
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning", "ignore::ropecy.AccuracyWarning")
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("options", [{}, {"grad": True}, {"causal": True}, {"certify": "sample"}, {"scale": 1e30}])
+def test_scores_of_any_size_have_a_plan(options, dtype, rng):
+    for size in [10.0**k for k in (8, 10, 18, 19, 30)] + [1e100, 1e160, 1e300] * (dtype == np.float64):
+        Q, K, V = (size * rng.standard_normal((3, 50, 4))).astype(dtype)
+        plan = ropecy.plan(Q, K, V, **options)
+        assert plan.engine == "exact" and "-> exact" in str(plan)
+        for method in ("polynomial", "fft"):
+            with pytest.raises(ropecy.BoundedEntryError, match=r"scores are bounded by B"):
+                ropecy.plan(Q, K, V, method=method, **options)
+
+
+def test_exact_work_is_not_said_to_be_all_there_is_beside_what_certifies(rng, monkeypatch):
+    """Auto takes exact work though a polynomial beside a few long rows would do, which it did not look for."""
+    monkeypatch.setattr(sys.modules["ropecy.plan"], "_LOOK_FOR_OUTLIERS", 0.0)
+    Q, K = rng.standard_normal((2, 5000, 3))
+    plan = ropecy.plan(Q, K, scale=1.0, eps=1e-6)
+    other = by_name(plan.alternatives)["polynomial, worst case"]
+    assert plan.engine == "exact" and other.certificate is not None and other.seconds < plan.seconds["exact"]
+    assert "no degree" not in plan.reason
+    assert re.search(r"a longer one, which method='polynomial' takes, finds polynomial, worst case in ", plan.reason)
+
+
+def test_exact_work_past_eps_is_not_said_to_certify_it(rng, monkeypatch):
+    """What certifies eps would take too long."""
+    monkeypatch.setattr(sys.modules["ropecy.plan"], "_MINUTE", 0.0)
+    Q, K = rng.uniform(-1, 1, (2, 5000, 3)).astype(np.float32)
+    with pytest.warns(UserWarning):
+        plan = ropecy.plan(Q, K, scale=1.0, eps=1e-6)
+    assert plan.engine == "exact" and plan.certificate.error > 1e-6
+    assert by_name(plan.alternatives)["fft"].certificate.error <= 1e-6
+    assert plan.reason == "cheaper than fft, which certifies eps = 1e-06; rounding of exact work in float32 passes it"
+
+
+def test_work_of_days_is_a_refusal(rng):
+    """Its row has no seconds, and the method that was insisted on is refused before it begins."""
+    Q, K, V = rows(rng, 2000, 128)
+    plan = ropecy.plan(Q, K, V, scale=4 / 128)
+    fft = by_name(plan.alternatives)["fft"]
+    assert fft.certificate is None and fft.seconds == np.inf
+    said = r"degree 9 certifies eps = 0\.001, and transforms of its 35,823,246,375,345 features take .* s$"
+    assert re.search(rf"fft  +no: {said}", str(plan), re.MULTILINE)
+    for call in (ropecy.plan, ropecy.attention, ropecy.attention_vjp):
+        with pytest.raises(ropecy.BoundedEntryError, match=r"transforms of its .* features take .* s; .*'exact'"):
+            call(Q, K, V, method="fft", degree=15, eps=0.5)
+
+
+def test_what_is_normalised_is_not_to_be_normalised(rng):
+    Q, K, V = rows(rng, 2000, 16)
+    for scale in (8.0, 8 / 16):
+        plan = ropecy.plan(Q, K, V, scale=scale)
+        assert "scale=1/d" in str(plan) and "normalised" not in str(plan)
+    with pytest.raises(ropecy.BoundedEntryError, match=r"; scale=1/d, would make B smaller; method='exact'"):
+        ropecy.plan(Q, K, V, scale=100.0, method="polynomial")
+    with pytest.raises(ropecy.BoundedEntryError, match=r"; q and k normalised, would make B smaller; "):
+        ropecy.plan(20 * Q, K, V, method="polynomial")
+    with pytest.raises(ropecy.BoundedEntryError, match=r"does not certify eps = 1e-05; .* features, would do; method="):
+        ropecy.plan(Q.astype(float), K.astype(float), V.astype(float), method="polynomial", eps=1e-5, degree=1)

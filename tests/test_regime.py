@@ -1,5 +1,7 @@
 """`python -m ropecy map`: the regime by width and bound, and head by head of a file."""
 
+import io
+import json
 import math
 import re
 import sys
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 
 import ropecy
-from ropecy import regime
+from ropecy import files, regime
 from ropecy.__main__ import main
 
 
@@ -100,7 +102,7 @@ def test_heads_of_a_file(kind, file, capsys):
 
 
 def test_heads_are_what_plan_says_of_each(file):
-    arrays = regime.read_rows(file("npz"))
+    arrays = files.read_rows(file("npz"))
     arrays["Q"] *= np.float32([0.2, 0.5, 0.7, 1.0])[:, None, None]
     found = list(regime.heads(arrays, eps=1e-3, scale=0.2, causal=True, grad=False))
     for head in found:
@@ -117,7 +119,7 @@ def test_values_of_a_file_count(file, rng):
     V = rng.standard_normal((2, 2, 700, 24)).astype(np.float32)
     for kind in ("npz", "safetensors"):
         wide, narrow = (
-            next(regime.heads(regime.read_rows(file(kind, **more)), eps=1e-2, scale=None, causal=False, grad=False))
+            next(regime.heads(files.read_rows(file(kind, **more)), eps=1e-2, scale=None, causal=False, grad=False))
             for more in ({"V": V}, {"unread": V})
         )
         assert wide.exact > narrow.exact
@@ -151,10 +153,93 @@ def test_bad_files(file, tmp_path, capsys, rng):
     assert "wants a name that ends in .png" in refused(["--plot", tmp_path / "map.jpg"], capsys)
 
 
-def test_what_is_not_installed_is_named(file, tmp_path, capsys, monkeypatch):
-    path = tmp_path / "rows.safetensors"
-    path.write_bytes(b"")
-    monkeypatch.setitem(sys.modules, "safetensors", None)
-    assert "pip install safetensors, or ropecy with its extra [safetensors]" in refused([path], capsys)
+def test_what_is_not_installed_is_named(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "ropecy with its extra [plot]" in refused(["--plot", tmp_path / "map.png"], capsys)
+
+
+@pytest.mark.parametrize("kind", ["npz", "safetensors"])
+def test_bfloat16_is_read(kind, tmp_path, rng):
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    arrays = {name: rng.standard_normal((2, 30, 4)).astype(ml_dtypes.bfloat16) for name in ("Q", "K", "V")}
+    path = tmp_path / f"rows.{kind}"
+    if kind == "npz":
+        np.savez(path, **arrays)
+    else:
+        pytest.importorskip("safetensors.numpy").save_file(arrays, path)
+    for name, X in files.read_rows(path).items():
+        assert X.dtype == np.float32
+        np.testing.assert_array_equal(X, arrays[name].astype(np.float32))
+    main(["map", str(path)])
+
+
+def small_file(kind, rng):
+    """The bytes of a file of one head, written here as the formats say."""
+    arrays = {name: rng.standard_normal((20, 4)).astype(np.float32) for name in ("Q", "K")}
+    if kind == "npz":
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)
+        return buffer.getvalue()
+    size = arrays["Q"].nbytes
+    header = {
+        name: {"dtype": "F32", "shape": [20, 4], "data_offsets": [place * size, (place + 1) * size]}
+        for place, name in enumerate(arrays)
+    }
+    header = json.dumps(header | {"__metadata__": {"format": "np"}}).encode()
+    return len(header).to_bytes(8, "little") + header + b"".join(X.tobytes() for X in arrays.values())
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize("kind", ["npz", "safetensors"])
+def test_broken_files_are_refused_without_a_traceback(kind, rng, tmp_path, capsys):
+    """Cut anywhere, or with bytes of the header changed: an answer, or status 2 and a line that names the file."""
+    whole, path = small_file(kind, rng), tmp_path / f"rows.{kind}"
+    path.write_bytes(whole)
+    main(["map", str(path)])
+    assert "of 1 heads are computed exactly" in capsys.readouterr().out
+    broken = [whole[:size] for size in (0, 1, 7, 8, 9, 60, len(whole) // 2, len(whole) - 1)]
+    for _ in range(150):
+        changed = bytearray(whole)
+        for place in rng.integers(0, 250, 2):
+            changed[place] = rng.integers(256)
+        broken.append(bytes(changed))
+    n_refused = 0
+    for data in broken:
+        path.write_bytes(data)
+        try:
+            main(["map", str(path)])
+        except SystemExit as exit:
+            assert exit.code == 2
+            n_refused += 1
+            assert len(capsys.readouterr().err.splitlines()[-1]) > 40
+    assert n_refused > 50
+
+
+def test_files_of_another_kind(tmp_path, capsys, rng):
+    path = tmp_path / "rows.npz"
+    with path.open("wb") as file:
+        np.save(file, np.zeros(3))
+    assert "rows.npz can't be read as .npz: it holds one array without a name" in refused([path], capsys)
+    header = json.dumps({"Q": {"dtype": "F8_E4M3", "shape": [1, 1], "data_offsets": [0, 1]}}).encode()
+    path = tmp_path / "rows.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"0")
+    assert "it holds F8_E4M3, and F64, F32, F16, BF16 are read" in refused([path], capsys)
+    path.write_bytes((2**62).to_bytes(8, "little"))
+    assert f"its header has {2**62} bytes of 0 that there are" in refused([path], capsys)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (0, 5, 4)])
+def test_no_tokens_and_no_heads(shape, tmp_path, capsys):
+    path = tmp_path / "rows.npz"
+    np.savez(path, Q=np.zeros(shape), K=np.zeros(shape))
+    assert f"Q: got shape {shape}, wants at least one head of at least one token" in refused([path], capsys)
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize("causal", [[], ["--causal"]])
+def test_scores_past_all_numbers(causal, tmp_path, capsys, rng):
+    path = tmp_path / "rows.npz"
+    Q, K = 1e30 * rng.standard_normal((2, 40, 4)).astype(np.float32)
+    np.savez(path, Q=Q, K=K)
+    main(["map", str(path), *causal])
+    assert re.search(r" inf +inf .* \| exact ", capsys.readouterr().out)

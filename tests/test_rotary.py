@@ -332,3 +332,10 @@ def test_refused_by_rotate(X, positions, error, message):
 def test_offset_must_be_an_integer():
     with pytest.raises(TypeError, match=r"m: got 1\.5, wants an integer"):
         Rotary(4)[1.5]
+
+
+@pytest.mark.parametrize("m", [2**63, -(2**63), 10**30])
+def test_offsets_past_64_bits_are_refused(m):
+    with pytest.raises(ValueError, match=rf"m: got {m}, wants an offset between"):
+        Rotary(4)[m]
+    assert Rotary(4)[2**63 - 1].shape == (4, 4)

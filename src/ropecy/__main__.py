@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import bench, demo, regime
+from . import bench, demo, files, regime
 from ._info import info
 from .plan import plan
 from .rotary import Rotary
@@ -115,8 +115,8 @@ def _map(options: argparse.Namespace) -> None:
         if options.plot is not None:
             demo.check_plot(options.plot)
         if options.file is not None:
-            heads = list(regime.heads(regime.read_rows(options.file), eps=options.eps, scale=options.scale, **how))
-    except (ImportError, OSError, TypeError, ValueError) as error:
+            heads = list(regime.heads(files.read_rows(options.file), eps=options.eps, scale=options.scale, **how))
+    except (ImportError, MemoryError, OSError, TypeError, ValueError) as error:
         options.fail(str(error))
     if options.file is None or options.plot is not None:
         found = list(regime.cells(options.eps, dtype=options.dtype, seed=options.seed, **how))

@@ -14,7 +14,7 @@ class BoundedEntryError(ValueError):
 
 
 class PerformanceWarning(UserWarning):
-    """Exact work that is predicted to take more than a minute."""
+    """Work that is predicted to take more than a minute."""
 
 
 class AccuracyWarning(UserWarning):

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _WORTH_CHANGING = 2.0
 # No advice is given to those who would need longer sequences.
 _LONGEST = 10**7
+_CHEAPEST = "the cheapest engine that certifies eps"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,7 @@ def explain(problem: Problem, made: Plan, how: dict[str, Any], make: Callable[..
         return
     # A plan that is exact need not know what centring does.
     made._shown = measure(problem)
-    if problem.family is None:
+    if made._shown.keys is not None:
         second = Sample(problem, made._shown, made._values).second
         made._spread = float(np.sqrt(np.mean(second))), float(np.sqrt(np.max(second)))
 
@@ -87,11 +88,33 @@ def explain(problem: Problem, made: Plan, how: dict[str, Any], make: Callable[..
         found.append(replace(best, name=f"polynomial, {best.certificate.rule}"))
     found.append(_tried("fft", problem, partial(_forced, "fft", problem, made, how, make)))
     made.alternatives = tuple(found)
+    if made.engine == "exact" and how["method"] == "auto":
+        made.reason = _why_exact(made)
     if polynomial_engine.unsupported(problem) is None and how["method"] in ("auto", "polynomial"):
         now = made.seconds[made.engine]
         changes = _changes(problem, how, made._shown.bound)
         tried = (polynomial(name, changed, **options) for name, changed, options in changes)
         made.advice = tuple(a for a in tried if _helps(a, made, now))
+
+
+def _why_exact(made: Plan) -> str:
+    """Why auto takes exact work, beside what engines that were insisted on certify."""
+    others = [other for other in made.alternatives[1:] if other.certificate is not None]
+    if not others:
+        return made.reason
+    best = min(others, key=lambda other: other.seconds)
+    if made.certificate.error > made.eps:
+        return (
+            f"cheaper than {best.name}, which certifies eps = {made.eps:g}; rounding of exact work in {made.shape[-1]} "
+            "passes it"
+        )
+    if best.seconds < made.seconds["exact"] and made.reason != _CHEAPEST:
+        return (
+            "no cheaper engine is found by a look that takes next to nothing beside exact work; a longer one, which "
+            f"method={best.certificate.engine!r} takes, finds {best.name} in {best.seconds:.3g} s"
+        )
+    # A refusal is the polynomial engine's, and stands in its row.
+    return _CHEAPEST if made.reason.startswith("scores are bounded") else made.reason
 
 
 def _tried(name: str, problem: Problem, make: Callable[[], Plan]) -> Alternative:
@@ -123,7 +146,9 @@ def _changes(problem: Problem, how: dict[str, Any], B: float) -> Iterator[tuple[
         yield "scale=1/d", replace(problem, scale=math.copysign(1 / d, problem.scale)), {}
     if B > 1.05:
         q, k = _normalised(problem.q), _normalised(problem.k)
-        yield "q and k normalised to a root mean square of 1, scale=1/d", replace(problem, q=q, k=k, scale=1 / d), {}
+        changed = replace(problem, q=q, k=k, scale=1 / d)
+        if not (_alike(q, problem.q) and _alike(k, problem.k)):
+            yield "q and k normalised to a root mean square of 1, scale=1/d", changed, {}
     if problem.q.dtype == np.float32 and polynomial_rounding(problem, B, measure_values(problem)) >= eps:
         q, k, v = (X.astype(np.float64) for X in (problem.q, problem.k, problem.v))
         yield "float64", replace(problem, q=q, k=k, v=v), {}
@@ -133,6 +158,11 @@ def _normalised(X: np.ndarray) -> np.ndarray:
     """Rows of root mean square 1; rows of 0 stay."""
     size = np.sqrt(np.einsum("...d,...d->...", X, X, dtype=np.float64) / X.shape[-1])
     return (X / np.where(size > 0, size, 1)[..., None]).astype(X.dtype)
+
+
+def _alike(X: np.ndarray, Y: np.ndarray) -> bool:
+    """Whether entries differ by a hundredth of the largest at most."""
+    return bool(np.abs(X - Y).max() <= 0.01 * np.abs(Y).max())
 
 
 def _helps(alternative: Alternative, made: Plan, now: float) -> bool:

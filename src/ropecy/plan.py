@@ -46,7 +46,7 @@ from .schedule import Choice, Plan
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-_MINUTE = 60.0
+_MINUTE, _DAY = 60.0, 86400.0
 # Seconds of exact work, as `costs` knows them, below which auto does not ask what transforms would cost.
 _WORTH_ASKING = 0.02
 # Seconds of looking for a degree that may do.
@@ -121,12 +121,32 @@ def plan(
     how = {**call.how, "grad": grad}
     problem = call.problem if call.problem.empty else normal_form(call.problem).problem
     made = make_plan(problem, **how)
-    explain(problem, made, how, make_plan)
+    explain(problem, made, how, choose_plan)
     made.certificate = made.certificate.stored(made.storing(call.dtype))
     return made
 
 
-def make_plan(
+def make_plan(problem: Problem, **how: Any) -> Plan:
+    """As `choose_plan`, with a `PerformanceWarning` where the work is predicted to take more than a minute, and an
+    `AccuracyWarning` where auto found no engine that certifies eps.
+    """
+    made = choose_plan(problem, **how)
+    seconds, degree = made.seconds.get(made.engine, 0.0), made.certificate.degree
+    if seconds > _MINUTE:
+        of_degree = "" if degree is None else f" of degree {degree}, {made.certificate.n_features:,} features,"
+        warn(f"{made.engine} attention{of_degree} is predicted to take {seconds:,.0f} s: {made.reason}")
+    eps, found_by_auto = how["eps"], how["method"] == "auto" and not how.get("each_weight")
+    if made.engine == "exact" and found_by_auto and made.certificate.error > eps:
+        cure = "; float64 holds more" if problem.q.dtype == np.float32 else ""
+        warn(
+            f"no engine certifies eps = {eps:g}: rounding in {problem.q.dtype} alone may be "
+            f"{made.certificate.rounding:.2g} of the range of the values{cure}",
+            AccuracyWarning,
+        )
+    return made
+
+
+def choose_plan(
     problem: Problem,
     *,
     eps: float,
@@ -168,16 +188,6 @@ def make_plan(
     require(made.bytes.get(made.engine, 0.0), f"the {made.engine} engine, beyond inputs and outputs,")
     if made.engine == "exact" and method == "auto" and made.certificate.error > eps:
         made = _certified_by_another(problem, made, eps, seed, grad, measured, piece) or made
-    if made.engine == "exact" and method == "auto":
-        if made.seconds.get("exact", 0.0) > _MINUTE:
-            warn(f"exact attention is predicted to take {made.seconds['exact']:.0f} s: {made.reason}")
-        if made.certificate.error > eps and not each_weight:
-            cure = "; float64 holds more" if problem.q.dtype == np.float32 else ""
-            warn(
-                f"no engine certifies eps = {eps:g}: rounding in {problem.q.dtype} alone may be "
-                f"{made.certificate.rounding:.2g} of the range of the values{cure}",
-                AccuracyWarning,
-            )
     return made
 
 
@@ -196,7 +206,7 @@ def _certified_by_another(
     how = {"degree": None, "certify": "proof", "each_weight": True, "measured": measured, "piece": piece}
     for method in ("polynomial", "fft"):
         try:
-            made = make_plan(problem, eps=eps, method=method, seed=seed, grad=grad, **how)
+            made = choose_plan(problem, eps=eps, method=method, seed=seed, grad=grad, **how)
         except (BoundedEntryError, NotImplementedError, MemoryError):
             continue
         if made._works[made.engine].nominal <= max(exact._works["exact"].nominal, _MINUTE):
@@ -527,6 +537,12 @@ def _fft_plan(problem, scores, values, eps, degree, grad, method, works, sizes) 
     degree = max(1, p.degree)
     work = works["fft"] = Work(TRANSFORMS) + operations_work(problem, fft_engine.operations(problem, degree, grad))
     sizes["fft"] = fft_engine.memory(problem, degree, grad)
+    if work.nominal > _DAY:
+        features = poly.n_features(fft_engine.terms(problem), degree)
+        return None, (
+            f"{_where(scores)}: degree {degree} certifies eps = {eps:g}, and transforms of its {features:,} features "
+            f"take {work.nominal:.1e} s; {_cure(problem, scores)}"
+        )
     if method == "auto" and not cheaper("fft", works, sizes):
         return None, None
     symbol = fft_engine.survey(problem, p, eps / 8)
@@ -596,6 +612,22 @@ def _by_worst_case(
     return Choice(p, poly.tau(p.error), polynomial_work(problem, max(1, p.degree), grad)), None
 
 
+def _where(scores: Scores) -> str:
+    """What a refusal begins with."""
+    return f"scores are bounded by B = {scores.bound:.4g} only (|scale| max ||q|| max ||k||)"
+
+
+def _cure(problem: Problem, scores: Scores) -> str:
+    """What a refusal ends with: what would make B smaller, if it is not so already."""
+    d, scale = problem.q.shape[-1], abs(problem.scale)
+    found = ["scale=1/d"] if scale > 1.01 / d else []
+    # Of rows of root mean square 1 the bound is |scale| d.
+    if scores.plain > 1.01 * scale * d:
+        found.append("q and k normalised")
+    smaller = f"{', or '.join(found)}, would make B smaller; " if found else ""
+    return f"{smaller}method='exact' has no bound"
+
+
 def _certified(
     problem: Problem, scores: Scores, values: Values, eps: float, degree: int | None, rounding: float | None = None
 ):
@@ -603,8 +635,7 @@ def _certified(
     B, d = scores.bound, fft_engine.terms(problem)
     if rounding is None:
         rounding = polynomial_rounding(problem, B, values)
-    where = f"scores are bounded by B = {B:.4g} only (|scale| max ||q|| max ||k||)"
-    cure = "scale=1/d, or q and k normalised, make B smaller; method='exact' has no bound"
+    where, cure = _where(scores), _cure(problem, scores)
     if rounding >= eps:
         lost = f"rounding in {problem.q.dtype.name} alone is {rounding:.2g}"
         return None, f"{where}: no degree certifies eps = {eps:g}, {lost}; {cure}"

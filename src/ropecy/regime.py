@@ -16,7 +16,7 @@ from . import polynomial as poly
 from .bounds import measure, measure_values, polynomial_rounding
 from .certificate import BoundedEntryError
 from .costs import pays_from
-from .plan import make_plan
+from .plan import choose_plan
 from .problem import Problem, prepare
 from .sample import Sample
 
@@ -90,7 +90,7 @@ def _worst_case(problem: Problem, B: float, eps: float, grad: bool) -> Entry | N
 def _by_moments(problem: Problem, eps: float, grad: bool, seed: int) -> Entry | None:
     how = {"eps": eps, "certify": "proof", "method": "polynomial", "degree": None, "seed": seed, "grad": grad}
     try:
-        made = make_plan(problem, **how)
+        made = choose_plan(problem, **how)
     except (BoundedEntryError, MemoryError):
         return None
     certificate, gradient = made.certificate, made.gradient_certificate
@@ -147,37 +147,6 @@ class Head:
     exact: float
 
 
-def read_rows(path: Path) -> dict[str, np.ndarray]:
-    """The arrays Q, K and, where it is there, V of an .npz or a .safetensors file.
-
-    Raises
-    ------
-    ImportError
-        The file is of safetensors, and that is not installed.
-    ValueError
-        Another kind of file, or one without Q and K.
-    """
-    if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as arrays:
-            found = {name: arrays[name] for name in arrays.files if name in ("Q", "K", "V")}
-            names = arrays.files
-    elif path.suffix == ".safetensors":
-        try:
-            from safetensors import safe_open
-        except ImportError:
-            raise ImportError(
-                f"{path} needs safetensors: pip install safetensors, or ropecy with its extra [safetensors]"
-            ) from None
-        with safe_open(path, framework="numpy") as arrays:
-            names = list(arrays.keys())
-            found = {name: arrays.get_tensor(name) for name in names if name in ("Q", "K", "V")}
-    else:
-        raise ValueError(f"wants a file that ends in .npz or .safetensors, got {str(path)!r}")
-    if missing := {"Q", "K"} - set(found):
-        raise ValueError(f"{path} wants arrays Q and K, (..., n, d), got {sorted(names)}: no {min(missing)}")
-    return found
-
-
 def heads(
     rows: dict[str, np.ndarray], *, eps: float, scale: float | None, causal: bool, grad: bool
 ) -> Iterator[Head]:
@@ -186,8 +155,12 @@ def heads(
     Raises
     ------
     TypeError, ValueError
-        As `plan` does.
+        As `plan` does, and where there is no head or no token.
     """
+    shapes = {name: np.shape(rows[name]) for name in ("Q", "K")}
+    for name, shape in shapes.items():
+        if 0 in shape[:-1]:
+            raise ValueError(f"{name}: got shape {shape}, wants at least one head of at least one token")
     call = prepare(rows["Q"], rows["K"], rows.get("V", rows["K"]), scale=scale, causal=causal, eps=eps)
     whole, how = call.problem, call.how | {"grad": grad}
     H, G = whole.q.shape[:2]
@@ -195,13 +168,15 @@ def heads(
         h, g = divmod(place, G)
         one = slice(h, h + 1)
         problem = replace(whole, q=whole.q[one, g : g + 1], k=whole.k[one], v=whole.v[one])
-        made, exact = make_plan(problem, **how), make_plan(problem, **how | {"method": "exact"})
+        made = choose_plan(problem, **how)
         scores = measure(problem)
-        bound, spread = scores.bound, math.sqrt(float(Sample(problem, scores, made._values).second.max()))
+        bound, spread = scores.bound, math.inf
+        if scores.keys is not None:
+            spread = math.sqrt(float(Sample(problem, scores, made._values).second.max()))
         worst = None if bound > poly.MAX_BOUND else _worst_case(problem, bound, eps, grad)
         engine = made.engine if made.certificate.degree is None else f"{made.engine}, {made.certificate.degree}"
         yield Head(
-            index, problem.k.shape[1], bound, spread, worst, engine, made.seconds[made.engine], exact.seconds["exact"]
+            index, problem.k.shape[1], bound, spread, worst, engine, made.seconds[made.engine], made.seconds["exact"]
         )
 
 

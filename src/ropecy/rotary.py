@@ -127,8 +127,12 @@ class Rotary:
         ------
         TypeError
             m is no integer.
+        ValueError
+            m is past 2**63 - 1 in size.
         """
         m = _integer("m", m)
+        if abs(m) > np.iinfo(np.int64).max:
+            raise ValueError(f"m: got {m}, wants an offset between -(2**63 - 1) and 2**63 - 1")
         theta, factor = self._frequencies(abs(m) + 1)
         # Row k is a R_m e_k, column k of a R_m; the other a is the query's.
         columns = rotate_rows(np.eye(self.d), np.int64(abs(m)), theta, factor, self.pairing, adjoint=m < 0)

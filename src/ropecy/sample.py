@@ -161,7 +161,7 @@ class Sample:
         """About the sum of scores to the power `order` by the denominator, of sampled rows."""
         if order not in self._means:
             far, seen = self._keys_of(problem)
-            with np.errstate(over="ignore"):
+            with np.errstate(all="ignore"):
                 mean = far / np.maximum(seen, 1) * self._tail(order) * self.second ** (order // 2)
                 self._means[order] = mean * np.exp(-self.first)
         return self._means[order]

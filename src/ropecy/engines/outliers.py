@@ -89,8 +89,12 @@ class Norms:
         if self._problem.key_mask is not None:
             kept &= self._problem.key_mask
         rows = _quartic.Rows(self._centred, kept, None, self._k_factor, self._problem.threads)
-        second = rows.apply([kept.shape[1]], None)[0][:, 0]
-        return np.linalg.eigvalsh(second)[:, -1] / np.maximum(np.count_nonzero(kept, axis=1), 1)
+        with np.errstate(all="ignore"):
+            second = rows.apply([kept.shape[1]], None)[0][:, 0]
+        # Squares of keys may be past the largest number.
+        finite, largest = np.isfinite(second).all(axis=(1, 2)), np.full(len(second), np.inf)
+        largest[finite] = np.linalg.eigvalsh(second[finite])[:, -1]
+        return largest / np.maximum(np.count_nonzero(kept, axis=1), 1)
 
     def candidates(self) -> Iterator[tuple[int, int, float, float]]:
         """How many queries and how many keys of a slot to take out, the bound B of the other scores, and about the
@@ -101,11 +105,14 @@ class Norms:
         for n_keys in _counts(keys.shape[1] - 1):
             best = np.inf
             for n_rows in _counts(queries.shape[1] - 1):
-                B = float((queries[:, n_rows] * keys[:, n_keys]).max())
+                with np.errstate(over="ignore"):
+                    B = float((queries[:, n_rows] * keys[:, n_keys]).max())
                 # A longer list must do more than a shorter one.
                 if B < 0.97 * min(best, least if n_rows == 0 else np.inf):
                     best = B
-                    yield n_rows, n_keys, B, float((queries[:, n_rows] ** 2 * self._spread).max())
+                    with np.errstate(all="ignore"):
+                        square = float((queries[:, n_rows] ** 2 * self._spread).max())
+                    yield n_rows, n_keys, B, square
             least = min(least, best)
 
     def split(self, n_rows: int, n_keys: int) -> Split:

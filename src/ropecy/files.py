@@ -1,0 +1,88 @@
+"""Queries, keys and values of heads from a file: .npz as NumPy writes it, or .safetensors."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_NAMES = ("Q", "K", "V")
+_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+
+
+def read_rows(path: Path) -> dict[str, np.ndarray]:
+    """The arrays Q, K and, where it is there, V of an .npz or a .safetensors file; bfloat16 as float32.
+
+    Raises
+    ------
+    OSError, MemoryError
+        The file can't be opened, or holds more than memory.
+    ValueError
+        Another kind of file, a broken one, or one without Q and K.
+    """
+    reader = _READERS.get(path.suffix)
+    if reader is None:
+        raise ValueError(f"wants a file that ends in .npz or .safetensors, got {str(path)!r}")
+    try:
+        found, names = reader(path)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        # A broken file makes a parser fail in as many ways as it has parts.
+        raise ValueError(f"{path} can't be read as {path.suffix}: {error or type(error).__name__}") from error
+    if missing := {"Q", "K"} - set(found):
+        raise ValueError(f"{path} wants arrays Q and K, (..., n, d), got {sorted(names)}: no {min(missing)}")
+    return found
+
+
+def _read_npz(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
+    arrays = np.load(path, allow_pickle=False)
+    if not isinstance(arrays, np.lib.npyio.NpzFile):
+        raise ValueError("it holds one array without a name")
+    with arrays:
+        found = {name: arrays[name] for name in arrays.files if name in _NAMES}
+        # NumPy writes bfloat16, which it doesn't know, as two bytes without a meaning.
+        found = {name: _widened(X.view("<u2")) if X.dtype == "V2" else X for name, X in found.items()}
+        return found, arrays.files
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The format: the length of a header in eight bytes, the header in JSON, the arrays' bytes one after the other."""
+    with path.open("rb") as file:
+        left = os.fstat(file.fileno()).st_size - 8
+        length = int.from_bytes(file.read(8), "little")
+        if length > left:
+            raise ValueError(f"its header has {length} bytes of {max(left, 0)} that there are")
+        header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        found = {name: _tensor(file, 8 + length, left - length, header[name]) for name in _NAMES if name in header}
+    return found, list(header)
+
+
+def _tensor(file: Any, start: int, size: int, entry: dict[str, Any]) -> np.ndarray:
+    """The array that an entry of the header describes, of `size` bytes of arrays from `start` on."""
+    if entry["dtype"] not in _DTYPES:
+        raise ValueError(f"it holds {entry['dtype']}, and {', '.join(_DTYPES)} are read")
+    first, last = entry["data_offsets"]
+    dtype, shape = np.dtype(_DTYPES[entry["dtype"]]), entry["shape"]
+    if not 0 <= first <= last <= size or last - first != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"bytes {first} to {last} of {size} are not an array of shape {shape}, {entry['dtype']}")
+    file.seek(start + first)
+    X = np.frombuffer(file.read(last - first), dtype).reshape(shape)
+    return _widened(X) if entry["dtype"] == "BF16" else X
+
+
+def _widened(bits: np.ndarray) -> np.ndarray:
+    """bfloat16, given as its bits, as float32, of which it is the upper half."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+_READERS: dict[str, Callable[[Path], tuple[dict[str, np.ndarray], list[str]]]] = {
+    ".npz": _read_npz,
+    ".safetensors": _read_safetensors,
+}
