@@ -22,10 +22,10 @@ def test_sums_of_weighted_products(d, dtype, rng):
     X += X.swapaxes(2, 3)
     unit = float(np.finfo(dtype).eps)
     for mask, shift in ((None, None), (keep, centre)):
-        found = [_quartic.Rows(x, mask, shift, 0.4, threads).apply(stops, X) for threads in (1, 3)]
+        found = [_quartic.Rows(x, mask, shift, np.full(len(x), 0.4), threads).apply(stops, X) for threads in (1, 3)]
         for one, two in zip(*found, strict=True):
             np.testing.assert_array_equal(one, two)
-        plain, _ = _quartic.Rows(x, mask, shift, 0.4, 2).apply(stops, None)
+        plain, _ = _quartic.Rows(x, mask, shift, np.full(len(x), 0.4), 2).apply(stops, None)
         for head, (place, stop) in itertools.product(range(H), enumerate(stops)):
             y = 0.4 * (x[head, :stop].astype(float) - (0 if shift is None else shift[head].astype(float)))
             y = y if mask is None else y[mask[head, :stop]]
@@ -106,7 +106,7 @@ def test_variance_of_products_is_bounded_from_above_and_not_far(d, n, masked, rn
     found = moments.fourth_moments(problem, scores, seed=3).largest[:, 0] * (scores.keys * scores.k_factor) ** 4
     for head in range(2):
         y = problem.k[head] if mask is None else problem.k[head][mask[head]]
-        y = (y if scores.centre is None else y - scores.centre[head]) * scores.k_factor
+        y = (y if scores.centre is None else y - scores.centre[head]) * scores.k_factor[head]
         products = np.einsum("ma,mb->mab", y, y).reshape(len(y), -1)
         largest = np.linalg.eigvalsh(np.cov(products.T, bias=True).reshape(d * d, d * d))[-1] * len(y)
         assert largest <= found[head] * (1 + 1e-12)

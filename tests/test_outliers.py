@@ -218,7 +218,8 @@ def test_what_is_offered_is_what_is_left(rng):
     case = make(rng, heads=2, key_heads=2)
     case["K"] += np.array([3.0, 0, 0, 0])  # most of their length is in one direction
     problem = prepare_for("attention", case["Q"], case["K"], case["V"], None, {}).problem
-    norms = Norms(problem, replace(measure(problem, centre=False), q_factor=problem.scale))
+    factors = {"q_factor": np.full(2, problem.scale), "k_factor": np.ones(2)}
+    norms = Norms(problem, replace(measure(problem, centre=False), **factors))
     offers = list(norms.candidates())
     for n_rows, n_keys, B, _ in offers:
         split = norms.split(n_rows, n_keys)

@@ -39,9 +39,11 @@ class Scores:
         of ``|scale q_i W_t k_j^T|``.
     centre : (H, d) array or None
         None is 0.
-    q_factor, k_factor : float
-        ``scale <q, k - c> = <q_factor q, k_factor (k - c)>``, both factors of size at most sqrt(B). With a family,
-        their product is scale times the largest entry.
+    q_factor, k_factor : (H,) float64 arrays
+        ``scale <q, k - c> = <q_factor q, k_factor (k - c)>``. What is multiplied is of one size in every slot, the root
+        of the slot's own bound. With a family, their product is scale times the largest entry.
+    of_slots : (H,) float64 array
+        The bound of each slot.
     how : str
         How `bound` betters `plain`.
     keys : (H,) array or None
@@ -55,8 +57,9 @@ class Scores:
     plain: float
     bound: float
     centre: np.ndarray | None
-    q_factor: float
-    k_factor: float
+    q_factor: np.ndarray
+    k_factor: np.ndarray
+    of_slots: np.ndarray
     how: str = "with keys centred"
     keys: np.ndarray | None = None
     products: float = math.inf
@@ -73,9 +76,11 @@ class Scores:
         """The same for the rows whose bound is at most B, with factors for their sizes."""
         if B >= self.bound:
             return self
-        balance = math.sqrt(B / self.bound)
+        of_slots = np.minimum(self.of_slots, B)
+        balance = np.sqrt(np.divide(of_slots, self.of_slots, out=np.ones_like(of_slots), where=self.of_slots > 0))
+        q_factor, k_factor = self.q_factor / balance, self.k_factor * balance
         how = f"{self.how}, but for the longest queries"
-        return replace(self, bound=B, q_factor=self.q_factor / balance, k_factor=self.k_factor * balance, how=how)
+        return replace(self, bound=B, q_factor=q_factor, k_factor=k_factor, of_slots=of_slots, how=how)
 
 
 @dataclass(slots=True)
@@ -244,6 +249,12 @@ def kept_keys(problem: Problem, ranks: Any = Alone) -> np.ndarray:
     return np.maximum(ranks.total(kept), 1)
 
 
+def unbounded(problem: Problem, plain: float) -> Scores:
+    """Scores of which `plain` is all that is known, for engines that need no more."""
+    H = problem.k.shape[0]
+    return Scores(plain, math.inf, None, np.ones(H), np.ones(H), np.full(H, math.inf))
+
+
 def measure(problem: Problem, ranks: Any = Alone, centre: bool | Callable[[float], bool] = True) -> Scores:
     """Bounds by Cauchy-Schwarz, from all queries and from the keys that key_mask keeps; the worst slot's.
 
@@ -257,8 +268,8 @@ def measure(problem: Problem, ranks: Any = Alone, centre: bool | Callable[[float
 
     Notes
     -----
-    Time O(n d): one read of q and k, and two more of k to see whether to centre it is better. Rounding of the norms is
-    on the safe side.
+    Time O(n d): one read of q and k, and two more of k to see whether to centre it is better, in each slot by itself.
+    Rounding of the norms is on the safe side.
     """
     if problem.family is not None:
         return _measure_family(problem)
@@ -272,24 +283,25 @@ def measure(problem: Problem, ranks: Any = Alone, centre: bool | Callable[[float
         products = float((q_norm * plain_norm).max()) * room
         plain = products * scale
         if not math.isfinite(plain):
-            return Scores(math.inf, math.inf, None, 1.0, 1.0)
+            return unbounded(problem, math.inf)
         # Keys were rotated and projected before they were centred.
         before = problem.origin.k_norm
         lost = problem.origin.q_lost * products
         lost += problem.origin.k_lost * (products if before is None else float((q_norm * before).max()))
-        products = {"products": products, "lost": lost}
+        sizes = {"products": products, "lost": lost}
         wanted = centre(0.0) and centre(scale * _least(problem, q_norm)) if callable(centre) else centre
         if not wanted:
-            return Scores(plain, math.inf, None, 1.0, 1.0, **products)
+            return replace(unbounded(problem, plain), **sizes)
         total = ranks.total(_rows.columns(k, keep, problem.threads)[0])
         mean = (total / kept_keys(problem, ranks)[:, None]).astype(k.dtype)
         mean_norm = ranks.largest(_rows.largest_norms(k, keep, mean, problem.threads))
-        shifted = float((q_norm * mean_norm).max()) * scale * room
-    if shifted < plain:
-        factors = _factors(problem.scale, float(q_norm.max()), float(mean_norm.max()))
-        return Scores(plain, shifted, mean, *factors, keys=mean_norm, **products)
-    factors = _factors(problem.scale, float(q_norm.max()), float(plain_norm.max()))
-    return Scores(plain, plain, None, *factors, keys=plain_norm, **products)
+        # By the keys alone: gradients gain by it where queries are 0, too.
+        nearer = mean_norm < plain_norm
+        keys = np.where(nearer, mean_norm, plain_norm)
+        of_slots = q_norm * keys * scale * room
+    found = np.where(nearer[:, None], mean, k.dtype.type(0)) if nearer.any() else None
+    factors = _factors(problem.scale, q_norm, keys, k.dtype)
+    return Scores(plain, float(of_slots.max()), found, *factors, of_slots, keys=keys, **sizes)
 
 
 def _least(problem: Problem, q_norm: np.ndarray) -> float:
@@ -333,14 +345,15 @@ def _measure_family(problem: Problem) -> Scores:
             plain = np.maximum(plain, np.minimum(by_entry, norms * _norms(size, family)))
             bound = np.maximum(bound, np.minimum(by_entry, norms * _norms(values, family)))
         room = 1 + (8 * problem.q.shape[3] + len(family.left) + 64) * 2.0**-52
+        of_slots = np.minimum(plain, bound) * scale * room
         products = float(plain.max()) * room
-        plain, bound = products * scale, float(bound.max()) * scale * room
+        plain = products * scale
     if not math.isfinite(plain):
-        return Scores(math.inf, math.inf, None, 1.0, 1.0)
-    factors = _factors(problem.scale * (largest or 1.0), float(q_norm.max()), float(k_norm.max()))
+        return unbounded(problem, math.inf)
+    factors = _factors(problem.scale * (largest or 1.0), q_norm, k_norm, np.dtype(np.float64))
     lost = (problem.origin.q_lost + problem.origin.k_lost) * products
     how = "by the norms of its matrices"
-    return Scores(plain, min(plain, bound), None, *factors, how=how, products=products, lost=lost)
+    return Scores(plain, float(of_slots.max()), None, *factors, of_slots, how=how, products=products, lost=lost)
 
 
 def largest_entries(problem: Problem) -> float:
@@ -409,12 +422,19 @@ def _blocks(family: Family) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray
         yield rows, columns, entries
 
 
-def _factors(scale: float, q_norm: float, k_norm: float) -> tuple[float, float]:
-    if not (q_norm and k_norm and scale):
-        return scale, 1.0
-    # Equal sizes: monomials of either then stay below B^(degree/2), far from overflow and underflow.
-    balance = math.sqrt(abs(scale)) * math.sqrt(q_norm) * math.sqrt(k_norm)
-    return math.copysign(balance / q_norm, scale), balance / k_norm
+def _factors(scale: float, q_norm: np.ndarray, k_norm: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """What q and k of each slot are multiplied by, (H,): the scale is the product of both, and queries and keys come to
+    one size. Monomials of either then stay below B^(degree/2), far from overflow and underflow.
+    """
+    size, largest = abs(scale), 2.0 ** (np.finfo(dtype).maxexp - 8)
+    with np.errstate(all="ignore"):
+        if not size:
+            return np.zeros(len(k_norm)), np.where(k_norm > 0, 1 / k_norm, 1.0)
+        # What is 0 is of any size, so that the other comes to 1.
+        q = np.where(q_norm > 0, q_norm, np.where(k_norm > 0, 1 / (size * k_norm), 1.0))
+        k = np.where(k_norm > 0, k_norm, 1 / (size * q))
+        q_factor = np.clip(math.sqrt(size) * np.sqrt(k) / np.sqrt(q), 1 / largest, largest)
+    return np.copysign(q_factor, scale), size / q_factor
 
 
 def polynomial_rounding(problem: Problem, B: float, values: Values) -> float:

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 
 from . import by_moments, moments
 from . import polynomial as poly
-from .bounds import Measured, Scores, Values, measure, measure_values, polynomial_rounding
+from .bounds import Measured, Scores, Values, measure, measure_values, polynomial_rounding, unbounded
 from .certificate import AccuracyWarning, BoundedEntryError, Certificate, nothing_to_do, warn
 from .costs import (
     TRANSFORMS,
@@ -315,7 +315,7 @@ def _at_once(
     if method == "polynomial" and missing:
         raise NotImplementedError(f"method='polynomial' does not do {missing}; method='exact' and 'auto' do")
     if problem.empty:
-        scores = Scores(0.0, 0.0, None, 1.0, 1.0)
+        scores = replace(unbounded(problem, 0.0), bound=0.0)
         certificate = nothing_to_do()
         return _plan(problem, "exact", scores, None, certificate, grad, "no query sees a key", {}, {}, eps)
 

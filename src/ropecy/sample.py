@@ -52,7 +52,7 @@ class Sample:
         row_step, key_step = steps(problem, total, n_k)
         own, count = self._some_keys(problem, scores, key_step)
         self._y, count = ranks.joined(own, 1), np.maximum(ranks.total(count), 1)
-        rows = _quartic.Rows(self._y, None, None, 1.0, problem.threads)
+        rows = _quartic.Rows(self._y, None, None, np.ones(H), problem.threads)
         self._products = rows.apply([self._y.shape[1]], None)[0][:, 0] / count[:, None, None]
 
         sizes = scores.of_rows(problem).reshape(H * G, n)
@@ -76,7 +76,7 @@ class Sample:
         self.n_rows = int(H * G * total)
         self.every = sizes.reshape(H, G, n) if ranks is Alone else None
         self._head, self._row = self.index // max(1, G * total), self.index % max(1, total)
-        self._x = np.multiply(x[order], scores.q_factor, dtype=np.float64)
+        self._x = np.multiply(x[order], scores.q_factor[self._head, None], dtype=np.float64)
         self.second, self.first = np.empty((2, len(self.index)))
         mean = _rows.columns(self._y, None, problem.threads)[0] / count[:, None]
         for head, rows in self._by_head():
@@ -91,7 +91,8 @@ class Sample:
     def _some_keys(problem: Problem, scores: Scores, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Every so many keys as they are used, and of how many a slot keeps."""
         y = problem.k[:, ::step]
-        y = (y if scores.centre is None else y - scores.centre[:, None]) * problem.k.dtype.type(scores.k_factor)
+        factor = scores.k_factor.astype(problem.k.dtype)[:, None, None]
+        y = (y if scores.centre is None else y - scores.centre[:, None]) * factor
         count = np.full(len(y), y.shape[1])
         if problem.key_mask is not None:
             mask = problem.key_mask[:, ::step]
@@ -115,7 +116,7 @@ class Sample:
         (H, G, n). inf where the denominator is not positive though the row sees keys.
         """
         H, G, n, d = problem.q.shape
-        products = self._products * scores.q_factor**2
+        products = self._products * scores.q_factor[:, None, None] ** 2
         second = _rows.quadratic(problem.q.reshape(H, G * n, d), products, problem.threads).reshape(H, G, n)
         n_k = problem.k.shape[1]
         kept = np.full((H, n_k), 1) if problem.key_mask is None else problem.key_mask

@@ -124,9 +124,10 @@ class Product:
         slots = _slots(problem)
         self._alone, groups = slots // H, H * G // slots
         q, k = np.zeros((slots, groups, d, rows)), np.zeros((H, d, keys))
-        q.reshape(H, G, d, rows)[..., :n] = problem.q.swapaxes(-1, -2)
-        q *= scores.q_factor
-        np.multiply(problem.k.swapaxes(-1, -2), scores.k_factor, out=k[..., :n_k], dtype=np.float64)
+        q_factor, k_factor = scores.q_factor[:, None, None, None], scores.k_factor[:, None, None]
+        of_queries = q.reshape(H, G, d, rows)[..., :n]
+        np.multiply(problem.q.swapaxes(-1, -2), q_factor, out=of_queries, dtype=np.float64)
+        np.multiply(problem.k.swapaxes(-1, -2), k_factor, out=k[..., :n_k], dtype=np.float64)
         # Two share a transform.
         self._v = np.zeros((H, self._columns + self._columns % 2, keys))
         self._v[:, : self._columns, :n_k] = values
@@ -136,7 +137,8 @@ class Product:
         # Offsets i - j from -keys on.
         self._offsets = slice(keys - (n_k - 1), keys + n)
         family, first = problem.family, problem.q_offset - (n_k - 1)
-        factors = scores.q_factor * scores.k_factor
+        # The same for all slots, which share the family.
+        factors = float(scores.q_factor[0] * scores.k_factor[0])
         self._weight = problem.scale / factors if factors else 0.0
         W = np.zeros((len(family.left), rows + keys))
         W[:, self._offsets] = family.values[family.rows(first, problem.q_offset + n - 1)].T * self._weight

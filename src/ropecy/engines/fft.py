@@ -268,8 +268,8 @@ def backward(problem: Problem, saved: Saved, do: np.ndarray):
     grad[:, :, -1] = -(upstream * saved.centred).sum(axis=2) * saved.inverse
     dq, dk, dv, dsymbol, *dfamily = saved.product.backward(p, grad, problem.bias is not None)
     n_k, dtype = problem.k.shape[1], problem.q.dtype
-    dq = np.ascontiguousarray((saved.scores.q_factor * dq).swapaxes(-1, -2).astype(dtype))
-    dk = np.ascontiguousarray((saved.scores.k_factor * dk).swapaxes(-1, -2).astype(dtype))
+    dq = np.ascontiguousarray((saved.scores.q_factor[:, None, None, None] * dq).swapaxes(-1, -2).astype(dtype))
+    dk = np.ascontiguousarray((saved.scores.k_factor[:, None, None] * dk).swapaxes(-1, -2).astype(dtype))
     dv = np.ascontiguousarray(dv[:, :-1].swapaxes(-1, -2).astype(dtype))
     if problem.key_mask is not None:
         dv[~problem.key_mask] = 0
@@ -421,10 +421,11 @@ def _operands(problem: Problem, scores: Scores, values: np.ndarray, symbol: Symb
     n_k = problem.k.shape[1]
     rows, keys = _round_up(n, symbol.block), _round_up(n_k, symbol.block)
     q, k, v = np.zeros((H, G, d, rows)), np.zeros((H, d, keys)), np.zeros((*values.shape[:2], keys))
-    np.multiply(problem.q.swapaxes(-1, -2), scores.q_factor, out=q[..., :n], dtype=np.float64)
+    q_factor, k_factor = scores.q_factor[:, None, None, None], scores.k_factor[:, None, None]
+    np.multiply(problem.q.swapaxes(-1, -2), q_factor, out=q[..., :n], dtype=np.float64)
     centre = 0 if scores.centre is None else scores.centre.astype(np.float64)[:, :, None]
     np.subtract(problem.k.swapaxes(-1, -2), centre, out=k[..., :n_k], dtype=np.float64)
-    k[..., :n_k] *= scores.k_factor
+    k[..., :n_k] *= k_factor
     v[..., :n_k] = values
     if problem.key_mask is not None:
         k[..., :n_k] *= problem.key_mask[:, None]

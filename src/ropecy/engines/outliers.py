@@ -75,8 +75,8 @@ class Norms:
     def __init__(self, problem: Problem, scores: Scores) -> None:
         H, _, _, d = problem.q.shape
         k = problem.k if scores.centre is None else problem.k - scores.centre[:, None]
-        self._queries = _rows.norms(problem.q.reshape(H, -1, d), np.full(H, abs(scores.q_factor)), problem.threads)
-        self._keys = _rows.norms(k, np.full(H, scores.k_factor), problem.threads)
+        self._queries = _rows.norms(problem.q.reshape(H, -1, d), np.abs(scores.q_factor), problem.threads)
+        self._keys = _rows.norms(k, scores.k_factor, problem.threads)
         if problem.key_mask is not None:
             self._keys *= problem.key_mask
         self._longest = _longest(self._queries), _longest(self._keys)

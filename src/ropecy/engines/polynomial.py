@@ -177,7 +177,9 @@ def key_states(k: np.ndarray, v: np.ndarray, monomials: Monomials, middle: np.nd
     """
     q = np.empty((k.shape[0], 1, 0, k.shape[2]))
     parts = segments(Problem(q=q, k=k, v=v, scale=1.0), monomials.state_degree)
-    _, total = _monomials.Scan(q, k, v, None, False, 0, monomials, None, middle, 1.0, 1.0, parts, threads).key_states()
+    ones = np.ones(k.shape[0])
+    scan = _monomials.Scan(q, k, v, None, False, 0, monomials, None, middle, ones, ones, parts, threads)
+    _, total = scan.key_states()
     return total
 
 

@@ -423,8 +423,10 @@ def _spread(scores: Scores, values: Values, slots: int) -> tuple[Scores, Values]
     repeats = slots // values.middle.shape[0]
     if repeats == 1:
         return scores, values
+    q_factor, k_factor = (np.repeat(X, repeats) for X in (scores.q_factor, scores.k_factor))
+    middle = np.repeat(values.middle, repeats, axis=0)
     centre = None if scores.centre is None else np.repeat(scores.centre, repeats, axis=0)
-    return replace(scores, centre=centre), replace(values, middle=np.repeat(values.middle, repeats, axis=0))
+    return replace(scores, centre=centre, q_factor=q_factor, k_factor=k_factor), replace(values, middle=middle)
 
 
 def backward(problem: Problem, saved: Saved, do: np.ndarray, shared: Any = None):

@@ -24,7 +24,8 @@ cdef extern from "c/monomials.h" nogil:
         const unsigned char *key_mask
         const void *centre
         const void *value_centre
-        double q_factor, k_factor
+        const double *q_factor
+        const double *k_factor
         int degree, grad_degree, state_degree
         ptrdiff_t pitch
         const ptrdiff_t *offset
@@ -148,7 +149,7 @@ cdef class Scan:
     monomials : engines.polynomial.Monomials
     centre : (H, d) of q's dtype, or None
     value_centre : (H, d_v)
-    q_factor, k_factor : float
+    q_factor, k_factor : (H,) float64 arrays
         Scores are q_factor k_factor <q, k - centre>.
     segments : int
         Into how many parts the sequence is cut.
@@ -166,18 +167,18 @@ cdef class Scan:
     cdef object arrays, decay
 
     def __init__(self, q, k, v, key_mask, bint causal, ptrdiff_t q_offset, monomials, centre, value_centre,
-                 double q_factor, double k_factor, ptrdiff_t segments, int threads, decay=None):
+                 q_factor, k_factor, ptrdiff_t segments, int threads, decay=None):
         cdef rc_monomials_problem *p = &self.p
         self.f = functions_of(q.dtype)
         self.threads, self.causal = threads, causal
-        self.arrays = [q, k, v, key_mask, centre, value_centre, monomials, decay]
+        self.arrays = [q, k, v, key_mask, centre, value_centre, monomials, decay, q_factor, k_factor]
         p.heads, p.groups, p.n, p.d = q.shape
         p.n_k, p.d_v = v.shape[1:]
         p.q_offset, p.earlier = q_offset if causal else 0, False
         p.q, p.k, p.v = pointer(q), pointer(k), pointer(v)
         p.centre, p.value_centre = pointer(centre), pointer(value_centre)
         p.key_mask = <const unsigned char *>pointer(key_mask)
-        p.q_factor, p.k_factor = q_factor, k_factor
+        p.q_factor, p.k_factor = <const double *>pointer(q_factor), <const double *>pointer(k_factor)
         p.degree, p.grad_degree, p.state_degree = monomials.degree, monomials.grad_degree, monomials.state_degree
         p.pitch = monomials.pitch
         p.offset, p.count = <const ptrdiff_t *>pointer(monomials.offset), <const ptrdiff_t *>pointer(monomials.count)

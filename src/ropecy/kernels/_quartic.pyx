@@ -36,7 +36,7 @@ cdef struct Packing:
     const char *x
     const char *keep
     const char *centre
-    double factor
+    const double *factor
     ptrdiff_t n, d, item, tiles, size
     char *out
 
@@ -58,7 +58,7 @@ cdef void pack_tile(void *context, ptrdiff_t task, const rc_worker *worker) noex
     cdef ptrdiff_t head = task // p.tiles, row = task % p.tiles * p.f.tile
     p.f.pack(p.x + (head * p.n + row) * p.d * p.item, min(<ptrdiff_t>p.f.tile, p.n - row), p.d,
              NULL if p.keep == NULL else p.keep + head * p.n + row,
-             NULL if p.centre == NULL else p.centre + head * p.d * p.item, p.factor, p.out + task * p.size)
+             NULL if p.centre == NULL else p.centre + head * p.d * p.item, p.factor[head], p.out + task * p.size)
 
 
 cdef void sum_piece(void *context, ptrdiff_t task, const rc_worker *worker) noexcept nogil:
@@ -72,21 +72,23 @@ cdef void sum_piece(void *context, ptrdiff_t task, const rc_worker *worker) noex
 
 
 cdef class Rows:
-    """y = factor (x - centre) of the rows of x (H, n, d) that keep (H, n) has; centre (H, d) and keep may be None."""
+    """y = factor (x - centre) of the rows of x (H, n, d) that keep (H, n) has; factor (H,) float64; centre (H, d) and
+    keep may be None.
+    """
 
     cdef const rc_quartic_functions *f
     cdef ptrdiff_t H, n, d, tiles, size
     cdef int threads
     cdef object packed
 
-    def __init__(self, x, keep, centre, double factor, int threads):
+    def __init__(self, x, keep, centre, factor, int threads):
         cdef Packing p
         self.f = kernels.f32 if x.dtype == np.float32 else kernels.f64
         self.H, self.n, self.d = x.shape
         self.threads = threads
         self.tiles, self.size = pieces(self.n, self.f.tile), self.f.size(self.d) * x.itemsize
         self.packed = np.empty(self.H * self.tiles * self.size + LINE, np.uint8)
-        p.f, p.factor, p.n, p.d, p.item = self.f, factor, self.n, self.d, x.itemsize
+        p.f, p.factor, p.n, p.d, p.item = self.f, <const double *>pointer(factor), self.n, self.d, x.itemsize
         p.x, p.keep, p.centre = <char *>pointer(x), <char *>pointer(keep), <char *>pointer(centre)
         p.tiles, p.size, p.out = self.tiles, self.size, line(self.packed)
         parallel_for(self.H * self.tiles, threads if self.H * self.n > PIECE else 1, pack_tile, &p)

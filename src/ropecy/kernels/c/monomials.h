@@ -4,7 +4,8 @@
  * index is m are x_m times a contiguous prefix of those of degree s - 1, so features are scaled copies, with no index
  * table. A state is sum_j phi(y_j) [v_j 1], stored [column][feature].
  *
- * x = q_factor q, y = k_factor (k - centre): every score is x . y, and no larger than the bound of the polynomial.
+ * x = q_factor q, y = k_factor (k - centre), with factors of each head: every score is x . y, and no larger than the
+ * bound of the polynomial.
  *
  * Every function does one piece of work of one head, serially. Pieces of a phase may run at once on different
  * workspaces. The split into segments and chunks is the caller's, and depends on shapes alone.
@@ -30,7 +31,7 @@ typedef struct {
     const unsigned char *key_mask; /* NULL or (heads, n_k); rows of k and v that it hides are finite */
     const void *centre;            /* of keys: NULL or (heads, d) */
     const void *value_centre;      /* (heads, d_v): taken from v, given back to o */
-    double q_factor, k_factor;
+    const double *q_factor, *k_factor; /* (heads) */
 
     int degree, grad_degree, state_degree; /* of the forward polynomial, of backward's features, of states (the most) */
     ptrdiff_t pitch;                       /* of a state's columns */

@@ -201,14 +201,15 @@ static void RC_NAME(finish)(const rc_monomials_problem *p, const RC_NAME(room) *
         for (ptrdiff_t i = 0; i < rows; i++) {
             double shift = 0;
             for (ptrdiff_t a = 0; centre && a < p->d; a++)
-                shift += (double)w->xt[a * TILE + i] * p->k_factor * centre[a];
+                shift += (double)w->xt[a * TILE + i] * p->k_factor[head] * centre[a];
             p->lse[lane * p->n + row + i] = den[i] > 0 ? shift + __builtin_log(den[i]) : -__builtin_inf();
         }
 }
 
 /* xt of a tile of queries. */
 static void RC_NAME(load_query_tile)(const rc_monomials_problem *p, RC_NAME(room) * w, ptrdiff_t lane, ptrdiff_t row, ptrdiff_t rows) {
-    RC_NAME(tile_load)(RC_NAME(queries)(p, lane, row), p->d, rows, p->d, (REAL)p->q_factor, 0, w->xt, TILE);
+    RC_NAME(tile_load)(RC_NAME(queries)(p, lane, row), p->d, rows, p->d, RC_NAME(q_factor)(p, lane / p->groups), 0, w->xt,
+                       TILE);
 }
 
 static void RC_NAME(forward)(const rc_monomials_problem *p, ptrdiff_t head, ptrdiff_t group, ptrdiff_t chunk, void *workspace) {
@@ -275,6 +276,7 @@ static void RC_NAME(scan_forward)(const rc_monomials_problem *p, ptrdiff_t head,
 /* dq of rows [row, end) += q_factor dx from a packed state, which is seen from token `start`. */
 static void RC_NAME(differentiate_queries)(const rc_monomials_problem *p, RC_NAME(room) * w, ptrdiff_t lane, ptrdiff_t row,
                                            ptrdiff_t end, ptrdiff_t start, const REAL *packed) {
+    const REAL factor = RC_NAME(q_factor)(p, lane / p->groups);
     for (; row < end; row += WIDE) {
         const ptrdiff_t rows = rc_min(WIDE, end - row);
         REAL *dq = (REAL *)p->dq + (lane * p->n + row) * p->d;
@@ -285,13 +287,14 @@ static void RC_NAME(differentiate_queries)(const rc_monomials_problem *p, RC_NAM
         RC_NAME(differentiate)(&w->y, p->grad_degree, w->xt, w->dN, packed, w->phi, w->dphi, w->dx);
         for (ptrdiff_t i = 0; i < rows; i++)
             for (ptrdiff_t a = 0; a < p->d; a++)
-                dq[i * p->d + a] += (REAL)p->q_factor * w->dx[a * WIDE + i];
+                dq[i * p->d + a] += factor * w->dx[a * WIDE + i];
     }
 }
 
 /* dk and dv of rows [row, end), and sums over queries, += from a packed gradient state, which is seen from token `stop`. */
 static void RC_NAME(differentiate_keys)(const rc_monomials_problem *p, RC_NAME(room) * w, ptrdiff_t head, ptrdiff_t row, ptrdiff_t end,
                                         ptrdiff_t stop, const REAL *packed, const REAL *grad_packed) {
+    const REAL factor = RC_NAME(k_factor)(p, head);
     REAL *dk = (REAL *)p->dk + head * p->n_k * p->d, *dv = (REAL *)p->dv + head * p->n_k * p->d_v;
     for (ptrdiff_t j = row; j < end; j += WIDE) {
         const ptrdiff_t rows = rc_min(WIDE, end - j);
@@ -302,7 +305,7 @@ static void RC_NAME(differentiate_keys)(const rc_monomials_problem *p, RC_NAME(r
         RC_NAME(differentiate)(&w->y, p->grad_degree, w->xt, w->dN, grad_packed, w->phi, w->dphi, w->dx);
         for (ptrdiff_t i = 0; i < rows; i++)
             for (ptrdiff_t a = 0; a < p->d; a++)
-                dk[(j + i) * p->d + a] += (REAL)p->k_factor * w->dx[a * WIDE + i];
+                dk[(j + i) * p->d + a] += factor * w->dx[a * WIDE + i];
     }
     for (ptrdiff_t j = row; j < end; j += TILE) {
         const ptrdiff_t rows = rc_min(TILE, end - j);
@@ -348,6 +351,7 @@ static void RC_NAME(load_gradient_tile)(const rc_monomials_problem *p, RC_NAME(r
 static void RC_NAME(scan_grad_queries)(const rc_monomials_problem *p, ptrdiff_t head, ptrdiff_t segment, void *workspace) {
     RC_NAME(room) w;
     int updates = 0;
+    const REAL factor = RC_NAME(q_factor)(p, head);
     RC_NAME(lay_out)(p, workspace, &w);
     RC_NAME(start_state)(&w, p->states + (head * p->segments + segment) * w.y.columns * p->pitch);
     RC_NAME(start_fall)(p, &w, head);
@@ -378,7 +382,7 @@ static void RC_NAME(scan_grad_queries)(const rc_monomials_problem *p, ptrdiff_t 
                 }
                 for (ptrdiff_t i = 0; i < rows; i++)
                     for (ptrdiff_t a = 0; a < p->d; a++)
-                        dq[i * p->d + a] += (REAL)p->q_factor * w.dx[a * TILE + i];
+                        dq[i * p->d + a] += factor * w.dx[a * TILE + i];
             }
             if (first > 0 || p->earlier)
                 RC_NAME(differentiate_queries)(p, &w, lane, begin, end, chunk * p->chunk, w.grad_packed);
@@ -395,6 +399,7 @@ static void RC_NAME(scan_grad_keys)(const rc_monomials_problem *p, ptrdiff_t hea
     int updates = 0;
     RC_NAME(lay_out)(p, workspace, &w);
     const ptrdiff_t d = p->d, wide = w.wide, wide_columns = w.wide_columns;
+    const REAL factor = RC_NAME(k_factor)(p, head);
     RC_NAME(start_state)(&w, p->grad_states + (head * p->segments + segment) * w.y.columns * p->pitch);
     RC_NAME(start_fall)(p, &w, head);
     for (ptrdiff_t chunk = (segment + 1) * p->chunks_per_segment - 1; chunk >= segment * p->chunks_per_segment; chunk--) {
@@ -433,7 +438,7 @@ static void RC_NAME(scan_grad_keys)(const rc_monomials_problem *p, ptrdiff_t hea
             REAL *dk = (REAL *)p->dk + (head * p->n_k + first) * d, *dv = (REAL *)p->dv + (head * p->n_k + first) * p->d_v;
             for (ptrdiff_t j = 0; j < keys; j++) {
                 for (ptrdiff_t a = 0; a < d; a++)
-                    dk[j * d + a] += (REAL)p->k_factor * w.dk[j * wide + a];
+                    dk[j * d + a] += factor * w.dk[j * wide + a];
                 for (ptrdiff_t c = 0; c < p->d_v; c++)
                     dv[j * p->d_v + c] += w.dv[j * wide_columns + c];
                 for (ptrdiff_t c = 0; p->key_sums && c <= p->d_v; c++)

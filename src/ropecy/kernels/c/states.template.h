@@ -12,6 +12,10 @@ static const REAL *RC_NAME(centre)(const rc_monomials_problem *p, ptrdiff_t head
     return p->centre ? (const REAL *)p->centre + head * p->d : 0;
 }
 
+/* What queries and keys of a head are multiplied by. */
+static REAL RC_NAME(q_factor)(const rc_monomials_problem *p, ptrdiff_t head) { return (REAL)p->q_factor[head]; }
+static REAL RC_NAME(k_factor)(const rc_monomials_problem *p, ptrdiff_t head) { return (REAL)p->k_factor[head]; }
+
 /* x[t][a] = factor (row[t][a] - shift[a]), row pitch `pitch`, zeros past d */
 static void RC_NAME(load_rows)(const REAL *rows, ptrdiff_t count, ptrdiff_t d, REAL factor, const REAL *shift, REAL *x, ptrdiff_t pitch) {
     for (ptrdiff_t t = 0; t < count; t++) {
@@ -28,7 +32,7 @@ static void RC_NAME(load_rows)(const REAL *rows, ptrdiff_t count, ptrdiff_t d, R
 /* Keys [row, row + count), centred and scaled, by rows. */
 static void RC_NAME(load_keys)(const rc_monomials_problem *p, ptrdiff_t head, ptrdiff_t row, ptrdiff_t count, REAL *x) {
     const unsigned char *mask = p->key_mask ? p->key_mask + head * p->n_k + row : 0;
-    RC_NAME(load_rows)(RC_NAME(keys)(p, head, row), count, p->d, (REAL)p->k_factor, RC_NAME(centre)(p, head), x, p->d);
+    RC_NAME(load_rows)(RC_NAME(keys)(p, head, row), count, p->d, RC_NAME(k_factor)(p, head), RC_NAME(centre)(p, head), x, p->d);
     for (ptrdiff_t t = 0; mask && t < count; t++)
         for (ptrdiff_t a = 0; a < p->d && !mask[t]; a++)
             x[t * p->d + a] = 0;
@@ -38,7 +42,7 @@ static void RC_NAME(load_keys)(const rc_monomials_problem *p, ptrdiff_t head, pt
 static void RC_NAME(load_key_tile)(const rc_monomials_problem *p, ptrdiff_t head, ptrdiff_t row, ptrdiff_t count, REAL *xt,
                                    const int tile) {
     const unsigned char *mask = p->key_mask ? p->key_mask + head * p->n_k + row : 0;
-    RC_NAME(tile_load)(RC_NAME(keys)(p, head, row), p->d, count, p->d, (REAL)p->k_factor, RC_NAME(centre)(p, head), xt, tile);
+    RC_NAME(tile_load)(RC_NAME(keys)(p, head, row), p->d, count, p->d, RC_NAME(k_factor)(p, head), RC_NAME(centre)(p, head), xt, tile);
     for (ptrdiff_t t = 0; mask && t < count; t++)
         for (ptrdiff_t a = 0; a < p->d && !mask[t]; a++)
             xt[a * tile + t] = 0;
@@ -48,7 +52,7 @@ static void RC_NAME(load_key_tile)(const rc_monomials_problem *p, ptrdiff_t head
 static void RC_NAME(load_grad_queries)(const rc_monomials_problem *p, ptrdiff_t lane, ptrdiff_t row, ptrdiff_t count, REAL *x,
                                        ptrdiff_t pitch) {
     const REAL *inverse = (const REAL *)p->inverse + lane * p->n + row;
-    RC_NAME(load_rows)(RC_NAME(queries)(p, lane, row), count, p->d, (REAL)p->q_factor, 0, x, pitch);
+    RC_NAME(load_rows)(RC_NAME(queries)(p, lane, row), count, p->d, RC_NAME(q_factor)(p, lane / p->groups), 0, x, pitch);
     for (ptrdiff_t t = 0; t < count; t++)
         for (ptrdiff_t a = 0; a < p->d && inverse[t] == 0; a++)
             x[t * pitch + a] = 0;
@@ -58,7 +62,7 @@ static void RC_NAME(load_grad_queries)(const rc_monomials_problem *p, ptrdiff_t 
 static void RC_NAME(load_grad_query_tile)(const rc_monomials_problem *p, ptrdiff_t lane, ptrdiff_t row, ptrdiff_t count, REAL *xt,
                                           const int tile) {
     const REAL *inverse = (const REAL *)p->inverse + lane * p->n + row;
-    RC_NAME(tile_load)(RC_NAME(queries)(p, lane, row), p->d, count, p->d, (REAL)p->q_factor, 0, xt, tile);
+    RC_NAME(tile_load)(RC_NAME(queries)(p, lane, row), p->d, count, p->d, RC_NAME(q_factor)(p, lane / p->groups), 0, xt, tile);
     for (ptrdiff_t t = 0; t < count; t++)
         for (ptrdiff_t a = 0; a < p->d && inverse[t] == 0; a++)
             xt[a * tile + t] = 0;
