@@ -427,7 +427,7 @@ def test_plan_says_what_is_sent():
         plans = list(check_exchange(case, how, same=how == "unequal", method="exact", threads=1))
         for grad, (plan, messages) in enumerate(plans):
             H, _, _, d, _, d_v, dtype = plan.shape
-            others = _network.bounds((H, d, d_v), np.dtype(dtype).itemsize, COMM.size)
+            others = _network.bounds((H, d, d_v), np.dtype(dtype).itemsize, COMM.size, "near" in case)
             shared = [case.get(X) for X in ("W", "W_Q", "W_K", "W_V", "bias", "near")]
             if grad:
                 others += _network.maxima(8, COMM.size)

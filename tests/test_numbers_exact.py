@@ -10,6 +10,8 @@ from conftest import relative_bias
 from oracle import Table
 
 import ropecy
+from ropecy.problem import Problem
+from ropecy.rounding import bias_reach
 
 F4, F8 = np.float32, np.float64
 
@@ -220,6 +222,37 @@ def test_a_steep_bias_that_every_row_sees_from_its_top_costs_nothing(rng):
     options = {"causal": True, "bias": bias, "method": "exact", "return_certificate": True}
     _, certificate = ropecy.attention(*uniform(rng, 3, 3000, 4), **options)
     assert certificate.rounding < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(300, 300), (60, 300), (300, 40), (1, 70), (90, 1)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_how_far_below_the_largest_bias_a_row_finds_its_best(shape, masked, rng):
+    n, n_k = shape
+    q_offset, steep = n_k - n, 1e3 * rng.random(n + n_k - 1)
+    mask = rng.random((1, n_k)) < 0.3 if masked else None
+    zero = {"q": np.zeros((1, 1, n, 1)), "k": np.zeros((1, n_k, 1)), "v": np.zeros((1, n_k, 1)), "scale": 1.0}
+    t = np.arange(n_k) - np.arange(n)[:, None] - q_offset
+    for lo, hi in ((None, None), (None, 0), (-7, 3), (5, None), (-(n - 1) - q_offset, None)):
+        problem = Problem(**zero, lo=lo, hi=hi, q_offset=q_offset, bias=steep[None, None], key_mask=mask)
+        seen = (t >= (-np.inf if lo is None else lo)) & (t <= (np.inf if hi is None else hi))
+        if not seen.any():
+            continue
+        bias = np.where(seen, steep[t + n - 1 + q_offset], -np.inf)
+        deepest, lowest = bias.max(axis=1), np.where(seen, bias, np.inf).min()
+        kept = bias if mask is None else np.where(mask, bias, -np.inf)
+        expected = np.where(np.isfinite(kept.max(axis=1)), deepest.max() - kept.max(axis=1), 0).max() + math.log(n_k)
+        found = bias_reach(problem, 0.0)
+        if mask is None:
+            assert found == pytest.approx(min(expected, deepest.max() - lowest), rel=1e-12)
+        assert found >= min(expected, deepest.max() - lowest) * (1 - 1e-12)
+
+
+@pytest.mark.parametrize("method", ["exact", "auto", "polynomial"])
+def test_a_bias_of_which_a_band_reads_a_part(method, rng):
+    # The near field of an engine is a band, and reads a part of a table that falls over many nats.
+    case = {"Q": uniform(rng, 600, 4), "K": uniform(rng, 600, 4), "V": uniform(rng, 600, 2), "causal": True}
+    case["bias"] = Table(np.where(np.abs(np.arange(-40, 41)) < 12, 100.0 * rng.random(81), 0.0))
+    assert_certified(case, method=method, eps=0.01)
 
 
 def test_centred_keys_certify_more(rng):

@@ -149,11 +149,14 @@ def joined(sizes: list[int], rank: int) -> Traffic:
     return Traffic(sizes[rank] * others, sum(sizes) - sizes[rank], math.ceil(math.log2(len(sizes))))
 
 
-def bounds(shape: tuple[int, int, int], item: int, ranks: int) -> Traffic:
-    """Of norms, means and ranges, shape = (H, d, d_v): what every rank knows before there is a plan."""
+def bounds(shape: tuple[int, int, int], item: int, ranks: int, near: bool) -> Traffic:
+    """Of the normal form, of norms, means and ranges, shape = (H, d, d_v): what every rank knows before there is a
+    plan. Beside a near scale keys have no normal form.
+    """
     H, d, d_v = shape
-    found = Traffic()
-    for size in (8 * H, 8 * H, 8 * H, H * d_v * item, H * d_v * item):
+    found = maxima(24, ranks)
+    ends = [H * d_v * item] * 2
+    for size in (8 * H, 8 * H, 8 * H, *ends, *ends, *([] if near else [H * d * item] * 2)):
         found += maxima(size, ranks)
     for size in (H * d, H, H * d_v, H):
         found += totals(size, ranks)

@@ -289,12 +289,7 @@ def rounding(split: Split, problem: Problem, scores: Scores, values: Values) -> 
     total = polynomial_rounding(problem, scores.bound, values) + 2 * unit * len(split.far) * (1 + values.offset)
     if split.near is None:
         return total
-    near = split.near_problem(problem)
-    first = problem.q.shape[2] - 1 + problem.q_offset
-    if near.bias is not None:
-        # Only what the band reads of it.
-        near = replace(near, bias=near.bias[..., max(0, near.lo + first) : near.hi + first + 1])
-    return total + exact_rounding(near, scores, values)
+    return total + exact_rounding(split.near_problem(problem), scores, values)
 
 
 def work(split: Split, problem: Problem, degree: int, grad: bool) -> Work:
