@@ -116,8 +116,9 @@ def attention(
     eps : float
         Every entry of the result is within eps * (max_j V_jc - min_j V_jc), over the keys that its row sees.
     certify : {"proof", "sample"}
-        Whether eps must be proved, or whether evidence from sampled rows will do. Gradients, and with them the forward
-        pass before them, are proved in any case.
+        Whether eps must be proved of every row, or whether evidence from some rows will do, which says of most rows,
+        and never of all, that they are within it. Gradients, and with them the forward pass before them, are proved in
+        any case.
     method : {"auto", "exact", "polynomial", "fft"}
         "auto" is the cheapest that certifies eps. "polynomial" takes causal, key_mask and `near`, and biases that are
         sums of decays or constant far out (ALiBi, T5, KERPLE, clipped tables), no window and no RelativeFamily; "fft"

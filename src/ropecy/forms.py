@@ -6,6 +6,7 @@ Every form reads `values` (h or 1, width) float64, what `RelativeBias` was built
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple, Protocol
@@ -145,13 +146,15 @@ class Buckets(_Gather):
         return side + np.where(distance < exact, distance, np.minimum(far, buckets - 1))
 
     def reach(self):
-        # A distance more than max_distance, for what rounding does to its logarithm.
-        index = self.index(np.arange(-self.max_distance - 2, self.max_distance + 3))
-        middle = self.max_distance + 2
-        left = middle - int(np.flatnonzero(index != index[0])[0]) + 1
-        if not self.bidirectional:
-            return left, 1
-        return left, int(np.flatnonzero(index != index[-1])[-1]) - middle + 1
+        left = self._last_begins(-1)
+        return left, max(1, self._last_begins(1)) if self.bidirectional else 1
+
+    def _last_begins(self, sign: int) -> int:
+        """The distance from which on a side has its last bucket: halving finds it, for buckets rise with distance."""
+        # Distances a little past max_distance, for what rounding does to its logarithm.
+        distances = range(self.max_distance + 3)
+        last = self.index(np.array([sign * distances[-1]]))[0]
+        return bisect_left(distances, last, key=lambda distance: self.index(np.array([sign * distance]))[0])
 
 
 class Linear:

@@ -20,6 +20,9 @@ from .bounds import Alone
 from .kernels import _rows
 from .problem import Problem
 
+# Beside a bias values and gradients are brought to about 1 that are not within this power of two of it.
+_NEAR_ONE = 8
+
 
 @dataclass(slots=True)
 class Normal:
@@ -70,11 +73,14 @@ class Normal:
         """``do 2^-exponent`` and that exponent, max |do| = largest.
 
         Gradients are linear in do. The power of two keeps ``<do, v>`` from overflow, where Inf - Inf would be NaN, and
-        do from being so small that its products with weights vanish.
+        do from being so small that its products with weights vanish. Beside a bias do comes to about 1, as values do.
         """
         if not largest:
             return do, 0
         most, size = np.finfo(do.dtype).maxexp, math.frexp(largest)[1]
+        if self.problem.tail is not None:
+            exponent = size if abs(size) > _NEAR_ONE else 0
+            return (np.ldexp(do, -exponent), exponent) if exponent else (do, 0)
         exponent = size + max(0, math.frexp(self.largest)[1]) - most // 2
         if exponent <= 0:
             exponent = min(0, size + most // 3)
@@ -104,7 +110,7 @@ def normal_form(problem: Problem, ranks: Any = Alone) -> Normal:
         low, high = low - normal.value_centre, high - normal.value_centre
     left = float(max(high.max(initial=0), -low.min(initial=0)))
     keys = sum(ranks.gather(problem.k.shape[1]))
-    normal.exponent = _exponent(left, keys, problem.v.dtype)
+    normal.exponent = _exponent(left, keys, problem.v.dtype, problem.tail is not None)
     normal.largest = math.ldexp(left, -normal.exponent)
     if normal.value_centre is not None or normal.exponent:
         v = _taken(problem.v, normal.value_centre, normal.exponent, problem.key_mask)
@@ -131,13 +137,18 @@ def _centre(low: np.ndarray, high: np.ndarray) -> np.ndarray | None:
     return np.where(far, half_low + half_high, 0).astype(low.dtype) if far.any() else None
 
 
-def _exponent(largest: float, keys: int, dtype: np.dtype) -> int:
+def _exponent(largest: float, keys: int, dtype: np.dtype, biased: bool) -> int:
     """The power of two to be taken from values up to this size, which are summed over so many keys: 0 wherever products
     with weights are far from underflow and sums far from overflow. Columns may differ by much: no more than is needed.
+
+    Beside a bias all of a row's weights may be as small as exp(-60), and what gradients divide by as large: values come
+    to about 1 there, and neither those products underflow in float32 nor these quotients overflow.
     """
     if not largest:
         return 0
     most, size = np.finfo(dtype).maxexp, math.frexp(largest)[1]
+    if biased:
+        return size if abs(size) > _NEAR_ONE else 0
     highest = 3 * most // 4 - math.frexp(keys)[1]
     if size > highest:
         return size - highest

@@ -534,38 +534,50 @@ def _fft_plan(problem, scores, values, eps, degree, grad, method, works, sizes) 
     p, refusal = _certified(problem, scores, values, eps, degree, base + eps / 8)
     if p is None:
         return None, refusal
-    degree = max(1, p.degree)
-    work = works["fft"] = Work(TRANSFORMS) + operations_work(problem, fft_engine.operations(problem, degree, grad))
-    sizes["fft"] = fft_engine.memory(problem, degree, grad)
-    if work.nominal > _DAY:
-        features = poly.n_features(fft_engine.terms(problem), degree)
+    _price_fft(problem, max(1, p.degree), grad, works, sizes)
+    if works["fft"].nominal > _DAY:
+        degree, features = max(1, p.degree), poly.n_features(fft_engine.terms(problem), max(1, p.degree))
         return None, (
             f"{_where(scores)}: degree {degree} certifies eps = {eps:g}, and transforms of its {features:,} features "
-            f"take {work.nominal:.1e} s; {_cure(problem, scores)}"
+            f"take {works['fft'].nominal:.1e} s; {_cure(problem, scores)}"
         )
     if method == "auto" and not cheaper("fft", works, sizes):
         return None, None
     symbol = fft_engine.survey(problem, p, eps / 8)
+    # Rows that are computed exactly round as exact work does.
+    of_exact = exact_rounding(problem, scores, values) if symbol.exact_rows else 0.0
+    if poly.tau(p.error) + of_exact > eps:
+        p, refusal = _certified(problem, scores, values, eps, degree, max(base + eps / 8, of_exact))
+        if p is None:
+            return None, refusal
+        _price_fft(problem, max(1, p.degree), grad, works, sizes)
+        symbol = fft_engine.survey(problem, p, eps / 8)
     n = problem.q.shape[2]
     rows = sum(last - first for first, last in symbol.exact_rows)
-    works["fft"] = work.times((1 + symbol.unseen) / 2) + works["exact"].times(rows / n)
+    choice = Choice(p, poly.tau(p.error), works["fft"])
+    works["fft"] = works["fft"].times((1 + symbol.unseen) / 2) + works["exact"].times(rows / n)
     if rows > n / 2:
         given = [name for name in ("bias", "family") if getattr(problem, name) is not None]
         return None, (
             f"rounding of transforms passes an eighth of eps = {eps:.3g} in {rows:,} of {n:,} rows "
-            f"({', '.join([f'B = {scores.bound:.4g}', f'degree {degree}', *(f'a {name}' for name in given)])}); "
+            f"({', '.join([f'B = {scores.bound:.4g}', f'degree {choice.degree}', *(f'a {name}' for name in given)])}); "
             f"method='exact' has no bound"
         )
     reason = "method='fft'" if method == "fft" else "the cheapest engine that certifies eps"
-    choice = Choice(p, poly.tau(p.error), work)
     made = _polynomial_plan(problem, scores, values, choice, grad, reason, works, sizes, eps)
     made.engine, made._symbol = "fft", symbol
-    made.certificate = replace(made.certificate, engine="fft", rounding=base + symbol.rounding)
+    made.certificate = replace(made.certificate, engine="fft", rounding=max(base + symbol.rounding, of_exact))
     if grad:
         made.gradient_certificate = replace(
             made.gradient_certificate, engine="fft", rounding=4 * made.certificate.rounding
         )
     return made, None
+
+
+def _price_fft(problem: Problem, degree: int, grad: bool, works: dict[str, Work], sizes: dict[str, float]) -> None:
+    """Notes what the fft engine takes at that degree, but for exact rows."""
+    works["fft"] = Work(TRANSFORMS) + operations_work(problem, fft_engine.operations(problem, degree, grad))
+    sizes["fft"] = fft_engine.memory(problem, degree, grad)
 
 
 def wants_sample(

@@ -26,8 +26,7 @@ def exact_rounding(problem: Problem, scores: Scores, values: Values, ranks: Any 
     """
     unit = float(np.finfo(problem.q.dtype).eps) / 2
     d, n_k = problem.q.shape[-1], sum(ranks.gather(problem.k.shape[1]))
-    scale = abs(problem.scale) if problem.near is None else max(abs(problem.scale), abs(problem.near[1]))
-    size = scale * scores.products if scale else 0.0
+    scale, size = _scale(problem), score_size(problem, scores)
     off = unit * (2 + math.sqrt(d) / 2) * size + (scale * scores.lost if scale else 0.0)
     if problem.bias is not None:
         off += 2 * unit * bias_reach(problem, size)
@@ -36,20 +35,42 @@ def exact_rounding(problem: Problem, scores: Scores, values: Values, ranks: Any 
     return sums * max(1.0, values.residual) + min(1.0, off) + unit * values.offset
 
 
+def score_size(problem: Problem, scores: Scores) -> float:
+    """A bound of the scores without a bias, those of the near field too."""
+    scale = _scale(problem)
+    return scale * scores.products if scale else 0.0
+
+
+def _scale(problem: Problem) -> float:
+    """The larger one of the scale and that of the near field."""
+    return abs(problem.scale) if problem.near is None else max(abs(problem.scale), abs(problem.near[1]))
+
+
+def seen_bias(problem: Problem) -> np.ndarray:
+    """The bias at the offsets that the band allows, (H or 1, G or 1, _); one of -inf where it allows none."""
+    low, high = _seen(problem)
+    if low < high:
+        return problem.bias[..., low:high]
+    return np.full((*problem.bias.shape[:2], 1), -np.inf)
+
+
+def _seen(problem: Problem) -> tuple[int, int]:
+    """From where to where in `Problem.bias` the band reaches."""
+    first, length = -(problem.q.shape[2] - 1) - problem.q_offset, problem.bias.shape[-1]
+    low = 0 if problem.lo is None else max(0, problem.lo - first)
+    return low, length if problem.hi is None else min(length, problem.hi - first + 1)
+
+
 def bias_reach(problem: Problem, size: float) -> float:
     """How far below the largest bias those of the keys are that count in a row, scores being within `size`.
 
     At most all the way. And at most what the best key of a row is below it, and the mean over a row's weights P below
     that: P maximises ``sum_j P_j (s_j + b_j) + entropy(P)``, so this is at most ``2 size + log n_k``.
     """
-    bias = problem.bias
-    n, n_k = problem.q.shape[2], problem.k.shape[1]
-    first = -(n - 1) - problem.q_offset
-    low = 0 if problem.lo is None else max(0, problem.lo - first)
-    high = bias.shape[-1] if problem.hi is None else min(bias.shape[-1], problem.hi - first + 1)
+    n_k, (low, high) = problem.k.shape[1], _seen(problem)
     if low >= high:
         return 0.0
-    seen = bias[..., low:high]
+    seen = problem.bias[..., low:high]
     with np.errstate(over="ignore", invalid="ignore"):
         top = seen.max(axis=-1, keepdims=True)
         depth = top - seen
@@ -57,7 +78,7 @@ def bias_reach(problem: Problem, size: float) -> float:
         near = 2 * size + math.log(max(n_k, 1))
         if reach <= near or problem.origin.hidden:
             return reach
-        depth = np.pad(depth, ((0, 0), (0, 0), (low, bias.shape[-1] - high)), constant_values=np.inf)
+        depth = np.pad(depth, ((0, 0), (0, 0), (low, problem.bias.shape[-1] - high)), constant_values=np.inf)
         best = _best(problem, depth)
     best = float(best[np.isfinite(best)].max(initial=0))
     return min(reach, best + near)

@@ -22,6 +22,8 @@ from ._tasks import in_order
 # Rows and keys of a block: a few arrays of this size stay in the cache.
 _ROWS = 64
 _KEYS = 512
+# Keys of which values are added up in their own precision: equal terms are all rounded to one side.
+_STRETCH = 96
 # Into how many parts, each with gradients of its own, backward cuts all rows.
 _PARTS = 8
 
@@ -141,7 +143,10 @@ def forward(problem: Problem, want_lse: bool) -> tuple[np.ndarray, np.ndarray | 
                 weights = np.exp((s - shift[:, None]) * tiles.gain)
                 fade = np.exp((top - shift) * tiles.gain).astype(np.float64)
                 total = total * fade + weights.sum(axis=1)
-                sums = sums * fade[:, None] + weights @ tiles.v[head, keys]
+                sums *= fade[:, None]
+                v = tiles.v[head, keys]
+                for some in range(0, len(v), _STRETCH):
+                    sums += weights[:, some : some + _STRETCH] @ v[some : some + _STRETCH]
             top = new
             yield
         seen = total > 0

@@ -22,7 +22,7 @@ from ..costs import Work, exact_work, polynomial_work
 from ..forms import FarGradient, Tail
 from ..polynomial import Polynomial
 from ..problem import Problem
-from ..rounding import exact_rounding
+from ..rounding import bias_reach, exact_rounding, score_size, seen_bias
 from . import exact
 from . import polynomial as polynomial_engine
 from .ring import Layout, Ring
@@ -66,12 +66,16 @@ class Split:
         The band between the sides.
     far : list of Far
     tail : Tail
+    peak : (H or 1, G or 1) float64 array or None
+        The largest bias that is seen. It is taken from both parts and given back to the lse: a bias of 1e9 that all
+        keys have would drown what the parts are merged by.
     """
 
     ungrouped: bool
     near: tuple[int, int] | None
     far: list[Far]
     tail: Tail
+    peak: np.ndarray | None = None
 
     def __str__(self) -> str:
         exactly = "no near field" if self.near is None else f"an exact near field of {self.near[1] - self.near[0] + 1}"
@@ -80,8 +84,9 @@ class Split:
         return f"{exactly}, {states}"
 
     def whole(self, problem: Problem) -> Problem:
-        """The problem with these slots."""
-        return problem.ungrouped() if self.ungrouped else problem
+        """The problem with these slots, its bias without the peak."""
+        whole = problem.ungrouped() if self.ungrouped else problem
+        return whole if whole.bias is None else replace(whole, bias=self.below_peak(whole.bias))
 
     def outline(self, problem: Problem) -> Problem:
         """The same in shapes only, which take no memory, nothing hidden."""
@@ -98,6 +103,10 @@ class Split:
     def near_problem(self, whole: Problem) -> Problem:
         """That of the pairs between the sides."""
         return replace(whole, lo=self.near[0], hi=self.near[1])
+
+    def below_peak(self, bias: np.ndarray) -> np.ndarray:
+        """A bias (H or 1, G or 1, m) without its peak."""
+        return bias - self.peak[..., None]
 
 
 @dataclass(slots=True)
@@ -231,6 +240,11 @@ def split(problem: Problem, tolerance: float, hidden: Hidden | None = None) -> t
         left, right = max(left, problem.near[0]), max(right, problem.near[0])
     rates = np.broadcast_to(tail.rate, (2, tail.rate.shape[1], H * G)).reshape(2, -1, H, G)[..., 0]
     weights = np.broadcast_to(tail.log_weight, rates.shape[:2] + (H * G,)).reshape(2, -1, H, G)
+    if problem.bias is not None:
+        found.peak = seen_bias(problem).max(axis=-1)
+        if found.ungrouped:
+            found.peak = found.peak.reshape(-1, 1)
+        weights = weights - found.peak
     for side, first in enumerate((left, right)):
         if side == 1 and problem.hi is not None:
             continue
@@ -284,9 +298,13 @@ def _longest_gap(part: Problem, hidden: Hidden, right: bool) -> np.ndarray:
 
 
 def rounding(split: Split, problem: Problem, scores: Scores, values: Values) -> float:
-    """Of the far parts, of the near one, and of merging them."""
+    """Of the far parts, of the near one, and of merging them: by differences of lse, float64 numbers that are as large
+    as a row's best key is below the peak.
+    """
     unit = float(np.finfo(problem.q.dtype).eps) / 2
     total = polynomial_rounding(problem, scores.bound, values) + 2 * unit * len(split.far) * (1 + values.offset)
+    if problem.bias is not None:
+        total += min(1.0, 4 * 2.0**-53 * len(split.far) * bias_reach(problem, score_size(problem, scores)))
     if split.near is None:
         return total
     return total + exact_rounding(split.near_problem(problem), scores, values)
@@ -392,7 +410,9 @@ def forward(
         ring.resume(o, lse)
     saved = Saved(split, whole, pieces, scores.centre, o, lse, parts, ring, near_o, near_lse) if grad else None
     shape = problem.q.shape[:3]
-    return o.reshape(shape + o.shape[3:]), lse.reshape(shape) if want_lse else None, saved
+    if want_lse:
+        lse = (lse if split.peak is None else lse + split.peak[..., None]).reshape(shape)
+    return o.reshape(shape + o.shape[3:]), lse if want_lse else None, saved
 
 
 def _of_one_scale(near: Problem) -> Problem:
@@ -407,7 +427,7 @@ def _near_ring(near: Problem, split: Split, pieces: Pieces, scores: Scores) -> R
 
     def symbol(first: int, last: int) -> np.ndarray:
         bias = pieces.symbol(first, last)
-        return bias.reshape(-1, 1, bias.shape[-1]) if split.ungrouped else bias
+        return split.below_peak(bias.reshape(-1, 1, bias.shape[-1]) if split.ungrouped else bias)
 
     layout, shown = split.near_layout(pieces.layout), symbol if pieces.symbol else None
     return Ring(near, layout, pieces.ranks, scores.plain, pieces.masked, shown)
