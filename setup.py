@@ -6,11 +6,11 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from setuptools import Extension, setup
-from setuptools.command.build_ext import build_ext
+from setuptools.command.build_ext import build_ext, customize_compiler, new_compiler
 from setuptools.modified import newer_group
 
 KERNELS = Path("src/ropecy/kernels")
@@ -60,6 +60,12 @@ class FFTW:
     static: list[str] = field(default_factory=list)  # paths of the archives; empty for dynamic linking
     rpath: list[str] = field(default_factory=list)
 
+    @property
+    def hidden(self) -> list[str]:
+        """The flags that link the archives and keep their names to the extension."""
+        # macOS needs no hiding: its two-level namespace binds each name to the library that it was linked with.
+        return [*self.static, *([] if sys.platform == "darwin" else ["-Wl,--exclude-libs,ALL"]), "-lm"]
+
 
 def find_fftw() -> FFTW:
     """FFTW from ROPECY_FFTW_PREFIX, then from pkg-config; SystemExit with one line where there is none."""
@@ -98,6 +104,33 @@ def find_static(libdirs: list[str]) -> list[str]:
     return [] if None in found else found
 
 
+def as_it_links(fftw: FFTW) -> FFTW:
+    """The same without archives if these can't be linked: what is linked, and with it the licence, is decided here."""
+    # An archive that was not compiled as position-independent code doesn't link into an extension.
+    source = "#include <fftw3.h>\nvoid *probe[] = {fftw_plan_many_dft_r2c, fftwf_plan_many_dft_r2c};"
+    include = [f"-I{path}" for path in fftw.include]
+    return fftw if fftw.static and links(source, fftw.hidden, include) else replace(fftw, static=[])
+
+
+def links(source: str, link_flags: list[str], compile_flags: list[str]) -> bool:
+    """Whether a shared object made of this source compiles and links."""
+    compiler = new_compiler()
+    customize_compiler(compiler)
+    with tempfile.TemporaryDirectory() as folder:
+        c, o, so = (str(Path(folder, f"probe.{end}")) for end in ("c", "o", "so"))
+        Path(c).write_text(source + "\n")
+        steps = (
+            [*compiler.compiler_so, *compile_flags, "-c", c, "-o", o],
+            [*compiler.linker_so, o, *link_flags, "-o", so],
+        )
+        return all(subprocess.run(step, capture_output=True).returncode == 0 for step in steps)
+
+
+def holds_fftw(binary: Path) -> bool:
+    """Whether archives of FFTW were linked into it: what these begin a file of wisdom with is there then."""
+    return b" fftw_wisdom #" in binary.read_bytes()
+
+
 class BuildExtensions(build_ext):
     """build_ext with kernels per instruction set level, OpenMP where there is one, and FFTW linked in hidden."""
 
@@ -121,7 +154,10 @@ class BuildExtensions(build_ext):
         super().build_extensions()
 
     def build_extension(self, ext):
-        up_to_date = not newer_group([*ext.sources, *ext.depends], self.get_ext_fullpath(ext.name), "newer")
+        built = Path(self.get_ext_fullpath(ext.name))
+        if ext.name.endswith("._fftw") and built.exists() and holds_fftw(built) != bool(self.fftw.static):
+            built.unlink()  # It was linked otherwise.
+        up_to_date = not newer_group([*ext.sources, *ext.depends], str(built), "newer")
         if up_to_date and not self.force:
             return
         for name in ext.kernels:
@@ -136,12 +172,8 @@ class BuildExtensions(build_ext):
 
     def link_fftw(self, ext):
         ext.include_dirs += self.fftw.include
-        # macOS needs no hiding: its two-level namespace binds each name to the library that it was linked with.
-        hide = [] if sys.platform == "darwin" else ["-Wl,--exclude-libs,ALL"]
-        hidden = [*self.fftw.static, *hide, "-lm"]
-        # An archive that was not compiled as position-independent code doesn't link into an extension.
-        if self.fftw.static and self.links("#include <fftw3.h>\nvoid *probe[] = {fftw_plan_many_dft_r2c};", hidden):
-            ext.extra_link_args += hidden
+        if self.fftw.static:
+            ext.extra_link_args += self.fftw.hidden
         else:
             ext.library_dirs += self.fftw.libdirs
             ext.runtime_library_dirs += self.fftw.rpath
@@ -157,19 +189,7 @@ class BuildExtensions(build_ext):
                 (["-Xpreprocessor", "-fopenmp", f"-I{brew}/include"], [f"-L{brew}/lib", "-lomp"]),
             ]
         source = "#include <omp.h>\nint probe(void) { return omp_get_max_threads(); }"
-        return next((flags for flags in candidates if self.links(source, flags[1], flags[0])), None)
-
-    def links(self, source, link_flags, compile_flags=()):
-        """Whether a shared object made of this source compiles and links."""
-        with tempfile.TemporaryDirectory() as folder:
-            c, o, so = (str(Path(folder, f"probe.{end}")) for end in ("c", "o", "so"))
-            Path(c).write_text(source + "\n")
-            include = [f"-I{path}" for path in self.fftw.include]
-            steps = (
-                [*self.compiler.compiler_so, *include, *compile_flags, "-c", c, "-o", o],
-                [*self.compiler.linker_so, o, *link_flags, "-o", so],
-            )
-            return all(subprocess.run(step, capture_output=True).returncode == 0 for step in steps)
+        return next((flags for flags in candidates if links(source, flags[1], flags[0])), None)
 
 
 def extensions() -> list[Extension]:
@@ -208,12 +228,14 @@ def extensions() -> list[Extension]:
 
 
 if __name__ == "__main__":
-    # The source is BSD-3-Clause; a wheel that holds FFTW's archives holds GPL code as well, and says so. This is
-    # why pyproject.toml leaves the licence to this file.
-    licence, modules = "BSD-3-Clause", []
+    # The source is BSD-3-Clause; a wheel that holds FFTW's archives holds GPL code as well, says so, and has the GPL's
+    # text. This is why pyproject.toml leaves the licence and its files to this file.
+    licence, texts, modules = "BSD-3-Clause", ["LICENSE", "NOTICE"], []
     # An sdist, and the questions that pip asks before it builds, need neither FFTW nor a compiler.
     if {"egg_info", "sdist"}.isdisjoint(sys.argv):
-        BuildExtensions.fftw = find_fftw()
-        licence += " AND GPL-2.0-or-later" if BuildExtensions.fftw.static else ""
+        BuildExtensions.fftw = as_it_links(find_fftw())
+        if BuildExtensions.fftw.static:
+            licence += " AND GPL-2.0-or-later"
+            texts.append("LICENSES/GPL-2.0-or-later.txt")
         modules = extensions()
-    setup(license_expression=licence, ext_modules=modules, cmdclass={"build_ext": BuildExtensions})
+    setup(license_expression=licence, license_files=texts, ext_modules=modules, cmdclass={"build_ext": BuildExtensions})

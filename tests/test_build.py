@@ -103,6 +103,31 @@ def test_wheel_is_typed_and_carries_no_sources():
 
 
 def test_metadata_says_what_the_binary_is():
+    """By what it holds: FFTW's archives, whose files of wisdom begin like this, or a name of its library."""
+    if metadata.distribution("ropecy").read_text("WHEEL") is None:
+        pytest.skip("the metadata of a source tree are those of the source")
     about = metadata.metadata("ropecy")
-    assert about["License-Expression"] in ("BSD-3-Clause", "BSD-3-Clause AND GPL-2.0-or-later")
-    assert set(about.get_all("License-File")) == {"LICENSE", "NOTICE"}
+    licence, texts = "BSD-3-Clause", {"LICENSE", "NOTICE"}
+    (binary,) = (path for path in EXTENSIONS if path.name.startswith("_fftw."))
+    if b" fftw_wisdom #" in binary.read_bytes():
+        licence += " AND GPL-2.0-or-later"
+        texts.add("LICENSES/GPL-2.0-or-later.txt")
+    assert about["License-Expression"] == licence
+    assert set(about.get_all("License-File")) == texts
+    if not INSTALLED.is_relative_to(ROOT / "src"):
+        shipped = {str(path) for path in metadata.files("ropecy")}
+        for text in texts:
+            assert any(path.endswith(f".dist-info/licenses/{text}") for path in shipped)
+
+
+@in_checkout
+def test_archives_that_do_not_link_are_not_in_the_label(setup_file, tmp_path):
+    """What is linked is decided once, for the extension and for the licence."""
+    found = setup_file.find_fftw()
+    for place, name in enumerate(setup_file.FFTW_LIBRARIES):
+        (tmp_path / f"lib{name}.a").write_bytes(b"no archive" * place)
+    broken = setup_file.replace(found, static=setup_file.find_static([str(tmp_path)]))
+    assert len(broken.static) == 2
+    assert setup_file.as_it_links(broken) == setup_file.replace(found, static=[])
+    if found.static and any(b" fftw_wisdom #" in path.read_bytes() for path in EXTENSIONS):
+        assert setup_file.as_it_links(found) == found
