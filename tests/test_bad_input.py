@@ -318,3 +318,47 @@ def test_one_bad_number_among_many_is_found(dtype, count, bad):
         X[place] = bad
         with pytest.raises(ValueError, match=rf"X: got -?(NaN|Inf) at index \({place}, 0\)"):
             _validate.check_finite("X", X)
+
+
+@pytest.mark.parametrize("name", ["Q", "K", "V"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        ropecy.attention,
+        ropecy.attention_vjp,
+        ropecy.plan,
+        ropecy.AttentionMatrix,
+        lambda *X: ropecy.loss(*X, X[0]),
+        lambda *X: ropecy.loss_grad(*X, X[0]),
+    ],
+)
+def test_memory_that_shapes_ask_for_is_asked_for_before_values_are_read(call, name):
+    """Rows by the million million, which are one row: reading them would take an hour."""
+    one = np.full((1, 4), np.nan, np.float32)
+    long, short = np.broadcast_to(one, (2**40, 4)), np.zeros((3, 4), np.float32)
+    X = {"Q": (long, short, short), "K": (short, long, long), "V": (short, long, long)}[name]
+    X = X[:2] if call is ropecy.AttentionMatrix else X
+    with pytest.raises(MemoryError, match=r"(a copy of Q and K|the result, of shape \(.*, 4\)).* needs .* GiB, and "):
+        call(*X)
+    lead = [np.broadcast_to(short, (2**38, 3, 4)), short, short][: len(X)]
+    with pytest.raises(MemoryError):
+        call(*lead)
+
+
+def test_what_is_broadcast_is_checked_once():
+    """A million million entries of which four are really there."""
+    X = np.broadcast_to(np.arange(4.0)[:, None], (2**20, 4, 2**20))
+    assert _validate.check_finite("X", X) == 3.0
+    X = np.broadcast_to(np.array([[1.0, np.nan, 1.0]]), (2**40, 3))
+    with pytest.raises(ValueError, match=r"X: got NaN at index \(0, 1\)"):
+        _validate.check_finite("X", X)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_what_is_broadcast_is_what_its_copy_is(dtype, rng):
+    Q, K, V = (rng.standard_normal((2, 3, 9, 4)).astype(dtype) for _ in range(3))
+    K, V = np.broadcast_to(K[:1, :1], K.shape), np.broadcast_to(V[:, :, :1], V.shape)
+    mask = np.broadcast_to(rng.random(9) < 0.7, (2, 1, 9))
+    for options in ({}, {"key_mask": mask, "R": ropecy.Rotary(4), "causal": True}):
+        O = ropecy.attention(Q, K, V, **options)
+        np.testing.assert_array_equal(O, ropecy.attention(Q, K.copy(), V.copy(), **options))

@@ -1,7 +1,8 @@
 """Every check of what a user passes, with its message: which argument, what it got, what it wants.
 
-Checks come before any work, the cheap ones first: options, then types and shapes, then the values of arrays. What
-passes comes back in plain forms (arrays of the dtype computed in, a band instead of masks) that nothing checks again.
+Checks come before any work, the cheap ones first: options, then types and shapes and the memory that these ask for,
+then the values of arrays. What passes comes back in plain forms (arrays of the dtype computed in, a band instead of
+masks) that nothing checks again.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from .kernels import _rows
+from .memory import require
 from .relative import RelativeBias, RelativeFamily
 from .rotary import Rotary
 
@@ -146,13 +148,20 @@ def check_arguments(
     if bias is not None and bias.heads not in (None, 1) and (not lead or bias.heads != lead[-1]):
         heads = lead[-1] if lead else "none: Q, K and V have no head axis"
         raise ValueError(f"bias: got one for each of {bias.heads} heads, wants heads as Q has ({heads})")
+    compute = np.dtype(np.float64 if dtype == np.float64 else np.float32)
+    laid_out = _laid_out(given, projected, lead, compute, turned=R is not None)
+    if V is None:
+        require(laid_out, "a copy of Q and K in the order of memory that is computed in")
+    else:
+        shape = lead + (n, projected["V"][-1])
+        result = math.prod(shape) * dtype.itemsize
+        require(result + laid_out, f"the result, of shape {shape}, with what is copied of Q, K and V")
     if key_mask is not None:
         key_mask = _key_mask(key_mask, lead, n_k)
     if R is not None:
         q_positions = _positions("q_positions", q_positions, lead, n, start=q_offset)
         k_positions = _positions("k_positions", k_positions, lead, n_k)
 
-    compute = np.dtype(np.float64 if dtype == np.float64 else np.float32)
     scale = 1 / d if scale is None else _real("scale", scale)
     for name, number in (("scale", scale), ("near", 0.0 if near is None else near[1])):
         if abs(number) > np.finfo(compute).max:
@@ -259,6 +268,7 @@ def check_finite(name: str, X: np.ndarray) -> float:
     """max |X|, 0 for an empty X; NaN and Inf are refused, saying where the first one is."""
     if X.size == 0:
         return 0.0
+    X = _once(X)
     if X.dtype in (np.float32, np.float64) and X.flags.forc and X.flags.aligned:
         largest = _rows.largest(X)
     else:
@@ -270,6 +280,11 @@ def check_finite(name: str, X: np.ndarray) -> float:
         got = "NaN" if np.isnan(X[index]) else "Inf" if X[index] > 0 else "-Inf"
         raise ValueError(f"{name}: got {got} at index {index}, wants finite numbers only")
     return largest
+
+
+def _once(X: np.ndarray) -> np.ndarray:
+    """X without the repetitions of an axis that was broadcast by a stride of 0, which is left with size 1."""
+    return X[tuple(slice(1) if stride == 0 else slice(None) for stride in X.strides)]
 
 
 def default_threads() -> int:
@@ -442,6 +457,30 @@ def _lead(shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
         ) from None
 
 
+def _laid_out(
+    given: dict[str, np.ndarray],
+    projected: dict[str, tuple[int, ...]],
+    lead: tuple[int, ...],
+    compute: np.dtype,
+    *,
+    turned: bool,
+) -> float:
+    """Bytes of those of Q, K, V that are copied into contiguous rows for each head: projected, `turned` by a Rotary,
+    of another dtype, or in another order or with fewer leading axes than the result.
+    """
+    size = 0.0
+    for name, projections in (("Q", ("W_Q", "W")), ("K", ("W_K",)), ("V", ("W_V",))):
+        if name not in given:
+            continue
+        X, shape = given[name], projected[name]
+        # Heads of K and V are shared by those of Q.
+        own = lead if name == "Q" or not lead else lead[:-1] + shape[:-2][-1:]
+        as_it_is = X.shape[:-2] == own and X.flags.c_contiguous and X.dtype == compute
+        if not as_it_is or (turned and name != "V") or any(W in given for W in projections):
+            size += float(math.prod(own + shape[-2:])) * compute.itemsize
+    return size
+
+
 def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
     return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(shape[::-1], to[::-1], strict=False))
 
@@ -467,7 +506,7 @@ def _key_mask(key_mask: Any, lead: tuple[int, ...], n_k: int) -> np.ndarray | No
     if key_mask.dtype != np.bool_:
         raise TypeError(f"key_mask: got dtype {key_mask.dtype}, wants bool, True for a key that is kept")
     _row_shape("key_mask", key_mask.shape, lead, n_k)
-    return None if key_mask.all() else key_mask
+    return None if _once(key_mask).all() else key_mask
 
 
 def _positions(name: str, positions: Any, lead: tuple[int, ...], length: int, start: int = 0) -> np.ndarray:
