@@ -147,6 +147,7 @@ def test_rounding_of_near_scores_is_counted_whatever_the_scale(scale, method, rn
 
 
 @pytest.mark.filterwarnings("ignore::ropecy.AccuracyWarning")
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 @pytest.mark.parametrize("near", [(100, 3e38), (100, 1e30)])
 def test_a_near_scale_of_any_size_gives_no_nan(near, rng):
     Q, K, V = uniform(rng, 3, 300, 8)

@@ -206,7 +206,9 @@ def resume(problem: Problem, bound: float, o: np.ndarray, lse: np.ndarray) -> Sa
     log2_sum = np.where(np.isfinite(lse), (lse - tables.bias_shift) * LOG2E, 0)
     # What rounding the maximum loses, its partner keeps.
     maximum = (log2_sum / gain).astype(o.dtype)
-    inverse = np.where(np.isfinite(lse), np.exp2(maximum.astype(np.float64) * gain - log2_sum), 0).astype(o.dtype)
+    with np.errstate(over="ignore"):
+        # A sum below the smallest number has an inverse past the largest.
+        inverse = np.where(np.isfinite(lse), np.exp2(maximum.astype(np.float64) * gain - log2_sum), 0).astype(o.dtype)
     return Saved(sized, tables, o, maximum, inverse)
 
 
