@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
 from . import polynomial as poly
 from ._validate_decode import DecodeOptions
 from .certificate import BoundedEntryError
-
-# How long a text the certificate's rounding speaks of.
-_TOKENS = 10**7
 
 
 def computed(dtype: np.dtype) -> np.dtype:
@@ -28,42 +27,115 @@ def limit(bound: float, d: int, dtype: np.dtype) -> float:
     return max(bound * (1 + 2 * stored + 4 * (d + 8) * unit), poly.B_grid(0.0))
 
 
-def rounding(B: float, dtype: np.dtype, slopes: np.ndarray) -> float:
-    """Of results, for values that are no larger than their range: the model of plan.py with values off by a range.
+def rounding(B: float) -> float:
+    """Of sums and results in float64, in units of the range: the model of plan.py, values being off by a range.
 
-    Sums of n terms in float64 are off by sqrt(n / 3) units as a rule. A decay is off by a unit, the same at every
-    token, and a product with it by another: 2 t for a token that is t back. In the mean over geometric weights t is at
-    most 1 / slope, and e^{2B} times that under scores. The last term is the dtype's own.
+    A sum is made of blocks of at most 2^16 tokens. Where its terms are all equal a block is rounded to one side, by
+    half a unit for each of the 96 that are added up first, of the 32 of their sums, and of the 22 sums of those.
+    Blocks are added without such a loss, and decays are exact, however long the text.
     """
     unit = float(np.finfo(np.float64).eps) / 2
-    cancelling = math.exp(min(2 * B, 700))
-    decays = 2 * min(_TOKENS, 1 / float(np.min(slopes, where=slopes > 0, initial=math.inf)))
-    return unit * (12 + (8 + math.sqrt(_TOKENS / 3) + decays) * cancelling) + float(np.finfo(computed(dtype)).eps)
+    return unit * (12 + (8 + 75) * math.exp(min(2 * B, 700)))
 
 
 def exact_rounding(d: int, dtype: np.dtype, slopes: np.ndarray, length: int, largest: float) -> float:
-    """Of exact attention over a text of this length, scores being within `largest` beside their bias.
+    """Of exact attention over such a text, in units of the range, scores being within `largest` beside their bias.
 
     A score is off in proportion to its size, and the result by the mean over the weights P. Of the bias that is at most
     2 `largest` + log n: P maximises sum_j P_j (s_j + b_j) + entropy(P), which is s_m at least, m the last token.
+    Weights that are off move the result by no more than the range. Sums are as in bounds.exact_rounding, of values
+    whose first is taken from all.
     """
     unit = float(np.finfo(computed(dtype)).eps) / 2
-    bias = min(float(slopes.max()) * length, 2 * largest + math.log(length))
-    return min(1.0, unit * (16 + math.sqrt(length / 96) + (2 + math.sqrt(d) / 2) * (largest + bias)))
+    bias = min(float(slopes.max()) * length, 2 * largest + math.log(max(1, length)))
+    sums = unit * (48 + math.sqrt(length / 96)) + 2.0**-53 * length / 3072
+    return sums + min(1.0, unit * (2 + math.sqrt(d) / 2) * (largest + bias))
 
 
-def polynomial(o: DecodeOptions, dtype: np.dtype, slopes: np.ndarray) -> poly.Polynomial:
-    """That of the smallest degree that certifies eps for what is within the bound."""
+@dataclass(slots=True)
+class Values:
+    """Where the values of all tokens lie.
+
+    Attributes
+    ----------
+    first, least, most : (H, d_v) float64 arrays
+    """
+
+    first: np.ndarray
+    least: np.ndarray
+    most: np.ndarray
+
+    @classmethod
+    def none(cls, heads: int, d_v: int) -> Values:
+        """Before the first token."""
+        return cls(np.zeros((heads, d_v)), np.full((heads, d_v), math.inf), np.full((heads, d_v), -math.inf))
+
+    def see(self, v: np.ndarray) -> None:
+        """Tokens (H, n, d_v) have come."""
+        low, high = (v[:, 0], v[:, 0]) if v.shape[1] == 1 else (v.min(axis=1), v.max(axis=1))
+        self.least, self.most = np.minimum(self.least, low), np.maximum(self.most, high)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {"first": self.first, "least": self.least, "most": self.most}
+
+    def copy(self) -> Values:
+        return Values(self.first.copy(), self.least.copy(), self.most.copy())
+
+    @property
+    def spread(self) -> np.ndarray:
+        """The range of each column, 1 where it is constant."""
+        return np.where(self.most > self.least, self.most - self.least, 1.0)
+
+    def stored(self, dtype: np.dtype) -> float:
+        """What a result loses in `dtype`, in units of the largest range; of max |v| where all columns are constant.
+
+        A constant column loses nothing: it is the first value and 0. Others lie between their ends.
+        """
+        finfo = _finfo(dtype)
+        spread = self.most - self.least
+        size = np.maximum(np.abs(self.least), np.abs(self.most))
+        if not (largest := float(spread.max(initial=0.0))):
+            return float(finfo.eps) / 2
+        size = float(size.max(initial=0.0, where=spread > 0))
+        smallest = float(finfo.smallest_subnormal)
+        # Nothing smaller than the smallest number is lost, and a float64 sum has products below it too.
+        return (0.5 * float(finfo.eps) * size + smallest) / largest + 2.0**-52 * size / largest
+
+
+def largest_number(dtype: np.dtype) -> float:
+    return float(_finfo(dtype).max)
+
+
+def largest_score(dtype: np.dtype) -> float:
+    """What exact attention takes: far from where products and sums of what makes a score overflow."""
+    return largest_number(computed(dtype)) * 2.0**-20
+
+
+def _finfo(dtype: np.dtype) -> Any:
+    if dtype.name != "bfloat16":
+        return np.finfo(dtype)
+    import ml_dtypes
+
+    return ml_dtypes.finfo(dtype)
+
+
+def polynomial(o: DecodeOptions, dtype: np.dtype, degree: int | None = None) -> poly.Polynomial:
+    """That of the smallest degree that certifies eps for what is within the bound; or that of `degree`, if it does.
+
+    Rounding to a dtype narrower than float32 is no part of eps: it would leave nothing of it.
+    """
     B = limit(o.bound, o.d, dtype)
-    lost = rounding(B, dtype, slopes)
+    lost = rounding(B) + float(np.finfo(computed(dtype)).eps)
     if lost < o.eps:
         e = poly.relative_error_for(o.eps - lost)
-        needed = poly.smallest_degree(B, e)
+        needed = degree or poly.smallest_degree(B, e)
         if needed is not None:
-            degrees = range(max(1, needed - 1), max(1, needed) + 1)
-            made = (poly.minimax(B, degree) for degree in degrees)
-            return next((p for p in made if p.error <= e), poly.minimax(poly.B_grid(B), max(1, needed)))
+            degrees = [degree] if degree else range(max(1, needed - 1), max(1, needed) + 1)
+            made = [poly.minimax(B, each) for each in degrees] + [poly.minimax(poly.B_grid(B), max(1, needed))]
+            if found := next((p for p in made if p.error <= e), None):
+                return found
+    which = f"degree {degree} does not certify" if degree else "no degree certifies"
     raise BoundedEntryError(
-        f"bound: got {o.bound:g}, for which no degree certifies eps = {o.eps:g} ({dtype}: rounding alone is "
-        f"{lost:.2g}); wants a smaller bound, or a larger eps"
+        f"bound: got {o.bound:g}, for which {which} eps = {o.eps:g} ({dtype}: rounding alone is {lost:.2g}); wants a "
+        "smaller bound, or a larger eps"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,9 @@ from . import forms
 from ._validate import _array, _broadcasts, _choice, _eps, _floating, _integer, _kind, _real, check_finite
 from .relative import RelativeBias, RelativeFamily
 from .rotary import Rotary
+
+# What values may be in float64, so that sums of any number of them, with weights and monomials, stay finite.
+LARGEST_VALUE = 2.0**900
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +121,9 @@ def check_tokens(
         raise ValueError(
             f"{names}: got leading axes {together}, wants a number of heads that divides the {bias.heads} of bias"
         )
-    for name, X in zip(given, arrays, strict=True):
-        check_finite(name, X)
+    for name, X, most in zip(given, arrays, (math.inf, LARGEST_VALUE), strict=True):
+        if (largest := check_finite(name, X)) > most:
+            raise ValueError(f"{name}: got a value of size {largest:.3g}, wants at most 2^900, for sums would overflow")
     return *arrays, together if lead is None else lead
 
 

@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import json
+import io
 import math
 import os
 import threading
-import zipfile
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from typing import IO, Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from . import _decode_bounds as bounds
-from . import _validate, _validate_decode
+from . import _decode_file, _validate, _validate_decode
 from . import polynomial as poly
+from ._decode_sums import BLOCK, Sums
 from .certificate import BoundedEntryError, Certificate
 from .engines import exact as exact_engine
 from .engines import polynomial as polynomial_engine
-from .kernels import _monomials
 from .memory import available_memory, fits
 from .problem import Problem
 from .relative import RelativeBias
 from .rotary import Rotary, rotate_rows
 
-_VERSION = 2
-# Weights below e^-650 are 0: no result shows them, and their products are subnormal, which is slow.
-_VANISHED = -650.0
-# Elements of keys and values that `extend` works on at a time.
-_PIECE = 2**21
+# Elements of keys and values that `extend` works on at a time, and tokens, which _decode_bounds.rounding counts with.
+_PIECE, _TOKENS = 2**21, 2**16
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
@@ -101,13 +98,20 @@ class DecodeState:
     Notes
     -----
     With F = C(d + g, g) monomials for degree g, a token takes 2 F (d_v + 1) operations for a key head and as many for
-    a query head, and 8 F (d_v + 1) bytes are kept for a key head, whatever the length of the text; a window adds
-    w (d + d_v + 1). Where the query heads of a key head have different slopes, each has a state of its own, and this
-    counts for query heads. Weights stay positive under a bias, so it changes nothing in the proof. The method is that
-    of arXiv:2412.17316 and arXiv:2505.11892 for a running sum; decays: certificates.md, section 7. Features and sums
-    are float64 for float32 data too: ten million tokens lose no digit, and larger bounds can be certified. One state
-    serves one call at a time: what is called while another thread's call works on the same state raises RuntimeError,
-    but for `length`, `nbytes` and `repr`.
+    a query head, and 16 F (d_v + 1) bytes are kept for a key head, whatever the length of the text: sums in float64,
+    and what rounding took from them. The last tokens, `window` of them and at most 64 more, are kept as they are and
+    are exact, which takes 8 (window + 64) (d + d_v + 1) bytes; 64 of them enter the sums together, so a step in 64
+    takes longer than the others. Where the query heads of a key head have different slopes, each has sums of its own,
+    and this counts for query heads. Weights stay positive under a bias, so it changes nothing in the proof. The method
+    is that of arXiv:2412.17316 and arXiv:2505.11892 for a running sum; Features
+    and sums are float64 for float32 data too, and larger bounds can be certified. Blocks are added with compensation
+    and decays are exact: ten million tokens lose no digit.
+
+    Values may be of any size in float32 and narrower dtypes; in float64 they are refused past 2^900, for their sums
+    would overflow. Results are off by a share of the range of values, and by what storing them in their dtype costs.
+
+    One state serves one call at a time: what is called while another thread's call works on the same state raises
+    RuntimeError, but for `length`, `nbytes` and `repr`. States can be pickled.
 
     Examples
     --------
@@ -139,22 +143,25 @@ class DecodeState:
         )
         self._in_use = threading.Lock()
         self._length = 0
-        self._largest = 0.0
+        # |scale| ||x||^2: the largest of all keys, and that of the last query, if it was answered from the history.
+        self._largest = self._asked = 0.0
         self._dtype = o.dtype
         self._lead: tuple[int, ...] | None = None
-        # state, ring_keys, ring, centre; and with on_break="exact" keys and values, which have room to grow.
-        self._arrays: dict[str, np.ndarray] = {}
-        self._decoder: _monomials.Decoder | None = None
+        self._values: bounds.Values | None = None
+        # None before the first token, and once a key was past the bound: then only the history can answer.
+        self._sums: Sums | None = None
+        # With on_break="exact" keys and values, which have room to grow.
+        self._history: dict[str, np.ndarray] = {}
         # Slopes of the heads of a bias, later those of the states of each key head, (H, 1 or queries a key head).
         self._slopes = np.zeros(1) if o.bias is None else np.atleast_1d(o.bias._values)
+        # What can't be had shows now, as far as it doesn't depend on a dtype and heads that are still to come.
+        self._polynomial = bounds.polynomial(o, o.dtype or np.dtype(np.float64))
+        self._check_memory(1, 1)
         # What both factors of a score are multiplied by before they are rotated.
         self._root = np.full(o.d, math.sqrt(abs(o.scale)))
         if R is not None:
             self._theta, factor = R._frequencies(1)
             self._root[: R.rotary_dim] *= factor
-        # What can't be had shows now, as far as it doesn't depend on a dtype and heads that are still to come.
-        self._polynomial = bounds.polynomial(o, o.dtype or np.dtype(np.float64), self._slopes)
-        self._check_memory(1, 1)
 
     # ---- what it is ----
 
@@ -171,15 +178,17 @@ class DecodeState:
     @property
     @_one_call_at_a_time
     def certificate(self) -> Certificate:
-        """What is promised of results in units of max_c range_j(v_jc), values being of the size of their range.
+        """What is promised of the last result, in units of max_c range_j(v_jc) over all tokens and heads.
 
-        Of the polynomial, unless a key was past `bound` and all is exact since. The rounding of a result to its dtype
-        is not counted.
+        It is the exact engine's where a key was past `bound`, or the query of that result. `rounding` counts what
+        storing a result in its dtype costs, from the size of values beside their range; `eps` is judged before that.
         """
         o, p, dtype = self._options, self._polynomial, self._dtype or np.dtype(np.float64)
-        if self._exact:
-            rounding = bounds.exact_rounding(o.d, dtype, self._slopes, self._length, self._largest)
-            return Certificate("exact", None, None, self._largest, "exact", 0.0, rounding)
+        stored = float(np.finfo(bounds.computed(dtype)).eps) if not self._length else self._values.stored(dtype)
+        if self._exact or self._asked:
+            largest = math.sqrt(self._largest * (self._asked or self._largest))
+            rounding = bounds.exact_rounding(o.d, dtype, self._slopes, self._length, largest)
+            return Certificate("exact", None, None, largest, "exact", 0.0, rounding + stored)
         return Certificate(
             engine="polynomial",
             degree=p.degree,
@@ -187,7 +196,7 @@ class DecodeState:
             bound=p.B,
             rule="worst case",
             truncation=poly.tau(p.error),
-            rounding=bounds.rounding(self._limit(dtype), dtype, self._slopes),
+            rounding=bounds.rounding(self._limit(dtype)) + stored,
         )
 
     def __repr__(self) -> str:
@@ -225,37 +234,22 @@ class DecodeState:
         K, V, lead = _validate_decode.check_tokens(
             {"K": K, "V": V}, (o.d, o.d_v), self._dtype, self._lead, o.bias, single=False
         )
-        n = K.shape[-2]
-        if n == 0:
+        if K.shape[-2] == 0:
             return
         largest = self._enforce("K", K)
         self._begin(lead, K.dtype, largest)
-
-        threads = _validate.default_threads()
-        rows = max(1024, _PIECE // (math.prod(lead) * o.d + self._slopes.size * o.d_v))
-        k, v, added, gone = *self._recent(), 0.0, 0
-        for start in range(0, n, rows):
-            piece = slice(start, min(n, start + rows))
-            positions = np.arange(piece.start, piece.stop) + self._length
-            new_k = self._rotated(self._slots(K[..., piece, :]) * self._root, positions)
-            new_v = self._slots(V[..., piece, :])
-            if o.on_break == "exact":
-                self._remember(self._length + start, new_k, new_v)
-            if self._exact:
-                continue
-            if self._length + start == 0:
-                self._arrays["centre"][...] = new_v[:, 0]
-            k, v = np.concatenate([k, new_k], axis=1), np.concatenate([v, new_v], axis=1)
-            leaving = max(0, k.shape[1] - (o.window or 0))
-            if leaving:
-                left = np.ascontiguousarray(k[:, :leaving]), np.ascontiguousarray(v[:, :leaving])
-                added = self._decay(leaving) * added + self._decayed_states(*left, threads)
-                k, v, gone = k[:, leaving:], v[:, leaving:], gone + leaving
-        # Nothing that counts was written so far: an interrupted call leaves the state as it was.
-        if not self._exact:
-            self._arrays["state"][...] = self._decay(gone) * self._arrays["state"] + added
-            self._fill_ring(k, v, self._length + n)
-        self._length += n
+        if self._length == 0:
+            self._values.first[...] = self._slots(V[..., :1, :])[:, 0]
+        seen = dataclasses.replace(self._values)
+        pieces = self._pieces(K, V, seen)
+        if self._sums is None:
+            for _ in pieces:
+                pass
+        else:
+            self._sums.extend(pieces, _validate.default_threads())
+        # Nothing that counts was written before: an interrupted call leaves the state as it was.
+        self._values, self._largest = seen, max(self._largest, largest)
+        self._length += K.shape[-2]
 
     @_one_call_at_a_time
     def step(self, q: ArrayLike, k: ArrayLike, v: ArrayLike) -> np.ndarray:
@@ -291,16 +285,17 @@ class DecodeState:
 
         new_k, new_v = self._slots(k[..., None, :]) * self._root, self._slots(v[..., None, :])
         rows = self._rotated(np.concatenate([new_k, self._queries(q)], axis=1), np.int64(self._length))
+        if self._length == 0:
+            self._values.first[...] = new_v[:, 0]
         if o.on_break == "exact":
             self._remember(self._length, rows[:, :1], new_v)
-        past = self._exact or largest_q > self._limit(self._dtype)
+        past = self._sums is None or largest_q > self._limit(self._dtype)
         result = None
-        if not self._exact:
-            if self._length == 0:
-                self._arrays["centre"][...] = new_v[:, 0]
-            for_state = np.ascontiguousarray(rows[:, :1]) if past else rows
-            slot = self._length % (o.window or 1)
-            result = self._decoder.step(for_state, new_v[:, 0], slot, _validate.default_threads())
+        if self._sums is not None:
+            for_sums = np.ascontiguousarray(rows[:, :1]) if past else rows
+            result = self._sums.step(for_sums, new_v[:, 0], _validate.default_threads())
+        self._values.see(new_v)
+        self._largest, self._asked = max(self._largest, largest_k), largest_q if past else 0.0
         self._length += 1
         return self._to_user(self._from_history(rows[:, 1:]) if past else result, q)
 
@@ -318,10 +313,10 @@ class DecodeState:
         q = _validate_decode.check_query(q, o.d, self._dtype, self._lead, o.bias)
         largest = self._enforce("q", q)
         rows = self._rotated(self._queries(q), np.int64(self._length - 1))
-        if self._exact or largest > self._limit(self._dtype):
-            return self._to_user(self._from_history(rows), q)
-        slot = (self._length - 1) % (o.window or 1)
-        return self._to_user(self._decoder.step(rows, None, slot, _validate.default_threads()), q)
+        past = self._sums is None or largest > self._limit(self._dtype)
+        self._asked = largest if past else 0.0
+        o = self._from_history(rows) if past else self._sums.step(rows, None, _validate.default_threads())
+        return self._to_user(o, q)
 
     @_one_call_at_a_time
     def copy(self) -> DecodeState:
@@ -329,8 +324,11 @@ class DecodeState:
         other = object.__new__(DecodeState)
         other.__dict__.update(self.__dict__)
         other._in_use = threading.Lock()
-        other._arrays = {name: array.copy() for name, array in self._arrays.items()}
-        other._connect()
+        other._history = {name: array.copy() for name, array in self._history.items()}
+        if self._values is not None:
+            other._values = self._values.copy()
+        if self._sums is not None:
+            other._sums = self._sums.copy(other._values.first)
         return other
 
     __copy__ = copy
@@ -338,79 +336,73 @@ class DecodeState:
     def __deepcopy__(self, memo: dict) -> DecodeState:
         return self.copy()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        file = io.BytesIO()
+        self.save(file)
+        return _unpickled, (type(self), file.getvalue())
+
     @_one_call_at_a_time
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the state to an npz file, whose name is `path` as it stands; `load` on any machine goes on from it."""
-        o, arrays = self._options, dict(self._arrays)
-        if "state" in arrays:
-            # Without the padding, which depends on the instruction set.
-            arrays["state"] = arrays["state"][..., self._filled()]
-            for name in ("ring_keys", "ring"):
-                arrays[name] = arrays[name][..., : o.window or 0]
-        for name in arrays.keys() & {"keys", "values"}:
-            arrays[name] = arrays[name][:, : self._length]
-        R = o.R and {
-            "base": o.R.base,
-            "pairing": o.R.pairing,
-            "rotary_dim": o.R.rotary_dim,
-            "scaling": None if o.R.scaling is None else dict(o.R.scaling),
-            "length": o.R.length,
-        }
+    def save(self, path: str | os.PathLike[str] | IO[bytes]) -> None:
+        """Write the state to an npz file; `load` on any machine goes on from it.
+
+        Parameters
+        ----------
+        path : path or binary file object
+            A file's name is `path` as it stands. A new file is written beside the old one and takes its place when it
+            is complete and on the disk, so that what is interrupted leaves the old one. A file object is written to
+            from where it stands.
+        """
+        arrays = {}
+        if self._length:
+            arrays = {name: array[:, : self._length] for name, array in self._history.items()}
+            arrays |= self._values.arrays() | ({} if self._sums is None else self._sums.saved())
         header = {
-            "version": _VERSION,
-            "options": {name: getattr(o, name) for name in ("d", "d_v", "eps", "bound", "scale", "window", "on_break")},
-            "R": R,
-            "slopes": o.bias and o.bias._values.tolist(),
             "dtype": self._dtype and self._dtype.name,
-            "lead": self._lead,
+            "lead": self._lead if self._length else None,
             "length": self._length,
+            "folded": self._length if self._sums is None else self._sums.folded,
             "degree": self._polynomial.degree,
             "largest": self._largest,
+            "asked": self._asked,
         }
-        with open(path, "wb") as file:
-            np.savez(file, header=np.array(json.dumps(header)), **arrays)
+        _decode_file.write(path, self._options, header, arrays)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> DecodeState:
-        """The state that `save` wrote.
+    def load(cls, path: str | os.PathLike[str] | IO[bytes]) -> DecodeState:
+        """The state that `save` wrote, in this version or an earlier one.
+
+        Parameters
+        ----------
+        path : path or binary file object
+            A file object must be able to seek.
 
         Raises
         ------
         ValueError
-            The file is not one that `save` wrote, or from another version of the format.
+            The file is not one that `save` wrote: every array and every number in it is checked against the options
+            before a state is made of them. The message says what is wrong.
+        MemoryError
+            The state of such options is larger than what the machine has left.
+        OSError
+            The file is not there or cannot be read.
         """
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                saved = dict(file)
-            header = json.loads(str(saved.pop("header")))
-            version = header["version"]
-        except (ValueError, KeyError, TypeError, zipfile.BadZipFile, EOFError):
-            raise ValueError(f"path: got {os.fspath(path)!r}, wants a file that DecodeState.save wrote") from None
-        if version not in range(1, _VERSION + 1):
-            raise ValueError(f"path: got a state of format version {version}, wants {_VERSION} or an earlier one")
-        options, R = header["options"], header["R"]
-        # Version 1 knew no bias; all else is the same.
-        slopes = header.get("slopes")
-        bias = None if slopes is None else RelativeBias.alibi(np.array(slopes))
-        options |= {"R": R and Rotary(options["d"], **R), "bias": bias, "dtype": header["dtype"]}
-        state = cls(**options)
-        if state._polynomial.degree != header["degree"]:
-            raise ValueError(
-                f"path: got a state of degree {header['degree']}, wants {state._polynomial.degree}, "
-                "which this version takes for its eps and bound"
-            )
-        if header["lead"] is None:
-            return state
-        state._begin(tuple(header["lead"]), state._dtype, 0.0 if "state" in saved else math.inf)
-        state._largest = header["largest"]
-        for name, array in saved.items():
-            if name in ("keys", "values"):
-                state._arrays[name] = array
-            elif name == "state":
-                state._arrays[name][..., state._filled()] = array
-            else:
-                state._arrays[name][..., : array.shape[-1]] = array
-        state._length = header["length"]
+        with _decode_file.reading(path) as file:
+            header = file.header
+            state = cls(**file.options())
+            if header["lead"] is None:
+                file.check_arrays({})
+                return state
+            lead, dtype = tuple(header["lead"]), state._dtype
+            exact = state._options.on_break == "exact" and "state" not in file.names
+            heads, key_heads = math.prod(lead), lead[-1] if lead else 1
+            slopes = _slopes_of_key_heads(state._slopes, key_heads)
+            state._polynomial = bounds.polynomial(state._options, dtype, header["degree"])
+            state._check_memory(heads, slopes.shape[1], 0 if exact else header["length"])
+            arrays = file.arrays(state._options, heads, heads * slopes.shape[1], exact, bounds.computed(dtype))
+            state._begin(lead, dtype, math.inf if exact else 0.0, header["degree"])
+            state._history = {name: arrays[name] for name in ("keys", "values") if name in arrays}
+            _decode_file.restore(header, arrays, state._values, state._sums, state._limit(dtype))
+            state._length, state._largest, state._asked = header["length"], header["largest"], header["asked"]
         return state
 
     # ---- inside ----
@@ -418,7 +410,15 @@ class DecodeState:
     @property
     def _exact(self) -> bool:
         """Whether a key was past the bound, and only the history can answer."""
-        return self._lead is not None and self._decoder is None
+        return self._lead is not None and self._sums is None
+
+    @property
+    def _arrays(self) -> dict[str, np.ndarray]:
+        """All that is kept, by name."""
+        values, sums = self._values, self._sums
+        return (
+            dict(self._history) | ({} if values is None else values.arrays()) | ({} if sums is None else sums.arrays())
+        )
 
     def _limit(self, dtype: np.dtype) -> float:
         return bounds.limit(self._options.bound, self._options.d, dtype)
@@ -438,84 +438,65 @@ class DecodeState:
         """The largest |scale| ||x||^2; BoundedEntryError where it is past the bound and that is to be an error."""
         sizes = self._sizes(X)
         largest = float(sizes.max(initial=0.0))
-        if largest > self._limit(X.dtype) and self._options.on_break == "raise":
+        exact = self._options.on_break == "exact"
+        most = bounds.largest_score(X.dtype) if exact else self._limit(X.dtype)
+        if largest > most:
             index = tuple(int(i) for i in np.unravel_index(sizes.argmax(), sizes.shape))
+            wants = f"bound = {self._options.bound:g}; rows normalised, a larger bound, or on_break='exact' help"
+            if exact:
+                wants = f"{most:.2g}, for exact attention in {bounds.computed(X.dtype)}"
             raise BoundedEntryError(
                 f"{name}: got a row{f' at index {index}' if index else ''} with |scale| ||x||^2 = {largest:.6g}, wants "
-                f"at most bound = {self._options.bound:g}; rows normalised, a larger bound, or on_break='exact' help"
+                f"at most {wants}"
             )
-        self._largest = max(self._largest, largest)
         return largest
 
-    def _begin(self, lead: tuple[int, ...], dtype: np.dtype, largest: float) -> None:
+    def _begin(self, lead: tuple[int, ...], dtype: np.dtype, largest: float, degree: int | None = None) -> None:
         """Make room with the first tokens; from the first key that is past the bound on, keep the history alone."""
         o = self._options
         if self._lead is None:
-            self._polynomial = bounds.polynomial(o, dtype, self._slopes)
-            heads = math.prod(lead)
-            slopes = _slopes_of_states(self._slopes, heads, lead[-1] if lead else 1)
+            self._polynomial = bounds.polynomial(o, dtype, degree)
+            heads, key_heads = math.prod(lead), lead[-1] if lead else 1
+            slopes = _slopes_of_key_heads(self._slopes, key_heads)
             self._check_memory(heads, slopes.shape[1])
-            self._monomials = m = polynomial_engine.decoding_monomials(o.d, self._polynomial)
-            lanes, _ = _monomials.blocking(np.float64)
-            ring = -(-(o.window or 0) // lanes) * lanes
-            self._arrays = {
-                "state": np.zeros((slopes.size, o.d_v + 1, m.pitch)),
-                "ring_keys": np.zeros((heads, o.d, ring)),
-                "ring": np.zeros((heads, o.d_v + 1, ring)),
-                "centre": np.zeros((heads, o.d_v)),
-            }
+            self._slopes = np.tile(slopes, (heads // len(slopes), 1))
+            self._values = bounds.Values.none(heads, o.d_v)
+            monomials = polynomial_engine.decoding_monomials(o.d, self._polynomial)
+            self._sums = Sums(monomials, o.d, self._slopes, o.window or 0, self._values.first)
             if o.on_break == "exact":
                 for name, width in (("keys", o.d), ("values", o.d_v)):
-                    self._arrays[name] = np.empty((heads, 0, width), bounds.computed(dtype))
-            self._lead, self._dtype, self._slopes = lead, dtype, slopes
-            self._connect()
+                    self._history[name] = np.empty((heads, 0, width), bounds.computed(dtype))
+            self._lead, self._dtype = lead, dtype
         if largest > self._limit(self._dtype):
-            # A new dictionary, for `nbytes` may be reading the old one.
-            self._arrays = {name: array for name, array in self._arrays.items() if name in ("keys", "values")}
-            self._connect()
+            self._sums = None
 
-    def _connect(self) -> None:
-        """The kernel works on the arrays as they now are, if there is still a state among them."""
-        a = self._arrays
-        self._decoder = None
-        if "state" in a:
-            arrays = a["state"], a["ring_keys"], a["ring"], a["centre"]
-            self._decoder = _monomials.Decoder(self._monomials, *arrays, self._slopes, self._options.window or 0)
+    def _pieces(self, K: np.ndarray, V: np.ndarray, seen: bounds.Values) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Rotated keys (H, n, d) and values (H, n, d_v), piece by piece; they go into the history and into `seen`."""
+        o, n = self._options, K.shape[-2]
+        rows = _PIECE // (math.prod(self._lead) * o.d + self._slopes.size * o.d_v)
+        rows = min(_TOKENS, max(1024, rows))
+        for start in range(0, n, rows):
+            piece = slice(start, min(n, start + rows))
+            positions = np.arange(piece.start, piece.stop) + self._length
+            k = self._rotated(self._slots(K[..., piece, :]) * self._root, positions)
+            v = self._slots(V[..., piece, :])
+            if o.on_break == "exact":
+                self._remember(self._length + start, k, v)
+            seen.see(v)
+            yield k, v
 
-    def _check_memory(self, heads: int, states: int) -> None:
+    def _check_memory(self, heads: int, states: int, remembered: int = 0) -> None:
+        """Refuse a state that is too large, beside so many tokens of history."""
         o, features = self._options, poly.n_features(self._options.d, self._polynomial.degree)
-        size = 8.0 * heads * ((o.d_v + 1) * states * features + (o.window or 0) * (o.d + o.d_v + 1))
+        ring = ((o.window or 0) + BLOCK) * (o.d + o.d_v + 1)
+        size = 8.0 * heads * (2 * (o.d_v + 1) * states * features + ring)
+        if o.on_break == "exact":
+            size += float(heads) * remembered * (o.d + o.d_v) * bounds.computed(self._dtype or np.dtype("f4")).itemsize
         if not fits(size):
             raise MemoryError(
                 f"the state needs {size / 2**30:.3g} GiB ({heads * states} x {features:,} features, degree "
                 f"{self._polynomial.degree}), and {available_memory() / 2**30:.3g} GiB are available"
             )
-
-    def _decay(self, tokens: int) -> np.ndarray:
-        """How far the states fall with so many tokens."""
-        return np.exp(-self._slopes * tokens).reshape(-1, 1, 1)
-
-    def _decayed_states(self, k: np.ndarray, v: np.ndarray, threads: int) -> np.ndarray:
-        """sum_j e^{-slope (n - 1 - j)} phi(k_j) [v_j - centre, 1], j < n, as the state has it."""
-        centre, slopes = self._arrays["centre"], self._slopes
-        if not slopes.any():
-            return polynomial_engine.key_states(k, v, self._monomials, centre, threads)
-        heads, n, d_v = v.shape
-        exponents = -slopes[:, None] * np.arange(n - 1.0, -1.0, -1.0)[:, None]
-        weights = np.exp(exponents, where=exponents > _VANISHED, out=np.zeros_like(exponents))
-        # States of different slopes are columns beside each other: features are made once.
-        columns = np.concatenate([v - centre[:, None], np.ones((heads, n, 1))], axis=2)
-        columns = (weights[..., None] * columns[:, :, None]).reshape(heads, n, -1)
-        none = np.zeros((heads, columns.shape[2]))
-        added = polynomial_engine.key_states(k, columns, self._monomials, none, threads)
-        # The last column is the kernel's own, without weights.
-        return added[:, :-1].reshape(-1, d_v + 1, added.shape[2])
-
-    def _filled(self) -> np.ndarray:
-        """Where in a column of the state the monomials are, in their order."""
-        m = self._monomials
-        sizes = m.count[:, -1]
-        return np.concatenate([start + np.arange(size) for start, size in zip(m.offset, sizes, strict=True)])
 
     def _slots(self, X: np.ndarray) -> np.ndarray:
         """(..., n, width) as float64 (H, n, width), H all leading axes of the state."""
@@ -537,57 +518,56 @@ class DecodeState:
         return rotate_rows(rows, positions, self._theta, 1.0, R.pairing, threads=threads, out=rows)
 
     def _to_user(self, o: np.ndarray, q: np.ndarray) -> np.ndarray:
-        return o.reshape(q.shape[:-1] + o.shape[-1:]).astype(self._dtype)
-
-    def _recent(self) -> tuple[np.ndarray, np.ndarray]:
-        """Rotated keys and values of the ring from the oldest, (H, m, d) and (H, m, d_v)."""
-        o = self._options
-        if self._exact or not o.window:
-            return np.empty((math.prod(self._lead), 0, o.d)), np.empty((math.prod(self._lead), 0, o.d_v))
-        slots = self._ring_slots(min(o.window, self._length), self._length)
-        values = self._arrays["ring"][:, : o.d_v, slots] + self._arrays["centre"][..., None]
-        return self._arrays["ring_keys"][..., slots].swapaxes(1, 2), values.swapaxes(1, 2)
-
-    def _fill_ring(self, k: np.ndarray, v: np.ndarray, length: int) -> None:
-        """The ring holds these tokens, the last of the `length` there are."""
-        o = self._options
-        if o.window:
-            slots = self._ring_slots(k.shape[1], length)
-            self._arrays["ring_keys"][..., slots] = k.swapaxes(1, 2)
-            self._arrays["ring"][:, : o.d_v, slots] = (v - self._arrays["centre"][:, None]).swapaxes(1, 2)
-            self._arrays["ring"][:, o.d_v, slots] = 1
-
-    def _ring_slots(self, count: int, length: int) -> np.ndarray:
-        return np.arange(length - count, length) % self._options.window
+        """Results in the dtype of the state, within what it holds: the truth is, and rounding may pass it."""
+        o = o.reshape(q.shape[:-1] + o.shape[-1:])
+        if self._dtype == np.float64:
+            return o
+        most = bounds.largest_number(self._dtype)
+        return np.minimum(np.maximum(o, -most), most).astype(self._dtype)
 
     def _remember(self, position: int, k: np.ndarray, v: np.ndarray) -> None:
         """Write keys, rotated and scaled, and values (H, n, _) into the history, which doubles where it is full."""
         for name, rows in (("keys", k), ("values", v)):
-            array, end = self._arrays[name], position + rows.shape[1]
+            array, end = self._history[name], position + rows.shape[1]
             if end > array.shape[1]:
                 array = np.empty((array.shape[0], max(end, 2 * position), array.shape[2]), array.dtype)
-                array[:, :position] = self._arrays[name][:, :position]
-                self._arrays[name] = array
+                array[:, :position] = self._history[name][:, :position]
+                self._history[name] = array
             array[:, position:end] = rows
 
     def _from_history(self, rows: np.ndarray) -> np.ndarray:
-        """Exact attention of rotated, scaled queries (H, G, d) over all tokens, in what the dtype is computed in."""
-        k, v = (np.ascontiguousarray(self._arrays[name][:, : self._length]) for name in ("keys", "values"))
+        """Exact attention (H, G, d_v) of rotated, scaled queries (H, G, d) over all tokens, computed in their dtype.
+
+        Values are taken as they lie between the ends of their columns, so that neither an offset nor their size costs
+        digits.
+        """
+        k, values = (self._history[name][:, : self._length] for name in ("keys", "values"))
+        first, spread = self._values.first[:, None], self._values.spread[:, None]
+        v = np.empty(values.shape, values.dtype)
+        for own, of_head, *units in zip(v, values, first, spread, strict=True):
+            own[...] = (of_head - units[0]) / units[1]
         q = rows.astype(k.dtype)[:, :, None]
         bias = None
         if self._slopes.any():
             bias = -self._slopes[..., None] * np.arange(self._length - 1.0, -1.0, -1.0)
         problem = Problem(
-            q=q, k=k, v=v, scale=1.0, q_offset=self._length - 1, bias=bias, threads=_validate.default_threads()
+            q=q,
+            k=np.ascontiguousarray(k),
+            v=v,
+            scale=1.0,
+            q_offset=self._length - 1,
+            bias=bias,
+            threads=_validate.default_threads(),
         )
-        return exact_engine.forward(problem, math.inf, False)[0]
+        o = exact_engine.forward(problem, math.inf, False)[0].reshape(*rows.shape[:2], -1)
+        return first + spread * o
 
 
-def _slopes_of_states(slopes: np.ndarray, heads: int, key_heads: int) -> np.ndarray:
-    """Slopes of one bias or of all query heads as those of states, (heads, S): S is 1 where groups agree."""
+def _slopes_of_key_heads(slopes: np.ndarray, key_heads: int) -> np.ndarray:
+    """Slopes of one bias or of all query heads as those of states, (1 or key heads, S): S is 1 where groups agree."""
     each = slopes.reshape(1 if slopes.size == 1 else key_heads, -1)
-    if (each == each[:, :1]).all():
-        each = each[:, :1]
-    return np.ascontiguousarray(np.broadcast_to(each, (heads // key_heads, key_heads, each.shape[1]))).reshape(
-        heads, -1
-    )
+    return np.ascontiguousarray(each[:, :1] if (each == each[:, :1]).all() else each)
+
+
+def _unpickled(cls: type[DecodeState], content: bytes) -> DecodeState:
+    return cls.load(io.BytesIO(content))

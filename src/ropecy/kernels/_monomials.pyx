@@ -76,10 +76,9 @@ cdef extern from "c/monomials.h" nogil:
         const ptrdiff_t *count
         const double *weights
         const double *slope
-        const double *decay
         const double *far
-        double *state
-        ptrdiff_t window
+        const double *state
+        ptrdiff_t capacity
         ptrdiff_t ring_pitch
         double *ring_keys
         double *ring
@@ -94,6 +93,7 @@ cdef extern from "c/monomials.h" nogil:
         const rc_monomials_functions *f64
         size_t (*step_workspace)(const rc_decode_problem *) noexcept nogil
         void (*step)(const rc_decode_problem *, ptrdiff_t, void *) noexcept nogil
+        void (*add_block)(ptrdiff_t, double, const double *, double *, double *) noexcept nogil
 
     const rc_monomials_kernels *rc_monomials_select(int level)
 
@@ -345,42 +345,42 @@ cdef void run_step(void *context, ptrdiff_t head, const rc_worker *worker) noexc
 
 
 cdef class Decoder:
-    """Decoding, a token at a time: what c/monomials.h says of a step, in float64, on arrays that are changed in place.
+    """Decoding, a token at a time: what c/monomials.h says of a step, in float64, on a ring that is changed in place.
 
     Parameters
     ----------
     monomials : engines.polynomial.Monomials, for float64
     state : (H S, d_v + 1, pitch)
     ring_keys, ring : (H, d, ring_pitch), (H, d_v + 1, ring_pitch)
-        Recent tokens; ring_pitch is a whole number of vectors, or 0.
+        Recent tokens; ring_pitch is a whole number of vectors.
     value_centre : (H, d_v)
     slopes : (H, S)
         By how much a token's score falls with each that follows; S is 1, or as many as a key head has queries.
-    window : int
-        Tokens in the ring.
+    capacity : int
+        Tokens that the ring has room for.
     """
 
     cdef rc_decode_problem p
     cdef object arrays, workspace
 
-    def __init__(self, monomials, state, ring_keys, ring, value_centre, slopes, ptrdiff_t window):
+    def __init__(self, monomials, state, ring_keys, ring, value_centre, slopes, ptrdiff_t capacity):
         cdef rc_decode_problem *p = &self.p
-        decay, far = np.exp(-slopes), np.exp(-slopes * window)
-        self.arrays = [monomials, state, ring_keys, ring, value_centre, slopes, decay, far]
+        self.arrays = [monomials, state, ring_keys, ring, value_centre, slopes]
         p.heads, p.d, p.ring_pitch = ring_keys.shape
         p.d_v, p.degree, p.pitch = state.shape[1] - 1, monomials.degree, monomials.pitch
         p.offset, p.count = <const ptrdiff_t *>pointer(monomials.offset), <const ptrdiff_t *>pointer(monomials.count)
         p.weights = <const double *>pointer(monomials.weights)
-        p.state, p.ring_keys, p.ring = <double *>pointer(state), <double *>pointer(ring_keys), <double *>pointer(ring)
+        p.state = <const double *>pointer(state)
+        p.ring_keys, p.ring = <double *>pointer(ring_keys), <double *>pointer(ring)
         p.value_centre = <const double *>pointer(value_centre)
-        p.states, p.window, p.slope = slopes.shape[1], window, <const double *>pointer(slopes)
-        p.decay, p.far = <const double *>pointer(decay), <const double *>pointer(far)
+        p.states, p.capacity, p.slope = slopes.shape[1], capacity, <const double *>pointer(slopes)
         self.workspace = np.empty(0, np.uint8)
 
-    def step(self, rows, v, ptrdiff_t slot, int threads):
+    def step(self, rows, v, ptrdiff_t slot, far, int threads):
         """o (H, G, d_v) for rows (H, 1 + G, d), k before q, with v (H, d_v); for rows of q alone where v is None.
 
         G is S where S is not 1, or 0 where v is there. The token comes to `slot`; without v the last one is there.
+        `far` (H, S) is what the state is multiplied by.
         """
         cdef rc_decode_problem *p = &self.p
         cdef Step x
@@ -391,11 +391,44 @@ cdef class Decoder:
             self.workspace = np.empty(threads * x.size + LINE, np.uint8)
         o = np.empty((p.heads, p.groups, p.d_v))
         p.rows, p.v, p.o = <const double *>pointer(rows), <const double *>pointer(v), <double *>pointer(o)
-        p.slot = slot
+        p.slot, p.far = slot, <const double *>pointer(far)
         x.p, x.work = p, line(self.workspace)
         work = <double>p.heads * (p.d_v + 1) * (p.pitch + p.ring_pitch) * (p.states + p.groups)
         parallel_for(p.heads, team(threads, work / 2), run_step, &x)
         return o
+
+
+cdef struct Block:
+    const double *added
+    const double *factor
+    double *state
+    double *low
+    ptrdiff_t length
+
+
+cdef void run_add_block(void *context, ptrdiff_t head, const rc_worker *worker) noexcept nogil:
+    cdef const Block *x = <const Block *>context
+    cdef ptrdiff_t start = head * x.length
+    kernels.add_block(x.length, x.factor[head], x.added + start, x.state + start, x.low + start)
+
+
+def add_block(state, low, added, factors, int threads):
+    """state + low becomes factors (state + low) + added, in nearly twice the digits of float64.
+
+    Parameters
+    ----------
+    state, low, added : (H, d_v + 1, pitch) float64, C-contiguous
+        The first two are written to.
+    factors : (H,) float64
+        Powers of two.
+    threads : int
+    """
+    cdef Block x
+    cdef ptrdiff_t heads = state.shape[0]
+    x.added, x.factor = <const double *>pointer(added), <const double *>pointer(factors)
+    x.state, x.low = <double *>pointer(state), <double *>pointer(low)
+    x.length = state.shape[1] * state.shape[2]
+    parallel_for(heads, team(threads, <double>heads * x.length), run_add_block, &x)
 
 
 def exclusive_sum(states, start, decay):

@@ -4,8 +4,7 @@
  * weights are a row of the state's pitch, and a numerator is one dot with a column of the state. Tokens of the ring
  * are exact in the same way, their features being exp(q . k_j - slope age_j).
  *
- * What bounds a step: reading and writing the state once, at 42 to 49 GB/s (AVX-512, one thread, states of 0.7 to
- * 5 MB and a query a key head; small states half of that).
+ * A step reads the state and writes only the ring, whose oldest tokens enter the state in blocks (add_block).
  */
 
 /* phi[f] = all monomials of x up to `degree`, zeros elsewhere up to the pitch; stores run over by a vector. */
@@ -47,19 +46,23 @@ static void RC_NAME(row_exponentials)(ptrdiff_t d, ptrdiff_t length, const REAL 
     }
 }
 
-/* The ring gets the coming token for the one that stood there w tokens ago, which comes out. */
-static void RC_NAME(exchange)(ptrdiff_t rows, ptrdiff_t pitch, REAL *ring, REAL *token) {
-    for (ptrdiff_t r = 0; r < rows; r++) {
-        const REAL leaving = ring[r * pitch];
-        ring[r * pitch] = token[r];
-        token[r] = leaving;
+/* state + low = factor (state + low) + added in nearly twice REAL's digits, for whole vectors: `low` keeps what rounding
+ * takes from the sum (Knuth's two-sum), so that many equal terms do not drift. The factor is a power of two, so the
+ * products are exact, and it does not matter whether the compiler fuses them with the sums. */
+static void RC_NAME(add_block)(ptrdiff_t length, REAL factor, const REAL *added, REAL *state, REAL *low) {
+    for (ptrdiff_t f = 0; f < length; f += LANES) {
+        const vreal kept = LOAD(state + f) * factor, more = LOAD(added + f);
+        const vreal total = kept + more, part = total - kept;
+        const vreal lost = (kept - (total - part)) + (more - part) + LOAD(low + f) * factor;
+        const vreal sum = total + lost;
+        STORE(state + f, sum);
+        STORE(low + f, lost - (sum - total));
     }
 }
 
 static size_t RC_NAME(step_workspace)(const rc_decode_problem *p) {
     const ptrdiff_t columns = p->d_v + 1;
-    return sizeof(REAL) * (size_t)((1 + p->groups) * (p->pitch + LANES) + (1 + p->groups) * p->ring_pitch + p->d +
-                                   columns + p->groups * columns);
+    return sizeof(REAL) * (size_t)(p->groups * (p->pitch + LANES) + (1 + p->groups) * p->ring_pitch + p->groups * columns);
 }
 
 static void RC_NAME(step)(const rc_decode_problem *p, ptrdiff_t head, void *workspace) {
@@ -68,33 +71,24 @@ static void RC_NAME(step)(const rc_decode_problem *p, ptrdiff_t head, void *work
     const RC_NAME(monomials) y = {d, columns, p->pitch, p->offset, p->count};
     const REAL *weights = p->weights, *middle = (const REAL *)p->value_centre + head * p->d_v;
     const REAL *rows = (const REAL *)p->rows + head * (groups + (p->v != 0)) * d;
-    const REAL *slope = (const REAL *)p->slope + head * states;
-    const REAL *decay = (const REAL *)p->decay + head * states, *far = (const REAL *)p->far + head * states;
-    REAL *state = (REAL *)p->state + head * states * columns * p->pitch;
+    const REAL *slope = (const REAL *)p->slope + head * states, *far = (const REAL *)p->far + head * states;
+    const REAL *state = (const REAL *)p->state + head * states * columns * p->pitch;
     REAL *ring_keys = (REAL *)p->ring_keys + head * d * ring_pitch;
     REAL *ring = (REAL *)p->ring + head * columns * ring_pitch;
-    REAL *phi_k = workspace, *phi = phi_k + features, *E = phi + groups * features;
-    REAL *age = E + groups * ring_pitch, *x = age + ring_pitch, *value = x + d, *N = value + columns;
+    REAL *phi = workspace, *E = phi + groups * features;
+    REAL *age = E + groups * ring_pitch, *N = age + ring_pitch;
 
-    int arrives = 0; /* whether the state gets a token */
     if (p->v) {
         const REAL *v = (const REAL *)p->v + head * p->d_v;
         for (ptrdiff_t a = 0; a < d; a++)
-            x[a] = rows[a];
+            ring_keys[a * ring_pitch + p->slot] = rows[a];
         for (ptrdiff_t c = 0; c < p->d_v; c++)
-            value[c] = v[c] - middle[c];
-        value[p->d_v] = 1;
-        if (ring_pitch) {
-            RC_NAME(exchange)(d, ring_pitch, ring_keys + p->slot, x);
-            RC_NAME(exchange)(columns, ring_pitch, ring + p->slot, value);
-        }
-        arrives = value[p->d_v] != 0;
-        if (arrives)
-            RC_NAME(row_features)(&y, p->degree, x, phi_k);
+            ring[c * ring_pitch + p->slot] = v[c] - middle[c];
+        ring[p->d_v * ring_pitch + p->slot] = 1;
         rows += d;
     }
     for (ptrdiff_t j = 0; j < ring_pitch; j++) /* 0 in padding */
-        age[j] = (REAL)(j <= p->slot ? p->slot - j : j < p->window ? p->slot - j + p->window : 0);
+        age[j] = (REAL)(j <= p->slot ? p->slot - j : j < p->capacity ? p->slot - j + p->capacity : 0);
     for (ptrdiff_t g = 0; g < groups; g++) {
         RC_NAME(row_features)(&y, p->degree, rows + g * d, phi + g * features);
         for (ptrdiff_t f = 0; f < p->pitch; f += LANES)
@@ -102,18 +96,12 @@ static void RC_NAME(step)(const rc_decode_problem *p, ptrdiff_t head, void *work
         RC_NAME(row_exponentials)(d, ring_pitch, rows + g * d, ring_keys, slope[states == 1 ? 0 : g], age,
                                   E + g * ring_pitch);
     }
-    for (ptrdiff_t s = 0; s < states; s++) {
-        const ptrdiff_t first = states == 1 ? 0 : s; /* who reads this state; there may be no queries at all */
-        const ptrdiff_t last = states == 1 || s >= groups ? groups : s + 1;
-        for (ptrdiff_t c = 0; c < columns; c++) {
-            REAL *column = state + (s * columns + c) * p->pitch;
-            if (arrives)
-                for (ptrdiff_t f = 0; f < p->pitch; f += LANES)
-                    STORE(column + f, LOAD(column + f) * decay[s] + LOAD(phi_k + f) * value[c]);
-            for (ptrdiff_t g = first; g < last; g++)
-                N[g * columns + c] = RC_NAME(row_dot)(p->pitch, column, phi + g * features) * far[s] +
-                                     RC_NAME(row_dot)(ring_pitch, ring + c * ring_pitch, E + g * ring_pitch);
-        }
+    for (ptrdiff_t g = 0; g < groups; g++) {
+        const ptrdiff_t s = states == 1 ? 0 : g;
+        for (ptrdiff_t c = 0; c < columns; c++)
+            N[g * columns + c] =
+                RC_NAME(row_dot)(p->pitch, state + (s * columns + c) * p->pitch, phi + g * features) * far[s] +
+                RC_NAME(row_dot)(ring_pitch, ring + c * ring_pitch, E + g * ring_pitch);
     }
     REAL *o = (REAL *)p->o + head * groups * p->d_v;
     for (ptrdiff_t g = 0; g < groups; g++)

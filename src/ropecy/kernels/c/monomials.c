@@ -11,4 +11,5 @@ const rc_monomials_kernels RC_TABLE(rc_monomials) = {
     &RC_NAME_F64(functions),
     RC_NAME_F64(step_workspace),
     RC_NAME_F64(step),
+    RC_NAME_F64(add_block),
 };

@@ -15,7 +15,7 @@
  *   forward, grad_queries, grad_keys                   no mask: one chunk of rows against a packed state
  *   scan_forward, scan_grad_queries, scan_grad_keys    causal: one segment, chunk by chunk from its first state (from
  *                                                      its last, backwards); pairs inside a chunk by exp itself
- *   step                     decoding: one token of one head (decode.template.h)
+ *   step, add_block          decoding: one token of one head; a sum of several added to a state (decode.template.h)
  */
 #ifndef RC_MONOMIALS_H
 #define RC_MONOMIALS_H
@@ -82,33 +82,34 @@ typedef struct {
     rc_segment_function scan_grad_keys;
 } rc_monomials_functions;
 
-/* Decoding, all in float64 and with both factors in q and k: a token's key enters the ring, what it drives out of the
- * ring enters the state (the token itself where there is no ring), and queries see both under one sum.
+/* Decoding, all in float64 and with both factors in q and k: a token enters the ring, and queries see the ring and the
+ * state under one sum. The caller makes room: it takes the oldest tokens out of the ring and adds them to the state.
  *
- * A token t before the last weighs e^{-slope t}. The last that entered a state weighs 1 there, and the state as a whole
- * weighs `far`: no factor is above 1, and a state does not vanish behind a long ring. */
+ * A token t before the last weighs e^{-slope t}, in the ring by its age, in the state by the weight it has there times
+ * `far`. */
 typedef struct {
     ptrdiff_t heads, groups, states, d, d_v; /* states: 1 for all groups of a head, or one for each */
     int degree; /* of the polynomial and the state */
     ptrdiff_t pitch;
     const ptrdiff_t *offset, *count; /* as above */
     const double *weights;
-    const double *slope, *decay, *far; /* (heads, states): slope, e^{-slope}, e^{-slope window} */
-    double *state;             /* (heads, states, d_v + 1, pitch) */
-    ptrdiff_t window;          /* tokens in the ring, or 0 */
-    ptrdiff_t ring_pitch;      /* the window padded to whole vectors; 0 is no ring */
-    double *ring_keys, *ring;  /* (heads, d, ring_pitch), (heads, d_v + 1, ring_pitch): 0 where no token has been */
-    ptrdiff_t slot;            /* of the ring, for the token that comes, or of the last where none does */
-    const double *value_centre; /* (heads, d_v) */
-    const double *rows;        /* (heads, 1 + groups, d): k, then q; without v (heads, groups, d): q alone */
-    const double *v;           /* (heads, d_v), or NULL where no token comes */
-    double *o;                 /* (heads, groups, d_v) */
+    const double *slope, *far;   /* (heads, states) */
+    const double *state;         /* (heads, states, d_v + 1, pitch) */
+    ptrdiff_t capacity;          /* tokens that the ring has room for: they go round its first `capacity` slots */
+    ptrdiff_t ring_pitch;        /* the capacity padded to whole vectors */
+    double *ring_keys, *ring;    /* (heads, d, ring_pitch), (heads, d_v + 1, ring_pitch): ring is 0 where no token is */
+    ptrdiff_t slot;              /* of the ring, for the token that comes, or of the last where none does */
+    const double *value_centre;  /* (heads, d_v) */
+    const double *rows;          /* (heads, 1 + groups, d): k, then q; without v (heads, groups, d): q alone */
+    const double *v;             /* (heads, d_v), or NULL where no token comes */
+    double *o;                   /* (heads, groups, d_v) */
 } rc_decode_problem;
 
 typedef struct {
     const rc_monomials_functions *f32, *f64;
     size_t (*step_workspace)(const rc_decode_problem *);
     void (*step)(const rc_decode_problem *, ptrdiff_t head, void *workspace);
+    void (*add_block)(ptrdiff_t length, double factor, const double *added, double *state, double *low);
 } rc_monomials_kernels;
 
 extern const rc_monomials_kernels rc_monomials_baseline;
