@@ -32,6 +32,7 @@ def test_layer_is_sdpa_on_rotated_rows():
     torch.manual_seed(3)
     layer = RoPEAttention(24, 6, num_kv_heads=2, bias=True).double()
     x, mask = torch.randn(2, 17, 24, dtype=torch.float64), padding(2, 17)
+    x = torch.where(mask[..., None], x, 0)  # padding is read as 0
     q, k, v = (p(x).unflatten(-1, (-1, 4)).transpose(1, 2) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
     q, k = (torch.from_numpy(layer.rotary.rotate(y.detach().numpy())) for y in (q, k))
     seen = mask[:, None, None] & torch.ones(17, 17, dtype=torch.bool).tril()
@@ -73,6 +74,7 @@ def test_near_field_of_a_bounded_layer(near):
     torch.manual_seed(3)
     layer = RoPEAttention(24, 6, num_kv_heads=2, bound=2.0, near=near, method="exact").double()
     x, mask = torch.randn(2, 17, 24, dtype=torch.float64), padding(2, 17)
+    x = torch.where(mask[..., None], x, 0)
     q, k, v = (p(x).unflatten(-1, (-1, 4)).transpose(1, 2) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
     q, k = (torch.nn.functional.normalize(y, dim=-1) for y in (q * 1.0, k))
     q = q * layer.temperature.sigmoid()
@@ -161,6 +163,10 @@ def test_layer_trains_by_the_polynomial_engine(monkeypatch):
         ({"num_heads": 5}, "num_heads: got 5"),
         ({"rotary": ropecy.Rotary(4)}, "rotary: got a Rotary of width 4, wants head_dim = 8"),
         ({"bound": 0.0}, "bound: got 0.0"),
+        ({"embed_dim": 0}, "embed_dim: got 0, wants at least 1"),
+        ({"num_heads": 0}, "num_heads: got 0"),
+        ({"num_kv_heads": 0}, "num_kv_heads: got 0"),
+        ({"head_dim": 0}, "head_dim: got 0"),
         ({"near": -1}, "near: got -1"),
     ],
 )
@@ -189,13 +195,3 @@ def test_layer_under_autocast(bound):
     torch.testing.assert_close(half.float(), layer(x), rtol=0, atol=2e-2)
     half.float().square().sum().backward()
     assert all(p.grad.any() for p in layer.parameters())
-
-
-def test_the_bound_of_a_layer_that_names_none():
-    narrow, wide = (RoPEAttention(8 * h, 8, head_dim=h, bound=True) for h in (8, 16))
-    assert (narrow.bound, narrow.rotary.rotary_dim, narrow.near) == (4.0, 4, 64)
-    assert (wide.bound, wide.rotary.rotary_dim, wide.near) == (2.0, 16, 64)
-    kept = RoPEAttention(64, 8, bound=True, rotary=ropecy.Rotary(8))
-    assert (kept.bound, kept.rotary.rotary_dim) == (4.0, 8)
-    with pytest.raises(ValueError, match="bound: got False, wants a positive number"):
-        RoPEAttention(64, 8, bound=False)

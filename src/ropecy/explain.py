@@ -225,8 +225,8 @@ def _seconds(plan: Plan) -> Iterator[str]:
 def _advice(place: int, alternative: Alternative) -> str:
     certificate = alternative.certificate
     proved = "not proved" if certificate.rule == "sampled" else f"error <= {certificate.error:.1e}"
+    least = "" if alternative.pays_from is None else f", pays from n = {alternative.pays_from:,}"
     return (
         f"{'' if place else 'instead':<9} {alternative.name}: degree {certificate.degree}, {certificate.n_features:,} "
-        f"features, B = {certificate.bound:.3g}, {proved}, {alternative.seconds:.3g} s, pays from n = "
-        f"{alternative.pays_from:,}"
+        f"features, B = {certificate.bound:.3g}, {proved}, {alternative.seconds:.3g} s{least}"
     )

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .. import plan as make_plan
+from ..certificate import Certificate
+from ..explain import Alternative
 from ..plan import Plan
 from ..rotary import Rotary
 from .function import scaled_dot_product_attention
@@ -16,6 +21,14 @@ from .function import scaled_dot_product_attention
 # Where temperatures start: of sigmoid, so that scores are within 0.88 B. From 0, or beside a near field twice as sharp
 # as the far one, a layer took far longer to recall what is far.
 _TEMPERATURE = 2.0
+# bound=True: the width of heads up to which a bound is taken, by which a polynomial certifies this eps at less than the
+# cost of exact attention from 20,000 tokens on, heads of 64 among them.
+_BOUNDS = (8, 4.0), (16, 2.0), (32, 1.0), (math.inf, 0.5)
+_EPS_OF_BOUNDS = 0.1
+# Tokens up to which a plan looks for the length from which the polynomial engine serves a layer.
+_LONGEST = 2**17
+# What a state_dict calls that which is no parameter: here the bound that temperatures are relative to.
+_RECORD = "_extra_state"
 
 
 class RoPEAttention(nn.Module):
@@ -39,7 +52,8 @@ class RoPEAttention(nn.Module):
     rotary : Rotary, optional
         By default ``Rotary(head_dim)``.
     bound : float or True, optional
-        B. True is 2.0, and for heads of width 8 or less 4.0 with half of that rotated by default: what was tried.
+        B. True is what fits the width of the heads and `eps`: 4.0 up to 8 (and half of that is rotated by default),
+        2.0 up to 16, 1.0 up to 32, 0.5 beyond.
     near : int or None
         w, beside a bound: scores of tokens \|j - i\| < w are scale_near t_h <q, k> / B, scale_near > 0. None or 0 is
         no near field.
@@ -47,18 +61,23 @@ class RoPEAttention(nn.Module):
         Token i sees the tokens j <= i.
     bias : bool
         Of the projections.
-    eps : float
-        As in `ropecy.attention`.
+    eps : float, optional
+        As in `ropecy.attention`, by default 1e-3, and 0.1 with ``bound=True``, so that the polynomial engine serves
+        20,000 tokens. ``layer.plan(n)`` says whether it does, and what would let it.
     method : str, optional
         As in `ropecy.attention`, by default "auto" with a bound and "exact" without one.
 
     Raises
     ------
     ValueError
-        Sizes that don't fit each other, a bound that is not positive, a near field of negative width.
+        Sizes that are not positive or don't fit each other, a bound that is not positive, a near field of negative
+        width.
 
     Notes
     -----
+    A state_dict holds the bound. Weights that were trained under another one do not load; those of older versions,
+    which do not say, load with a warning.
+
     A bounded far field averages and does not retrieve: among n keys, one gets at most the share e^2B / (n - 1 + e^2B)
     of the weight, 1.3% at B = 2 and 42% at B = 4 for n = 4,096, and less where the near field's sharper scores take
     theirs first. Byte-level models of 0.85 million parameters lost 0.8 bits a byte with B = 2 in every head and 0.4
@@ -86,11 +105,15 @@ class RoPEAttention(nn.Module):
         near: int | None = 64,
         causal: bool = True,
         bias: bool = False,
-        eps: float = 1e-3,
+        eps: float | None = None,
         method: str | None = None,
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+        for name, size in sizes.items():
+            if size is not None and size < 1:
+                raise ValueError(f"{name}: got {size}, wants at least 1")
         if num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads: got {num_kv_heads}, wants a divisor of num_heads = {num_heads}")
         if head_dim is None:
@@ -99,8 +122,10 @@ class RoPEAttention(nn.Module):
             head_dim = embed_dim // num_heads
         if rotary is not None and rotary.d != head_dim:
             raise ValueError(f"rotary: got a Rotary of width {rotary.d}, wants head_dim = {head_dim}")
+        if eps is None:
+            eps = _EPS_OF_BOUNDS if bound is True else 1e-3
         if bound is True:
-            bound = 4.0 if head_dim <= 8 else 2.0
+            bound = _bound_for(head_dim)
             if rotary is None and head_dim <= 8:
                 rotary = Rotary(head_dim, rotary_dim=max(2, head_dim // 4 * 2))
         if bound is not None and not bound > 0:
@@ -129,40 +154,70 @@ class RoPEAttention(nn.Module):
         # An attention factor a multiplies rotated coordinates on both sides: R_0 has a^2 there.
         self._gain = max(1.0, float(self.rotary[0].max()))
 
-    def forward(self, x: Tensor, key_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        key_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        *,
+        return_certificate: bool = False,
+    ) -> Tensor | tuple[Tensor, Certificate]:
         """Attention of the tokens x (batch, n, embed_dim) among themselves.
 
         Parameters
         ----------
         x : (batch, n, embed_dim) tensor
         key_mask : (batch, n) bool tensor, optional
-            True for tokens that are kept.
+            True for tokens that are kept. Others are padding: whatever they hold, NaN among it, they are read as 0,
+            reach no other token, and have gradient 0. What comes out at their places means nothing.
         positions : (n,) or (batch, n) integer tensor, optional
-            By default 0 to n - 1.
+            What the rotations go by, by default 0 to n - 1. Positions do not say which tokens see each other: where
+            they start again, as in a row of packed documents, tokens of one document still attend to those before
+            it. Give each document a row of its own, with padding.
+        return_certificate : bool
+            Return the certificate too: of attention's result, before the output projection.
 
         Returns
         -------
-        (batch, n, embed_dim) tensor
+        y : (batch, n, embed_dim) tensor
+        certificate : ropecy.certificate.Certificate
+            If `return_certificate`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            A key_mask that is not bool, or of another shape; NaN or Inf in a token that is kept.
         """
+        if key_mask is not None:
+            x = _without_padding(x, key_mask)
         q, k, v, scale = self._heads(x)
         if positions is not None and positions.dim() == 2:
             positions = positions[:, None]
-        o = scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            None if key_mask is None else key_mask[:, None, None],
-            is_causal=self.causal,
-            scale=scale,
-            near=None if self.near is None else (self.near, self.log_scale_near.exp()),
-            enable_gqa=True,
-            rotary=self.rotary,
-            q_positions=positions,
-            k_positions=positions,
-            eps=self.eps,
-            method=self.method,
-        )
-        return self.o_proj(o.transpose(-3, -2).flatten(-2))
+        try:
+            attended = scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                None if key_mask is None else key_mask[:, None, None],
+                is_causal=self.causal,
+                scale=scale,
+                near=None if self.near is None else (self.near, self.log_scale_near.exp()),
+                enable_gqa=True,
+                rotary=self.rotary,
+                q_positions=positions,
+                k_positions=positions,
+                eps=self.eps,
+                method=self.method,
+                return_certificate=return_certificate,
+            )
+        except ValueError:
+            if not x.isfinite().all():
+                # Attention names q, k or v, of which the caller knows nothing.
+                raise ValueError("x: got NaN or Inf in a token that is kept, wants finite numbers only") from None
+            raise
+        o, certificate = attended if return_certificate else (attended, None)
+        y = self.o_proj(o.transpose(-3, -2).flatten(-2))
+        return (y, certificate) if return_certificate else y
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, float | None]:
         """q, k, v (batch, heads, n, head_dim) before rotation, and the scale of scores, None for PyTorch's."""
@@ -180,7 +235,8 @@ class RoPEAttention(nn.Module):
         """The plan of one head, with certificates of forward and backward that hold for every input of n tokens.
 
         It is that of scores which attain the bound, in float32, and of values no larger than their range; rounding in
-        the near field goes by what its temperature is now.
+        the near field goes by what its temperature is now. Where it is exact, ``plan.advice`` says what would let the
+        polynomial engine in: more tokens, a larger eps, a smaller bound, narrower heads.
 
         Raises
         ------
@@ -191,12 +247,69 @@ class RoPEAttention(nn.Module):
         """
         if self.bound is None:
             raise ValueError("bound: got None, wants the layer made with a bound, for a plan without data")
-        rows = np.zeros((n, self.head_dim), np.float32)
+        made = self._plan(n)
+        if made.engine == "exact" and self.method == "auto":
+            made.advice = tuple(self._what_would_help(n))
+        return made
+
+    def _plan(
+        self, n: int, *, bound: float | None = None, eps: float | None = None, head_dim: int | None = None
+    ) -> Plan:
+        """That of one head of this layer, or of one that differs from it in what is given."""
+        bound = bound or self.bound
+        rows = np.zeros((n, head_dim or self.head_dim), np.float32)
         rows[:, 0] = np.where(np.arange(n) % 2, -1, 1)
-        options = {"scale": self.bound, "causal": self.causal, "eps": self.eps, "method": self.method}
+        options = {"scale": bound, "causal": self.causal, "eps": eps or self.eps, "method": self.method}
         if self.near is not None:
             options["near"] = self.near, self._gain * self.log_scale_near.exp().item()
         return make_plan(rows, rows, np.maximum(rows, 0), grad=True, threads=torch.get_num_threads(), **options)
+
+    def _what_would_help(self, n: int) -> Iterator[Alternative]:
+        """Of each kind of change the least by which the polynomial engine serves the layer."""
+        widths = [(self.head_dim >> i, 2**i) for i in (1, 2, 3) if self.head_dim >> i >= 2]
+        pair = {"bound": _bound_for(self.head_dim), "eps": _EPS_OF_BOUNDS}
+        kinds = [
+            [(f"{n << i:,} tokens", {"n": n << i}, 1) for i in range(1, 18) if n << i <= _LONGEST],
+            [(f"bound={pair['bound']:g} and eps={pair['eps']:g}, as bound=True has them", pair, 1)],
+            [(f"eps={eps:g}", {"eps": eps}, 1) for eps in (0.003, 0.01, 0.03, 0.1, 0.3) if eps > self.eps],
+            [(f"bound={self.bound / 2**i:g}", {"bound": self.bound / 2**i}, 1) for i in range(1, 7)],
+            [(f"head_dim={width}, {k} times as many heads", {"head_dim": width}, k) for width, k in widths],
+        ]
+        for kind in kinds:
+            for name, change, heads in kind:
+                made = self._plan(**{"n": n, **change})
+                if made.engine == "polynomial":
+                    seconds, size = (heads * each["polynomial"] for each in (made.seconds, made.bytes))
+                    yield Alternative(name, made.certificate, seconds, size)
+                    break
+
+    def get_extra_state(self) -> Tensor:
+        """What a state_dict holds beside parameters: the bound, inf for none, by which temperatures have a meaning."""
+        return torch.tensor(math.inf if self.bound is None else self.bound, dtype=torch.float64, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Nothing: the layer keeps the bound it was made with, and `load_state_dict` refuses another."""
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *found: list[str]
+    ) -> None:
+        *_, errors = found
+        own = self.get_extra_state()
+        if prefix + _RECORD not in state_dict and self.bound is not None:
+            warnings.warn(
+                f"bound: the weights of {prefix or 'the layer'} do not say which bound they were trained under; this "
+                f"layer has bound={self.bound:g}",
+                stacklevel=2,
+            )
+        held = state_dict.setdefault(prefix + _RECORD, own)
+        # Whoever casts or averages a state_dict rounds it.
+        if not (held.is_meta or torch.isclose(held.double(), own, rtol=4 * torch.finfo(held.dtype).eps, atol=0)):
+            bound = None if math.isinf(held) else held.item()
+            errors.append(
+                f"bound: the weights of {prefix or 'the layer'} were trained with bound={bound}, this layer has "
+                f"bound={self.bound}, under which they are another function; wants a layer made with bound={bound}"
+            )
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *found)
 
     def extra_repr(self) -> str:
         """What PyTorch prints of the layer beside its parts."""
@@ -204,3 +317,18 @@ class RoPEAttention(nn.Module):
             f"rotary={self.rotary}, bound={self.bound}, near={self.near}, causal={self.causal}, eps={self.eps}, "
             f"method={self.method!r}"
         )
+
+
+def _bound_for(head_dim: int) -> float:
+    """The bound that ``bound=True`` is for heads of this width."""
+    return next(bound for width, bound in _BOUNDS if head_dim <= width)
+
+
+def _without_padding(x: Tensor, key_mask: Tensor) -> Tensor:
+    """x with 0 for the tokens that key_mask hides, so that nothing reads what they hold."""
+    if key_mask.dtype != torch.bool:
+        raise TypeError(f"key_mask: got {key_mask.dtype}, wants bool, True for a token that is kept")
+    wants = tuple(x.shape[:-1])
+    if tuple(key_mask.shape) not in (wants, (1, *wants[1:])):
+        raise ValueError(f"key_mask: got shape {tuple(key_mask.shape)}, wants (batch, n) = {wants}")
+    return torch.where(key_mask[..., None], x, 0)
