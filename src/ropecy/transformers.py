@@ -26,6 +26,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from . import _validate
 from ._described_mask import Band, DescribedMask, describe
+from .certificate import Certificate
 from .torch import scaled_dot_product_attention
 
 __all__ = ["register"]
@@ -36,7 +37,13 @@ _REFUSED = ("softcap", "s_aux", "sinks", "position_bias", "indices", "block_indi
 _HIDDEN = -1e4
 
 
-def register(name: str = "ropecy", *, eps: float = 1e-3, method: str = "auto") -> None:
+def register(
+    name: str = "ropecy",
+    *,
+    eps: float = 1e-3,
+    method: str = "auto",
+    on_certificate: Callable[[torch.nn.Module, Certificate], None] | None = None,
+) -> None:
     """Make ``attn_implementation=name`` mean attention by ropecy, in every model of transformers that takes one.
 
     Parameters
@@ -45,11 +52,15 @@ def register(name: str = "ropecy", *, eps: float = 1e-3, method: str = "auto") -
         Several names may stand for several settings.
     eps, method
         As in `ropecy.attention`. Decoding, one query at a time, is exact under every method.
+    on_certificate : callable, optional
+        ``on_certificate(module, certificate)`` is called whenever a module of the model has computed its attention,
+        once for each sequence where they are packed, with the certificate of that very result. `module.layer_idx` is
+        the layer's number in most models. This breaks the graphs of torch.compile.
 
     Raises
     ------
     TypeError, ValueError
-        eps or method is not what `ropecy.attention` takes.
+        eps or method is not what `ropecy.attention` takes, on_certificate is not callable.
 
     Notes
     -----
@@ -70,7 +81,9 @@ def register(name: str = "ropecy", *, eps: float = 1e-3, method: str = "auto") -
     torch.Size([1, 5, 32000])
     """
     _validate.check_method(eps=eps, certify="proof", method=method, degree=None, seed=None)
-    AttentionInterface.register(name, partial(_attention, eps=eps, method=method))
+    if on_certificate is not None and not callable(on_certificate):
+        raise TypeError(f"on_certificate: got {on_certificate!r}, wants what is called with a module and a certificate")
+    AttentionInterface.register(name, partial(_attention, eps=eps, method=method, on_certificate=on_certificate))
     AttentionMaskInterface.register(name, describe)
 
 
@@ -83,6 +96,7 @@ def _attention(
     *,
     eps: float,
     method: str,
+    on_certificate: Callable[[torch.nn.Module, Certificate], None] | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
@@ -117,8 +131,17 @@ def _attention(
         eps=eps,
         method="exact" if n == 1 else method,
     )
+    if on_certificate is not None:
+        run = partial(_telling, run, partial(on_certificate, module))
     attend = _attend if sequence is None else partial(_attend_packed, sequence)
     return attend(run, query, key, value, kept, band).transpose(1, 2).contiguous(), None
+
+
+def _telling(run: Callable[..., Any], tell: Callable[[Certificate], None], *inputs: Any, **options: Any) -> Tensor:
+    """What run computes; its certificate is told."""
+    out, certificate = run(*inputs, **options, return_certificate=True)
+    tell(certificate)
+    return out
 
 
 def _band_without_mask(

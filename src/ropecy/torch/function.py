@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -63,7 +65,7 @@ def scaled_dot_product_attention(
         By default ``torch.get_num_threads()``.
     return_certificate : bool
         Return the certificate too, that of this very result: nothing is planned twice. Under vmap, which may compute
-        the elements of its batch one by one, it is the worst of theirs.
+        the elements of its batch one by one, it is the worst of theirs. It breaks the graph of torch.compile.
 
     Returns
     -------
@@ -78,8 +80,8 @@ def scaled_dot_product_attention(
     TypeError
         dtypes that disagree, a mask that is not bool, a `near` that is no pair.
     NotImplementedError
-        Dropout, a mask that differs from query to query, a device other than the CPU; a certificate under
-        torch.compile; a derivative of the gradient, or in forward mode one by the polynomial or the fft engine.
+        Dropout, a mask that differs from query to query, a device other than the CPU; a derivative of
+        the gradient; a derivative in forward mode by the polynomial or the fft engine.
     ValueError
         All that `ropecy.attention` refuses, NaN and Inf in query, key and value among it; a mask that might mean two
         things.
@@ -118,14 +120,15 @@ def scaled_dot_product_attention(
         method,
         threads,
     )
-    if torch.compiler.is_compiling():
-        if return_certificate:
-            raise NotImplementedError(
-                "return_certificate: got True inside torch.compile, wants False there: a certificate is no tensor"
-            )
-        return attention_operator(*inputs, *options)
-    if not return_certificate:
-        return Attention.apply(*inputs, *options)
+    if return_certificate:
+        return _certified(inputs, options)
+    run = attention_operator if torch.compiler.is_compiling() else Attention.apply
+    return run(*inputs, *options)
+
+
+@torch.compiler.disable(reason="ropecy's return_certificate: a certificate is no tensor, so that no graph can hold it")
+def _certified(inputs: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> tuple[Tensor, Certificate]:
+    """The result, and the worst certificate of the operator's calls that made it."""
     with collect_certificates() as found:
         out = Attention.apply(*inputs, *options)
     if not found:

@@ -34,6 +34,9 @@ _RECORD = "_extra_state"
 class RoPEAttention(nn.Module):
     r"""Causal self-attention with rotary positions, whose scores may be bounded by construction.
 
+    ``layer(x)`` is what the tokens x (batch, n, embed_dim) make of each other, ``layer(x, key_mask)`` with padding, and
+    ``layer.plan(n)`` says, for a layer with a bound, what n tokens cost and what error is certified.
+
     Without `bound` it is the usual layer: scores <q, k>/sqrt(d), computed exactly. With ``bound=B``, q and k are
     normalised to length 1 and a temperature t_h = B sigmoid(.), learnt for each head, multiplies their product, so that
     \|score\| <= B whatever the weights and the data are, and `plan` knows the certificate before it sees any. The
