@@ -131,6 +131,37 @@ def test_func(near):
         torch.testing.assert_close(transform(ours), transform(theirs), rtol=0, atol=1e-10, msg=lambda m, n=name: n + m)
 
 
+@pytest.mark.parametrize("name", ["jvp", "dual numbers", "grad", "vmap of grad", "vmap"])
+def test_compiled_transforms(name):
+    """What torch.compile finds inside a graph, it computes outside of it; vmap stays inside."""
+    Q, K, V = tensors(*[(2, 5, 4)] * 3, grad=False)
+    f, dual = torch.func, torch.autograd.forward_ad
+
+    def run(q, k=K, v=V):
+        return scaled_dot_product_attention(q, k, v, is_causal=True, **EXACT)
+
+    def by_dual_numbers(q):
+        with dual.dual_level():
+            return dual.unpack_dual(run(dual.make_dual(q, q.cos()))).tangent
+
+    transform = {
+        "jvp": lambda q: f.jvp(run, (q,), (q.cos(),))[1],
+        "dual numbers": by_dual_numbers,
+        "grad": f.grad(lambda q: run(q).sin().sum()),
+        "vmap of grad": f.vmap(f.grad(lambda q: run(q, K[0], V[0]).sin().sum())),
+        "vmap": f.vmap(lambda q: run(q, K[0], V[0])),
+    }[name]
+    expected = transform(Q)
+    assert expected.any()
+    torch._dynamo.reset()
+    compiled = torch.compile(transform, backend="aot_eager", fullgraph=name == "vmap")
+    torch.testing.assert_close(compiled(Q), expected, rtol=0, atol=1e-12)
+    if name != "vmap":
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match="ropecy's attention is in no graph"):
+            torch.compile(transform, backend="aot_eager", fullgraph=True)(Q)
+
+
 def test_func_with_a_layer():
     """A gradient for each sample, by functional_call and vmap."""
     torch.manual_seed(3)

@@ -1,8 +1,8 @@
 """First derivatives for PyTorch: reverse mode by the backward operator, forward mode by attention's definition.
 
-An operator of torch.library has no forward-mode derivative and no place in the transforms of torch.func. So whatever is
-not being compiled calls `Attention`, an autograd.Function around the operator; torch.compile, which takes no Function
-with a forward mode, calls the operator itself.
+An operator of torch.library has no forward-mode derivative (it would be 0 without a word), and the transforms of
+torch.func do not take it. So attention is `Attention`, an autograd.Function around the operator. torch.compile takes no
+Function with a forward mode: its graphs hold the operator itself, and break where a transform is around it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch._C._functorch import TransformType
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+from torch.autograd import Function, forward_ad
 
 from .._validate import band
 from ..rotary import Rotary
@@ -49,6 +51,27 @@ class Attention(Function):
             )
         with torch.autocast("cpu", enabled=False):
             return _tangent(ctx.saved_tensors, tangents[:7], ctx.options)
+
+
+def attend(*inputs: Any) -> Tensor:
+    """``ropecy::attention`` of its inputs, with derivatives in both modes, whether it is being compiled or not."""
+    if not torch.compiler.is_compiling():
+        return Attention.apply(*inputs)
+    return _attend_outside_graphs(*inputs) if _inside_derivative() else attention_operator(*inputs)
+
+
+@torch.compiler.disable(
+    reason="ropecy's attention is in no graph together with forward mode or torch.func's grad or vjp"
+)
+def _attend_outside_graphs(*inputs: Any) -> Tensor:
+    return Attention.apply(*inputs)
+
+
+@torch.compiler.assume_constant_result
+def _inside_derivative() -> bool:
+    """Whether what is being compiled is itself inside forward mode or a transform of torch.func other than vmap."""
+    transforms = retrieve_all_functorch_interpreters()
+    return forward_ad._current_level >= 0 or any(each.key() != TransformType.Vmap for each in transforms)
 
 
 class Gradient(Function):

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..certificate import Certificate
 from ..rotary import Rotary
-from .derivatives import Attention
-from .operators import attention_operator, collect_certificates, encode
+from .derivatives import attend
+from .operators import collect_certificates, encode
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -122,15 +122,14 @@ def scaled_dot_product_attention(
     )
     if return_certificate:
         return _certified(inputs, options)
-    run = attention_operator if torch.compiler.is_compiling() else Attention.apply
-    return run(*inputs, *options)
+    return attend(*inputs, *options)
 
 
 @torch.compiler.disable(reason="ropecy's return_certificate: a certificate is no tensor, so that no graph can hold it")
 def _certified(inputs: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> tuple[Tensor, Certificate]:
     """The result, and the worst certificate of the operator's calls that made it."""
     with collect_certificates() as found:
-        out = Attention.apply(*inputs, *options)
+        out = attend(*inputs, *options)
     if not found:
         raise NotImplementedError("return_certificate: got tensors without numbers, wants numbers to be certified")
     return out, max(found, key=lambda certificate: certificate.error)
