@@ -22,6 +22,7 @@ EXTENSIONS = {
     "_rotary": ["rotary"],
     "_rows": ["rows"],
     "_exact": ["exact"],
+    "_few": ["few"],
     "_monomials": ["monomials"],
     "_quartic": ["quartic"],
     "_circulant": [],

@@ -232,7 +232,7 @@ def test_sums_of_equal_terms_are_covered(n_k, bounded, dtype, rng):
     # All are rounded to the same side. The last value is 0, lest values be centred.
     worst = 0
     for _ in range(20):
-        Q, V = np.ones((3, 2)), np.ones((n_k, 8)) * rng.uniform(1, 2, 8)
+        Q, V = np.ones((9, 2)), np.ones((n_k, 8)) * rng.uniform(1, 2, 8)
         K = np.ones((n_k, 2)) * (rng.uniform(-1, 1) if bounded else rng.uniform(30, 40))
         V[-1] = 0
         Q, K, V = (X.astype(dtype) for X in (Q, K, V))

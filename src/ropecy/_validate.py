@@ -11,7 +11,7 @@ import math
 import numbers
 import operator
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,9 @@ from .rotary import Rotary
 # Past this many threads the operating system, not the arithmetic, sets the pace, and libgomp ends the whole process
 # when it can't start one. Results don't depend on the number.
 _MOST_THREADS = 256
+
+# The arguments that are arrays of floating-point numbers, in the order in which their entries are checked.
+_ARRAYS = ("Q", "K", "V", "W", "W_Q", "W_K", "W_V")
 
 _forked = False
 
@@ -40,7 +43,8 @@ if hasattr(os, "register_at_fork"):
 
 @dataclass(slots=True)
 class Arguments:
-    """Checked arguments: arrays in the dtype computed in, shapes agreed upon, masks by index as one band.
+    """Checked arguments: shapes agreed upon, masks by index as one band, arrays as they were given, or, after
+    `check_entries`, finite and in the dtype computed in.
 
     ``Q``, ``K``, ``V`` and the projections keep their own leading axes; ``batch + (heads,)`` is what these broadcast
     to (``lead`` is that, or ``()`` where no array has leading axes).
@@ -73,6 +77,11 @@ class Arguments:
     threads: int
 
     @property
+    def compute(self) -> np.dtype:
+        """The dtype computed in."""
+        return np.dtype(np.float64 if self.dtype == np.float64 else np.float32)
+
+    @property
     def batch(self) -> tuple[int, ...]:
         return self.lead[:-1]
 
@@ -102,7 +111,9 @@ def check_arguments(
     q_offset: Any,
     threads: Any,
 ) -> Arguments:
-    """What the arguments of `attention` say of the numbers, checked; ``V=None`` where no values are meant."""
+    """What the arguments of `attention` say of the numbers, checked but for the entries of arrays (`check_entries`);
+    ``V=None`` where no values are meant.
+    """
     q_offset = _integer("q_offset", q_offset)
     threads = _threads(threads)
     lo, hi = band(check_flag("causal", causal), window)
@@ -166,13 +177,8 @@ def check_arguments(
     for name, number in (("scale", scale), ("near", 0.0 if near is None else near[1])):
         if abs(number) > np.finfo(compute).max:
             raise ValueError(f"{name}: got {number}, wants a number that {compute} can hold")
-    if key_mask is not None:
-        given.update({name: _hide(given[name], key_mask, lead) for name in ("K", "V") if name in given})
-    for name, X in given.items():
-        check_finite(name, X)
-    given = {name: X.astype(compute, copy=False) for name, X in given.items()}
     return Arguments(
-        **{name: given.get(name) for name in ("Q", "K", "V", "W", "W_Q", "W_K", "W_V")},
+        **{name: given.get(name) for name in _ARRAYS},
         R=R,
         family=family,
         dtype=dtype,
@@ -192,6 +198,22 @@ def check_arguments(
         k_positions=k_positions,
         threads=threads,
     )
+
+
+def check_entries(a: Arguments) -> Arguments:
+    """The arguments with arrays of finite numbers in the dtype computed in, keys and values that no mask keeps being 0.
+
+    Raises
+    ------
+    ValueError
+        NaN or Inf, and where the first one is.
+    """
+    given = {name: getattr(a, name) for name in _ARRAYS if getattr(a, name) is not None}
+    if a.key_mask is not None:
+        given.update({name: _hide(given[name], a.key_mask, a.lead) for name in ("K", "V") if name in given})
+    for name, X in given.items():
+        check_finite(name, X)
+    return replace(a, **{name: X.astype(a.compute, copy=False) for name, X in given.items()})
 
 
 def check_method(*, eps: Any, certify: Any, method: Any, degree: Any, seed: Any) -> dict[str, Any]:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from . import _validate
+from . import _validate, few
 from .certificate import Certificate, nothing_to_do
 from .engines import exact
 from .gradients import Gradients
 from .normal import Normal, normal_form
 from .options import Options
 from .plan import make_plan
-from .problem import Call, prepare, prepare_for
+from .problem import Call, check_forms, prepare_for
 from .relative import RelativeBias, RelativeFamily
 from .rotary import Rotary
 
@@ -171,7 +172,7 @@ def attention(
     return_certificate = _validate.check_flag("return_certificate", return_certificate)
     return_lse = _validate.check_flag("return_lse", return_lse)
     _validate.check_values(V)
-    call = prepare(
+    arguments, how = check_forms(
         Q,
         K,
         V,
@@ -196,10 +197,25 @@ def attention(
         seed=seed,
         threads=threads,
     )
-    evaluation = Evaluation(call, want_lse=return_lse)
-    extra = ([evaluation.certificate] if return_certificate else []) + ([evaluation.lse] if return_lse else [])
-    O = call.to_user(evaluation.o)
+    found = few.forward(arguments, return_lse) if few.serves(arguments, method, degree) else None
+    if found is not None:
+        O, lse = found
+        certificate = partial(_exact_certificate, arguments, how)
+    else:
+        evaluation = Evaluation(Call(_validate.check_entries(arguments), how), want_lse=return_lse)
+        O, lse = evaluation.call.to_user(evaluation.o), evaluation.lse
+        certificate = partial(getattr, evaluation, "certificate")
+    extra = ([certificate()] if return_certificate else []) + ([lse] if return_lse else [])
     return (O, *extra) if extra else O
+
+
+def _exact_certificate(arguments: _validate.Arguments, how: dict[str, Any]) -> Certificate:
+    """Of O computed exactly, whatever computed it: what rounding costs is measured of the arguments."""
+    call = Call(_validate.check_entries(arguments), how | {"method": "exact"})
+    if call.problem.empty:
+        return nothing_to_do()
+    made = make_plan(call.problem, **call.how, grad=False)
+    return replace(made.certificate, rows_truncation=np.zeros(call.shape[:-1])).stored(made.storing(call.dtype))
 
 
 def attention_vjp(

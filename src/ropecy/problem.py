@@ -231,12 +231,12 @@ class _Rows:
             self.lost += _ROTATED * float(np.finfo(X.dtype).eps) / 2
         self.shape = X.shape
         if self.positions is None:
-            X = _spread(X, self.batch, self.heads)
+            X = spread(X, self.batch, self.heads)
         elif self.positions.ndim == 1:
             # Rotated before it is repeated for heads and batch elements.
-            X = _spread(self.rotate(X, self.positions), self.batch, self.heads)
+            X = spread(self.rotate(X, self.positions), self.batch, self.heads)
         else:
-            X = _spread(X, self.batch, self.heads)
+            X = spread(X, self.batch, self.heads)
             X = self.rotate(X, self._slot_positions())
         return np.require(X, requirements=["C", "A"])
 
@@ -261,7 +261,7 @@ class _Rows:
         return self.rotate(dX, positions, adjoint=True, out=dX)
 
     def _slot_positions(self) -> np.ndarray:
-        return _spread(self.positions[..., None], self.batch, self.heads)[..., 0]
+        return spread(self.positions[..., None], self.batch, self.heads)[..., 0]
 
 
 class Call:
@@ -299,7 +299,7 @@ class Call:
         mask = a.key_mask
         if mask is not None:
             mask = mask if mask.ndim > 1 else mask[None]
-            mask = np.ascontiguousarray(_spread(mask[..., None], a.batch, self.key_heads)[..., 0])
+            mask = np.ascontiguousarray(spread(mask[..., None], a.batch, self.key_heads)[..., 0])
         v = None if a.V is None else self._v.slots()
         if v is None or a.d_v == 0:
             # Engines have a column to work on.
@@ -433,7 +433,7 @@ class Call:
             return X.astype(self.dtype)
 
 
-def check(
+def check_forms(
     Q: Any,
     K: Any,
     V: Any,
@@ -459,7 +459,9 @@ def check(
     seed: Any = None,
     threads: Any = None,
 ) -> tuple[_validate.Arguments, dict[str, Any]]:
-    """The arguments of `attention`, checked: what they say of the numbers, and of how to compute."""
+    """The arguments of `attention`, checked but for the entries of arrays: what they say of the numbers, and of how to
+    compute.
+    """
     how = _validate.check_method(eps=eps, certify=certify, method=method, degree=degree, seed=seed)
     arguments = _validate.check_arguments(
         Q,
@@ -484,6 +486,12 @@ def check(
     return arguments, how
 
 
+def check(Q: Any, K: Any, V: Any, R: Any = None, **options: Any) -> tuple[_validate.Arguments, dict[str, Any]]:
+    """`check_forms`, and the entries of arrays."""
+    arguments, how = check_forms(Q, K, V, R, **options)
+    return _validate.check_entries(arguments), how
+
+
 def prepare(Q: Any, K: Any, V: Any, R: Any = None, **options: Any) -> Call:
     """Check the arguments of `attention`, project, rotate and lay out: everything before the choice of an engine."""
     return Call(*check(Q, K, V, R, **options))
@@ -497,7 +505,7 @@ def prepare_for(function: str, Q: Any, K: Any, V: Any, R: Any, options: Mapping[
 
 def check_names(function: str, options: Mapping[str, Any]) -> None:
     """Refuse keywords that `attention` does not have."""
-    unknown = [name for name in options if name not in check.__kwdefaults__]
+    unknown = [name for name in options if name not in check_forms.__kwdefaults__]
     if unknown:
         raise TypeError(f"{function}() got an unexpected keyword argument {unknown[0]!r}")
 
@@ -512,19 +520,19 @@ def key_heads_of(arguments: _validate.Arguments) -> int:
     """How many heads differ in keys, values or masks, each of which query heads share."""
     a = arguments
     return math.lcm(
-        *(_head_count(X, 2) for X in (a.K, a.W_K, a.V, a.W_V) if X is not None),
-        *(_head_count(X, 1) for X in (a.key_mask, a.k_positions) if X is not None),
+        *(head_count(X, 2) for X in (a.K, a.W_K, a.V, a.W_V) if X is not None),
+        *(head_count(X, 1) for X in (a.key_mask, a.k_positions) if X is not None),
     )
 
 
-def _head_count(X: np.ndarray, inner: int) -> int:
+def head_count(X: np.ndarray, inner: int) -> int:
     """The size of the head axis, the last but `inner`; 1 where there is none."""
     return X.shape[-1 - inner] if X.ndim > inner else 1
 
 
 def spread_columns(X: np.ndarray, call: Call, heads: int) -> np.ndarray:
     """X (..., rows, m) as one contiguous (rows, m) for each slot of `heads` heads."""
-    return np.require(_spread(X, call.lead[:-1], heads), requirements=["C", "A"])
+    return np.require(spread(X, call.lead[:-1], heads), requirements=["C", "A"])
 
 
 def _given(arguments: _validate.Arguments, *names: str) -> dict[str, np.ndarray]:
@@ -575,18 +583,18 @@ def _masked(X: np.ndarray, key_mask: np.ndarray | None) -> np.ndarray:
     return X if key_mask is None else np.where(key_mask[..., None], X, X.dtype.type(0))
 
 
-def _spread(X: np.ndarray, batch: tuple[int, ...], heads: int) -> np.ndarray:
+def spread(X: np.ndarray, batch: tuple[int, ...], heads: int) -> np.ndarray:
     """(..., h, a, b) to (batch * heads, a, b): each of the h heads serves heads // h consecutive ones."""
     tail = X.shape[-2:]
     if X.shape[:-2] != batch + (heads,):
-        own = _head_count(X, 2)
+        own = head_count(X, 2)
         X = X.reshape(X.shape[:-3] + (own, 1) + tail)
         X = np.broadcast_to(X, batch + (own, heads // max(own, 1)) + tail)
     return X.reshape((math.prod(batch) * heads,) + tail)
 
 
 def _gather(dX: np.ndarray, batch: tuple[int, ...], heads: int, shape: tuple[int, ...]) -> np.ndarray:
-    """The adjoint of `_spread` of an array of this shape."""
+    """The adjoint of `spread` of an array of this shape."""
     own = shape[-3] if len(shape) > 2 else 1
     dX = dX.reshape(batch + (own, heads // max(own, 1)) + dX.shape[-2:])
     dX = dX.sum(axis=-3) if dX.shape[-3] != 1 else dX[..., 0, :, :]

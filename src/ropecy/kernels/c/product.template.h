@@ -38,9 +38,6 @@ static inline int rc_block_start(int columns, int blocks, int b) {
     int q = columns / blocks, r = columns % blocks;
     return b * q + (b < r ? b : r);
 }
-static inline ptrdiff_t rc_round_up(ptrdiff_t a, ptrdiff_t b) { return (a + b - 1) / b * b; }
-static inline ptrdiff_t rc_min(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
-static inline ptrdiff_t rc_max(ptrdiff_t a, ptrdiff_t b) { return a > b ? a : b; }
 #endif
 
 typedef void (*RC_NAME(product_function))(ptrdiff_t K, const REAL *A, ptrdiff_t lda, const REAL *B, ptrdiff_t ldb, REAL *C,

@@ -36,8 +36,10 @@
 #define RC_UNROLL _Pragma("GCC unroll 16")
 #endif
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
+#endif
+#if defined(__AVX512F__)
 #define RC_VECTOR_BYTES 64
 #define RC_REGISTERS 32
 #elif defined(__AVX2__)
@@ -55,6 +57,10 @@ typedef float rc_vector_f32 __attribute__((vector_size(RC_VECTOR_BYTES), aligned
 typedef double rc_vector_f64 __attribute__((vector_size(RC_VECTOR_BYTES), aligned(8), may_alias));
 typedef int32_t rc_vector_i32 __attribute__((vector_size(RC_VECTOR_BYTES), aligned(4), may_alias));
 typedef int64_t rc_vector_i64 __attribute__((vector_size(RC_VECTOR_BYTES), aligned(8), may_alias));
+
+static inline ptrdiff_t rc_round_up(ptrdiff_t a, ptrdiff_t b) { return (a + b - 1) / b * b; }
+static inline ptrdiff_t rc_min(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
+static inline ptrdiff_t rc_max(ptrdiff_t a, ptrdiff_t b) { return a > b ? a : b; }
 #endif
 
 #undef REAL

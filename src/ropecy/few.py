@@ -1,0 +1,73 @@
+"""Attention of a few queries over many keys, straight from the caller's arrays: decoding.
+
+One query reads every key and value once, and everything else that could be done to them, a copy, a cast, a look at
+their entries, costs as much as that. So this path is taken before any of these, with arguments whose forms alone have
+been checked. Whether all entries are finite shows in the scores and in the sums over values.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from . import _validate
+from .kernels import _few
+from .problem import head_count, key_heads_of, spread
+
+_LOG2E = 1 / math.log(2)
+# Queries of a head, and of all heads that share a key head. The exact engine computes tiles of 16 to 48 queries of one
+# head, whole or not, after it has copied the keys; this path's time grows with the number of queries.
+_MOST_QUERIES, _MOST_ROWS = 8, 32
+
+
+def serves(a: _validate.Arguments, method: str, degree: int | None) -> bool:
+    """Whether these arguments are few queries, and no more is asked of them than scores and masks."""
+    more = (a.R, a.family, a.bias, a.near, a.W, a.W_Q, a.W_K, a.W_V)
+    if a.V is None or method not in ("auto", "exact") or degree is not None or any(part is not None for part in more):
+        return False
+    if 0 in a.lead or 0 in (a.n, a.n_k, a.d_v) or a.n > _MOST_QUERIES:
+        return False
+    return a.n * (a.heads // key_heads_of(a)) <= _MOST_ROWS and a.K.flags.aligned and a.V.flags.aligned
+
+
+def forward(a: _validate.Arguments, want_lse: bool) -> tuple[np.ndarray, np.ndarray | None] | None:
+    """O (..., n, d_v) in the caller's dtype and lse (..., n) float64 or None; None where others have to look closer:
+    some key or value is not finite, or numbers are so large that rounding would show, and their normal form is wanted.
+
+    Raises
+    ------
+    ValueError
+        NaN or Inf in Q.
+
+    Notes
+    -----
+    Time: one read of K and V. Memory: O of every 512 keys.
+    """
+    _validate.check_finite("Q", a.Q)
+    key_heads = key_heads_of(a)
+    slots, group = math.prod(a.batch) * key_heads, a.heads // key_heads
+    with np.errstate(over="ignore"):
+        q = a.Q.astype(a.compute) * a.compute.type(a.scale * _LOG2E)
+    q = np.ascontiguousarray(spread(q, a.batch, a.heads)).reshape(slots, group * a.n, a.d)
+    k, v = (_by_slot(X, a.batch, key_heads, 2) for X in (a.K, a.V))
+    keep = None
+    if a.key_mask is not None:
+        keep = _by_slot(np.ascontiguousarray(a.key_mask), a.batch, key_heads, 1)
+    far = a.n + a.n_k  # past every j - i
+    lo = -far if a.lo is None else max(-far, a.lo + a.q_offset)
+    hi = far if a.hi is None else min(far, a.hi + a.q_offset)
+    found = _few.forward(q, k, v, keep, a.dtype.name, a.n, (lo, hi), want_lse, a.threads)
+    if found is None:
+        return None
+    o, lse = found
+    with np.errstate(over="ignore"):
+        o = o.reshape(a.lead + (a.n, a.d_v)).astype(a.dtype, copy=False)
+    return o, None if lse is None else lse.reshape(a.lead + (a.n,))
+
+
+def _by_slot(X: np.ndarray, batch: tuple[int, ...], heads: int, inner: int) -> np.ndarray:
+    """A view of X, whose last `inner` axes follow batch and head axes, with axes that come to batch times heads."""
+    own = head_count(X, inner)
+    X = np.expand_dims(X[None] if X.ndim == inner else X, -inner - 1)
+    return np.broadcast_to(X, batch + (own, heads // own) + X.shape[-inner:])

@@ -1,0 +1,263 @@
+/* A part of a cache whose numbers are stored as STORED; WIDEN(p) loads LANES of them, FEW(name) names a function (included
+ * by few.template.c, once for each way to store numbers).
+ *
+ * Rows are read through pointers. The pointer of a hidden key's row points at zeros; that of a row which is shorter than a
+ * vector, or whose entries lie apart, at a copy, with zeros up to a vector. Where the width of a row is no multiple of a
+ * vector, the last vector is the last LANES entries of the row, some of which the vector before has had, and the queries
+ * are 0 in those lanes.
+ */
+typedef struct {
+    const char *first;
+    ptrdiff_t step, column; /* bytes from row to row, from entry to entry */
+    ptrdiff_t width;        /* entries of a row */
+    ptrdiff_t read;         /* those that are read, at least a vector of them */
+    int copied;
+} FEW(matrix);
+
+static FEW(matrix) FEW(matrix_of)(const void *first, ptrdiff_t step, ptrdiff_t column, ptrdiff_t width) {
+    return (FEW(matrix)){first, step, column, width, rc_max(width, LANES), width < LANES || column != sizeof(STORED)};
+}
+
+/* Where to read the rows of keys [j0, j0 + keys), and zeros up to BLOCK; how many of them are not hidden. */
+static ptrdiff_t FEW(find)(const FEW(matrix) * m, ptrdiff_t j0, ptrdiff_t keys, const unsigned char *keep, const STORED *zeros,
+                           STORED *copies, const STORED **row) {
+    ptrdiff_t kept = rc_max(0, keys);
+    for (ptrdiff_t j = 0; j < keys; j++) {
+        const char *from = m->first + (j0 + j) * m->step;
+        row[j] = (const STORED *)from;
+        if (keep && !keep[j0 + j]) {
+            row[j] = zeros;
+            kept--;
+        } else if (m->copied) {
+            row[j] = memset(copies, 0, m->read * sizeof(STORED));
+            for (ptrdiff_t a = 0; a < m->width; a++)
+                copies[a] = *(const STORED *)(from + a * m->column);
+            copies += m->read;
+        }
+    }
+    for (ptrdiff_t j = rc_max(0, keys); j < BLOCK; j++)
+        row[j] = zeros;
+    return kept;
+}
+
+typedef struct {
+    const STORED **k, **v, **next; /* rows of keys and values, and of the keys of the block that follows */
+    ptrdiff_t k_read, v_read, keys; /* keys: whole rounds of scores, zeros among them */
+    RC_NAME(few_masking) masking;
+} FEW(block);
+
+RC_INLINE void FEW(ask_for)(const STORED *row, ptrdiff_t width) {
+    for (ptrdiff_t a = 0; a < width; a += LINE / (ptrdiff_t)sizeof(STORED))
+        __builtin_prefetch(row + a, 0, 2);
+}
+
+/* acc[key][query] += what the vector of entries from a on adds to the product of J keys and R queries. */
+RC_INLINE void FEW(dots)(const int R, const int J, const STORED *const *k, ptrdiff_t a, const REAL *q, vreal acc[16]) {
+    vreal y[8];
+    RC_UNROLL for (int i = 0; i < J; i++) y[i] = WIDEN(k[i] + a);
+    RC_UNROLL for (int r = 0; r < R; r++) {
+        const vreal x = LOAD(q + r * LANES);
+        RC_UNROLL for (int i = 0; i < J; i++) acc[i * R + r] += y[i] * x;
+    }
+}
+
+/* S[key][query] = <query, key>; 0 is returned where one of them is not finite. */
+RC_INLINE int FEW(scores)(const int R, const FEW(block) * b, const REAL *q, REAL *S) {
+    const int J = KEYS_BESIDE(R), at_once = KEYS_AT_ONCE(R);
+    const ptrdiff_t width = b->k_read;
+    vreal off = {0};
+    for (ptrdiff_t j = 0; j < b->keys; j += at_once) {
+        vreal sums[16];
+        RC_UNROLL for (int i = 0; i < at_once; i += J) {
+            const STORED *k[4];
+            const REAL *x = q;
+            vreal acc[16];
+            RC_UNROLL for (int l = 0; l < J * R; l++) acc[l] = (vreal){0};
+            RC_UNROLL for (int l = 0; l < J; l++) k[l] = b->k[j + i + l];
+            for (int l = 0; l < J; l++)
+                FEW(ask_for)(b->v[j + i + l], b->v_read);
+            ptrdiff_t a = 0;
+            for (; a + 4 * LANES <= width; a += 4 * LANES)
+                RC_UNROLL for (int u = 0; u < 4; u++, x += R * LANES) FEW(dots)(R, J, k, a + u * LANES, x, acc);
+            for (; a < width; a += LANES, x += R * LANES)
+                FEW(dots)(R, J, k, rc_min(a, width - LANES), x, acc);
+            RC_UNROLL for (int l = 0; l < J * R; l++) sums[i * R + l] = acc[l];
+        }
+        RC_UNROLL for (int s = 0; s < at_once * R; s += LANES) {
+            const vreal score = RC_NAME(fold)(sums + s);
+            off += score - score;
+            STORE(S + j * R + s, score);
+        }
+    }
+    return RC_NAME(few_zero)(off);
+}
+
+/* o[query][c] = factor[query] o[query][c] + sum_key S[key][query] v[key][c], C vectors of columns from `at` on, one of
+ * `passes` passes over the rows; one row of the next keys is asked for after as many rows. */
+RC_INLINE void FEW(columns)(const int R, const int C, const FEW(block) * b, ptrdiff_t at, const REAL *S, const REAL *factor,
+                            REAL *o, const STORED *const *next, ptrdiff_t passes) {
+    const ptrdiff_t pitch = rc_round_up(b->v_read, LANES);
+    vreal acc[8][8];
+    RC_UNROLL for (int r = 0; r < R; r++) RC_UNROLL for (int c = 0; c < C; c++) acc[r][c] = (vreal){0};
+    for (ptrdiff_t j = 0; j < b->keys;) {
+        FEW(ask_for)(*next++, b->k_read);
+        for (const ptrdiff_t end = rc_min(j + passes, b->keys); j < end; j++, S += R) {
+            const STORED *v = b->v[j] + at;
+            vreal y[8];
+            RC_UNROLL for (int c = 0; c < C; c++) y[c] = WIDEN(v + c * LANES);
+            RC_UNROLL for (int r = 0; r < R; r++) {
+                const vreal weight = SPLAT(S[r]);
+                RC_UNROLL for (int c = 0; c < C; c++) acc[r][c] += weight * y[c];
+            }
+        }
+    }
+    RC_UNROLL for (int r = 0; r < R; r++) RC_UNROLL for (int c = 0; c < C; c++) {
+        REAL *sum = o + r * pitch + c * LANES;
+        STORE(sum, LOAD(sum) * factor[r] + acc[r][c]);
+    }
+}
+
+RC_INLINE void FEW(values)(const int R, const FEW(block) * b, const REAL *S, const REAL *factor, REAL *o) {
+    const int C = ACCUMULATORS / R < 8 ? ACCUMULATORS / R : 8;
+    const ptrdiff_t width = b->v_read, whole = width / (C * LANES);
+    const ptrdiff_t passes = whole + (width - whole * C * LANES + LANES - 1) / LANES;
+    const STORED *const *next = b->next;
+    ptrdiff_t c = 0;
+    for (; c < whole * C * LANES; c += C * LANES, next += b->keys / passes)
+        FEW(columns)(R, C, b, c, S, factor, o + c, next, passes);
+    for (; c < width; c += LANES, next += b->keys / passes)
+        FEW(columns)(R, 1, b, rc_min(c, width - LANES), S, factor, o + c, next, passes);
+}
+
+#define FEW_BLOCK(R)                                                                                                      \
+    RC_NOINLINE int FEW(block_##R)(const FEW(block) * b, const REAL *q, RC_NAME(few_state) * state, REAL *o, REAL *S) {    \
+        const int finite = FEW(scores)(R, b, q, S);                                                                       \
+        RC_NAME(few_weights)(R, &b->masking, b->keys, S, state);                                                          \
+        FEW(values)(R, b, S, state->factor, o);                                                                           \
+        return finite;                                                                                                    \
+    }
+FEW_BLOCK(1)
+FEW_BLOCK(2)
+#if MOST_ROWS >= 4
+FEW_BLOCK(4)
+#endif
+#if MOST_ROWS >= 8
+FEW_BLOCK(8)
+#endif
+#undef FEW_BLOCK
+
+static int FEW(of_block)(int R, const FEW(block) * b, const REAL *q, RC_NAME(few_state) * state, REAL *o, REAL *S) {
+#if MOST_ROWS >= 8
+    if (R == 8)
+        return FEW(block_8)(b, q, state, o, S);
+#endif
+#if MOST_ROWS >= 4
+    if (R == 4)
+        return FEW(block_4)(b, q, state, o, S);
+#endif
+    return R == 2 ? FEW(block_2)(b, q, state, o, S) : FEW(block_1)(b, q, state, o, S);
+}
+
+/* A task: where it reads, and where in a workspace, in bytes, it has what. */
+typedef struct {
+    FEW(matrix) k, v;
+    RC_NAME(few_layout) layout;
+    ptrdiff_t block; /* keys in a block */
+    size_t queries, scores, sums, zeros, k_copies, v_copies, size;
+} FEW(task);
+
+static FEW(task) FEW(task_of)(const rc_few_problem *p, ptrdiff_t slot) {
+    FEW(task) t = {FEW(matrix_of)(p->k[slot], p->k_row, p->k_column, p->d),
+                   FEW(matrix_of)(p->v[slot], p->v_row, p->v_column, p->d_v), RC_NAME(few_layout_of)(p), BLOCK};
+    const RC_NAME(few_layout) *l = &t.layout;
+    while (t.block > LEAST_BLOCK && t.block * (p->d + p->d_v) * sizeof(STORED) > CLOSE_BYTES)
+        t.block /= 2;
+    t.queries = rc_round_up(l->groups * sizeof(RC_NAME(few_state)), LINE);
+    t.scores = t.queries + rc_round_up(l->groups * l->R * l->k_pitch * sizeof(REAL), LINE);
+    t.sums = t.scores + BLOCK * MOST_ROWS * sizeof(REAL);
+    t.zeros = t.sums + rc_round_up(l->groups * l->R * l->v_pitch * sizeof(REAL), LINE);
+    t.k_copies = t.zeros + rc_round_up(rc_max(l->k_pitch, l->v_pitch) * sizeof(STORED), LINE);
+    /* Of this block and of the next one. */
+    t.v_copies = t.k_copies + (t.k.copied ? 2 * BLOCK * rc_round_up(t.k.read * sizeof(STORED), LINE) : 0);
+    t.size = t.v_copies + (t.v.copied ? BLOCK * rc_round_up(t.v.read * sizeof(STORED), LINE) : 0);
+    return t;
+}
+
+/* Whether values lie much farther from 0 than from each other, by a sample of the kept ones. */
+static int FEW(far)(const rc_few_problem *p, ptrdiff_t slot, void *workspace) {
+    const FEW(task) t = FEW(task_of)(p, slot);
+    const ptrdiff_t apart = (p->n_k + SAMPLE - 1) / SAMPLE, count = (p->n_k + apart - 1) / apart;
+    const STORED *zeros = (const STORED *)((char *)workspace + t.zeros), *rows[BLOCK];
+    FEW(matrix) sample = t.v;
+    unsigned char keep[SAMPLE];
+    vreal size = {0}, spread = {0};
+    sample.step *= apart;
+    for (ptrdiff_t i = 0; i < count; i++)
+        keep[i] = p->keep ? p->keep[slot][i * apart] : 1;
+    FEW(find)(&sample, 0, count, keep, zeros, (STORED *)((char *)workspace + t.v_copies), rows);
+    for (ptrdiff_t a = 0; a < sample.read; a += LANES) {
+        vreal low = SPLAT(LARGEST), high = SPLAT(-LARGEST);
+        for (ptrdiff_t i = 0; i < count; i++)
+            if (keep[i]) {
+                const vreal y = WIDEN(rows[i] + rc_min(a, sample.read - LANES));
+                low = -RC_NAME(vector_max)(-low, -y);
+                high = RC_NAME(vector_max)(high, y);
+            }
+        size = RC_NAME(vector_max)(size, RC_NAME(vector_max)(-low, high));
+        spread = RC_NAME(vector_max)(spread, high - low);
+    }
+    return RC_NAME(few_largest)(spread) > 0 && RC_NAME(few_largest)(size) > FAR * RC_NAME(few_largest)(spread);
+}
+
+static size_t FEW(workspace)(const rc_few_problem *p) { return FEW(task_of)(p, 0).size; }
+
+/* The part's keys [j0, end), block by block; whether all scores are finite. */
+static int FEW(of_keys)(const rc_few_problem *p, const FEW(task) * t, ptrdiff_t j0, ptrdiff_t end, const unsigned char *keep,
+                        char *work) {
+    const int R = t->layout.R;
+    const STORED *zeros = (const STORED *)(work + t->zeros), *rows[3][BLOCK];
+    STORED *k_copies = (STORED *)(work + t->k_copies), *v_copies = (STORED *)(work + t->v_copies);
+    FEW(block) b = {rows[0], rows[1], rows[2], t->k.read, t->v.read};
+    int finite = 1;
+    ptrdiff_t kept = FEW(find)(&t->k, j0, rc_min(t->block, end - j0), keep, zeros, k_copies, b.k), coming;
+    for (int odd = 1; j0 < end; j0 += t->block, odd = !odd, kept = coming) {
+        const ptrdiff_t keys = rc_min(t->block, end - j0), after = j0 + t->block;
+        const STORED **k = b.k;
+        coming = FEW(find)(&t->k, after, rc_min(t->block, end - after), keep, zeros, k_copies + odd * BLOCK * t->k.read, b.next);
+        if (kept) {
+            FEW(find)(&t->v, j0, keys, keep, zeros, v_copies, b.v);
+            b.keys = rc_round_up(keys, KEYS_AT_ONCE(R));
+            b.masking.keep = kept < keys ? keep + j0 : 0;
+            b.masking.keys = keys;
+            for (ptrdiff_t g = 0; g < t->layout.groups; g++) {
+                for (int r = 0; r < R; r++) {
+                    const ptrdiff_t i = (g * R + r) % p->n;
+                    b.masking.first[r] = p->lo + i - j0;
+                    b.masking.last[r] = p->hi + i - j0;
+                }
+                finite &= FEW(of_block)(R, &b, (REAL *)(work + t->queries) + g * R * t->layout.k_pitch,
+                                        (RC_NAME(few_state) *)work + g,
+                                        (REAL *)(work + t->sums) + g * R * t->layout.v_pitch, (REAL *)(work + t->scores));
+            }
+        }
+        b.k = b.next;
+        b.next = k;
+    }
+    return finite;
+}
+
+static int FEW(of_part)(const rc_few_problem *p, ptrdiff_t slot, ptrdiff_t part, void *workspace) {
+    const FEW(task) t = FEW(task_of)(p, slot);
+    char *work = workspace;
+    memset(work + t.sums, 0, t.k_copies - t.sums);
+    for (ptrdiff_t g = 0; g < t.layout.groups; g++) {
+        RC_NAME(few_state) *state = (RC_NAME(few_state) *)work + g;
+        for (int i = 0; i < LANES; i++)
+            state->maximum[i] = -(REAL)INFINITY;
+        state->sum = (vreal){0};
+        RC_NAME(few_pack)(p, t.layout.R, slot, g, t.k.read, (REAL *)(work + t.queries) + g * t.layout.R * t.layout.k_pitch);
+    }
+    const ptrdiff_t end = rc_min(p->n_k, (part + 1) * PART);
+    const int finite = FEW(of_keys)(p, &t, part * PART, end, p->keep ? p->keep[slot] : 0, work);
+    return RC_NAME(few_leave)(p, slot, part, (const RC_NAME(few_state) *)work, (const REAL *)(work + t.sums), t.v.read) && finite;
+}

@@ -1,0 +1,48 @@
+/* float16 and bfloat16 as they are stored, widened to a vector of float32 (include after simd.h). Every stored number is
+ * a float32, so nothing is rounded; NaN and infinities stay what they are. */
+#ifndef RC_HALF_H
+#define RC_HALF_H
+#if defined(__F16C__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+typedef struct { uint16_t bits; } rc_float16;
+typedef struct { uint16_t bits; } rc_bfloat16;
+typedef uint16_t rc_vector_u16 __attribute__((vector_size(RC_VECTOR_BYTES / 2), aligned(2), may_alias));
+typedef uint32_t rc_vector_u32 __attribute__((vector_size(RC_VECTOR_BYTES), aligned(4), may_alias));
+
+RC_INLINE rc_vector_u32 rc_widen_u16(const uint16_t *p) {
+#if defined(__AVX512F__)
+    return (rc_vector_u32)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
+#elif defined(__AVX2__)
+    return (rc_vector_u32)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
+#else
+    return __builtin_convertvector(*(const rc_vector_u16 *)p, rc_vector_u32);
+#endif
+}
+
+/* A bfloat16 is the upper half of a float32. */
+RC_INLINE rc_vector_f32 rc_widen_bfloat16(const rc_bfloat16 *p) {
+    return (rc_vector_f32)(rc_widen_u16((const uint16_t *)p) << 16);
+}
+
+RC_INLINE rc_vector_f32 rc_widen_float16(const rc_float16 *p) {
+#if defined(__AVX512F__)
+    return (rc_vector_f32)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+#elif defined(__F16C__)
+    return (rc_vector_f32)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+#elif defined(__aarch64__)
+    return (rc_vector_f32)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t *)p)));
+#else
+    /* The exponent's bias grows from 15 to 127 by a product with 2^112, which makes subnormal numbers normal too; an
+     * exponent of all ones, NaN or an infinity, has to stay one. */
+    const rc_vector_u32 bits = rc_widen_u16((const uint16_t *)p);
+    const rc_vector_u32 size = (bits & 0x7fff) << 13;
+    const rc_vector_u32 wide = (rc_vector_u32)((rc_vector_f32)size * 0x1p112f);
+    const rc_vector_u32 special = (rc_vector_u32)(size >= (0x7c00u << 13)) & 0x7f800000u;
+    return (rc_vector_f32)(wide | special | (bits & 0x8000) << 16);
+#endif
+}
+#endif

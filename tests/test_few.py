@@ -1,0 +1,223 @@
+"""Few queries over many keys, read where they lie and as they are stored, against dense attention in float64."""
+
+import ml_dtypes
+import numpy as np
+import oracle
+import pytest
+
+import ropecy
+from ropecy import few
+from ropecy.problem import check_forms
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+DTYPES = [np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16), BFLOAT16]
+
+
+def takes_this_path(Q, K, V, **options):
+    arguments, how = check_forms(Q, K, V, **options)
+    return few.serves(arguments, how["method"], how["degree"]) and few.forward(arguments, False) is not None
+
+
+def compare(Q, K, V, **options):
+    """That O and lse are as exact as in float32, rounded once where they are stored in less."""
+    assert takes_this_path(Q, K, V, **options)
+    O, lse = ropecy.attention(Q, K, V, **options, return_lse=True)
+    dense = oracle.attention(Q, K, V, **options)
+    plain = oracle.attention(Q, K, V, **options, dtype=np.float64 if Q.dtype == np.float64 else np.float32)
+    assert O.dtype == Q.dtype and O.shape == dense.O.shape
+    spread = float(np.abs(V.astype(np.float64)).max())
+    unit = float(np.finfo(plain.O.dtype).eps)
+    allowed = max(2 * float(np.abs(plain.O - dense.O).max()), 4 * unit * spread)
+    if Q.dtype.itemsize == 2:
+        # Half of the distance to the next number, of entries that are smaller than any normal one that of the least.
+        finfo = ml_dtypes.finfo(Q.dtype)
+        size = np.maximum(np.abs(dense.O), float(finfo.smallest_normal))
+        allowed = allowed + 0.5 * float(finfo.eps) * size * (1 + 1e-3)
+    assert (np.abs(O.astype(np.float64) - dense.O) <= allowed).all()
+    seen = np.isfinite(dense.lse)
+    np.testing.assert_array_equal(np.isfinite(lse), seen)
+    largest = float(np.abs(dense.lse[seen]).max(initial=1))
+    np.testing.assert_allclose(lse[seen], dense.lse[seen], atol=max(1e-13, 60 * unit * largest))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "d, d_v", [(1, 1), (3, 5), (7, 16), (8, 8), (16, 40), (33, 65), (64, 64), (72, 80), (128, 128)]
+)
+@pytest.mark.parametrize("n_k", [1, 2, 63, 65, 700])
+def test_widths_and_lengths(n_k, d, d_v, dtype, rng):
+    Q, K, V = (rng.standard_normal((2, rows, width)).astype(dtype) for rows, width in ((1, d), (n_k, d), (n_k, d_v)))
+    compare(Q, K, V, scale=d**-0.5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "n, heads, key_heads", [(1, 4, 1), (1, 6, 2), (1, 10, 2), (2, 3, 3), (3, 6, 1), (8, 8, 2), (5, 6, 6)]
+)
+def test_groups_of_queries(n, heads, key_heads, dtype, rng):
+    Q = rng.standard_normal((2, heads, n, 20)).astype(dtype)
+    K, V = rng.standard_normal((2, 2, key_heads, 600, 20)).astype(dtype)
+    compare(Q, K, V, causal=True, q_offset=600 - n)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "mask",
+    [
+        {"causal": True},
+        {"causal": True, "q_offset": 40},
+        {"causal": True, "q_offset": -2},
+        {"window": 30, "q_offset": 640},
+        {"window": (3, 70), "q_offset": 60},
+        {"window": 5, "q_offset": 10_000},
+        {"causal": True, "q_offset": 2**61},
+    ],
+    ids=str,
+)
+def test_bands(mask, dtype, rng):
+    Q = rng.standard_normal((2, 3, 9)).astype(dtype)
+    K, V = rng.standard_normal((2, 2, 700, 9)).astype(dtype)
+    compare(Q, K, V, **mask)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(700,), (2, 1, 700), (1, 6, 700), (2, 6, 700)])
+def test_hidden_keys_are_not_read(shape, dtype, rng):
+    Q = rng.standard_normal((2, 6, 2, 12)).astype(dtype)
+    K, V = rng.standard_normal((2, 2, 3, 700, 12)).astype(dtype)
+    key_mask = rng.random(shape) < 0.3
+    key_mask[..., :130] = False
+    # Hidden from every query head of every batch element that shares them.
+    kept = np.broadcast_to(key_mask, (2, 6, 700)).reshape(2, 3, 2, 700).any(axis=2)
+    K[~kept] = np.nan
+    V[~kept] = np.inf
+    compare(Q, K, V, key_mask=key_mask)
+    nothing = np.zeros(700, bool)
+    O, lse = ropecy.attention(Q, K, V, key_mask=nothing, return_lse=True)
+    assert not O.any() and np.isneginf(lse).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_strides(dtype, rng):
+    Q = rng.standard_normal((2, 1, 4, 24)).astype(dtype).swapaxes(1, 2)
+    tokens_first = rng.standard_normal((2, 2, 300, 2, 24)).astype(dtype).swapaxes(2, 3)
+    K, V = tokens_first
+    expected = ropecy.attention(Q.copy(), K.copy(), V.copy())
+    compare(Q, K, V)
+    other = {
+        "transposed": np.ascontiguousarray(K.swapaxes(-1, -2)).swapaxes(-1, -2),
+        "reversed": np.ascontiguousarray(K[..., ::-1, :])[..., ::-1, :],
+        "backwards": np.ascontiguousarray(K[..., ::-1])[..., ::-1],
+        "every other": np.repeat(K, 2, axis=-1)[..., ::2],
+        "a room": np.concatenate([K, np.full_like(K, np.nan)], axis=-2)[..., :300, :],
+        "fortran": np.asfortranarray(K),
+    }
+    for name, keys in other.items():
+        np.testing.assert_array_equal(ropecy.attention(Q, keys, V), expected, err_msg=name)
+    shared = np.broadcast_to(K[:1, :1], K.shape)
+    np.testing.assert_array_equal(ropecy.attention(Q, shared, V), ropecy.attention(Q, shared.copy(), V))
+    before = K.copy()
+    for X in (Q, K, V):
+        X.flags.writeable = False
+    np.testing.assert_array_equal(ropecy.attention(Q, K, V), expected)
+    np.testing.assert_array_equal(K, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["Q", "K", "V"])
+@pytest.mark.parametrize("value, said", [(np.nan, "NaN"), (np.inf, "Inf"), (-np.inf, "-Inf")])
+@pytest.mark.parametrize("place", [(0, 1, 0), (1, 0, 4), (1, 650, 10)])
+def test_what_is_not_finite_is_named(place, value, said, name, dtype, rng):
+    given = {"Q": rng.standard_normal((2, 2, 11)).astype(dtype)}
+    given |= {name: rng.standard_normal((2, 700, 11)).astype(dtype) for name in "KV"}
+    place = (place[0], min(place[1], given[name].shape[1] - 1), place[2])
+    given[name][place] = value
+    # Whether or not the mask lets a query see it, and where its weight would be 0.
+    for mask in ({}, {"window": 2, "q_offset": 300}, {"scale": 0.0}, {"scale": 1e4}):
+        with pytest.raises(ValueError, match=rf"^{name}: got {said} at index \({place[0]}, {place[1]}, {place[2]}\)"):
+            ropecy.attention(**given, **mask)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_finite_number_is_read_as_it_is(dtype, rng):
+    # One key a query: O is the value itself, whatever its bits.
+    if dtype.itemsize == 2:
+        bits = np.arange(2**16, dtype=np.uint16).view(dtype)
+        V = bits[np.isfinite(bits.astype(np.float32))]
+    else:
+        V = np.ldexp(rng.standard_normal(4096), rng.integers(-120, 120, 4096)).astype(dtype)
+    V = V[: len(V) // 16 * 16].reshape(-1, 1, 1, 16)
+    Q, K = np.zeros((2, *V.shape), dtype)
+    np.testing.assert_array_equal(ropecy.attention(Q, K, V), V)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_scores_past_the_largest_number(dtype, rng):
+    # They are not finite here, and the exact engine takes them as it takes those of many queries.
+    size = np.sqrt(np.finfo(dtype).max) * 4
+    Q, K = (rng.choice([-1.0, 1.0], (rows, 4)).astype(dtype) * dtype(size) for rows in (1, 50))
+    V = rng.standard_normal((50, 4)).astype(dtype)
+    assert not takes_this_path(Q, K, V, scale=1.0)
+    O = ropecy.attention(Q, K, V, scale=1.0)
+    best = (np.sign(K) * np.sign(Q)).sum(axis=1) == (np.sign(K) * np.sign(Q)).sum(axis=1).max()
+    np.testing.assert_allclose(O[0], V[best].mean(axis=0, dtype=np.float64), rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bits_depend_on_no_thread_count_and_no_certificate(dtype, rng):
+    Q = rng.standard_normal((2, 4, 1, 32)).astype(dtype)
+    K, V = rng.standard_normal((2, 2, 2, 5000, 32)).astype(dtype)
+    one, lse = ropecy.attention(Q, K, V, threads=1, return_lse=True)
+    for threads in (2, 3, 7):
+        again, certificate, again_lse = ropecy.attention(
+            Q, K, V, threads=threads, return_certificate=True, return_lse=True
+        )
+        np.testing.assert_array_equal(again, one)
+        np.testing.assert_array_equal(again_lse, lse)
+    assert certificate.engine == "exact" and certificate.truncation == 0 < certificate.rounding
+    assert certificate.rows_truncation.shape == lse.shape
+    np.testing.assert_array_equal(ropecy.attention(Q, K, V), one)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("n_k", [96, 3000, 100_000])
+def test_sums_of_equal_terms_are_covered(n_k, dtype, rng):
+    for size in (1.0, 40.0):
+        Q, K, V = (np.ones((rows, width)) for rows, width in ((1, 2), (n_k, 2), (n_k, 8)))
+        Q, K, V = (X.astype(dtype) for X in (Q, K * rng.uniform(0.5, 1) * size, V * rng.uniform(1, 2, 8)))
+        O, certificate = ropecy.attention(Q, K, V, scale=1.0, return_certificate=True)
+        assert float(np.abs(O - V[:1]).max()) / float(V.max()) <= certificate.rounding
+
+
+def test_what_more_is_asked_goes_to_the_engines(rng):
+    Q, K, V = (rng.uniform(-1, 1, (rows, 6)) for rows in (1, 80, 80))
+    for options in (
+        {"R": ropecy.Rotary(6)},
+        {"bias": ropecy.RelativeBias.alibi(0.1)},
+        {"near": (3, 2.0)},
+        {"W": np.eye(6)},
+        {"method": "polynomial"},
+        {"method": "fft"},
+        {"degree": 3},
+    ):
+        assert not takes_this_path(Q, K, V, **options)
+        options.setdefault("eps", 0.01)
+        assert np.isfinite(ropecy.attention(Q, K, V, **options)).all()
+    assert not takes_this_path(rng.uniform(-1, 1, (9, 6)), K, V)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, BFLOAT16], ids=str)
+@pytest.mark.parametrize("name, offset", [("V", 256), ("K", 4096)])
+def test_what_is_far_from_0_is_computed_in_its_normal_form(name, offset, dtype, rng):
+    # Numbers that all of these types can hold.
+    given = {"Q": rng.integers(4, 8, (1, 2, 9)), "K": rng.integers(-4, 5, (1, 600, 9))}
+    given["V"] = rng.integers(0, 2, (1, 600, 9)) * 2
+    near = {key: X.astype(dtype) for key, X in given.items()}
+    assert takes_this_path(**near)
+    given[name] = offset + given[name] * (32 if name == "K" else 1)
+    far = {key: X.astype(dtype) for key, X in given.items()}
+    assert not takes_this_path(**far)
+    dense = oracle.attention(**far)
+    unit = float(ml_dtypes.finfo(dtype).eps) / 2
+    error = np.abs(ropecy.attention(**far).astype(np.float64) - dense.O)
+    assert (error <= 1e-3 * dense.ranges(dense.v[..., None, :, :]).max() + unit * np.abs(dense.O)).all()
