@@ -98,8 +98,8 @@ class Values:
     residual : float
         max |v| of the values as they are now, in units of max_c range_j(v_jc).
     varied, spread : float
-        Of the values before their normal form: max |v| of the columns that are not constant, and max_c range_j(v_jc),
-        or max |v| where all are constant.
+        Of the values before their normal form: max |v| of the columns that are not constant, for a constant is what O
+        is there and is stored as it is; and max_c range_j(v_jc), or max |v| where all are constant.
     low, high : (H, d_v) arrays
         The least and the largest of a column.
     mean : (H, d_v) float64 array
@@ -194,9 +194,7 @@ def measure_values(problem: Problem, ranks: Any = Alone) -> Values:
             middle = np.where(crowded, medians(problem).astype(v.dtype), middle)
     found = Values(middle, 1.0, low, high, mean, far, 0.5 * largest / spread if spread else 1.0)
     origin, unit = problem.origin, float(np.finfo(v.dtype).eps) / 2
-    # The constant of a column is what O is there, and is stored as it is.
-    varied = np.maximum(np.abs(low), np.abs(high)).max(initial=0, where=high > low)
-    found.varied, found.spread = float(varied), 2 * spread
+    found.varied, found.spread = largest, 2 * spread
     if origin.largest is not None:
         largest, found.varied, found.spread = origin.largest, origin.varied, math.ldexp(2 * spread, origin.exponent)
     found.spread = found.spread or largest

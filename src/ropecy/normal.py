@@ -96,24 +96,24 @@ def normal_form(problem: Problem, ranks: Any = Alone) -> Normal:
     normal = Normal(problem)
     if problem.near is None and problem.family is None:
         low, high = _ends(problem.k, problem.key_mask, problem.threads, ranks)
-        normal.key_centre = _centre(low, high)
-        if normal.key_centre is not None:
+        if _rows.far_from_zero(low, high):
+            normal.key_centre = _centre(low, high)
             size = np.maximum(np.abs(low), np.abs(high)).astype(np.float64)
             k = _taken(problem.k, normal.key_centre, 0, problem.key_mask)
             origin = replace(problem.origin, k_norm=np.linalg.norm(size, axis=1))
             normal.problem = problem = replace(problem, k=k, origin=origin)
-    low, high = _ends(problem.v, problem.key_mask, problem.threads, ranks)
-    size, varied = np.maximum(np.abs(low), np.abs(high)), high > low
-    before = {"largest": float(size.max(initial=0)), "varied": float(size.max(initial=0, where=varied))}
-    normal.value_centre = _centre(low, high)
-    if normal.value_centre is not None:
+    ends = low, high = _ends(problem.v, problem.key_mask, problem.threads, ranks)
+    if _rows.far_from_zero(low, high):
+        normal.value_centre = _centre(low, high)
         low, high = low - normal.value_centre, high - normal.value_centre
-    left = float(max(high.max(initial=0), -low.min(initial=0)))
+    left = max(_rows.largest(low), _rows.largest(high))
     keys = sum(ranks.gather(problem.k.shape[1]))
     normal.exponent = _exponent(left, keys, problem.v.dtype, problem.tail is not None)
     normal.largest = math.ldexp(left, -normal.exponent)
     if normal.value_centre is not None or normal.exponent:
         v = _taken(problem.v, normal.value_centre, normal.exponent, problem.key_mask)
+        size, varied = np.maximum(*np.abs(ends)), ends[0] < ends[1]
+        before = {"largest": float(size.max(initial=0)), "varied": float(size.max(initial=0, where=varied))}
         origin = replace(problem.origin, **before, exponent=normal.exponent)
         normal.problem = replace(problem, v=v, origin=origin)
     return normal
@@ -122,19 +122,21 @@ def normal_form(problem: Problem, ranks: Any = Alone) -> Normal:
 def _ends(X: np.ndarray, keep: np.ndarray | None, threads: int, ranks: Any) -> tuple[np.ndarray, np.ndarray]:
     """The least and the largest of the columns of X (H, n_k, m) over kept keys, (H, m); 0 where there are none."""
     _, low, high = _rows.columns(X, keep, threads)
+    if ranks is Alone and keep is None and X.shape[1]:
+        return low, high
     low, high = -ranks.largest(-low), ranks.largest(high)
-    if (empty := low > high).any():
-        low[empty], high[empty] = 0, 0
+    empty = low > high
+    low[empty], high[empty] = 0, 0
     return low, high
 
 
-def _centre(low: np.ndarray, high: np.ndarray) -> np.ndarray | None:
+def _centre(low: np.ndarray, high: np.ndarray) -> np.ndarray:
     """Halfway between the ends of a column that is farther from 0 than twice the distance between them, and 0 for the
-    others; None where all are 0. All of such a column is within a factor of two: to take the centre from it is exact.
+    others. All of such a column is within a factor of two: to take the centre from it is exact.
     """
     half_low, half_high = 0.5 * low.astype(np.float64), 0.5 * high.astype(np.float64)
     far = np.maximum(np.abs(half_low), np.abs(half_high)) > 2 * (half_high - half_low)
-    return np.where(far, half_low + half_high, 0).astype(low.dtype) if far.any() else None
+    return np.where(far, half_low + half_high, 0).astype(low.dtype)
 
 
 def _exponent(largest: float, keys: int, dtype: np.dtype, biased: bool) -> int:

@@ -126,6 +126,24 @@ def largest(cnp.ndarray x):
     return found
 
 
+def far_from_zero(low, high):
+    """Whether some column lies farther from 0 than twice the distance between its ends, low and high (H, d)."""
+    if low.dtype == np.float32:
+        return far[float](<const float *>pointer(low), <const float *>pointer(high), low.size)
+    return far[double](<const double *>pointer(low), <const double *>pointer(high), low.size)
+
+
+cdef bint far(const floating *low, const floating *high, ptrdiff_t count) noexcept nogil:
+    cdef ptrdiff_t a
+    cdef double least, most
+    for a in range(count):
+        # Halves, so that no difference passes the largest number.
+        least, most = 0.5 * <double>low[a], 0.5 * <double>high[a]
+        if max(-least, most) > 2 * (most - least):
+            return True
+    return False
+
+
 def largest_norms(x, keep, shift, int threads):
     """max_i ||x_i - shift||, (H,) float64, of x (H, n, d) over the rows that keep (H, n) has; shift (H, d) or None."""
     cdef Pieces p = pieces_of(x)
