@@ -131,7 +131,8 @@ def test_half_precision_is_counted_in_rounding_and_not_in_eps(name, rng):
         certificate = state.certificate
         # Half a unit of 4 in its dtype, beside a range of 1.
         assert certificate.rounding >= (2.0**-9 if name == "float16" else 2.0**-6) * 0.9
-        assert certificate.truncation <= 1e-5
+        assert certificate.error - certificate.storing <= 1e-4
+        assert on_break == "exact" or certificate.error - certificate.storing <= 1e-5
 
 
 def test_results_past_the_bound_have_the_exact_engines_certificate(rng):

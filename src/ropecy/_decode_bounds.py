@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
 from . import polynomial as poly
 from ._validate_decode import DecodeOptions
+from .bounds import storing
 from .certificate import BoundedEntryError
 
 
@@ -86,37 +86,24 @@ class Values:
         """The range of each column, 1 where it is constant."""
         return np.where(self.most > self.least, self.most - self.least, 1.0)
 
-    def stored(self, dtype: np.dtype) -> float:
-        """What a result loses in `dtype`, in units of the largest range; of max |v| where all columns are constant.
+    def storing(self, dtype: np.dtype) -> float:
+        """What storing a result in `dtype` costs, in units of the largest range; of max |v| where all are constant.
 
-        A constant column loses nothing: it is the first value and 0. Others lie between their ends.
+        A constant column loses nothing, being its first value and 0. In the others results lie between the ends.
         """
-        finfo = _finfo(dtype)
-        spread = self.most - self.least
-        size = np.maximum(np.abs(self.least), np.abs(self.most))
-        if not (largest := float(spread.max(initial=0.0))):
-            return float(finfo.eps) / 2
-        size = float(size.max(initial=0.0, where=spread > 0))
-        smallest = float(finfo.smallest_subnormal)
-        # Nothing smaller than the smallest number is lost, and a float64 sum has products below it too.
-        return (0.5 * float(finfo.eps) * size + smallest) / largest + 2.0**-52 * size / largest
+        spread, size = self.most - self.least, np.maximum(np.abs(self.least), np.abs(self.most))
+        unit = float(spread.max(initial=0.0)) or float(size.max(initial=0.0)) or 1.0
+        return storing(dtype, float(size.max(initial=0.0, where=spread > 0))) / unit
 
 
 def largest_number(dtype: np.dtype) -> float:
-    return float(_finfo(dtype).max)
+    # NumPy does not know bfloat16.
+    return float(np.finfo(dtype).max) if dtype.kind == "f" else (2 - 2.0**-7) * 2.0**127
 
 
 def largest_score(dtype: np.dtype) -> float:
     """What exact attention takes: far from where products and sums of what makes a score overflow."""
     return largest_number(computed(dtype)) * 2.0**-20
-
-
-def _finfo(dtype: np.dtype) -> Any:
-    if dtype.name != "bfloat16":
-        return np.finfo(dtype)
-    import ml_dtypes
-
-    return ml_dtypes.finfo(dtype)
 
 
 def polynomial(o: DecodeOptions, dtype: np.dtype, degree: int | None = None) -> poly.Polynomial:

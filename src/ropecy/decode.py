@@ -183,8 +183,21 @@ class DecodeState:
         It is the exact engine's where a key was past `bound`, or the query of that result. `rounding` counts what
         storing a result in its dtype costs, from the size of values beside their range; `eps` is judged before that.
         """
-        o, p, dtype = self._options, self._polynomial, self._dtype or np.dtype(np.float64)
-        stored = float(np.finfo(bounds.computed(dtype)).eps) if not self._length else self._values.stored(dtype)
+        dtype, half, stored = self._dtype or np.dtype(np.float64), 0.0, 0.0
+        if self._length:
+            # The first value is given back in float64, and the sum is rounded.
+            stored = 2 * self._values.storing(np.dtype(np.float64))
+            if dtype.itemsize == 4:
+                stored += self._values.storing(dtype)
+            elif dtype.itemsize == 2:
+                half = self._values.storing(dtype)
+        else:
+            stored = float(np.finfo(bounds.computed(dtype)).eps)
+        return self._computed(dtype, stored).stored(half)
+
+    def _computed(self, dtype: np.dtype, stored: float) -> Certificate:
+        """The certificate of results before they are stored in half precision."""
+        o, p = self._options, self._polynomial
         if self._exact or self._asked:
             largest = math.sqrt(self._largest * (self._asked or self._largest))
             rounding = bounds.exact_rounding(o.d, dtype, self._slopes, self._length, largest)
