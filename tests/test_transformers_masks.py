@@ -1,5 +1,7 @@
 """What transformers says in a mask, and what it leaves to the attention without one: done as eager does, or refused."""
 
+import functools
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -119,6 +121,7 @@ def test_other_operations_have_the_entries():
         (lambda b, h, q, k: k <= torch.where(q == 6, q + 1, q), "<lambda>"),
         (masks.or_masks(masks.causal_mask_function, masks.blockwise_overlay(torch.zeros(1, 12))), "or_masks"),
         (masks.remap_positions_for_packed_sequence(masks.causal_mask_function, POSITIONS), "remap_positions"),
+        (functools.partial(masks.causal_mask_function), "functools.partial"),
     ],
 )
 def test_what_is_no_band_is_refused(function, name):

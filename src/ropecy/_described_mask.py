@@ -9,6 +9,7 @@ least number of the dtype where not.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
@@ -203,7 +204,7 @@ def describe(
         )
     if attention_mask is not None:
         kept = attention_mask[:, indices.k_start : indices.k_start + kv_length].to(torch.bool)
-        kept = torch.nn.functional.pad(kept, (0, kv_length - kept.shape[1]))
+        kept = torch.nn.functional.pad(kept, (0, kv_length - kept.shape[1])).expand(batch_size, -1)
         pattern = pattern & _Pattern(kept=kept)
     kept = pattern.kept
     if kept is not None and not torch.compiler.is_compiling():
@@ -220,33 +221,32 @@ def _read(function: _Function, indices: _Indices, packed: bool = False) -> _Patt
         return _Pattern(high=0)
     if function is masking_utils.bidirectional_mask_function:
         return _Pattern()
-    name = getattr(function, "__qualname__", "").partition(".")[0]
-    inside = _closure(function) if getattr(function, "__module__", "") == masking_utils.__name__ else {}
-    if name == "and_masks" and inside:
+    name, inside = _maker(function)
+    if name == "and_masks":
         parts = inside["mask_functions"]
-        packed = packed or any(part.__qualname__.startswith("packed_sequence_mask_function.") for part in parts)
+        packed = packed or any(_maker(part)[0] == "packed_sequence_mask_function" for part in parts)
         pattern = _Pattern()
         for part in parts:
             pattern = pattern & _read(part, indices, packed)
         return pattern
-    if name == "or_masks" and inside:
-        parts = [part for part in inside["mask_functions"] if not _has_no_block(part)]
+    if name == "or_masks":
+        parts = [part for part in inside["mask_functions"] if not _adds_no_block(part)]
         if len(parts) == 1:
             return _read(parts[0], indices, packed)
-    if name == "sliding_window_overlay" and inside:
+    if name == "sliding_window_overlay":
         return _Pattern(low=1 - inside["sliding_window"])
-    if name == "sliding_window_bidirectional_overlay" and inside:
+    if name == "sliding_window_bidirectional_overlay":
         return _Pattern(-inside["sliding_window"], inside["sliding_window"])
     if indices.q_length == 1 and not packed:
         return _Pattern(kept=_evaluate(function, indices))
-    if name == "packed_sequence_mask_function" and inside:
+    if name == "packed_sequence_mask_function":
         return _Pattern(sequence=inside["packed_sequence_mask"].expand(indices.batch, -1))
-    if name == "remap_positions_for_packed_sequence" and inside and packed:
+    if name == "remap_positions_for_packed_sequence" and packed:
         # Within a sequence its positions differ as the indices do, so that a band stays the same band.
         pattern = _read(inside["mask_function"], indices, packed)
         if pattern.sequence is None:
             return pattern
-    elif name == "chunked_overlay" and inside and not packed:
+    elif name == "chunked_overlay" and not packed:
         before = inside["left_padding"][:, None].to(indices.device)
         chunk = torch.div(indices.keys() - before, inside["chunk_size"], rounding_mode="floor")
         return _Pattern(sequence=chunk.expand(indices.batch, -1))
@@ -263,7 +263,14 @@ def _refuse(function: _Function) -> NoReturn:
     )
 
 
-def _closure(function: _Function) -> dict[str, Any]:
+def _maker(function: _Function) -> tuple[str, dict[str, Any]]:
+    """The name of what made it and the variables that it holds, where transformers itself did; else "" and none."""
+    if inspect.isfunction(function) and function.__module__ == masking_utils.__name__:
+        return function.__qualname__.partition(".")[0], _held(function)
+    return "", {}
+
+
+def _held(function: Any) -> dict[str, Any]:
     cells = function.__closure__ or ()
     return dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in cells), strict=True))
 
@@ -272,16 +279,16 @@ def _knows_only_numbers(function: Any) -> bool:
     """Whether no tensor is within, so that it says the same of every row of a batch and of every call."""
     if isinstance(function, tuple | list):
         return all(_knows_only_numbers(x) for x in function)
-    if not callable(function):
+    if not inspect.isfunction(function):
         return function is None or isinstance(function, bool | int | float | str)
-    known = hasattr(function, "__code__") and not function.__defaults__ and not function.__kwdefaults__
-    return known and all(_knows_only_numbers(x) for x in _closure(function).values())
+    plain = not function.__defaults__ and not function.__kwdefaults__
+    return plain and all(_knows_only_numbers(x) for x in _held(function).values())
 
 
-def _has_no_block(function: _Function) -> bool:
-    """Whether it is a `blockwise_overlay` of text alone, which adds nothing to what is seen."""
-    name = getattr(function, "__qualname__", "")
-    return name.startswith("blockwise_overlay.") and bool((_closure(function)["block_sequence_ids"] < 0).all())
+def _adds_no_block(function: _Function) -> bool:
+    """Whether it would let blocks of images see themselves, and there is text alone."""
+    name, inside = _maker(function)
+    return name == "blockwise_overlay" and bool((inside["block_sequence_ids"] < 0).all())
 
 
 def _evaluate(function: _Function, indices: _Indices) -> Tensor:
