@@ -207,6 +207,18 @@ def test_the_lowest_numbers_as_a_mask(bias, dtype, rng):
     assert np.all(O[:20] <= case["V"].max(axis=0)) and np.all(O[:20] >= case["V"].min(axis=0))
 
 
+@pytest.mark.parametrize(("bias", "dtype"), LOWEST)
+def test_a_bias_of_any_size_beside_a_family(bias, dtype, rng):
+    Q, K, V = uniform(rng, 3, 60, 4, dtype=dtype)
+    R = ropecy.RelativeFamily(uniform(rng, 119, 4, 4, dtype=dtype), n_k=60)
+    for options in ({}, {"causal": True}):
+        expected, vjp = ropecy.attention_vjp(Q, K, V, R, method="exact", **options)
+        options["bias"] = ropecy.RelativeBias(np.array([bias]))
+        O, with_bias = ropecy.attention_vjp(Q, K, V, R, method="exact", **options)
+        assert np.allclose(O, expected, rtol=1e-5, atol=1e-6)
+        assert np.allclose(with_bias(V).dQ, vjp(V).dQ, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("size", [30.0, 1e4, 1e9])
 @pytest.mark.filterwarnings("ignore::ropecy.AccuracyWarning")
 def test_biases_of_many_nats(size, rng):

@@ -11,6 +11,7 @@ import numpy as np
 from ..kernels import _exact, _rows
 from ..problem import Problem
 from . import family
+from ._bias import from_the_largest
 
 LOG2E = 1 / math.log(2)
 # Below this, in units of log2, exp needs no running maximum: 2^60 and 2^-60 are far inside float32.
@@ -317,15 +318,9 @@ def _tables(problem: Problem, bound: float, sized: Sized) -> Tables:
         if problem.bias is None:
             inside[...] = 0
         else:
-            # Counted from the largest, so that float32 holds those that count, whatever their size. What is too low
-            # even so stays finite: a row that sees nothing else is a softmax still.
             bias = problem.bias[..., ::-1][..., first:last]
-            if bias.shape[-1]:
-                bias_shift = bias.max(axis=-1, keepdims=True)
-            with np.errstate(over="ignore"):
-                depth = bias_shift - bias
-                inside[...] = -np.minimum(depth * (LOG2E / gain), float(np.finfo(dtype).max) / 4)
-            reach += float(depth.max(initial=0))
+            inside[...], bias_shift = from_the_largest(bias, LOG2E / gain, dtype)
+            reach += -float(inside.min(initial=0)) * gain / LOG2E
     factor = None
     if problem.near is not None:
         width, scale_near = problem.near[0], math.ldexp(problem.near[1], -sized.of_scale)

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from ..problem import Problem
+from ._bias import from_the_largest
 from ._tasks import in_order
 
 # Rows and keys of a block: a few arrays of this size stay in the cache.
@@ -71,10 +72,13 @@ class Tiles:
             allowed &= -t <= problem.hi
         if problem.lo is not None:
             allowed &= -t >= problem.lo
-        bias = np.zeros((1, 1, len(t))) if problem.bias is None else problem.bias[..., ::-1]
-        self.shift = None
+        self.shift = self.largest_bias = None
         if problem.bias is not None or not allowed.all():
-            self.shift = np.where(allowed, np.ldexp(bias, -clipped), -np.inf).astype(dtype)
+            bias = np.zeros((1, 1, len(t))) if problem.bias is None else problem.bias[..., ::-1]
+            # Those that no row may use do not say where to count from.
+            bias = np.where(allowed, bias, bias[..., allowed].max(axis=-1, keepdims=True)) if allowed.any() else bias
+            shift, self.largest_bias = from_the_largest(bias, math.ldexp(1.0, -clipped), dtype)
+            self.shift = np.where(allowed, shift, dtype.type(-np.inf))
         self.hidden = None
         if problem.key_mask is not None:
             self.hidden = np.where(problem.key_mask[:, ::-1], 0, -np.inf).astype(dtype)
@@ -162,13 +166,15 @@ def forward(problem: Problem, want_lse: bool) -> tuple[np.ndarray, np.ndarray | 
     tasks = [(h, g, rows) for h in range(H) for g in range(G) for rows in _cut(0, n)]
     for _ in in_order(rows_of, tasks, problem.threads):
         pass
+    if want_lse and tiles.largest_bias is not None:
+        lse += tiles.largest_bias
     return o, lse, Saved(tiles, o, maximum, inverse)
 
 
 def resume(problem: Problem, o: np.ndarray, lse: np.ndarray) -> Saved:
     """What `backward` needs of a forward pass that had more keys than `problem`, of which o and lse are the results."""
     tiles = Tiles(problem)
-    lse = np.where(np.isfinite(lse), lse, np.inf)
+    lse = np.where(np.isfinite(lse), lse, np.inf) - (0 if tiles.largest_bias is None else tiles.largest_bias)
     maximum = np.where(np.isinf(lse), 0, np.ldexp(lse, -tiles.gain_exponent)).astype(o.dtype)
     # What rounding the maximum loses, its partner keeps.
     inverse = np.exp(np.ldexp(maximum.astype(np.float64), tiles.gain_exponent) - lse).astype(o.dtype)
