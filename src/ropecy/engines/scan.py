@@ -11,6 +11,7 @@ has the last key they see, as many as a side begins further out; and the near fi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -299,12 +300,14 @@ def _longest_gap(part: Problem, hidden: Hidden, right: bool) -> np.ndarray:
 
 def rounding(split: Split, problem: Problem, scores: Scores, values: Values) -> float:
     """Of the far parts, of the near one, and of merging them: by differences of lse, float64 numbers that are as large
-    as a row's best key is below the peak.
+    as a row's best key is below the peak, each rounded to a side of its own.
     """
     unit = float(np.finfo(problem.q.dtype).eps) / 2
     total = polynomial_rounding(problem, scores.bound, values) + 2 * unit * len(split.far) * (1 + values.offset)
-    if problem.bias is not None:
-        total += min(1.0, 4 * 2.0**-53 * len(split.far) * bias_reach(problem, score_size(problem, scores)))
+    merges = len(split.far) + (split.near is not None) - 1
+    if problem.bias is not None and merges:
+        reach = bias_reach(problem, score_size(problem, scores))
+        total += min(1.0, 2 * 2.0**-53 * math.sqrt(merges) * reach)
     if split.near is None:
         return total
     return total + exact_rounding(split.near_problem(problem), scores, values)
