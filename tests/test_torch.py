@@ -297,3 +297,20 @@ def test_workers_after_fork():
 def test_importing_ropecy_imports_no_torch():
     code = "import sys, ropecy; sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_cache_of_halves_is_read_as_it_is_stored(dtype, monkeypatch):
+    torch.manual_seed(0)
+    query = torch.randn(2, 4, 1, 16).to(dtype)
+    # As transformers lays tokens out, in a cache with room for more.
+    key, value = (torch.randn(2, 300, 2, 16).to(dtype).transpose(1, 2)[:, :, :200] for _ in range(2))
+    expected = SDPA(*(x.double() for x in (query, key, value)), enable_gqa=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "float", None)
+        out = scaled_dot_product_attention(query, key, value, enable_gqa=True)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=0.51 * torch.finfo(dtype).eps)
+    key[1, 1, 150, 3] = torch.nan
+    with pytest.raises(ValueError, match=r"K: got NaN at index \(1, 1, 150, 3\)"):
+        scaled_dot_product_attention(query, key, value, enable_gqa=True)

@@ -18,7 +18,7 @@ from .problem import head_count, key_heads_of, spread
 _LOG2E = 1 / math.log(2)
 # Queries of a head, and of all heads that share a key head. The exact engine computes tiles of 16 to 48 queries of one
 # head, whole or not, after it has copied the keys; this path's time grows with the number of queries.
-_MOST_QUERIES, _MOST_ROWS = 8, 32
+MOST_QUERIES, _MOST_ROWS = 8, 32
 
 
 def serves(a: _validate.Arguments, method: str, degree: int | None) -> bool:
@@ -26,7 +26,7 @@ def serves(a: _validate.Arguments, method: str, degree: int | None) -> bool:
     more = (a.R, a.family, a.bias, a.near, a.W, a.W_Q, a.W_K, a.W_V)
     if a.V is None or method not in ("auto", "exact") or degree is not None or any(part is not None for part in more):
         return False
-    if 0 in a.lead or 0 in (a.n, a.n_k, a.d_v) or a.n > _MOST_QUERIES:
+    if 0 in a.lead or 0 in (a.n, a.n_k, a.d_v) or a.n > MOST_QUERIES:
         return False
     return a.n * (a.heads // key_heads_of(a)) <= _MOST_ROWS and a.K.flags.aligned and a.V.flags.aligned
 

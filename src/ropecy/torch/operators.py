@@ -15,7 +15,13 @@ from torch import Tensor
 
 from .. import attention, attention_vjp
 from ..certificate import Certificate
+from ..few import MOST_QUERIES
 from ..rotary import Rotary
+
+try:
+    from ml_dtypes import bfloat16
+except ImportError:
+    bfloat16 = None
 
 
 # A custom operator takes no Rotary, so that it goes through as text. Compiled code holds the text as a constant,
@@ -36,8 +42,20 @@ def _array(x: Tensor) -> np.ndarray:
     return (x.float() if x.dtype.itemsize == 2 and x.is_floating_point() else x).numpy(force=True)
 
 
+def _stored(x: Tensor) -> np.ndarray:
+    """x's own memory as it is stored, bfloat16 too where NumPy has been taught that type."""
+    if x.dtype != torch.bfloat16:
+        return x.numpy(force=True)
+    if bfloat16 is None:
+        return _array(x)
+    return x.detach().resolve_neg().view(torch.uint16).numpy().view(bfloat16)
+
+
 def _tensor(x: np.ndarray, like: Tensor) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(x)).to(like.dtype)
+    x = np.ascontiguousarray(x)
+    if bfloat16 is not None and x.dtype == bfloat16:
+        return torch.from_numpy(x.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(x).to(like.dtype)
 
 
 def _keywords(key_mask, q_positions, k_positions, scale_near, *options):
@@ -82,7 +100,10 @@ _INPUTS = (
 @torch.library.custom_op("ropecy::attention", mutates_args=(), device_types="cpu", schema=f"({_INPUTS}) -> Tensor")
 def attention_operator(query, key, value, *given):
     found = _collected.get()
-    arrays, how = (_array(query), _array(key), _array(value)), _keywords(*given)
+    how = _keywords(*given)
+    # Few queries are computed from halves as they are; for others a cast by PyTorch is the quickest.
+    decoding = query.shape[-2] <= MOST_QUERIES and how["R"] is None and how["near"] is None
+    arrays = [(_stored if decoding else _array)(x) for x in (query, key, value)]
     if found is None:
         return _tensor(attention(*arrays, **how), query)
     O, certificate = attention(*arrays, **how, return_certificate=True)
