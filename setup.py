@@ -1,4 +1,4 @@
-"""Find FFTW, find OpenMP, build the extensions; everything else about the package is in pyproject.toml."""
+"""Find FFTW, build the extensions; everything else about the package is in pyproject.toml."""
 
 import os
 import platform
@@ -39,7 +39,8 @@ KERNEL_FLAGS = ["-O3", "-std=gnu11", "-ffp-contract=fast", "-fno-trapping-math",
 KERNEL_FLAGS += ["-fvisibility=hidden", "-Wall"]
 # On arm64 GCC schedules before it allocates registers, moves loads up, and spills accumulators; on x86 it doesn't.
 KERNEL_FLAGS += ["-fno-schedule-insns"]
-SHIM_FLAGS = ["-O3", "-std=gnu11", "-fvisibility=hidden"]  # for what Cython generates
+# For what Cython generates, and for c/parallel.c.
+SHIM_FLAGS = ["-O3", "-std=gnu11", "-fvisibility=hidden", "-pthread"]
 
 LEVELS = {"baseline": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
@@ -133,7 +134,7 @@ def holds_fftw(binary: Path) -> bool:
 
 
 class BuildExtensions(build_ext):
-    """build_ext with kernels per instruction set level, OpenMP where there is one, and FFTW linked in hidden."""
+    """build_ext with kernels per instruction set level, and FFTW linked in hidden."""
 
     fftw: FFTW
 
@@ -142,14 +143,7 @@ class BuildExtensions(build_ext):
         self.parallel = self.parallel or os.cpu_count()
 
     def build_extensions(self):
-        openmp = self.find_openmp()
-        if openmp is None:
-            line = "*" * 72
-            print(f"{line}\nWARNING: no OpenMP found: ropecy is built for ONE THREAD only\n{line}", file=sys.stderr)
         for ext in self.extensions:
-            if openmp:
-                ext.extra_compile_args += openmp[0]
-                ext.extra_link_args += openmp[1]
             if ext.name.endswith("._fftw"):
                 self.link_fftw(ext)
         super().build_extensions()
@@ -180,18 +174,6 @@ class BuildExtensions(build_ext):
             ext.runtime_library_dirs += self.fftw.rpath
             ext.libraries += FFTW_LIBRARIES
 
-    def find_openmp(self):
-        """The flags (compile, link) of OpenMP, or None."""
-        candidates = [(["-fopenmp"], ["-fopenmp"])]
-        if sys.platform == "darwin":
-            brew = "/opt/homebrew/opt/libomp"
-            candidates += [
-                (["-Xpreprocessor", "-fopenmp"], ["-lomp"]),
-                (["-Xpreprocessor", "-fopenmp", f"-I{brew}/include"], [f"-L{brew}/lib", "-lomp"]),
-            ]
-        source = "#include <omp.h>\nint probe(void) { return omp_get_max_threads(); }"
-        return next((flags for flags in candidates if links(source, flags[1], flags[0])), None)
-
 
 def extensions() -> list[Extension]:
     """The extensions as cythonized sources; kernels holds the names of the C files that go with each."""
@@ -208,6 +190,7 @@ def extensions() -> list[Extension]:
             include_dirs=[str(KERNELS), str(KERNELS / "c"), numpy.get_include()],
             define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
             extra_compile_args=list(SHIM_FLAGS),
+            extra_link_args=["-pthread"],
             depends=depends,
         )
         for name in EXTENSIONS

@@ -233,7 +233,7 @@ def rotate_rows(
     adjoint : bool
         Transpose the rotations.
     threads : int
-        OpenMP threads; the result does not depend on it.
+        At most; the result does not depend on it.
     out : (..., n, d) array, optional
         C-contiguous, of X's dtype; X itself will do.
 

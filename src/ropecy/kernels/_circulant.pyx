@@ -5,13 +5,24 @@ them, and back to offsets.
 import numpy as np
 
 cimport numpy as cnp
-from cython.parallel cimport prange, threadid
 from libc.string cimport memcpy
 
 from ._arrays cimport LINE, line, pointer
 from ._fftw cimport RealFFT
+from ._parallel cimport parallel_for, rc_worker, team
 
 cnp.import_array()
+
+
+cdef struct Blocks:
+    # T at its offsets and the spectra of its blocks: of `slots` times levels, so many blocks each.
+    void *fft  # a RealFFT
+    ptrdiff_t b, pitch, levels, blocks
+    double *offsets
+    double *spectra
+    const unsigned char *used
+    double *work
+    ptrdiff_t size  # of a thread's workspace
 
 
 cpdef ptrdiff_t pitch_of(ptrdiff_t b) noexcept nogil:
@@ -37,51 +48,64 @@ def spectra(RealFFT fft, offsets, int threads):
     spectra : (slots, levels, size / b - 1, pitch) complex128
         That start a cache line.
     """
-    cdef ptrdiff_t b = fft.n // 2, pitch = pitch_of(b), blocks = offsets.shape[2] // b - 1, task, of_block
-    cdef ptrdiff_t levels = offsets.shape[1], tasks = offsets.shape[0] * levels * blocks, size = workspace_of(b)
+    cdef Blocks x = blocks_of(fft, offsets.shape[1], offsets.shape[2] // (fft.n // 2) - 1)
+    cdef ptrdiff_t tasks = offsets.shape[0] * x.levels * x.blocks
     # The first entry of a window is not in the block.
-    seen = offsets.any(axis=0).reshape(levels, -1, b)
+    seen = offsets.any(axis=0).reshape(x.levels, -1, x.b)
     nonzero = np.ascontiguousarray(seen[:, 1:].any(axis=2) | seen[:, :-1, 1:].any(axis=2))
-    shape = (offsets.shape[0], levels, blocks, pitch)
+    shape = (offsets.shape[0], x.levels, x.blocks, x.pitch)
     zeros = np.zeros(2 * np.prod(shape) + LINE // 8)
     found = zeros[-zeros.ctypes.data % LINE // 8 :][: 2 * np.prod(shape)].view(complex).reshape(shape)
-    workspace = np.empty(8 * threads * size + LINE, np.uint8)
-    cdef const double *t = <const double *>pointer(offsets)
-    cdef const unsigned char *used = <const unsigned char *>pointer(nonzero)
-    cdef double *to = <double *>pointer(found)
-    cdef double *work = <double *>line(workspace)
-    for task in prange(tasks, nogil=True, num_threads=threads, schedule="static"):
-        of_block = task % (levels * blocks)
-        if used[of_block]:
-            circulant(fft, t + (task // blocks * (blocks + 1) + task % blocks) * b, work + threadid() * size,
-                      work + threadid() * size + 2 * b, to + 2 * pitch * task)
+    threads = team(threads, 10.0 * tasks * fft.n * np.log2(fft.n))
+    workspace = np.empty(8 * threads * x.size + LINE, np.uint8)
+    x.offsets, x.used = <double *>pointer(offsets), <const unsigned char *>pointer(nonzero)
+    x.spectra, x.work = <double *>pointer(found), <double *>line(workspace)
+    parallel_for(tasks, threads, spectrum_of_block, &x)
     return nonzero, found
 
 
 def spectra_adjoint(RealFFT fft, nonzero, spectra, int threads):
     """The adjoint of `spectra` for its results: (slots, levels, size)."""
-    cdef ptrdiff_t b = fft.n // 2, pitch = pitch_of(b), blocks = spectra.shape[2], row, block, i
-    cdef ptrdiff_t levels = spectra.shape[1], rows = spectra.shape[0] * levels, size = workspace_of(b)
-    found = np.zeros((*spectra.shape[:2], (blocks + 1) * b))
-    workspace = np.empty(8 * threads * size + LINE, np.uint8)
-    cdef const double *of = <const double *>pointer(spectra)
-    cdef const unsigned char *used = <const unsigned char *>pointer(nonzero)
-    cdef double *to = <double *>pointer(found)
-    cdef double *work = <double *>line(workspace)
-    cdef double *window
-    cdef double *below
-    for row in prange(rows, nogil=True, num_threads=threads, schedule="static"):
-        window = work + threadid() * size
-        for block in range(blocks):
-            if not used[row % levels * blocks + block]:
-                continue
-            circulant_adjoint(fft, of + 2 * pitch * (row * blocks + block), window + 2 * b, window)
-            below = to + (row * (blocks + 1) + block) * b
-            for i in range(b):
-                below[b + i] += window[i]
-            for i in range(1, b):
-                below[i] += window[b + i]
+    cdef Blocks x = blocks_of(fft, spectra.shape[1], spectra.shape[2])
+    cdef ptrdiff_t tasks = spectra.shape[0] * x.levels
+    found = np.zeros((*spectra.shape[:2], (x.blocks + 1) * x.b))
+    threads = team(threads, 10.0 * tasks * x.blocks * fft.n * np.log2(fft.n))
+    workspace = np.empty(8 * threads * x.size + LINE, np.uint8)
+    x.offsets, x.used = <double *>pointer(found), <const unsigned char *>pointer(nonzero)
+    x.spectra, x.work = <double *>pointer(spectra), <double *>line(workspace)
+    parallel_for(tasks, threads, offsets_of_level, &x)
     return found
+
+
+cdef Blocks blocks_of(RealFFT fft, ptrdiff_t levels, ptrdiff_t blocks):
+    cdef Blocks x
+    x.fft, x.b, x.levels, x.blocks = <void *>fft, fft.n // 2, levels, blocks
+    x.pitch, x.size = pitch_of(x.b), workspace_of(x.b)
+    return x
+
+
+cdef void spectrum_of_block(void *context, ptrdiff_t task, const rc_worker *worker) noexcept nogil:
+    cdef const Blocks *x = <const Blocks *>context
+    cdef double *window = x.work + worker.slot * x.size
+    cdef const double *offsets = x.offsets + (task // x.blocks * (x.blocks + 1) + task % x.blocks) * x.b
+    if x.used[task % (x.levels * x.blocks)]:
+        circulant(<RealFFT>x.fft, offsets, window, window + 2 * x.b, x.spectra + 2 * x.pitch * task)
+
+
+cdef void offsets_of_level(void *context, ptrdiff_t task, const rc_worker *worker) noexcept nogil:
+    cdef const Blocks *x = <const Blocks *>context
+    cdef double *window = x.work + worker.slot * x.size
+    cdef double *below
+    cdef ptrdiff_t block, i
+    for block in range(x.blocks):
+        if not x.used[task % x.levels * x.blocks + block]:
+            continue
+        circulant_adjoint(<RealFFT>x.fft, x.spectra + 2 * x.pitch * (task * x.blocks + block), window + 2 * x.b, window)
+        below = x.offsets + (task * (x.blocks + 1) + block) * x.b
+        for i in range(x.b):
+            below[x.b + i] += window[i]
+        for i in range(1, x.b):
+            below[i] += window[x.b + i]
 
 
 cdef ptrdiff_t workspace_of(ptrdiff_t b) noexcept nogil:

@@ -9,14 +9,13 @@ transformed, used and forgotten. Tasks, the parts of each slot's batches, are cu
 import numpy as np
 
 cimport numpy as cnp
-from cpython.exc cimport PyErr_CheckSignals
-from cython.parallel cimport prange, threadid
 from libc.stdint cimport uintptr_t
 from libc.string cimport memset
 
 from ._arrays cimport LINE, line, pieces, pointer
 from ._circulant cimport circulant, circulant_adjoint, pitch_of
 from ._fftw cimport ComplexFFT, RealFFT
+from ._parallel cimport interrupted, parallel_for, rc_worker
 from ._toeplitz cimport (
     RC_ADD_ADJOINT, RC_ADD_PRODUCT, RC_COLUMNS, RC_CORRELATE, Terms, kernels, pointers, rc_mixing,
 )
@@ -46,6 +45,7 @@ cdef struct Work:
     double *columns  # of queries, for each group
     double *both
     double *adjoint
+    const rc_worker *worker
 
 
 cdef struct Pass:
@@ -71,16 +71,21 @@ cdef struct Pass:
     const double *weights
     const double *grad_weights
     const double *grad
-    # what is added up: sums have an axis of parts in front, dW of lanes,
+    # what is added up: sums have an axis of parts in front, dW of lanes;
     double *sums
     double *dq
     double *dk
     double *dv
     double *dsymbol
     double *dW
-    # and whether there was a Ctrl-C, and what it raised: a list.
-    bint stopped
-    void *errors
+    # the Product whose pass it is, where workspaces start, and bytes of each.
+    void *product
+    uintptr_t work, size
+
+
+cdef void run_lane(void *context, ptrdiff_t lane, const rc_worker *worker) noexcept nogil:
+    cdef const Pass *p = <const Pass *>context
+    (<Product>p.product).tasks_of(p, lane, worker)
 
 
 cdef double *carved(uintptr_t *at, ptrdiff_t size) noexcept nogil:
@@ -228,45 +233,30 @@ cdef class Product:
 
     cdef void run(self, Pass *p):
         """All tasks, each lane's one after another."""
-        cdef ptrdiff_t lane
-        cdef uintptr_t each = 0, start
-        self.carve(p, &each)
-        workspace = np.empty(self.threads * each + LINE, np.uint8)
+        p.size = 0
+        self.carve(p, &p.size)
+        workspace = np.empty(self.threads * p.size + LINE, np.uint8)
         # Cache lines: more than the alignment that FFTW's plans were made for.
-        start = <uintptr_t>line(workspace)
-        errors = []
-        p.errors = <void *>errors
-        for lane in prange(p.lanes, nogil=True, num_threads=self.threads, schedule="dynamic"):
-            self.tasks_of(p, lane, start + threadid() * each)
-        if errors:
-            raise errors[0]
+        p.product, p.work = <void *>self, <uintptr_t>line(workspace)
+        parallel_for(p.lanes, self.threads, run_lane, p)
 
-    cdef void tasks_of(self, Pass *p, ptrdiff_t lane, uintptr_t start) noexcept nogil:
+    cdef void tasks_of(self, const Pass *p, ptrdiff_t lane, const rc_worker *worker) noexcept nogil:
+        cdef uintptr_t start = p.work + worker.slot * p.size
         cdef Work work = self.carve(p, &start)
         cdef ptrdiff_t step, task, slot, part, batch
+        work.worker = worker
         for step in range(pieces(p.tasks - lane, p.lanes)):
             task = lane + step * p.lanes
             slot, part = task // p.parts, task % p.parts
             for batch in range(p.batches * part // p.parts, p.batches * (part + 1) // p.parts):
-                if self.interrupted(p):
+                if interrupted(worker):
                     return
                 if p.grad == NULL:
                     self.forward_batch(p, slot, part, batch, &work)
                 else:
                     self.backward_batch(p, lane, slot, part, batch, &work)
 
-    cdef bint interrupted(self, Pass *p) noexcept nogil:
-        """Whether there was a Ctrl-C, which the calling thread looks at."""
-        if threadid() == 0:
-            with gil:
-                try:
-                    PyErr_CheckSignals()
-                except BaseException as error:
-                    p.stopped = True
-                    (<list>p.errors).append(error)
-        return p.stopped
-
-    cdef void forward_batch(self, Pass *p, ptrdiff_t slot, ptrdiff_t part, ptrdiff_t batch,
+    cdef void forward_batch(self, const Pass *p, ptrdiff_t slot, ptrdiff_t part, ptrdiff_t batch,
                             Work *work) noexcept nogil:
         cdef ptrdiff_t first = p.batch_start[batch], last = p.batch_start[batch + 1]
         cdef ptrdiff_t key, pair, c, g, a, level, I, place = part * self.slots + slot
@@ -274,7 +264,7 @@ cdef class Product:
         cdef double *sums
         memset(work.sent, 0, (last - first) * self.sent_size(p) * sizeof(double))
         for key in range(p.key_start[batch], p.key_start[batch + 1]):
-            if self.interrupted(p):
+            if interrupted(work.worker):
                 return
             if p.weights[p.key_degree[key]] == 0:
                 continue
@@ -295,7 +285,7 @@ cdef class Product:
                                             work.columns + g * self.rows + I * self.block, found, self.turn, sums,
                                             sums + self.rows)
 
-    cdef void backward_batch(self, Pass *p, ptrdiff_t lane, ptrdiff_t slot, ptrdiff_t part, ptrdiff_t batch,
+    cdef void backward_batch(self, const Pass *p, ptrdiff_t lane, ptrdiff_t slot, ptrdiff_t part, ptrdiff_t batch,
                              Work *work) noexcept nogil:
         cdef ptrdiff_t first = p.batch_start[batch], last = p.batch_start[batch + 1]
         cdef ptrdiff_t place = part * self.slots + slot, head = slot * self.heads // self.slots
@@ -310,7 +300,7 @@ cdef class Product:
         for a in range(first, last):
             self.transform_grads(p, slot, a, first, work)
         for key in range(p.key_start[batch], p.key_start[batch + 1]):
-            if self.interrupted(p):
+            if interrupted(work.worker):
                 return
             weight, grad_weight = p.weights[p.key_degree[key]], p.grad_weights[p.key_degree[key]]
             if weight == 0 and grad_weight == 0:

@@ -10,13 +10,11 @@ so that results are bitwise the same for every thread count.
 import numpy as np
 
 cimport numpy as cnp
-from cpython.exc cimport PyErr_CheckSignals
-from cython.parallel cimport prange, threadid
-from libc.stdint cimport uintptr_t
 from libc.string cimport memset
 
-from ._arrays cimport pointer
+from ._arrays cimport LINE, line, pieces, pointer
 from ._fftw cimport ComplexFFT
+from ._parallel cimport interrupted, parallel_for, rc_worker, team
 
 cnp.import_array()
 
@@ -26,8 +24,6 @@ cdef extern from "c/isa.h" nogil:
 kernels = rc_toeplitz_select(rc_level())
 
 cdef ptrdiff_t STRETCH = 4096  # doubles of a sum of parts that a thread takes at a time
-cdef double ROUND = 0.2  # seconds between two looks at Ctrl-C
-cdef double RATE = 1e9  # operations a second, low: a bound on a round's time, not a prediction
 
 
 cdef Terms pointers(arrays):
@@ -49,7 +45,27 @@ cdef struct Pass:
     double *dk
     double *dv
     double *correlations
+    void *product  # the Product whose pass it is
+    double *work
     ptrdiff_t size  # of a thread's workspace, in doubles
+
+
+cdef struct Parts:
+    double *sums
+    ptrdiff_t count, size
+
+
+cdef void run_part(void *context, ptrdiff_t task, const rc_worker *worker) noexcept nogil:
+    cdef const Pass *p = <const Pass *>context
+    (<Product>p.product).part(p, task, worker)
+
+
+cdef void add_parts(void *context, ptrdiff_t task, const rc_worker *worker) noexcept nogil:
+    """One stretch of all parts to that of the first."""
+    cdef const Parts *x = <const Parts *>context
+    cdef ptrdiff_t part, start = task * STRETCH
+    for part in range(1, x.count):
+        kernels.derive(min(STRETCH, x.size - start), 1, x.sums + part * x.size + start, 0, NULL, x.sums + start)
 
 
 cdef class Product:
@@ -158,11 +174,9 @@ cdef class Product:
 
     cdef object total(self, parts):
         """The sum over the first axis, in place of the first part."""
-        cdef double *to = <double *>pointer(parts)
-        cdef ptrdiff_t size = parts[0].nbytes // sizeof(double), count = parts.shape[0], start, part
-        for start in prange(0, size, STRETCH, nogil=True, num_threads=self.threads, schedule="static"):
-            for part in range(1, count):
-                kernels.derive(min(STRETCH, size - start), 1, to + part * size + start, 0, NULL, to + start)
+        cdef Parts x
+        x.sums, x.count, x.size = <double *>pointer(parts), parts.shape[0], parts[0].nbytes // sizeof(double)
+        parallel_for(pieces(x.size, STRETCH), team(self.threads, <double>x.size * x.count), add_parts, &x)
         return parts[0]
 
     cdef ptrdiff_t passing(self, ptrdiff_t given):
@@ -171,27 +185,23 @@ cdef class Product:
                 + RC_CHUNK * max(self.products.outputs, self.key_blocks))
 
     cdef void run(self, Pass *p, ptrdiff_t passes):
-        """All pairs of all heads: every part a range, in steps between which Ctrl-C is looked at."""
-        cdef ptrdiff_t task, step, each, longest = (self.pairs + self.parts - 1) // self.parts
+        """All pairs of all heads, every part a task."""
         cdef double work = 2.0 * passes * self.columns * (self.rows * self.groups * self.levels + self.keys)
-        work *= 10 * np.log2(self.block) + 4 * (self.query_blocks + self.key_blocks)
-        each = max(<ptrdiff_t>1, <ptrdiff_t>(ROUND * RATE / work))
+        work *= 5 * np.log2(self.block) + 2 * (self.query_blocks + self.key_blocks)
+        cdef int threads = team(self.threads, work * self.heads * self.pairs)
         p.size = (p.size + 7) // 8 * 8
-        workspace = np.empty(self.threads * p.size + 8)
+        workspace = np.empty(8 * threads * p.size + LINE, np.uint8)
         # Cache lines: more than the alignment that FFTW's plans were made for.
-        cdef uintptr_t start = (<uintptr_t>pointer(workspace) + 63) // 64 * 64
-        cdef double *work_of_threads = <double *>start
-        for step in range(0, longest, each):
-            for task in prange(self.heads * self.parts, nogil=True, num_threads=self.threads, schedule="dynamic"):
-                self.piece(p, task // self.parts, task % self.parts, step, each, work_of_threads + threadid() * p.size)
-            PyErr_CheckSignals()
+        p.product, p.work = <void *>self, <double *>line(workspace)
+        parallel_for(self.heads * self.parts, threads, run_part, p)
 
-    cdef void piece(self, const Pass *p, ptrdiff_t head, ptrdiff_t part, ptrdiff_t step, ptrdiff_t each,
-                    double *work) noexcept nogil:
-        """The pairs [step, step + each) of one part."""
-        cdef ptrdiff_t pair, first = self.pairs * part // self.parts + step
-        cdef ptrdiff_t last = min(first + each, self.pairs * (part + 1) // self.parts)
-        for pair in range(first, last):
+    cdef void part(self, const Pass *p, ptrdiff_t task, const rc_worker *worker) noexcept nogil:
+        """The pairs of one part of one head."""
+        cdef ptrdiff_t pair, head = task // self.parts, part = task % self.parts
+        cdef double *work = p.work + worker.slot * p.size
+        for pair in range(self.pairs * part // self.parts, self.pairs * (part + 1) // self.parts):
+            if interrupted(worker):
+                return
             if p.grad == NULL:
                 self.forward_pair(p, head, part, pair, work)
             else:
