@@ -16,29 +16,17 @@ from typing import Any
 
 import numpy as np
 
+from . import _cgroup
 from .kernels import _rows
 from .memory import require
 from .relative import RelativeBias, RelativeFamily
 from .rotary import Rotary
 
-# Past this many threads the operating system, not the arithmetic, sets the pace, and libgomp ends the whole process
-# when it can't start one. Results don't depend on the number.
+# Past this many threads the operating system, not the arithmetic, sets the pace. Results don't depend on the number.
 _MOST_THREADS = 256
 
 # The arguments that are arrays of floating-point numbers, in the order in which their entries are checked.
 _ARRAYS = ("Q", "K", "V", "W", "W_Q", "W_K", "W_V")
-
-_forked = False
-
-
-def _after_fork() -> None:
-    global _forked
-    _forked = True
-
-
-# The pool of OpenMP threads doesn't survive a fork: a child that asks for more than one thread waits for ever.
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
 
 
 @dataclass(slots=True)
@@ -310,21 +298,18 @@ def _once(X: np.ndarray) -> np.ndarray:
 
 
 def default_threads() -> int:
-    """OMP_NUM_THREADS, else the CPUs that the process may use."""
-    if _forked:
-        return 1
+    """OMP_NUM_THREADS, else the CPUs that the process may use: those of its affinity, within its quota."""
     first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    if first.isdigit() and int(first) > 0:
+    if first.isascii() and first.isdigit() and int(first) > 0:
         return min(int(first), _MOST_THREADS)
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(available, _MOST_THREADS)
+    return min(max(1, math.ceil(min(available, _cgroup.cpus()))), _MOST_THREADS)
 
 
 def _threads(threads: Any) -> int:
     if threads is None:
         return default_threads()
-    threads = _integer("threads", threads, least=1)
-    return 1 if _forked else min(threads, _MOST_THREADS)
+    return min(_integer("threads", threads, least=1), _MOST_THREADS)
 
 
 def _kind(value: Any) -> str:

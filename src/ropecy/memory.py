@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 
+from . import _cgroup
+
 
 def fits(size: float) -> bool:
     """Whether so many bytes can be had."""
@@ -13,7 +15,11 @@ def fits(size: float) -> bool:
 
 
 def available_memory() -> float:
-    """Bytes that can be had without swapping, where the system tells; else inf."""
+    """Bytes that can be had without swapping and within the limit of a container, where the system tells; else inf."""
+    return min(_machine(), _cgroup.memory())
+
+
+def _machine() -> float:
     try:
         with open("/proc/meminfo") as lines:
             for line in lines:
