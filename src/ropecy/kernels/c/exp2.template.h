@@ -54,8 +54,9 @@ RC_INLINE vreal RC_NAME(exp2)(vreal x) {
     (void)mantissa;
     return (vreal)_mm512_scalef_pd((__m512d)y, (__m512d)whole);
 #else
-    vint scaled = (vint)y + ((vint)shifted << mantissa); /* the low bits of `shifted` are m */
-    return (vreal)(scaled & (vint)(x >= lowest));
+    /* The low bits of `shifted` are m; what is above them is shifted out. */
+    vuint scaled = (vuint)y + ((vuint)shifted << mantissa);
+    return (vreal)((vint)scaled & (vint)(x >= lowest));
 #endif
 #undef RC_EXP2_DEGREE
 }

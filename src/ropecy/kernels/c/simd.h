@@ -56,7 +56,9 @@
 typedef float rc_vector_f32 __attribute__((vector_size(RC_VECTOR_BYTES), aligned(4), may_alias));
 typedef double rc_vector_f64 __attribute__((vector_size(RC_VECTOR_BYTES), aligned(8), may_alias));
 typedef int32_t rc_vector_i32 __attribute__((vector_size(RC_VECTOR_BYTES), aligned(4), may_alias));
+typedef uint32_t rc_vector_u32 __attribute__((vector_size(RC_VECTOR_BYTES), aligned(4), may_alias));
 typedef int64_t rc_vector_i64 __attribute__((vector_size(RC_VECTOR_BYTES), aligned(8), may_alias));
+typedef uint64_t rc_vector_u64 __attribute__((vector_size(RC_VECTOR_BYTES), aligned(8), may_alias));
 
 static inline ptrdiff_t rc_round_up(ptrdiff_t a, ptrdiff_t b) { return (a + b - 1) / b * b; }
 static inline ptrdiff_t rc_min(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
@@ -66,6 +68,7 @@ static inline ptrdiff_t rc_max(ptrdiff_t a, ptrdiff_t b) { return a > b ? a : b;
 #undef REAL
 #undef vreal
 #undef vint
+#undef vuint
 #undef LANES
 #undef RC_NAME
 #undef LOAD
@@ -75,11 +78,13 @@ static inline ptrdiff_t rc_max(ptrdiff_t a, ptrdiff_t b) { return a > b ? a : b;
 #define REAL float
 #define vreal rc_vector_f32
 #define vint rc_vector_i32
+#define vuint rc_vector_u32
 #define RC_NAME(x) RC_PASTE3(x, _f32_, RC_LEVEL)
 #else
 #define REAL double
 #define vreal rc_vector_f64
 #define vint rc_vector_i64
+#define vuint rc_vector_u64
 #define RC_NAME(x) RC_PASTE3(x, _f64_, RC_LEVEL)
 #endif
 #define LANES ((int)(RC_VECTOR_BYTES / sizeof(REAL)))
