@@ -21,6 +21,7 @@ from ..kernels import _circulant, _family
 from ..kernels._fftw import ComplexFFT, RealFFT
 from ..polynomial import Polynomial, antiderivative, n_features
 from ..problem import Problem
+from ._kept import kept_below
 
 # Of spectra that belong to monomials of queries, for each thread.
 _BATCH_BYTES = 2**26
@@ -197,12 +198,12 @@ class Product:
 
     def _lists(self, degree: int, arrays: int) -> tuple[Lists, int]:
         """Of monomials, and into how many parts their batches are cut: by shapes, never by the number of threads."""
-        which = self._support, self._used, degree, arrays > 1
-        monomials, slots = len(_pairs(*which)), self._product_shape[0]
+        pairs = _pairs(self._support, self._used, degree, arrays > 1)
+        monomials, slots = len(pairs), self._product_shape[0]
         parts = min(-(-_PARTS // slots), monomials)
         most = max(1, int(_BATCH_BYTES / (arrays * self._monomial_bytes)))
         count = parts * -(-monomials // (parts * most))
-        return _lists(*which, count), parts
+        return _lists(pairs, self._support, self._used, degree, count), parts
 
 
 def _of_one_size(columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -288,8 +289,7 @@ def _counts(
     """Of monomials of queries, of pairs, of those that have only multisets with an entry that is 0 everywhere, and of
     multisets, in `_pairs`; or bounds on these, where they are many.
     """
-    multisets = n_features(len(entries), degree)
-    others = (len(support) - len(entries)) * n_features(len(entries), degree - 1) if beside and degree else 0
+    multisets, others = _multisets(support, entries, degree, beside)
     if multisets + others <= _COUNTED:
         unused = set(range(len(support))) - set(entries)
         pairs = [pair for own in _pairs(support, entries, degree, beside) for pair in own]
@@ -301,12 +301,18 @@ def _counts(
     return min(n_features(lefts, degree), most), known, min(others, most - known), multisets + others
 
 
-@lru_cache(maxsize=16)
+def _multisets(
+    support: tuple[tuple[int, int], ...], entries: tuple[int, ...], degree: int, beside: bool
+) -> tuple[int, int]:
+    """How many of entries that are used, and how many with one that is 0 everywhere beside them."""
+    others = (len(support) - len(entries)) * n_features(len(entries), degree - 1) if beside and degree else 0
+    return n_features(len(entries), degree), others
+
+
 def _lists(
-    support: tuple[tuple[int, int], ...], entries: tuple[int, ...], degree: int, beside: bool, batches: int
+    pairs: list[list[Pair]], support: tuple[tuple[int, int], ...], entries: tuple[int, ...], degree: int, batches: int
 ) -> Lists:
     """The monomials of `_pairs` in so many batches."""
-    pairs = _pairs(support, entries, degree, beside)
     unused = set(range(len(support))) - set(entries)
     starts = len(pairs) * np.arange(batches + 1) // batches
     key_start, pair_start, multiset_start, multiset_end = [0], [0], [0], []
@@ -344,7 +350,7 @@ def _lists(
     )
 
 
-@lru_cache(maxsize=16)
+@kept_below(lambda *which: sum(_multisets(*which)))
 def _pairs(
     support: tuple[tuple[int, int], ...], entries: tuple[int, ...], degree: int, beside: bool
 ) -> list[list[Pair]]:

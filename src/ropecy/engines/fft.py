@@ -13,6 +13,8 @@ drowned by what rounding makes of these. Rows for which even that is too little 
 from __future__ import annotations
 
 import math
+import threading
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import combinations_with_replacement
@@ -25,6 +27,7 @@ from ..kernels._fftw import ComplexFFT, RealFFT
 from ..polynomial import Polynomial, antiderivative, n_features
 from ..problem import Problem
 from . import exact, family_fft
+from ._kept import kept_below
 
 # A bias of this spread, in nats, is one level; else a level spans LEVEL, and there are at most MOST_LEVELS.
 _SPREAD = 14.0
@@ -367,7 +370,23 @@ def _transform_operations(problem: Problem, degree: int, block: int, grad: bool)
 @lru_cache(maxsize=32)
 def _transforms(block: int, measured: bool) -> tuple[ComplexFFT, RealFFT]:
     """Of the quarters that spectra of columns are cut into, and of the blocks of T."""
-    return ComplexFFT(block // 2, flags="measure" if measured else "estimate"), RealFFT(2 * block)
+    return _measured(block // 2) if measured else ComplexFFT(block // 2), RealFFT(2 * block)
+
+
+def _measured(n: int) -> ComplexFFT:
+    """A measured plan. FFTW cannot be stopped while it measures, which takes seconds, and more on a busy machine; so a
+    thread that nobody need wait for does it, and Ctrl-C ends the wait.
+    """
+    found: Future[ComplexFFT] = Future()
+
+    def measure() -> None:
+        try:
+            found.set_result(ComplexFFT(n, flags="measure"))
+        except BaseException as error:
+            found.set_exception(error)
+
+    threading.Thread(target=measure, daemon=True).start()
+    return found.result()
 
 
 def _centred(problem: Problem, middle: np.ndarray) -> np.ndarray:
@@ -485,7 +504,7 @@ def _padded(coefficients: tuple[float, ...], degree: int) -> np.ndarray:
     return padded
 
 
-@lru_cache(maxsize=16)
+@kept_below(lambda d, degree: n_features(d, degree) * (degree + 2))
 def _pairs(d: int, degree: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """All monomials by degree, two at a time: degrees, variables and sqrt(|a|! / a!), as `_toeplitz.Product` has them.
 

@@ -12,6 +12,7 @@ cdef class RealFFT:
 
     # Workspaces with the alignment that plans ask for: (howmany, n) reals, (howmany, n_freq) complex numbers.
     # NULL where memory is lacking. Whoever takes one gives it back to release.
+    cdef size_t row_bytes(self) noexcept nogil
     cdef void *new_rows(self) noexcept nogil
     cdef void *new_spectra(self) noexcept nogil
     cdef void release(self, void *workspace) noexcept nogil

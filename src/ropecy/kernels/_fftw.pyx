@@ -3,11 +3,14 @@
 FFTW's planner is not safe to run from two threads, its executions are; so plans are made and destroyed under one
 lock of this module, with the GIL released, and are executed by the new-array calls on workspaces of ``fftw_malloc``,
 which have the alignment that the plan was made for.
+
+FFTW ends the process where its own allocations fail. So a plan is made only after what planning takes could be had, and
+a MemoryError raised where it could not. What is left: memory that other threads take between these two moments, and the
+few kilobytes that FFTW allocates while it executes some plans.
 """
 
 import numpy as np
 
-cimport cython
 from libc.limits cimport INT_MAX
 from libc.string cimport memcpy, memset
 
@@ -47,9 +50,25 @@ cdef extern from "fftw3.h" nogil:
     void fftwf_destroy_plan(fftwf_plan)
 
 
-# Taken only where the GIL is released and no Python code runs, so that neither a garbage collection nor a
+# The lock is taken only where the GIL is released and no Python code runs, so that neither a garbage collection nor a
 # signal handler can ask for it again in the thread that holds it. Shared by both precisions.
-cdef cython.pymutex planner
+cdef extern from "c/planner.h" nogil:
+    void lock_planner "rc_planner_lock"()
+    void unlock_planner "rc_planner_unlock"()
+    int rc_planner_at_fork()
+
+if rc_planner_at_fork() != 0:
+    raise MemoryError("no memory for a handler of forks")
+
+cdef enum:
+    PLANNING = 1 << 22  # bytes that the planner takes whatever the size of rows
+
+
+cdef bint has_room(size_t size) noexcept nogil:
+    """Whether planning for arrays of so many bytes finds what it takes: twiddle factors and buffers of their size."""
+    cdef void *room = fftw_malloc(4 * size + PLANNING)
+    fftw_free(room)
+    return room != NULL
 
 
 def fftw_version() -> dict[str, str]:
@@ -121,10 +140,11 @@ cdef class RealFFT:
         with nogil:
             rows = self.new_rows()
             spectra = self.new_spectra()
-            allocated = rows != NULL and spectra != NULL
+            allocated = rows != NULL and spectra != NULL and has_room(self.row_bytes())
             if allocated:
-                with planner:
-                    _plan(self, rows, spectra, how)
+                lock_planner()
+                _plan(self, rows, spectra, how)
+                unlock_planner()
             self.release(rows)
             self.release(spectra)
         if not allocated:
@@ -133,7 +153,8 @@ cdef class RealFFT:
             raise RuntimeError(f"FFTW makes no plan for {howmany} transforms of length {n} in {self.dtype}")
 
     def __dealloc__(self):
-        with nogil, planner:
+        with nogil:
+            lock_planner()
             if self.single:
                 if self.forward_plan != NULL:
                     fftwf_destroy_plan(<fftwf_plan>self.forward_plan)
@@ -144,14 +165,16 @@ cdef class RealFFT:
                     fftw_destroy_plan(<fftw_plan>self.forward_plan)
                 if self.inverse_plan != NULL:
                     fftw_destroy_plan(<fftw_plan>self.inverse_plan)
+            unlock_planner()
 
     def __repr__(self):
         return f"RealFFT({self.n}, howmany={self.howmany}, dtype={self.dtype})"
 
+    cdef size_t row_bytes(self) noexcept nogil:
+        return <size_t>self.howmany * self.n * (sizeof(float) if self.single else sizeof(double))
+
     cdef void *new_rows(self) noexcept nogil:
-        if self.single:
-            return fftwf_malloc(<size_t>self.howmany * self.n * sizeof(float))
-        return fftw_malloc(<size_t>self.howmany * self.n * sizeof(double))
+        return fftwf_malloc(self.row_bytes()) if self.single else fftw_malloc(self.row_bytes())
 
     cdef void *new_spectra(self) noexcept nogil:
         if self.single:
@@ -247,24 +270,29 @@ cdef class ComplexFFT:
         cdef int length = <int>self.n
         cdef unsigned how = _flags(flags)
         cdef fftw_complex *x
+        cdef bint allocated
         with nogil:
             x = <fftw_complex *>self.new_row()
-            if x != NULL:
-                with planner:
-                    self.forward_plan = fftw_plan_dft_1d(length, x, x, FFTW_FORWARD, how)
-                    self.inverse_plan = fftw_plan_dft_1d(length, x, x, FFTW_BACKWARD, how)
+            allocated = x != NULL and has_room(<size_t>length * sizeof(fftw_complex))
+            if allocated:
+                lock_planner()
+                self.forward_plan = fftw_plan_dft_1d(length, x, x, FFTW_FORWARD, how)
+                self.inverse_plan = fftw_plan_dft_1d(length, x, x, FFTW_BACKWARD, how)
+                unlock_planner()
             fftw_free(x)
-        if x == NULL:
+        if not allocated:
             raise MemoryError(f"no memory to plan a transform of length {n}")
         if self.forward_plan == NULL or self.inverse_plan == NULL:
             raise RuntimeError(f"FFTW makes no plan for a transform of length {n}")
 
     def __dealloc__(self):
-        with nogil, planner:
+        with nogil:
+            lock_planner()
             if self.forward_plan != NULL:
                 fftw_destroy_plan(<fftw_plan>self.forward_plan)
             if self.inverse_plan != NULL:
                 fftw_destroy_plan(<fftw_plan>self.inverse_plan)
+            unlock_planner()
 
     def __repr__(self):
         return f"ComplexFFT({self.n})"
