@@ -253,3 +253,37 @@ def test_sums_of_equal_terms_with_a_family_are_covered(dtype, rng):
         Q, K, V = (X.astype(dtype) for X in (np.ones((2000, 2)), K, V))
         O, certificate = ropecy.attention(Q, K, V, family, scale=1.0, method="exact", return_certificate=True)
         assert np.abs(O - V).max() <= certificate.rounding * V.max()
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_rows_with_few_far_keys_are_certified_for_less(hidden, rng):
+    n, d = 700, 2
+    Q, K = (cases.unit_rows(rng.standard_normal((n, d))) for _ in range(2))
+    V = rng.uniform(-1, 1, (n, 2))
+    how = {"causal": True, "scale": 0.5, "eps": 0.2, "method": "polynomial", "degree": 1}
+    # Hidden keys of a row's own chunk are none that are near.
+    mask = np.arange(n) % 5 == 0 if hidden else None
+    O, found = ropecy.attention(Q, K, V, key_mask=mask, return_certificate=True, **how)
+    planned = ropecy.plan(Q, K, V, key_mask=mask, **how).certificate
+    rows, chunk = found.rows_truncation, np.flatnonzero(found.rows_truncation)[0]
+    assert found.rule == "worst case" and found.truncation == rows.max() <= planned.truncation
+    assert 100 <= chunk < 400  # pairs in the first chunk are exact
+    assert np.all(np.diff(rows[chunk : chunk + 50]) <= 0)  # near keys become more, far ones do not
+    dense = oracle.attention(Q, K, V, key_mask=mask, causal=True, scale=0.5)
+    allowed = rows[:, None] * dense.ranges(V) + found.rounding * np.ptp(V)
+    assert np.all(np.abs(O - dense.O) <= allowed)
+    # A whole pair may be off by as much as ever, wherever it is.
+    _, of_product = ropecy.AttentionMatrix(Q, K, key_mask=mask, **how).dot(V, return_certificate=True)
+    assert of_product.truncation >= 2 * planned.truncation / (1 + planned.truncation**2) * (1 - 1e-12)
+
+
+def test_rows_of_the_second_chunk_come_near_their_certificate():
+    # Far keys at one end of the scores and near ones at the other are the worst there is.
+    n = 384
+    side = np.repeat([1.0, -1.0], n // 2)
+    Q, K, V = np.ones((n, 1)), side[:, None], (side[:, None] > 0).astype(float)
+    how = {"causal": True, "scale": 1.0, "eps": 0.2, "method": "polynomial", "degree": 1}
+    O, found = ropecy.attention(Q, K, V, return_certificate=True, **how)
+    errors = np.abs(O - oracle.attention(Q, K, V, causal=True, scale=1.0).O)[:, 0]
+    assert np.all(errors <= found.rows_truncation + found.rounding)
+    assert errors[-1] > 0.15 * found.rows_truncation[-1]

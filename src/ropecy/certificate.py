@@ -64,7 +64,8 @@ class Certificate:
         constant): a model of its size, not a proof. It includes `storing`.
     rows_truncation : (..., n) float64 array or None
         `truncation` row by row, in units of the range over the keys that the row sees; None in a plan. By the worst
-        case, and where it is "sampled", all rows that are not exact have the same.
+        case without a causal mask, and where it is "sampled", all rows that are not exact have the same; under a causal
+        mask rows with few keys far behind them have less.
     n_exact_rows : int
         How many rows were computed exactly, the polynomial's certificate being too large there.
     seed, failure : int or None, float

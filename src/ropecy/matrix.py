@@ -298,8 +298,9 @@ class AttentionMatrix(Operator):
             product = np.where(o == 0, 0, np.exp(normal.log_sums(forward.lse))[..., None] * o)
         # Weights are off by e each. Rounding moves a normalised row by at most that part of range(X) <= 2 max |X|, and
         # the sum of its weights by as much.
-        of_row = forward.certificate
-        e = relative_error_for(of_row.truncation) if of_row.truncation else 0.0
+        of_row, planned = forward.certificate, forward.plan.certificate.truncation
+        # Of a weight, which where causal may be more than what it does to a row.
+        e = relative_error_for(planned) if planned else 0.0
         return product, replace(of_row, truncation=e, rounding=3 * of_row.rounding, rows_truncation=None)
 
 

@@ -41,7 +41,7 @@ from . import polynomial as poly
 from .bounds import Alone, Scores, Values, range_elsewhere
 from .engines import polynomial as engine
 from .kernels import _quartic
-from .polynomial import MomentPolynomial
+from .polynomial import MomentPolynomial, Polynomial
 from .problem import Problem
 
 # Lanczos: steps, and the probability that its bound fails, over all slots of a call.
@@ -252,6 +252,33 @@ def far_keys(problem: Problem, rows: np.ndarray) -> np.ndarray:
         return np.full(len(rows), n_k)
     chunk = engine.chunk(problem)
     return np.clip((rows + problem.q_offset) // chunk * chunk, 0, n_k)
+
+
+def seen_keys(problem: Problem, rows: np.ndarray) -> np.ndarray:
+    """How many keys these rows see, masked or not."""
+    n_k = problem.k.shape[1]
+    if problem.hi is None:
+        return np.full(len(rows), n_k)
+    return np.clip(rows + problem.q_offset + problem.hi + 1, 0, n_k)
+
+
+def worst_case(problem: Problem, p: Polynomial) -> np.ndarray:
+    """Bound of |T_ic - Attn_ic| / range_j(V_jc) by rows, (H, 1, n) float64, for any scores within p's bound B.
+
+    Notes
+    -----
+    Weights are off by a factor within 1 +- e in far keys alone, e the error of p. Since the computed weights w^ have
+    sum_j w^_j (V_j - T) = 0, T being the computed row, ``Z (Attn - T) = -sum_far delta_j w_j (V_j - T)``. Hence the
+    error is at most e phi, phi the far keys' share of the row: no more than that of m_far keys of weight e^B beside
+    m_near keys of weight e^-B. It is 0 in the first chunk of a causal problem; where nearly all keys are far, tau(e)
+    is less. Time O(n).
+    """
+    rows = np.arange(problem.q.shape[2])
+    far, seen = (kept_before(problem, keys(problem, rows)).astype(np.float64) for keys in (far_keys, seen_keys))
+    weight = far * math.exp(min(2 * p.B, 700))
+    total = weight + (seen - far)
+    share = np.divide(weight, total, out=np.zeros_like(weight), where=total > 0)
+    return np.minimum(poly.tau(p.error), p.error * share)[:, None]
 
 
 def kept_before(problem: Problem, ends: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from . import polynomial as poly
 from .bounds import Alone, Scores, Values, polynomial_rounding
 from .engines import exact as exact_engine
 from .kernels import _quartic, _rows
-from .moments import TILE, Fourth, RowFits, far_keys, gradient_error
+from .moments import TILE, Fourth, RowFits, far_keys, gradient_error, seen_keys
 from .problem import Problem
 
 SAMPLED_KEYS = 4096
@@ -244,11 +244,3 @@ class Sample:
         if not 0 < second < math.inf or not 0 < size < math.inf:
             return 1.0
         return 2.0 ** min(40, max(-1, round(2 * math.log2(size) - math.log2(3 * second))))
-
-
-def seen_keys(problem: Problem, rows: np.ndarray) -> np.ndarray:
-    """How many keys these rows see, masked or not."""
-    n_k = problem.k.shape[1]
-    if problem.hi is None:
-        return np.full(len(rows), n_k)
-    return np.clip(rows + problem.q_offset + problem.hi + 1, 0, n_k)

@@ -164,7 +164,11 @@ class Plan:
         o, lse, saved = polynomial_engine.forward(
             problem, self._scores, self._values, self._choice.polynomial, grad, want_lse
         )
-        return self._result(o, lse, saved)
+        found = self._result(o, lse, saved)
+        if problem.hi is not None:
+            rows = np.broadcast_to(moments.worst_case(problem, self._choice.polynomial), o.shape[:3])
+            found.certificate = replace(self.certificate, truncation=float(rows.max()), rows_truncation=rows)
+        return found
 
     def _result(self, o: np.ndarray, lse: np.ndarray | None, saved: Any) -> Forward:
         """What is certified before it is computed."""
