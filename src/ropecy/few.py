@@ -68,6 +68,8 @@ def forward(a: _validate.Arguments, want_lse: bool) -> tuple[np.ndarray, np.ndar
 
 def _by_slot(X: np.ndarray, batch: tuple[int, ...], heads: int, inner: int) -> np.ndarray:
     """A view of X, whose last `inner` axes follow batch and head axes, with axes that come to batch times heads."""
+    if X.shape[:-inner] == (*batch, heads):
+        return X
     own = head_count(X, inner)
     X = np.expand_dims(X[None] if X.ndim == inner else X, -inner - 1)
     return np.broadcast_to(X, batch + (own, heads // own) + X.shape[-inner:])

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType
+from torch._C._functorch import TransformType, peek_interpreter_stack
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import Function, forward_ad
 
@@ -56,8 +56,16 @@ class Attention(Function):
 def attend(*inputs: Any) -> Tensor:
     """``ropecy::attention`` of its inputs, with derivatives in both modes, whether it is being compiled or not."""
     if not torch.compiler.is_compiling():
-        return Attention.apply(*inputs)
+        # To apply a Function takes longer than a short attention.
+        return Attention.apply(*inputs) if _may_be_differentiated(inputs) else attention_operator(*inputs)
     return _attend_outside_graphs(*inputs) if _inside_derivative() else attention_operator(*inputs)
+
+
+def _may_be_differentiated(inputs: tuple[Any, ...]) -> bool:
+    """Whether forward mode or a transform of torch.func is around the call, or gradients are recorded of an input."""
+    if forward_ad._current_level >= 0 or peek_interpreter_stack() is not None:
+        return True
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:7])
 
 
 @torch.compiler.disable(
