@@ -42,6 +42,9 @@ KERNEL_FLAGS += ["-fno-schedule-insns"]
 # For what Cython generates, and for c/parallel.c.
 SHIM_FLAGS = ["-O3", "-std=gnu11", "-fvisibility=hidden", "-pthread"]
 
+# The last word to compiler and linker: `.ci/sanitize` has one.
+EXTRA_FLAGS = shlex.split(os.environ.get("ROPECY_EXTRA_FLAGS", ""))
+
 LEVELS = {"baseline": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     LEVELS |= {"v3": ["-march=x86-64-v3"], "v4": ["-march=x86-64-v4"]}
@@ -161,7 +164,7 @@ class BuildExtensions(build_ext):
                     [str(KERNELS / "c" / f"{name}.c")],
                     output_dir=os.path.join(self.build_temp, level),
                     macros=[("RC_LEVEL", level)],
-                    extra_postargs=KERNEL_FLAGS + march,
+                    extra_postargs=KERNEL_FLAGS + march + EXTRA_FLAGS,
                 )
         super().build_extension(ext)
 
@@ -189,8 +192,8 @@ def extensions() -> list[Extension]:
             [str(KERNELS / f"{name}.pyx"), *([str(KERNELS / "c" / "parallel.c")] if name == "_parallel" else [])],
             include_dirs=[str(KERNELS), str(KERNELS / "c"), numpy.get_include()],
             define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
-            extra_compile_args=list(SHIM_FLAGS),
-            extra_link_args=["-pthread"],
+            extra_compile_args=SHIM_FLAGS + EXTRA_FLAGS,
+            extra_link_args=["-pthread", *EXTRA_FLAGS],
             depends=depends,
         )
         for name in EXTENSIONS

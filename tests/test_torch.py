@@ -289,7 +289,7 @@ class Attended(torch.utils.data.Dataset):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_workers_after_fork():
     data = Attended()
-    alone = torch.stack([data[i] for i in range(4)])  # OpenMP threads exist before the fork
+    alone = torch.stack([data[i] for i in range(4)])  # threads exist before the fork
     loader = torch.utils.data.DataLoader(data, batch_size=2, num_workers=2, multiprocessing_context="fork", timeout=60)
     assert torch.equal(torch.cat(list(loader)), alone)
 
