@@ -27,7 +27,7 @@ def fit(
     Notes
     -----
     Rates evenly spaced in their logarithm, weights by non-negative least squares of relative errors at distances evenly
-    spaced likewise (certificates.md 7). Time O(last) for the check.
+    spaced likewise. Time O(last) for the check.
     """
     m = np.unique(np.round(np.geomspace(max(first, 1), last, _SAMPLES)))
     base = log_f(np.array([float(first)]))[0]

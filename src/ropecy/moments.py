@@ -231,7 +231,7 @@ def gradient_error(h: np.ndarray, h_r: np.ndarray) -> np.ndarray:
     -----
     Forward gives Z^ and T^, with |Z / Z^ - 1| <= h; backward's weights are r(s_ij) / Z^_i, off by delta_ij / Z^_i.
     Let a_ij = <dO_i, V_j>, abar_i their mean under P_i, and a^_i = <dO_i, T^_i>, which p > 0 keeps in the range omega_i
-    of a_i. Then (certificates.md 2)
+    of a_i. Then
 
         dS^_ij - dS_ij = delta_ij / Z^_i (a_ij - a^_i) + P_ij ((Z / Z^ - 1) (a_ij - abar_i) + Z / Z^ (abar_i - a^_i)),
 
