@@ -96,6 +96,25 @@ def test_float64_near_its_largest_number(rng):
     assert np.allclose(found.dV, expected["dV"] / 2**10, rtol=1e-12)
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize("bias", [None, oracle.Alibi(0.1)], ids=["plain", "alibi"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", [F4, F8])
+def test_results_at_the_largest_number_are_not_inf(dtype, causal, bias, rng):
+    most = np.finfo(dtype).max
+    for n, n_k in ((60, 60), (60, 180), (1, 26)):
+        Q, K, V = (uniform(rng, rows, 4, dtype=dtype) for rows in (n, n_k, n_k))
+        V[:, :3] = most
+        V[:, 1] *= np.linspace(0.9, 1, n_k).astype(dtype)
+        V[n_k // 2, 2] = -most
+        options = {"causal": causal, "bias": None if bias is None else relative_bias(bias)}
+        O, certificate = ropecy.attention(Q, K, V, **options, return_certificate=True)
+        assert np.isfinite(O).all() and certificate.error <= 1e-3
+        assert np.allclose(O[:, 0], most)
+        O, vjp = ropecy.attention_vjp(Q, K, V, **options)
+        assert np.isfinite(O).all() and not np.isnan(vjp(np.ones_like(O)).dQ).any()
+
+
 def test_auto_says_where_nothing_certifies_eps(rng):
     Q, K, V = uniform(rng, 3, 300, 8)
     with pytest.warns(ropecy.AccuracyWarning, match=r"no engine certifies eps = 0.001: rounding in float32") as caught:

@@ -7,6 +7,7 @@ rotations keep norms.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -189,15 +190,16 @@ def measure_values(problem: Problem, ranks: Any = Alone) -> Values:
     mean = total / kept_keys(problem, ranks)[:, None]
     far = False
     if problem.hi is not None and ranks is Alone:
-        crowded = np.abs(mean - middle) > 0.45 * (high - low)
+        crowded = np.abs(mean - middle) > 0.9 * (half_high - half_low)
         if far := bool(crowded.any()):
             middle = np.where(crowded, medians(problem).astype(v.dtype), middle)
     found = Values(middle, 1.0, low, high, mean, far, 0.5 * largest / spread if spread else 1.0)
     origin, unit = problem.origin, float(np.finfo(v.dtype).eps) / 2
-    found.varied, found.spread = largest, 2 * spread
+    found.varied = largest
     if origin.largest is not None:
-        largest, found.varied, found.spread = origin.largest, origin.varied, math.ldexp(2 * spread, origin.exponent)
-    found.spread = found.spread or largest
+        largest, found.varied = origin.largest, origin.varied
+    # The range of float64 values may be past the largest number.
+    found.spread = min(2 * math.ldexp(spread, origin.exponent), sys.float_info.max) or largest
     if found.spread:
         found.offset = (found.storing(v.dtype) + origin.v_lost * largest / found.spread) / unit
     return found
@@ -230,7 +232,8 @@ def medians(problem: Problem) -> np.ndarray:
     """
 
     def found(v):
-        return np.median(v[:: -(-len(v) // _MANY)], axis=0)
+        # Of halves: the two in the middle are added up.
+        return 2 * np.median(0.5 * v[:: -(-len(v) // _MANY)], axis=0)
 
     if problem.key_mask is None:
         return np.array([found(v) for v in problem.v], np.float64)

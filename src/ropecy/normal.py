@@ -53,13 +53,19 @@ class Normal:
         return self.value_centre is not None
 
     def output(self, o: np.ndarray, lse: np.ndarray | None) -> np.ndarray:
-        """O of the problem as it was, from that of the normal form, (H, G, n, d_v)."""
-        if self.exponent:
-            o = np.ldexp(o, self.exponent)
-        if self.value_centre is None:
-            return o
-        seen = ~np.isneginf(lse)[..., None]
-        return np.where(seen, o + self.value_centre[:, None, None], o)
+        """O of the problem as it was, from that of the normal form, (H, G, n, d_v).
+
+        The true O lies between values. Where these are close to the largest number, rounding may carry o past it: such
+        entries are the largest number, and not inf.
+        """
+        with np.errstate(over="ignore"):
+            if self.exponent:
+                o = np.ldexp(o, self.exponent)
+            if self.value_centre is not None:
+                seen = ~np.isneginf(lse)[..., None]
+                o = np.where(seen, o + self.value_centre[:, None, None], o)
+        most, largest = np.finfo(o.dtype).max, self.problem.origin.largest
+        return np.clip(o, -most, most) if largest is not None and largest > most / 2 else o
 
     def log_sums(self, lse: np.ndarray) -> np.ndarray:
         """lse of the problem as it was, from that of the normal form, (H, G, n) float64."""
@@ -135,7 +141,8 @@ def _centre(low: np.ndarray, high: np.ndarray) -> np.ndarray:
     others. All of such a column is within a factor of two: to take the centre from it is exact.
     """
     half_low, half_high = 0.5 * low.astype(np.float64), 0.5 * high.astype(np.float64)
-    far = np.maximum(np.abs(half_low), np.abs(half_high)) > 2 * (half_high - half_low)
+    with np.errstate(over="ignore"):
+        far = np.maximum(np.abs(half_low), np.abs(half_high)) > 2 * (half_high - half_low)
     return np.where(far, half_low + half_high, 0).astype(low.dtype)
 
 

@@ -406,7 +406,8 @@ class Call:
                 gradients["dscale_near"] = np.ldexp(dscale_near, exponent)
         if a.bias is not None:
             dbias = self.bias_gradient(dsymbol, -(a.n - 1) - a.q_offset)
-            gradients["dbias"] = np.ldexp(dbias, exponent) if exponent else dbias
+            with np.errstate(over="ignore"):
+                gradients["dbias"] = np.ldexp(dbias, exponent) if exponent else dbias
         if a.family is not None:
             if dfamily is None:
                 # No pair of a query and a key.
