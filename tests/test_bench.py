@@ -1,5 +1,9 @@
 """``ropecy bench``: the table it prints, its options, and the kernels of the limits."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -48,3 +52,14 @@ def test_operations_are_counted(dtype, threads):
 def test_sums_read_every_number_once(n, threads):
     x = np.arange(n, dtype=np.float32)
     assert _peak.total(x, threads) == x.sum(dtype=np.float64)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts the process's threads as Linux shows them")
+@pytest.mark.parametrize("limit", ["multiply_add('float32', 1000, 2)", "total(np.ones(2**22, np.float32), 2)"])
+def test_limits_are_those_of_all_threads(limit):
+    program = (
+        "import os, numpy as np; from ropecy.kernels import _peak\n"
+        "def count(): return len(os.listdir('/proc/self/task'))\n"
+        f"before = count(); _peak.{limit}; print(count() - before)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "1\n"

@@ -3,9 +3,9 @@
 import numpy as np
 
 cimport numpy as cnp
-from cython.parallel cimport prange
 
-from ._arrays cimport pieces
+from ._arrays cimport pieces, pointer
+from ._parallel cimport parallel_for, rc_worker
 
 cnp.import_array()
 
@@ -21,23 +21,42 @@ cdef extern from "c/peak.h" nogil:
 
 cdef const rc_peak_kernels *kernels = rc_peak_select(rc_level())
 
+cdef enum:
+    STRETCH = 1 << 20  # numbers that a task reads, 4 MiB
+
+
+cdef struct Limit:
+    bint single
+    ptrdiff_t rounds, n
+    const float *x
+    double *found  # by each task
+
+
+cdef void multiply_add_once(void *context, ptrdiff_t task, const rc_worker *worker) noexcept nogil:
+    cdef const Limit *p = <const Limit *>context
+    p.found[task] = kernels.multiply_add_f32(p.rounds) if p.single else kernels.multiply_add_f64(p.rounds)
+
+
+cdef void sum_stretch(void *context, ptrdiff_t task, const rc_worker *worker) noexcept nogil:
+    cdef const Limit *p = <const Limit *>context
+    p.found[task] = kernels.sum(min(STRETCH, p.n - task * STRETCH), p.x + task * STRETCH)
+
 
 def multiply_add(dtype, ptrdiff_t rounds, int threads):
     """Each thread runs that many rounds of multiply-adds on registers; how many operations these were together."""
-    cdef bint single = np.dtype(dtype) == np.float32
-    cdef double done = 0
-    cdef int _thread
-    for _thread in prange(threads, nogil=True, num_threads=threads, schedule="static"):
-        done += kernels.multiply_add_f32(rounds) if single else kernels.multiply_add_f64(rounds)
-    return done
+    cdef Limit p
+    found = np.zeros(threads)
+    p.single, p.rounds, p.found = np.dtype(dtype) == np.float32, rounds, <double *>pointer(found)
+    parallel_for(threads, threads, multiply_add_once, &p)
+    return float(found.sum())
 
 
 def total(const float[::1] x, int threads):
     """The sum of x, of which each thread reads a part."""
-    cdef double found = 0
-    cdef ptrdiff_t n = x.shape[0], part = pieces(n, max(1, threads)), thread
-    if n == 0:
+    cdef Limit p
+    if x.shape[0] == 0:
         return 0.0
-    for thread in prange(pieces(n, part), nogil=True, num_threads=threads, schedule="static"):
-        found += kernels.sum(min(part, n - thread * part), &x[0] + thread * part)
-    return found
+    found = np.zeros(pieces(x.shape[0], STRETCH))
+    p.n, p.x, p.found = x.shape[0], &x[0], <double *>pointer(found)
+    parallel_for(len(found), threads, sum_stretch, &p)
+    return float(found.sum())
