@@ -64,6 +64,13 @@ def test_diagonal_of_a_family(rng):
     np.testing.assert_allclose(A.diagonal(), np.diagonal(A.toarray()), rtol=1e-13)
 
 
+@pytest.mark.parametrize("q_offset", [0, 2, 3])
+def test_diagonal_beside_a_near_scale(q_offset, rng):
+    Q, K = rng.uniform(-1, 1, (2, 9, 3))
+    A = ropecy.AttentionMatrix(Q, K, near=(3, 5.0), q_offset=q_offset, method="exact")
+    np.testing.assert_allclose(A.diagonal(), np.diagonal(A.toarray()), rtol=1e-13)
+
+
 def test_diagonal_of_what_a_mask_hides_is_0_whatever_the_bias(rng):
     Q = rng.standard_normal((3, 2))
     bias, mask = ropecy.RelativeBias(np.array([0.0, 800.0, 0.0])), np.array([True, False, True])
