@@ -15,7 +15,7 @@ DTYPES = [np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16), BFLO
 
 def takes_this_path(Q, K, V, **options):
     arguments, how = check_forms(Q, K, V, **options)
-    return few.serves(arguments, how["method"], how["degree"]) and few.forward(arguments, False) is not None
+    return few.serves(arguments, how) and few.forward(arguments, False) is not None
 
 
 def compare(Q, K, V, **options):
@@ -187,6 +187,14 @@ def test_sums_of_equal_terms_are_covered(n_k, dtype, rng):
         Q, K, V = (X.astype(dtype) for X in (Q, K * rng.uniform(0.5, 1) * size, V * rng.uniform(1, 2, 8)))
         O, certificate = ropecy.attention(Q, K, V, scale=1.0, return_certificate=True)
         assert float(np.abs(O - V[:1]).max()) / float(V.max()) <= certificate.rounding
+
+
+def test_auto_says_where_float32_does_not_hold_eps(rng):
+    Q, K, V = (rng.uniform(-1, 1, (rows, 6)).astype("f4") for rows in (1, 80, 80))
+    for queries in (Q, np.repeat(Q, 40, axis=0)):
+        with pytest.warns(ropecy.AccuracyWarning, match="no engine certifies eps = 1e-09"):
+            ropecy.attention(queries, K, V, eps=1e-9)
+    assert takes_this_path(Q, K, V, eps=1e-9, method="exact") and takes_this_path(Q, K, V, eps=1e-5)
 
 
 def test_what_more_is_asked_goes_to_the_engines(rng):

@@ -12,6 +12,7 @@ from . import polynomial as poly
 from ._validate_decode import DecodeOptions
 from .bounds import storing
 from .certificate import BoundedEntryError
+from .rounding import sums_rounding
 
 
 def computed(dtype: np.dtype) -> np.dtype:
@@ -43,13 +44,12 @@ def exact_rounding(d: int, dtype: np.dtype, slopes: np.ndarray, length: int, lar
 
     A score is off in proportion to its size, and the result by the mean over the weights P. Of the bias that is at most
     2 `largest` + log n: P maximises sum_j P_j (s_j + b_j) + entropy(P), which is s_m at least, m the last token.
-    Weights that are off move the result by no more than the range. Sums are as in bounds.exact_rounding, of values
-    whose first is taken from all.
+    Weights that are off move the result by no more than the range. Sums are the exact engine's, of values whose first
+    is taken from all.
     """
     unit = float(np.finfo(computed(dtype)).eps) / 2
     bias = min(float(slopes.max()) * length, 2 * largest + math.log(max(1, length)))
-    sums = unit * (48 + math.sqrt(length / 96)) + 2.0**-53 * length / 3072
-    return sums + min(1.0, unit * (2 + math.sqrt(d) / 2) * (largest + bias))
+    return sums_rounding(computed(dtype), length) + min(1.0, unit * (2 + math.sqrt(d) / 2) * (largest + bias))
 
 
 @dataclass(slots=True)

@@ -8,12 +8,15 @@ been checked. Whether all entries are finite shows in the scores and in the sums
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from . import _validate
 from .kernels import _few
 from .problem import head_count, key_heads_of, spread
+from .rounding import sums_rounding
 
 _LOG2E = 1 / math.log(2)
 # Queries of a head, and of all heads that share a key head. The exact engine computes tiles of 16 to 48 queries of one
@@ -21,10 +24,14 @@ _LOG2E = 1 / math.log(2)
 MOST_QUERIES, _MOST_ROWS = 8, 32
 
 
-def serves(a: _validate.Arguments, method: str, degree: int | None) -> bool:
-    """Whether these arguments are few queries, and no more is asked of them than scores and masks."""
+def serves(a: _validate.Arguments, how: Mapping[str, Any]) -> bool:
+    """Whether these arguments are few queries, and no more is asked of them than scores and masks, with an eps that
+    rounding leaves room for: else "auto" has to look for another engine, or to warn.
+    """
     more = (a.R, a.family, a.bias, a.near, a.W, a.W_Q, a.W_K, a.W_V)
-    if a.V is None or method not in ("auto", "exact") or degree is not None or any(part is not None for part in more):
+    if a.V is None or how["degree"] is not None or any(part is not None for part in more):
+        return False
+    if how["method"] != "exact" and (how["method"] != "auto" or how["eps"] < sums_rounding(a.compute, a.n_k)):
         return False
     if 0 in a.lead or 0 in (a.n, a.n_k, a.d_v) or a.n > MOST_QUERIES:
         return False

@@ -10,15 +10,16 @@ import numpy as np
 from .bounds import Alone, Scores, Values
 from .problem import Problem
 
+# Keys that the exact engine adds up in the dtype it computes in, in blocks, before float64 takes over.
+_STRETCH = 1536
+
 
 def exact_rounding(problem: Problem, scores: Scores, values: Values, ranks: Any = Alone) -> float:
     """What rounding costs the exact engine at most, in units of max_c range_j(v_jc).
 
     Three things add up.
 
-    * Sums over keys. In a block of 96 keys equal terms are all rounded to the same side, by half of a unit a key, and
-      in float64 those of stretches of blocks (with a family, those of keys); sums over blocks grow with the square
-      root of their number.
+    * Sums over keys (`sums_rounding`).
     * Scores. Those of size S carry ``(2 + sqrt(d) / 2) S`` units; biases two units of their size, which counts from
       the largest bias (`bias_reach`). Weights that are off by that move O by as much of the range, and never by more
       than the range: O stays between the least and the largest of the values.
@@ -30,9 +31,19 @@ def exact_rounding(problem: Problem, scores: Scores, values: Values, ranks: Any 
     off = unit * (2 + math.sqrt(d) / 2) * size + (scale * scores.lost if scale else 0.0)
     if problem.bias is not None:
         off += 2 * unit * bias_reach(problem, size)
-    sums = unit * (8 + min(40.0, n_k / 2) + math.sqrt(n_k / 96))
-    sums += 2.0**-53 * n_k / (3072 if problem.family is None else 2)
+    sums = sums_rounding(problem.q.dtype, n_k, _STRETCH if problem.family is None else 1)
     return sums * max(1.0, values.residual) + min(1.0, off) + unit * values.offset
+
+
+def sums_rounding(dtype: np.dtype, n_k: int, stretch: int = _STRETCH) -> float:
+    """What rounding costs sums over n_k keys, in units of the largest value.
+
+    In a block of 96 keys equal terms are all rounded to the same side, by half of a unit a key; sums over blocks grow
+    with the square root of their number. The sums of so many keys, a `stretch`, are added up in float64, where equal
+    ones are again rounded to the same side.
+    """
+    unit = float(np.finfo(dtype).eps) / 2
+    return unit * (8 + min(40.0, n_k / 2) + math.sqrt(n_k / 96)) + 2.0**-54 * n_k / stretch
 
 
 def score_size(problem: Problem, scores: Scores) -> float:

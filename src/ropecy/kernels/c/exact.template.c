@@ -89,7 +89,7 @@ RC_NOINLINE void RC_NAME(scores)(ptrdiff_t d, const REAL *queries, const REAL *k
 }
 
 /* Blocks after which sums over keys go on from 0: added to a long sum, equal terms are all rounded to the same side.
- * bounds.exact_rounding counts with it. */
+ * rounding.sums_rounding counts with it. */
 enum { RC_NAME(STRETCH) = 16 };
 
 static size_t RC_NAME(forward_workspace)(const rc_exact_problem *p) {
