@@ -162,8 +162,9 @@ def check_arguments(
         k_positions = _positions("k_positions", k_positions, lead, n_k)
 
     scale = 1 / d if scale is None else _real("scale", scale)
+    largest = np.finfo(compute).max
     for name, number in (("scale", scale), ("near", 0.0 if near is None else near[1])):
-        if abs(number) > np.finfo(compute).max:
+        if abs(number) > largest:
             raise ValueError(f"{name}: got {number}, wants a number that {compute} can hold")
     return Arguments(
         **{name: given.get(name) for name in _ARRAYS},
@@ -201,7 +202,9 @@ def check_entries(a: Arguments) -> Arguments:
         given.update({name: _hide(given[name], a.key_mask, a.lead) for name in ("K", "V") if name in given})
     for name, X in given.items():
         check_finite(name, X)
-    return replace(a, **{name: X.astype(a.compute, copy=False) for name, X in given.items()})
+    given = {name: X.astype(a.compute, copy=False) for name, X in given.items()}
+    changed = {name: X for name, X in given.items() if X is not getattr(a, name)}
+    return replace(a, **changed) if changed else a
 
 
 def check_method(*, eps: Any, certify: Any, method: Any, degree: Any, seed: Any) -> dict[str, Any]:
@@ -294,6 +297,8 @@ def check_finite(name: str, X: np.ndarray) -> float:
 
 def _once(X: np.ndarray) -> np.ndarray:
     """X without the repetitions of an axis that was broadcast by a stride of 0, which is left with size 1."""
+    if 0 not in X.strides:
+        return X
     return X[tuple(slice(1) if stride == 0 else slice(None) for stride in X.strides)]
 
 

@@ -250,10 +250,13 @@ def kept_keys(problem: Problem, ranks: Any = Alone) -> np.ndarray:
     return np.maximum(ranks.total(kept), 1)
 
 
-def unbounded(problem: Problem, plain: float) -> Scores:
-    """Scores of which `plain` is all that is known, for engines that need no more."""
-    H = problem.k.shape[0]
-    return Scores(plain, math.inf, None, np.ones(H), np.ones(H), np.full(H, math.inf))
+def unbounded(problem: Problem, plain: float, **sizes: float) -> Scores:
+    """Scores of which `plain`, and `products` and `lost` where these are given, is all that is known, for engines that
+    need no more.
+    """
+    slots = np.ones((3, problem.k.shape[0]))
+    slots[2] = math.inf
+    return Scores(plain, math.inf, None, *slots, **sizes)
 
 
 def measure(problem: Problem, ranks: Any = Alone, centre: bool | Callable[[float], bool] = True) -> Scores:
@@ -292,7 +295,7 @@ def measure(problem: Problem, ranks: Any = Alone, centre: bool | Callable[[float
         sizes = {"products": products, "lost": lost}
         wanted = centre(0.0) and centre(scale * _least(problem, q_norm)) if callable(centre) else centre
         if not wanted:
-            return replace(unbounded(problem, plain), **sizes)
+            return unbounded(problem, plain, **sizes)
         total = ranks.total(_rows.columns(k, keep, problem.threads)[0])
         mean = (total / kept_keys(problem, ranks)[:, None]).astype(k.dtype)
         mean_norm = ranks.largest(_rows.largest_norms(k, keep, mean, problem.threads))

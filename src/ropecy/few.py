@@ -28,12 +28,12 @@ def serves(a: _validate.Arguments, how: Mapping[str, Any]) -> bool:
     """Whether these arguments are few queries, and no more is asked of them than scores and masks, with an eps that
     rounding leaves room for: else "auto" has to look for another engine, or to warn.
     """
+    if a.V is None or a.n > MOST_QUERIES or 0 in a.lead or 0 in (a.n, a.n_k, a.d_v):
+        return False
     more = (a.R, a.family, a.bias, a.near, a.W, a.W_Q, a.W_K, a.W_V)
-    if a.V is None or how["degree"] is not None or any(part is not None for part in more):
+    if how["degree"] is not None or any(part is not None for part in more):
         return False
     if how["method"] != "exact" and (how["method"] != "auto" or how["eps"] < sums_rounding(a.compute, a.n_k)):
-        return False
-    if 0 in a.lead or 0 in (a.n, a.n_k, a.d_v) or a.n > MOST_QUERIES:
         return False
     return a.n * (a.heads // key_heads_of(a)) <= _MOST_ROWS and a.K.flags.aligned and a.V.flags.aligned
 

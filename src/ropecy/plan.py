@@ -41,7 +41,7 @@ from .relative import RelativeFamily
 from .rotary import Rotary
 from .rounding import exact_rounding
 from .sample import Sample
-from .schedule import Choice, Plan
+from .schedule import Choice, Plan, Promise
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -131,8 +131,9 @@ def make_plan(problem: Problem, **how: Any) -> Plan:
     `AccuracyWarning` where auto found no engine that certifies eps.
     """
     made = choose_plan(problem, **how)
-    seconds, degree = made.seconds.get(made.engine, 0.0), made.certificate.degree
+    seconds = made.seconds.get(made.engine, 0.0)
     if seconds > _MINUTE:
+        degree = made.certificate.degree
         of_degree = "" if degree is None else f" of degree {degree}, {made.certificate.n_features:,} features,"
         warn(f"{made.engine} attention{of_degree} is predicted to take {seconds:,.0f} s: {made.reason}")
     eps, found_by_auto = how["eps"], how["method"] == "auto" and not how.get("each_weight")
@@ -269,7 +270,7 @@ def _by_sample(
         n_sampled=rows,
     )
     reason = "the smallest degree whose error in sampled rows, doubled, is within eps"
-    made = _plan(problem, "polynomial", scores, values, certificate, False, reason, works, sizes, eps)
+    made = _plan(problem, "polynomial", scores, (certificate, values), False, reason, works, sizes, eps)
     made._trials, made._sample = trials, sample
     return made
 
@@ -317,20 +318,21 @@ def _at_once(
     if problem.empty:
         scores = replace(unbounded(problem, 0.0), bound=0.0)
         certificate = nothing_to_do()
-        return _plan(problem, "exact", scores, None, certificate, grad, "no query sees a key", {}, {}, eps)
+        return _plan(problem, "exact", scores, (certificate, None), grad, "no query sees a key", {}, {}, eps)
 
     piece = piece or problem
-    works = {"exact": exact_work(problem, grad)}
-    plain = not missing and not relative and method in ("auto", "polynomial")
-    centre = method != "exact"
+    works, sizes = {"exact": exact_work(problem, grad)}, {"exact": exact_bytes(piece, grad)}
+    if method == "exact":
+        scores = measured.scores if measured else measure(problem, centre=False)
+        return _exactly(problem, scores, measured and measured.values, grad, "method='exact'", works, sizes, eps)
+    plain, centre = not missing and not relative and method in ("auto", "polynomial"), True
     if plain and method == "auto" and degree is None:
         centre = partial(_hopeful, problem, works["exact"], eps, grad)
     scores, values = _bounds(problem, measured, centre)
-    sizes = {"exact": exact_bytes(piece, grad)}
     worst = chosen = by_scan = by_fft = None
     refusal = f"the polynomial engine does not do {missing}" if missing else None
     if scores.bound == math.inf > scores.plain:
-        refusal = None if method == "exact" else "the cheapest engine, whatever the degree"
+        refusal = "the cheapest engine, whatever the degree"
     elif plain:
         worst, refusal = _by_worst_case(problem, scores, values, eps, degree, grad)
         chosen = worst
@@ -362,9 +364,7 @@ def _at_once(
             raise BoundedEntryError(no_fft)
 
     def exactly(reason):
-        rounding = exact_rounding(problem, scores, values)
-        certificate = Certificate("exact", None, None, scores.plain, "exact", 0.0, rounding)
-        return _plan(problem, "exact", scores, values, certificate, grad, reason, works, sizes, eps)
+        return _exactly(problem, scores, values, grad, reason, works, sizes, eps)
 
     def by_polynomial(choice, reason):
         kept = scores if choice.rule is None else choice.rule.scores
@@ -387,9 +387,21 @@ def _at_once(
         insisted = "method='polynomial'" if method == "polynomial" else "the cheapest engine that certifies eps"
         made = by_polynomial(chosen, insisted)
     else:
-        insisted = "method='exact'" if method == "exact" else refusal or "the cheapest engine that certifies eps"
-        made = exactly(insisted)
+        made = exactly(refusal or "the cheapest engine that certifies eps")
     return made
+
+
+def _exactly(problem, scores, values, grad, reason, works, sizes, eps) -> Plan:
+    """The plan of exact work. O needs a bound of the scores alone: values that are None are measured when what is
+    promised of it is first asked for.
+    """
+
+    def promise() -> Promise:
+        found = measure_values(problem) if values is None else values
+        rounding = exact_rounding(problem, scores, found)
+        return Certificate("exact", None, None, scores.plain, "exact", 0.0, rounding), found
+
+    return _plan(problem, "exact", scores, promise, grad, reason, works, sizes, eps)
 
 
 def _beside_outliers(problem: Problem, scores: Scores, values: Values, most: float, **how: Any) -> Plan | None:
@@ -446,7 +458,7 @@ def _beside(
     if rest.certificate.truncation + rounding > eps:
         return None
     reason = f"{rest.reason}: {split}"
-    made = _plan(problem, "polynomial", scores, values, rest.certificate, grad, reason, works, sizes, eps)
+    made = _plan(problem, "polynomial", scores, (rest.certificate, values), grad, reason, works, sizes, eps)
     made.certificate = replace(rest.certificate, rounding=rounding)
     if grad:
         made.gradient_certificate = replace(rest.gradient_certificate, rounding=4 * rounding)
@@ -477,7 +489,7 @@ def _polynomial_plan(problem, scores, values, choice, grad, reason, works, sizes
         seed=None if rule is None or rule.fourth is None else rule.fourth.seed,
         failure=0.0 if rule is None or rule.fourth is None else moments.FAILURE,
     )
-    made = _plan(problem, "polynomial", scores, values, certificate, grad, reason, works, sizes, eps)
+    made = _plan(problem, "polynomial", scores, (certificate, values), grad, reason, works, sizes, eps)
     made._choice = choice
     if grad:
         made.gradient_certificate = replace(
@@ -608,10 +620,12 @@ def _bounds(problem, measured, centre: bool | Callable[[float], bool] = True) ->
     return measured.scores, measured.values
 
 
-def _plan(problem, engine, scores, values, certificate, grad, reason, works, sizes, eps) -> Plan:
+def _plan(problem, engine, scores, promised, grad, reason, works, sizes, eps) -> Plan:
     shape = (*problem.q.shape, problem.k.shape[1], problem.v.shape[2], problem.q.dtype)
-    gradient = replace(certificate, rounding=4 * certificate.rounding) if grad else None
-    return Plan(engine, certificate, gradient, reason, {}, sizes, shape, eps, scores, values, None, None, works)
+    made = Plan(engine, promised, None, reason, {}, sizes, shape, eps, scores, None, None, works)
+    if grad:
+        made.gradient_certificate = replace(made.certificate, rounding=4 * made.certificate.rounding)
+    return made
 
 
 def _by_worst_case(

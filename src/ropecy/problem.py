@@ -238,7 +238,7 @@ class _Rows:
         else:
             X = spread(X, self.batch, self.heads)
             X = self.rotate(X, self._slot_positions())
-        return np.require(X, requirements=["C", "A"])
+        return contiguous(X)
 
     def gradients(self, dX: np.ndarray) -> dict[str, np.ndarray]:
         """The gradient of each factor from that of the slots, which is overwritten."""
@@ -533,7 +533,12 @@ def head_count(X: np.ndarray, inner: int) -> int:
 
 def spread_columns(X: np.ndarray, call: Call, heads: int) -> np.ndarray:
     """X (..., rows, m) as one contiguous (rows, m) for each slot of `heads` heads."""
-    return np.require(spread(X, call.lead[:-1], heads), requirements=["C", "A"])
+    return contiguous(spread(X, call.lead[:-1], heads))
+
+
+def contiguous(X: np.ndarray) -> np.ndarray:
+    """X itself where it is C-contiguous and aligned, as engines take arrays; else a copy that is."""
+    return X if X.flags.c_contiguous and X.flags.aligned else X.copy()
 
 
 def _given(arguments: _validate.Arguments, *names: str) -> dict[str, np.ndarray]:
@@ -541,7 +546,7 @@ def _given(arguments: _validate.Arguments, *names: str) -> dict[str, np.ndarray]
     if len(given) < 2:
         return given
     # Products are then bitwise the same for every memory layout.
-    return {name: np.require(X, requirements=["C", "A"]) for name, X in given.items()}
+    return {name: contiguous(X) for name, X in given.items()}
 
 
 def _product(factors: list[np.ndarray]) -> tuple[np.ndarray, float]:

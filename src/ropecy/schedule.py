@@ -25,6 +25,9 @@ from .problem import Problem
 from .rounding import exact_rounding
 from .sample import Sample
 
+# What is promised of O, and where the values lie that this was found from; None where there is nothing to compute.
+Promise = tuple[Certificate, Values | None]
+
 _ENGINES = {"exact": exact_engine, "polynomial": polynomial_engine, "fft": fft_engine}
 
 
@@ -34,11 +37,16 @@ class Forward:
 
     o: np.ndarray
     lse: np.ndarray | None
-    certificate: Certificate
+    own: Certificate | None  # where the pass itself found more than the plan promised
     saved: Any
     plan: Plan
     gradient_certificate: Certificate | None = None
     exact_rows: np.ndarray | None = None  # (H, G, n), where there will be a backward pass
+
+    @property
+    def certificate(self) -> Certificate:
+        """Of o."""
+        return self.plan.certificate if self.own is None else self.own
 
     def backward(self, problem: Problem, do: np.ndarray, ranks: Any = Alone):
         """dq, dk, dv and the gradient of the bias's symbol, or None. `ranks` as in `Plan.forward_judged`."""
@@ -111,7 +119,7 @@ class Plan:
     """
 
     engine: str
-    certificate: Certificate
+    _promised: Promise | Callable[[], Promise]  # or what measures it when it is first asked for
     gradient_certificate: Certificate | None
     reason: str
     seconds: dict[str, float]
@@ -119,7 +127,6 @@ class Plan:
     shape: tuple[int, ...]
     eps: float
     _scores: Scores
-    _values: Values | None
     _choice: Choice | None
     _second: Plan | None  # what runs where too many rows fail
     _works: dict[str, Work]  # by engine, whatever the threads
@@ -135,6 +142,23 @@ class Plan:
     _outliers: outliers.Split | None = None
     _rest: Plan | None = None  # of what is left without outliers
     exchange: Exchange | None = None
+
+    @property
+    def certificate(self) -> Certificate:
+        return self._promise()[0]
+
+    @certificate.setter
+    def certificate(self, certificate: Certificate) -> None:
+        self._promised = certificate, self._values
+
+    @property
+    def _values(self) -> Values | None:
+        return self._promise()[1]
+
+    def _promise(self) -> Promise:
+        if callable(self._promised):
+            self._promised = self._promised()
+        return self._promised
 
     def forward(self, problem: Problem, want_lse: bool) -> Forward:
         """O, and lse where it is wanted.
@@ -167,12 +191,12 @@ class Plan:
         found = self._result(o, lse, saved)
         if problem.hi is not None:
             rows = np.broadcast_to(moments.worst_case(problem, self._choice.polynomial), o.shape[:3])
-            found.certificate = replace(self.certificate, truncation=float(rows.max()), rows_truncation=rows)
+            found.own = replace(self.certificate, truncation=float(rows.max()), rows_truncation=rows)
         return found
 
     def _result(self, o: np.ndarray, lse: np.ndarray | None, saved: Any) -> Forward:
         """What is certified before it is computed."""
-        return Forward(o, lse, self.certificate, saved, self, self.gradient_certificate)
+        return Forward(o, lse, None, saved, self, self.gradient_certificate)
 
     def storing(self, dtype: np.dtype) -> float:
         """What storing O in the dtype of the call adds to its certificate: nothing but in half precision."""

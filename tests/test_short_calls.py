@@ -1,0 +1,56 @@
+"""Short calls do little beside their arithmetic: how many functions one calls, and what is measured only where asked."""
+
+import sys
+
+import numpy as np
+import pytest
+
+import ropecy
+
+
+def count(function):
+    """How many functions, of Python and of C, are called inside of a call of this one."""
+    calls = 0
+
+    def profile(frame, event, argument):
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    function()  # what is kept from a first call
+    before = sys.getprofile()
+    sys.setprofile(profile)
+    try:
+        function()
+    finally:
+        sys.setprofile(before)
+    return calls
+
+
+@pytest.fixture
+def arrays():
+    return np.random.default_rng(0).standard_normal((3, 8, 64, 64), dtype=np.float32)
+
+
+def test_an_exact_call_makes_few_calls(arrays):
+    assert count(lambda: ropecy.attention(*arrays, scale=0.125, method="exact", threads=2)) <= 330
+
+
+def test_values_are_measured_where_a_certificate_is_asked_for(arrays, monkeypatch):
+    plan, measured = sys.modules["ropecy.plan"], []
+
+    def measure_values(problem, *ranks, own=plan.measure_values):
+        measured.append(problem)
+        return own(problem, *ranks)
+
+    monkeypatch.setattr(plan, "measure_values", measure_values)
+    O = ropecy.attention(*arrays, method="exact")
+    assert not measured
+    same, certificate = ropecy.attention(*arrays, method="exact", return_certificate=True)
+    assert len(measured) == 1
+    assert np.array_equal(O, same)
+    assert certificate == ropecy.plan(*arrays, method="exact").certificate
+
+
+def test_the_gradients_promise_is_four_times_that_of_the_result(arrays):
+    _, vjp = ropecy.attention_vjp(*arrays, method="exact")
+    assert vjp(arrays[0]).certificate.rounding == 4 * vjp.certificate.rounding
