@@ -1,4 +1,4 @@
-"""Short calls do little beside their arithmetic: how many functions one calls, and what is measured only where asked."""
+"""Short calls do little beside their arithmetic: how many functions they call, and what they measure."""
 
 import sys
 
@@ -32,7 +32,7 @@ def arrays():
 
 
 def test_an_exact_call_makes_few_calls(arrays):
-    assert count(lambda: ropecy.attention(*arrays, scale=0.125, method="exact", threads=2)) <= 330
+    assert count(lambda: ropecy.attention(*arrays, scale=0.125, method="exact", threads=2)) <= 275
 
 
 def test_values_are_measured_where_a_certificate_is_asked_for(arrays, monkeypatch):
@@ -49,8 +49,3 @@ def test_values_are_measured_where_a_certificate_is_asked_for(arrays, monkeypatc
     assert len(measured) == 1
     assert np.array_equal(O, same)
     assert certificate == ropecy.plan(*arrays, method="exact").certificate
-
-
-def test_the_gradients_promise_is_four_times_that_of_the_result(arrays):
-    _, vjp = ropecy.attention_vjp(*arrays, method="exact")
-    assert vjp(arrays[0]).certificate.rounding == 4 * vjp.certificate.rounding

@@ -197,13 +197,15 @@ def check_entries(a: Arguments) -> Arguments:
     ValueError
         NaN or Inf, and where the first one is.
     """
-    given = {name: getattr(a, name) for name in _ARRAYS if getattr(a, name) is not None}
+    given = {name: X for name in _ARRAYS if (X := getattr(a, name)) is not None}
     if a.key_mask is not None:
         given.update({name: _hide(given[name], a.key_mask, a.lead) for name in ("K", "V") if name in given})
     for name, X in given.items():
         check_finite(name, X)
-    given = {name: X.astype(a.compute, copy=False) for name, X in given.items()}
-    changed = {name: X for name, X in given.items() if X is not getattr(a, name)}
+    compute = a.compute
+    changed = {name: X.astype(compute, copy=False) for name, X in given.items() if X.dtype != compute}
+    if a.key_mask is not None:
+        changed = given | changed
     return replace(a, **changed) if changed else a
 
 
@@ -449,8 +451,8 @@ def _product_shape(given: dict[str, np.ndarray], *names: str) -> tuple[int, ...]
 def _lead(shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
     """The leading axes of the result: broadcast, where the heads of K and V may divide those of Q."""
     leads = {name: shape[:-2] for name, shape in shapes.items()}
-    if not any(leads.values()):
-        return ()
+    if len(set(leads.values())) == 1:
+        return leads["Q"]
     own = {name: lead[-1] if lead else 1 for name, lead in leads.items()}
     heads = next((h for h in own.values() if h != 1), 1)
     for name in ("K", "V"):
@@ -488,7 +490,7 @@ def _laid_out(
         # Heads of K and V are shared by those of Q.
         own = lead if name == "Q" or not lead else lead[:-1] + shape[:-2][-1:]
         as_it_is = X.shape[:-2] == own and X.flags.c_contiguous and X.dtype == compute
-        if not as_it_is or (turned and name != "V") or any(W in given for W in projections):
+        if not as_it_is or (turned and name != "V") or given.keys() & projections:
             size += float(math.prod(own + shape[-2:])) * compute.itemsize
     return size
 

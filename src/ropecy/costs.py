@@ -111,7 +111,10 @@ class Work:
 
     def seconds(self, threads: int) -> float:
         """Of so many threads; whole pieces go to a thread."""
-        return self.alone + sum([s * math.ceil(pieces / threads) / pieces for s, pieces in self.parts])
+        shared = 0.0
+        for seconds, pieces in self.parts:
+            shared += seconds * -(-pieces // threads) / pieces
+        return self.alone + shared
 
     @property
     def nominal(self) -> float:

@@ -223,9 +223,9 @@ class _Rows:
 
     def slots(self) -> np.ndarray:
         """(batch * heads, rows, width), C-contiguous; the user's own memory where nothing has to be done."""
-        X = next(iter(self.factors.values()))
-        if len(self.factors) > 1:
-            X, self.lost = _product(list(self.factors.values()))
+        X, *others = self.factors.values()
+        if others:
+            X, self.lost = _product([X, *others])
             _validate.check_finite(" @ ".join(self.factors), X)
         if self.positions is not None:
             self.lost += _ROTATED * float(np.finfo(X.dtype).eps) / 2
@@ -542,7 +542,7 @@ def contiguous(X: np.ndarray) -> np.ndarray:
 
 
 def _given(arguments: _validate.Arguments, *names: str) -> dict[str, np.ndarray]:
-    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    given = {name: X for name in names if (X := getattr(arguments, name)) is not None}
     if len(given) < 2:
         return given
     # Products are then bitwise the same for every memory layout.

@@ -56,8 +56,12 @@ class Attention(Function):
 def attend(*inputs: Any) -> Tensor:
     """``ropecy::attention`` of its inputs, with derivatives in both modes, whether it is being compiled or not."""
     if not torch.compiler.is_compiling():
-        # To apply a Function takes longer than a short attention.
-        return Attention.apply(*inputs) if _may_be_differentiated(inputs) else attention_operator(*inputs)
+        if _may_be_differentiated(inputs):
+            return Attention.apply(*inputs)
+        # To apply a Function takes longer than a short attention, and the operator's own way through autograd, which
+        # would record nothing here, a third of it.
+        with torch._C._AutoDispatchBelowAutograd():
+            return attention_operator(*inputs)
     return _attend_outside_graphs(*inputs) if _inside_derivative() else attention_operator(*inputs)
 
 
