@@ -283,7 +283,8 @@ def check_finite(name: str, X: np.ndarray) -> float:
     """max |X|, 0 for an empty X; NaN and Inf are refused, saying where the first one is."""
     if X.size == 0:
         return 0.0
-    X = _once(X)
+    if 0 in X.strides:
+        X = _once(X)
     if X.dtype in (np.float32, np.float64) and X.flags.forc and X.flags.aligned:
         largest = _rows.largest(X)
     else:
@@ -299,8 +300,6 @@ def check_finite(name: str, X: np.ndarray) -> float:
 
 def _once(X: np.ndarray) -> np.ndarray:
     """X without the repetitions of an axis that was broadcast by a stride of 0, which is left with size 1."""
-    if 0 not in X.strides:
-        return X
     return X[tuple(slice(1) if stride == 0 else slice(None) for stride in X.strides)]
 
 
@@ -413,7 +412,7 @@ def _array(name: str, X: Any, least_axes: int = 2) -> np.ndarray:
     native = _floating(name, X.dtype)
     if X.ndim < least_axes:
         raise ValueError(f"{name}: got shape {X.shape}, wants at least {least_axes} axes (..., rows, width)")
-    return X.astype(native, copy=False)
+    return X if X.dtype == native else X.astype(native)
 
 
 def _floating(name: str, dtype: Any) -> np.dtype:

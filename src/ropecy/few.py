@@ -64,7 +64,7 @@ def forward(a: _validate.Arguments, want_lse: bool) -> tuple[np.ndarray, np.ndar
     far = a.n + a.n_k  # past every j - i
     lo = -far if a.lo is None else max(-far, a.lo + a.q_offset)
     hi = far if a.hi is None else min(far, a.hi + a.q_offset)
-    found = _few.forward(q, k, v, keep, a.dtype.name, a.n, (lo, hi), want_lse, a.threads)
+    found = _few.forward(q, k, v, keep, a.n, (lo, hi), want_lse, a.threads)
     if found is None:
         return None
     o, lse = found

@@ -286,16 +286,17 @@ class Call:
         if a.R is not None:
             theta, factor = a.R._frequencies(max(length, length_of(a)))
             rotate = partial(rotate_rows, theta=theta, factor=factor, pairing=a.R.pairing, threads=a.threads)
-        self._q = _Rows(_given(a, "Q", "W_Q", "W"), a.batch, a.heads, a.q_positions, rotate)
-        self._k = _Rows(_given(a, "K", "W_K"), a.batch, self.key_heads, a.k_positions, rotate)
-        self._v = _Rows(_given(a, "V", "W_V"), a.batch, self.key_heads)
+        batch = a.batch
+        self._q = _Rows(_given(a, "Q", "W_Q", "W"), batch, self.heads, a.q_positions, rotate)
+        self._k = _Rows(_given(a, "K", "W_K"), batch, self.key_heads, a.k_positions, rotate)
+        self._v = _Rows(_given(a, "V", "W_V"), batch, self.key_heads)
         self.problem = self._problem()
 
     def _problem(self) -> Problem:
         a = self._arguments
         q, k = self._q.slots(), self._k.slots()
         slots = k.shape[0]
-        group = a.heads // max(self.key_heads, 1)
+        group = self.heads // max(self.key_heads, 1)
         mask = a.key_mask
         if mask is not None:
             mask = mask if mask.ndim > 1 else mask[None]

@@ -55,23 +55,26 @@ cdef struct Pass:
     int *good  # of each task
 
 
-cdef const rc_few_functions *functions_of(str stored) except NULL:
-    if stored == "float32":
-        return &kernels.float32
-    if stored == "float64":
-        return &kernels.float64
-    if stored == "float16":
-        return &kernels.float16
-    if stored == "bfloat16":
-        return &kernels.bfloat16
-    raise TypeError(stored)
+cdef const rc_few_functions *functions_of(dtype):
+    """Of float32, float64, float16 and bfloat16, which is none of NumPy's own kinds of numbers."""
+    if dtype.itemsize != 2:
+        return &kernels.float32 if dtype.itemsize == 4 else &kernels.float64
+    return &kernels.float16 if dtype.kind == "f" else &kernels.bfloat16
 
 
 cdef addresses(cnp.ndarray x, int inner):
     """Where each of the arrays of the last `inner` axes begins, as one row of integers."""
-    found = np.array([<Py_ssize_t>cnp.PyArray_DATA(x)], np.intp)
-    for axis in range(x.ndim - inner):
-        found = (found[:, None] + np.arange(x.shape[axis]) * x.strides[axis]).ravel()
+    cdef ptrdiff_t count = 1, at, left
+    cdef int axis, lead = x.ndim - inner
+    for axis in range(lead):
+        count *= x.shape[axis]
+    found = np.empty(count, np.intp)
+    cdef Py_ssize_t *out = <Py_ssize_t *>pointer(found)
+    for at in range(count):
+        out[at], left = <Py_ssize_t>cnp.PyArray_DATA(x), at
+        for axis in range(lead - 1, -1, -1):
+            out[at] += left % x.shape[axis] * x.strides[axis]
+            left //= x.shape[axis]
     return found
 
 
@@ -86,7 +89,15 @@ cdef void merge(void *context, ptrdiff_t task, const rc_worker *worker) noexcept
     x.f.merge(&x.p, task)
 
 
-def forward(q, k, v, keep, str stored, ptrdiff_t n, band, bint want_lse, int threads):
+cdef bint all_good(const Pass *x, ptrdiff_t tasks) noexcept nogil:
+    cdef ptrdiff_t task
+    for task in range(tasks):
+        if not x.good[task]:
+            return False
+    return True
+
+
+def forward(q, k, v, keep, ptrdiff_t n, band, bint want_lse, int threads):
     """o (H, rows, d_v) and lse float64 (H, rows) or None; None where something that was read is not finite, or where
     rounding would show: scores or sums overflow or are large, values are far from 0 beside how far they spread.
 
@@ -95,7 +106,7 @@ def forward(q, k, v, keep, str stored, ptrdiff_t n, band, bint want_lse, int thr
     q : (H, rows, d) float32 or float64, C-contiguous
         Queries times scale log2(e), as they are computed with; row r is query r % n of its head.
     k, v : (..., n_k, d) and (..., n_k, d_v) arrays
-        Of any strides, their leading axes H slots; numbers stored as `stored` says, whatever their dtype is called.
+        float32, float64, float16 or bfloat16, of any strides, their leading axes H slots.
     keep : (..., n_k) bool or None
         False for keys that are not read; the last axis contiguous.
     band : (int, int)
@@ -108,7 +119,7 @@ def forward(q, k, v, keep, str stored, ptrdiff_t n, band, bint want_lse, int thr
     cdef Pass x
     cdef rc_few_problem *p = &x.p
     cdef ptrdiff_t tasks, H = q.shape[0]
-    x.f = functions_of(stored)
+    x.f = functions_of(k.dtype)
     o = np.empty((H, q.shape[1], v.shape[v.ndim - 1]), q.dtype)
     lse = np.empty((H, q.shape[1])) if want_lse else None
     keys, values, kept = addresses(k, 2), addresses(v, 2), None if keep is None else addresses(keep, 1)
@@ -128,7 +139,7 @@ def forward(q, k, v, keep, str stored, ptrdiff_t n, band, bint want_lse, int thr
     workspace, good = np.empty(threads * x.size + LINE, np.uint8), np.empty(tasks, np.intc)
     x.work, x.good = line(workspace), <int *>pointer(good)
     parallel_for(tasks, threads, of_part, &x)
-    if not good.all():
+    if not all_good(&x, tasks):
         return None
     parallel_for(H, threads, merge, &x)
-    return (o, lse) if good[:H].all() else None
+    return (o, lse) if all_good(&x, H) else None
