@@ -314,3 +314,16 @@ def test_a_cache_of_halves_is_read_as_it_is_stored(dtype, monkeypatch):
     key[1, 1, 150, 3] = torch.nan
     with pytest.raises(ValueError, match=r"K: got NaN at index \(1, 1, 150, 3\)"):
         scaled_dot_product_attention(query, key, value, enable_gqa=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("n", [1, 8, 9, 40])
+def test_a_certificate_counts_storing_in_half_precision_for_few_queries_and_many(n, dtype):
+    pytest.importorskip("ml_dtypes")
+    query, key, value = (torch.rand(2, rows, 8).to(dtype) for rows in (n, 60, 60))
+    out, certificate = scaled_dot_product_attention(query, key, value + 3, return_certificate=True)
+    exact = torch.nn.functional.scaled_dot_product_attention(query.double(), key.double(), (value + 3).double())
+    spread = float((value + 3).double().max() - (value + 3).double().min())
+    assert 1e-4 < certificate.storing < certificate.rounding
+    assert float((out.double() - exact).abs().max()) <= certificate.error * spread
+    assert torch.equal(out, scaled_dot_product_attention(query, key, value + 3))

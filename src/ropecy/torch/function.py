@@ -72,8 +72,8 @@ def scaled_dot_product_attention(
     O : (..., n, d_v) tensor
         Of query's dtype, contiguous. Rows that see no key are 0.
     certificate : ropecy.certificate.Certificate
-        If `return_certificate`: the engine, and the error of O that is certified, before O is rounded to float16 or
-        bfloat16.
+        If `return_certificate`: the engine, and the error of O that is certified, which counts that O is stored in
+        float16 or bfloat16 (the latter where ml_dtypes is installed).
 
     Raises
     ------

@@ -101,9 +101,10 @@ _INPUTS = (
 def attention_operator(query, key, value, *given):
     found = _collected.get()
     how = _keywords(*given)
-    # Few queries are computed from halves as they are; for others a cast by PyTorch is the quickest.
+    # Few queries are computed from halves as they are; for others a cast by PyTorch is the quickest. A certificate has
+    # to count that O is stored in half precision.
     decoding = query.shape[-2] <= MOST_QUERIES and how["R"] is None and how["near"] is None
-    arrays = [(_stored if decoding else _array)(x) for x in (query, key, value)]
+    arrays = [(_array if found is None and not decoding else _stored)(x) for x in (query, key, value)]
     if found is None:
         return _tensor(attention(*arrays, **how), query)
     O, certificate = attention(*arrays, **how, return_certificate=True)
