@@ -211,7 +211,8 @@ def storing(dtype: np.dtype, largest: float) -> float:
     """
     # NumPy does not know bfloat16.
     eps, tiny = (2.0**-7, 2.0**-133) if dtype.kind != "f" else (np.finfo(dtype).eps, np.finfo(dtype).smallest_subnormal)
-    return max(float(eps) * largest, float(tiny)) / 2
+    # Half of float64's smallest number would be 0 here.
+    return max(float(eps) * largest / 2, float(tiny) / 2 or float(tiny))
 
 
 def range_elsewhere(problem: Problem, ranks: Any = Alone) -> tuple[np.ndarray, np.ndarray]:
@@ -340,13 +341,14 @@ def _measure_family(problem: Problem) -> Scores:
         ends = q_top[:, family.left] * k_top[:, family.right]
         norms = q_norm * k_norm
         index = family.rows(first, last)
-        largest, plain, bound = 0.0, np.zeros(len(norms)), np.zeros(len(norms))
+        largest, plain, bound, by_norm = 0.0, *np.zeros((3, len(norms)))
         for start in range(index[0], index[-1] + 1, _OFFSETS):
             values = family.values[start : min(start + _OFFSETS, index[-1] + 1)].astype(np.float64)
             size = np.abs(values)
             largest = max(largest, float(size.max()))
             by_entry = (ends @ size.T).max(axis=1)
-            plain = np.maximum(plain, np.minimum(by_entry, norms * _norms(size, family)))
+            by_norm = np.maximum(by_norm, norms * _norms(size, family))
+            plain = np.maximum(plain, np.minimum(by_entry, by_norm))
             bound = np.maximum(bound, np.minimum(by_entry, norms * _norms(values, family)))
         room = 1 + (8 * problem.q.shape[3] + len(family.left) + 64) * 2.0**-52
         of_slots = np.minimum(plain, bound) * scale * room
@@ -355,7 +357,8 @@ def _measure_family(problem: Problem) -> Scores:
     if not math.isfinite(plain):
         return unbounded(problem, math.inf)
     factors = _factors(problem.scale * (largest or 1.0), q_norm, k_norm, np.dtype(np.float64))
-    lost = (problem.origin.q_lost + problem.origin.k_lost) * products
+    # What is lost of a row may be anywhere in it, whatever the size of its entries.
+    lost = (problem.origin.q_lost + problem.origin.k_lost) * float(by_norm.max()) * room
     how = "by the norms of its matrices"
     return Scores(plain, float(of_slots.max()), None, *factors, of_slots, how=how, products=products, lost=lost)
 

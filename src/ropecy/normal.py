@@ -118,7 +118,8 @@ def normal_form(problem: Problem, ranks: Any = Alone) -> Normal:
     normal.largest = math.ldexp(left, -normal.exponent)
     if normal.value_centre is not None or normal.exponent:
         v = _taken(problem.v, normal.value_centre, normal.exponent, problem.key_mask)
-        size, varied = np.maximum(*np.abs(ends)), ends[0] < ends[1]
+        # A constant is stored as it is, if the user gave it in the dtype of O, and it does not come of a projection.
+        size, varied = np.maximum(*np.abs(ends)), (ends[0] < ends[1]) | (problem.origin.v_lost > 0)
         before = {"largest": float(size.max(initial=0)), "varied": float(size.max(initial=0, where=varied))}
         origin = replace(problem.origin, **before, exponent=normal.exponent)
         normal.problem = replace(problem, v=v, origin=origin)

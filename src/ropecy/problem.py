@@ -75,7 +75,8 @@ class Origin:
     ----------
     q_lost, k_lost, v_lost : float
         What rounding has already done to the rows of q and k, and to the entries of v, when they were projected and
-        rotated, relative to the longest row and the largest entry. 0 for arrays that are as the user gave them.
+        rotated, relative to the slot's longest row and to the largest entry. 0 for arrays that are as the user gave
+        them.
     k_norm : (H,) array or None
         An upper bound of ``||k_j||`` before keys were centred (`normal.normal_form`); None where they are not.
     largest, varied : float or None
@@ -219,7 +220,7 @@ class _Rows:
     positions: np.ndarray | None = None
     rotate: Callable[..., np.ndarray] | None = None
     shape: tuple[int, ...] = field(init=False)
-    lost: float = 0.0  # what rounding has done to a row at most, relative to the longest
+    lost: float = 0.0  # what rounding has done to a row at most, relative to the longest of its head
 
     def slots(self) -> np.ndarray:
         """(batch * heads, rows, width), C-contiguous; the user's own memory where nothing has to be done."""
@@ -551,7 +552,8 @@ def _given(arguments: _validate.Arguments, *names: str) -> dict[str, np.ndarray]
 
 
 def _product(factors: list[np.ndarray]) -> tuple[np.ndarray, float]:
-    """The product of matrices, and what rounding has done to a row of it at most, relative to the longest row.
+    """The product of matrices, and what rounding has done to a row of it at most, relative to the longest row of the
+    same head; of all heads the worst.
 
     Sums are float64 for float32 too, where then only the rounding of the result counts, however much cancels. In
     float64 an entry of ``x W`` is off by about a unit of ``||x||`` times the norm of the column, which is more than a
@@ -559,30 +561,32 @@ def _product(factors: list[np.ndarray]) -> tuple[np.ndarray, float]:
     """
     first, *others = factors
     wide = [W.astype(np.float64, copy=False) for W in others]
-    norms, parts = np.zeros(len(factors)), []
+    norms, parts = [np.zeros(())] * len(factors), []
     with np.errstate(all="ignore"):
         for at in range(0, max(first.shape[-2], 1), _PRODUCT_ROWS):
             X = first[..., at : at + _PRODUCT_ROWS, :].astype(np.float64, copy=False)
-            norms[0] = max(norms[0], _longest(X))
+            norms[0] = np.maximum(norms[0], _longest(X))
             for step, W in enumerate(wide, start=1):
                 X = np.matmul(X, W)
-                norms[step] = max(norms[step], _longest(X))
+                norms[step] = np.maximum(norms[step], _longest(X))
             parts.append(X.astype(first.dtype, copy=False))
-    lost = 0.0
-    for W, before, after in zip(wide, norms, norms[1:], strict=False):
-        growth = before * _longest(W.reshape(-1, 1, W.shape[-2] * W.shape[-1])) / after if after else 0.0
-        lost = (lost + 2.0**-53) * growth
+        lost = np.zeros(())
+        for W, before, after in zip(wide, norms, norms[1:], strict=False):
+            size = before * _longest(W.reshape(*W.shape[:-2], 1, W.shape[-2] * W.shape[-1]))
+            lost = (lost + 2.0**-53) * np.where(after > 0, size / after, 0)
     stored = 0.0 if first.dtype == np.float64 else float(np.finfo(first.dtype).eps) / 2
-    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-2), lost + stored
+    whole = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-2)
+    return whole, float(lost.max(initial=0)) + stored
 
 
-def _longest(X: np.ndarray) -> float:
-    """The largest norm of a row of float64 numbers."""
-    square = float(np.einsum("...d,...d->...", X, X).max(initial=0))
-    if 1e-250 < square < math.inf:
-        return math.sqrt(square)
-    peak = float(np.abs(X).max(initial=0))
-    return peak * _longest(X / peak) if 0 < peak < math.inf else peak
+def _longest(X: np.ndarray) -> np.ndarray:
+    """(...,): the largest norm of the rows of each matrix X (..., n, d), float64; neither overflows nor vanishes."""
+    square = np.einsum("...d,...d->...", X, X).max(axis=-1, initial=0)
+    if np.all((square > 1e-250) & (square < np.inf)):
+        return np.sqrt(square)
+    peak = np.abs(X).max(axis=(-2, -1), initial=0)
+    X = X / np.where(peak > 0, peak, 1)[..., None, None]
+    return peak * np.sqrt(np.einsum("...d,...d->...", X, X).max(axis=-1, initial=0))
 
 
 def _masked(X: np.ndarray, key_mask: np.ndarray | None) -> np.ndarray:

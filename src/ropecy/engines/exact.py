@@ -243,7 +243,11 @@ def near_scale_gradient(problem: Problem, o: np.ndarray, lse: np.ndarray, do: np
     band = replace(problem, q=q, scale=math.ldexp(1.0, exponent), lo=lo, hi=hi, near=None)
     if lo > hi or band.empty:
         return np.float64(0)
-    dq = backward(band, resume(band, math.inf, o, lse), do)[0]
+    # Weights come of the band's own sums: computed from lse, those of huge scores would be Inf by rounding alone.
+    _, own, saved = forward(band, math.inf, True)
+    with np.errstate(over="ignore"):
+        inverse = (saved.inverse * np.minimum(share(own, lse), 1)).astype(o.dtype)
+    dq = backward(band, replace(saved, o=o, inverse=inverse), do)[0]
     with np.errstate(over="ignore"):
         return np.ldexp(np.einsum("hgid,hgid->", problem.q, dq, dtype=np.float64), -exponent)
 
