@@ -1,4 +1,4 @@
-"""The README's recipe for JAX, run as it is written."""
+"""The recipe for JAX of docs/train.md, run as it is written."""
 
 import re
 from pathlib import Path
@@ -9,14 +9,14 @@ import pytest
 import ropecy
 
 jax = pytest.importorskip("jax")
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs" / "train.md"
 
 
 @pytest.fixture(scope="module")
 def recipe():
-    (source,) = re.findall(r"^```python\n(# JAX\n.*?)^```", README.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    (source,) = re.findall(r"^```python\n(# JAX\n.*?)^```", PAGE.read_text("utf-8"), re.MULTILINE | re.DOTALL)
     names = {}
-    exec(compile(source, str(README), "exec"), names)
+    exec(compile(source, str(PAGE), "exec"), names)
     return names["attention"]
 
 
