@@ -155,11 +155,24 @@ def attention(
     MemoryError
         The plan needs more than the machine has.
 
+    See Also
+    --------
+    ropecy.plan : what a call would do, promise and cost.
+    ropecy.attention_vjp : the same with its gradient.
+    ropecy.check : a result against a random sample of exact rows.
+    ropecy.DecodeState : token by token.
+
     Notes
     -----
     Time n n_k (d + d_v) for the exact engine, n d_v C(d + g, g) for a polynomial of degree g; memory beyond inputs
     and outputs a few arrays of n x d, never n x n_k. The polynomial method for RoPE is that of arXiv:2412.17316 and
-    arXiv:2505.11892.
+    arXiv:2505.11892 [1]_ [2]_.
+
+    References
+    ----------
+    .. [1] J. Alman and Z. Song, "Fast RoPE Attention: Combining the Polynomial Method and Fast Fourier Transform",
+       arXiv:2505.11892, 2025.
+    .. [2] "Fast Gradient Computation for RoPE Attention in Almost Linear Time", arXiv:2412.17316, 2024.
 
     Examples
     --------

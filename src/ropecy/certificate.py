@@ -60,8 +60,8 @@ class Certificate:
     truncation : float
         Error of the polynomial, in units of range_j(V_jc), column by column.
     rounding : float
-        Of floating point, in units of the largest range_j(V_jc) of all columns and heads (of max |V| where all are
-        constant): a model of its size, not a proof. It includes `storing`.
+        Of floating point, in units of the largest range_j(V_jc) of all columns and heads (of ``max |V|`` where
+        all are constant): a model of its size, not a proof. It includes `storing`.
     rows_truncation : (..., n) float64 array or None
         `truncation` row by row, in units of the range over the keys that the row sees; None in a plan. By the worst
         case without a causal mask, and where it is "sampled", all rows that are not exact have the same; under a causal

@@ -80,7 +80,7 @@ def check(
     dO: ArrayLike | None = None,
     **options: Unpack[CheckOptions],
 ) -> Evidence:
-    """max_i max_c |O_ic - (D^-1 A V)_ic| / range_j(V_jc) over `rows` rows i drawn at random and computed exactly.
+    """``max_i max_c |O_ic - (D^-1 A V)_ic| / range_j(V_jc)`` over `rows` rows i drawn at random and computed exactly.
 
     With dO the same of a gradient: O is dQ of <dO, D^-1 A V>, and what is found is max_i ||dQ_i - exact_i|| by the
     largest ||exact_i|| of the sample.
@@ -108,6 +108,10 @@ def check(
     TypeError, ValueError
         As `attention` does, and where O has another shape or dtype than its result, or NaN or Inf; with dO, where Q
         lacks leading axes of the result, over which dQ is a sum.
+
+    See Also
+    --------
+    ropecy.Certificate : what is proved of a result, where something is.
 
     Notes
     -----

@@ -89,6 +89,11 @@ def loss_grad(
     TypeError, ValueError, BoundedEntryError, NotImplementedError, MemoryError
         As `attention_vjp` does.
 
+    See Also
+    --------
+    ropecy.loss : the loss alone.
+    ropecy.attention_vjp : the gradients of any other loss.
+
     Notes
     -----
     The vector-Jacobian product of attention with dO = D^-1 A V - E, so that dL/dW takes almost linear time

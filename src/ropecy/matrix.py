@@ -148,8 +148,8 @@ class AttentionMatrix(Operator):
 
     Notes
     -----
-    ``A @ X`` is within e sum_j A_ij |X_jc| of the truth, e = 2 eps / (1 + eps^2), beside rounding. Nothing is shifted:
-    where a sum is past the largest number, it is inf. Each product costs what `attention` does with values X.
+    ``A @ X`` is within ``e sum_j A_ij |X_jc|`` of the truth, e = 2 eps / (1 + eps^2), beside rounding. Nothing is
+    shifted: where a sum is past the largest number, it is inf. Each product costs what `attention` does with values X.
 
     ``scipy.sparse.linalg.cg(A, b)`` and ``aslinearoperator(A)`` work as they are, and ``2 * A`` and
     ``A.add_diagonal(0.1)``, which is A + 0.1 I, are linear operators too (`AffineMatrix`). ``np.asarray(A)`` is a

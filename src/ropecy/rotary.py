@@ -55,13 +55,23 @@ class Rotary:
         d or rotary_dim odd or out of range, base not positive and finite, an unknown pairing, rule or key, a key that
         the rule needs and does not get.
 
+    See Also
+    --------
+    ropecy.RelativeBias : what is added to scores by the offset.
+    ropecy.RelativeFamily : any matrices in the place of rotations.
+
     Notes
     -----
     An attention factor a ("yarn", "longrope") multiplies the rotated coordinates on both sides, so R_m carries a^2
     there and 1 elsewhere.
 
     Frequencies, angles, cosines and sines are float64 whatever the type of the rows. The family is the one of RoPE
-    attention in arXiv:2412.17316 and arXiv:2505.11892.
+    attention in arXiv:2412.17316 and arXiv:2505.11892. Rotary embeddings are from [1]_.
+
+    References
+    ----------
+    .. [1] J. Su, Y. Lu, S. Pan, A. Murtadha, B. Wen and Y. Liu, "RoFormer: Enhanced Transformer with Rotary Position
+       Embedding", arXiv:2104.09864, 2021.
 
     Examples
     --------
