@@ -229,3 +229,11 @@ def test_what_is_far_from_0_is_computed_in_its_normal_form(name, offset, dtype, 
     unit = float(ml_dtypes.finfo(dtype).eps) / 2
     error = np.abs(ropecy.attention(**far).astype(np.float64) - dense.O)
     assert (error <= 1e-3 * dense.ranges(dense.v[..., None, :, :]).max() + unit * np.abs(dense.O)).all()
+
+
+def test_a_scale_below_the_least_number_of_the_dtype(rng):
+    Q, K = (3e30 * rng.standard_normal((n, 4)).astype("f4") for n in (40, 50))
+    V = rng.standard_normal((50, 3)).astype("f4")
+    expected = oracle.attention(Q, K, V, scale=1e-61).O
+    np.testing.assert_allclose(ropecy.attention(Q[:1], K, V, scale=1e-61), expected[:1], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(ropecy.attention(Q, K, V, scale=1e-61), expected, rtol=0, atol=1e-5)

@@ -55,7 +55,8 @@ def forward(a: _validate.Arguments, want_lse: bool) -> tuple[np.ndarray, np.ndar
     key_heads = key_heads_of(a)
     slots, group = math.prod(a.batch) * key_heads, a.heads // key_heads
     with np.errstate(over="ignore"):
-        q = a.Q.astype(a.compute) * a.compute.type(a.scale * _LOG2E)
+        # In float64, for a scale may be far below the least number of the dtype that Q makes up for.
+        q = (a.Q.astype(np.float64) * (a.scale * _LOG2E)).astype(a.compute, copy=False)
     q = np.ascontiguousarray(spread(q, a.batch, a.heads)).reshape(slots, group * a.n, a.d)
     k, v = (_by_slot(X, a.batch, key_heads, 2) for X in (a.K, a.V))
     keep = None
