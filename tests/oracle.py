@@ -180,6 +180,14 @@ def _expand(X, lead):
     return np.broadcast_to(X, lead + X.shape[-2:])
 
 
+def _first(v, key_mask):
+    """(..., 1, d_v): the first row of v (..., n_k, d_v) that key_mask keeps, or any where it keeps none."""
+    if key_mask is None or not v.shape[-2]:
+        return v[..., :1, :].sum(axis=-2, keepdims=True)
+    at = np.broadcast_to(key_mask, v.shape[:-1]).argmax(axis=-1)
+    return np.take_along_axis(v, at[..., None, None], axis=-2)
+
+
 def collapse(dX, shape, lead):
     """The adjoint of `_expand`."""
     repeats = _heads(shape, lead)
@@ -292,23 +300,31 @@ def attention(
     else:
         matrices = family.matrices(t, q.shape[-1], dtype)
         s = factor * np.einsum("...ia,ijab,...jb->...ij", q, matrices, k)
+    top = 0
     if bias is not None:
-        s = s + bias.symbol(t).astype(dtype)
+        # A bias that all keys of a row have is none, whatever its size: what is added to scores is how far it is below.
+        symbol = np.where(allowed, bias.symbol(t).astype(dtype), -np.inf)
+        top = symbol.max(axis=-1, keepdims=True, initial=-np.inf)
+        top = np.where(np.isfinite(top), top, 0)
+        s = s + (symbol - top)
     s = np.where(allowed, s, -np.inf)
     shift = s.max(axis=-1, keepdims=True, initial=-np.inf)
     shift = np.where(np.isfinite(shift), shift, 0)
     weights = np.exp(s - shift)
     Z = weights.sum(axis=-1, keepdims=True)
     P = (weights / np.where(Z > 0, Z, 1)).astype(dtype)
-    O = P @ v
+    # What all keys have in common is taken from values and added to the result: it costs no digits.
+    common = _first(v, key_mask)
+    apart = v - common
+    O = np.where(Z > 0, P @ apart + common, 0)
     with np.errstate(divide="ignore"):
-        lse = (shift + np.log(Z))[..., 0]
+        lse = (top + shift + np.log(Z))[..., 0]
 
     def backward(dO):
         """{"dQ": ..., ...}: the gradients of <dO, O>, each in the shape of its argument."""
         dO = np.asarray(dO).astype(dtype)
-        dP = dO @ np.swapaxes(v, -1, -2)
-        dS = P * (dP - (dO * O).sum(axis=-1, keepdims=True))
+        dP = dO @ np.swapaxes(apart, -1, -2)
+        dS = P * (dP - (P * dP).sum(axis=-1, keepdims=True))
         if family is None:
             dq = (dS * factor) @ k
             dk = np.swapaxes(dS * factor, -1, -2) @ q

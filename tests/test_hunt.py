@@ -1,18 +1,29 @@
-"""A hunt for violated certificates; ``ROPECY_HUNT=10000 pytest tests/test_hunt.py`` looks at so many problems each."""
+"""A hunt for violated certificates; ``ROPECY_HUNT=20000 pytest tests/test_hunt.py`` looks at so many problems each, at
+a hundredth of it that are long, and at a thousandth of texts.
+"""
 
 import math
 import os
+import warnings
+from itertools import pairwise
 
+import hunted
 import numpy as np
+from conftest import relative_bias, relative_family, rotary
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moment_cases import DATA, adversarial, by_moments, problem_of, row_errors, seen_by_rows, values_for
+from oracle import Family
+from promises import ROOM, assert_gradients, assert_result, assert_within
 
 import ropecy
 from ropecy.bounds import measure, measure_values
 
-ASKED = os.environ.get("ROPECY_HUNT")
-hunting = settings(max_examples=int(ASKED or 150))
+ASKED = int(os.environ.get("ROPECY_HUNT", 0))
+hunting = settings(max_examples=ASKED or 150)
+hunting_numbers = settings(max_examples=ASKED or 60)
+hunting_long = settings(max_examples=math.ceil(ASKED / 100) or 2)
+hunting_texts = settings(max_examples=math.ceil(ASKED / 1000) or 1)
 
 
 def problem_drawn(rng, kind, values, size, causal, masked, dtype):
@@ -91,3 +102,123 @@ def test_no_result_is_past_what_is_certified(kind, seed, eps, method, causal, ma
         allowed = 2 * certificate.rows_truncation * radius * (1 + 1e-6)
         allowed += certificate.rounding * largest * problem.v.shape[2]
         assert np.all(np.linalg.norm(errors, p, axis=-1) <= allowed)
+
+
+# ---- numbers of every size, through every door ----
+
+
+def translated(case):
+    """The case with the package's R and bias in the place of the oracle's."""
+    case = dict(case)
+    if "R" in case:
+        case["R"] = relative_family(case["R"]) if isinstance(case["R"], Family) else rotary(case["R"])
+    if "bias" in case:
+        case["bias"] = relative_bias(case["bias"])
+    return case
+
+
+def answered(call, case, drawn):
+    """What the call gives, and whether it warns of accuracy; None where the method that was insisted on refuses. No
+    other method may refuse, and nothing else may be warned of.
+    """
+    refusals = () if drawn["method"] in ("exact", "auto") else (ropecy.BoundedEntryError, NotImplementedError)
+    how = {"method": drawn["method"], "eps": drawn["eps"], "seed": 1, "threads": 1}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            found = call(**translated(case), **how)
+        except refusals:
+            return None
+    others = [one for one in caught if one.category is not ropecy.AccuracyWarning]
+    assert not others, str(others[0].message)
+    return *found, bool(caught)
+
+
+def assert_warned_where_eps_is_not_certified(warned, certificate, drawn):
+    past = certificate.error - certificate.storing > drawn["eps"] * (1 + 1e-12)
+    assert warned == (past and drawn["method"] == "auto"), f"warned: {warned}, eps {drawn['eps']}, {certificate}"
+
+
+@hunting_numbers
+@given(hunted.words(hunted.SHORT))
+def test_results_of_any_size(drawn):
+    case, dO = hunted.short(drawn)
+    found = answered(lambda **how: ropecy.attention(**how, return_certificate=True), case, drawn)
+    if found is None:
+        return
+    O, certificate, warned = found
+    assert_warned_where_eps_is_not_certified(warned, certificate, drawn)
+    assert_result(case, O, certificate, [(0, O.shape[-2])])
+
+
+@hunting_numbers
+@given(hunted.words(hunted.SHORT))
+def test_gradients_of_any_size(drawn):
+    case, dO = hunted.short(drawn)
+    found = answered(ropecy.attention_vjp, case, drawn)
+    if found is None:
+        return
+    O, vjp, warned = found
+    assert_warned_where_eps_is_not_certified(warned, vjp.certificate, drawn)
+    assert_result(case, O, vjp.certificate, [(0, O.shape[-2])])
+    with np.errstate(all="raise", under="ignore"):
+        g = vjp(dO)
+    assert_gradients(case, dO, g, [(0, O.shape[-2])])
+
+
+@hunting_long
+@given(hunted.words(hunted.LONG))
+def test_long_problems(drawn):
+    case, dO, blocks = hunted.long(drawn)
+    found = answered(ropecy.attention_vjp, case, drawn)
+    if found is None:
+        return
+    O, vjp, warned = found
+    assert_warned_where_eps_is_not_certified(warned, vjp.certificate, drawn)
+    assert np.isfinite(O.astype(np.float64)).all()
+    assert_result(case, O, vjp.certificate, blocks)
+    assert_gradients(case, dO, vjp(dO), blocks)
+
+
+# ---- long texts ----
+
+
+def assert_text(drawn, case, state, o, q):
+    """The last result for queries q (..., heads, d), column by column, of the tokens so far; scale 1."""
+    K, V = (X[..., : state.length, :].astype(np.longdouble) for X in (case.K, case.V))
+    repeats = case.groups if case.lead else 1
+    K, V = (np.repeat(X, repeats, axis=0) if repeats > 1 else X for X in (K, V))
+    scores = (K @ q.astype(np.longdouble)[..., None])[..., 0]
+    scores -= case.slopes[..., None] * np.arange(state.length - 1, -1, -1, dtype=np.longdouble)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    common = V[..., :1, :]
+    expected = (weights[..., None, :] @ (V - common) + common)[..., 0, :]
+    certificate, ranges = state.certificate, np.ptp(V, axis=-2)
+    largest = ranges.max() or np.abs(V).max()
+    allowed = certificate.truncation * ranges + ROOM * certificate.rounding * largest
+    allowed += 64 * np.finfo(np.longdouble).eps * np.abs(V).max()
+    assert np.isfinite(o).all()
+    assert_within("o", np.abs(o - expected), allowed, f"what is certified: {certificate}, {state}")
+
+
+@hunting_texts
+@given(hunted.words(hunted.TEXTS))
+def test_long_texts(drawn):
+    case = hunted.text(drawn)
+    try:
+        state = ropecy.DecodeState(**case.options)
+    except ropecy.BoundedEntryError:
+        assert drawn["eps"] < 1e-6  # less than rounding of float32
+        return
+    rng, length = np.random.default_rng(drawn["seed"]), case.K.shape[-2]
+    ends = np.unique([*rng.integers(0, length - 1000, 4), length - 1000])
+    for start, stop in pairwise([0, *ends]):
+        state.extend(case.K[..., start:stop, :], case.V[..., start:stop, :])
+        o = state.attend(case.query(stop, 1))
+        assert_text(drawn, case, state, o, case.query(stop, 1))
+    for at in range(length - 1000, length):
+        long = 20.0 if drawn["asks"] == "past the bound" and at % 2 else 1.0
+        o = state.step(q := case.query(at, long), case.K[..., at, :], case.V[..., at, :])
+        if at % 200 > 197 or at == length - 1:
+            assert_text(drawn, case, state, o, q)
