@@ -1,8 +1,11 @@
 """`python -m ropecy plan | map | info`, and what a wrong command gets."""
 
+import sys
+
 import pytest
 
 import ropecy
+from ropecy import progress
 from ropecy.__main__ import main
 
 
@@ -41,3 +44,12 @@ def test_bad_arguments(arguments, message, capsys):
         main(arguments)
     assert exit.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_progress_is_told_on_a_terminal_alone(capsys, monkeypatch):
+    assert list(progress.watched("ab", "letters")) == ["a", "b"]
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert list(progress.watched("ab", "letters")) == ["a", "b"]
+    told = capsys.readouterr().err
+    assert "letters: 1 done" in told and told.endswith(" \r")

@@ -12,6 +12,7 @@ import numpy as np
 from . import bench, demo, files, regime
 from ._info import info
 from .plan import plan
+from .progress import watched
 from .rotary import Rotary
 
 
@@ -115,11 +116,13 @@ def _map(options: argparse.Namespace) -> None:
         if options.plot is not None:
             demo.check_plot(options.plot)
         if options.file is not None:
-            heads = list(regime.heads(files.read_rows(options.file), eps=options.eps, scale=options.scale, **how))
+            rows = files.read_rows(options.file)
+            heads = list(watched(regime.heads(rows, eps=options.eps, scale=options.scale, **how), "heads"))
     except (ImportError, MemoryError, OSError, TypeError, ValueError) as error:
         options.fail(str(error))
     if options.file is None or options.plot is not None:
-        found = list(regime.cells(options.eps, dtype=options.dtype, seed=options.seed, **how))
+        cells = regime.cells(options.eps, dtype=options.dtype, seed=options.seed, **how)
+        found = list(watched(cells, "widths and bounds"))
     what = ", ".join([options.dtype if options.file is None else str(options.file), *asked])
     if options.file is None:
         regime.print_map(found, what)

@@ -8,7 +8,6 @@ scaled_dot_product_attention where it is installed.
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from . import progress
 from ._info import info
 from .attention import attention
 from .certificate import BoundedEntryError
@@ -156,7 +156,7 @@ def _measure(
     times: dict[str, list[float]] = {name: [] for name in work}
     start = time.perf_counter()
     for turn in range(_TURNS + 1):
-        _progress(f"turn {turn + 1} of at most {_TURNS + 1}")
+        progress.show(f"turn {turn + 1} of at most {_TURNS + 1}")
         for name, function in work.items():
             before = time.perf_counter()
             function()
@@ -164,15 +164,9 @@ def _measure(
                 times[name].append(time.perf_counter() - before)
         if turn and time.perf_counter() - start > _PATIENCE * len(work):
             break
-    _progress("")
+    progress.show("")
     seconds = {name: statistics.median(found) for name, found in times.items()}
     return done[0] / seconds.pop("peak"), big.nbytes / seconds.pop("read"), seconds
-
-
-def _progress(text: str) -> None:
-    """What is going on, on one line of a terminal that is written over; nothing where output goes to a file."""
-    if sys.stderr.isatty():
-        print(f"\r{text:<40}\r", end="", file=sys.stderr, flush=True)
 
 
 def _draw(path: Path, rows: list[Row], title: str) -> None:
