@@ -22,8 +22,8 @@ def compare(Q, K, V, **options):
     """That O and lse are as exact as in float32, rounded once where they are stored in less."""
     assert takes_this_path(Q, K, V, **options)
     O, lse = ropecy.attention(Q, K, V, **options, return_lse=True)
-    dense = oracle.attention(Q, K, V, **options)
-    plain = oracle.attention(Q, K, V, **options, dtype=np.float64 if Q.dtype == np.float64 else np.float32)
+    own, finer = (np.float64, np.longdouble) if Q.dtype == np.float64 else (np.float32, np.float64)
+    plain, dense = (oracle.attention(Q, K, V, **options, dtype=dtype) for dtype in (own, finer))
     assert O.dtype == Q.dtype and O.shape == dense.O.shape
     spread = float(np.abs(V.astype(np.float64)).max())
     unit = float(np.finfo(plain.O.dtype).eps)
