@@ -401,7 +401,8 @@ def _exactly(problem, scores, values, grad, reason, works, sizes, eps) -> Plan:
         rounding = exact_rounding(problem, scores, found)
         return Certificate("exact", None, None, scores.plain, "exact", 0.0, rounding), found
 
-    return _plan(problem, "exact", scores, promise, grad, reason, works, sizes, eps)
+    # A plan with what it promises can be sent to other ranks.
+    return _plan(problem, "exact", scores, promise if values is None else promise(), grad, reason, works, sizes, eps)
 
 
 def _beside_outliers(problem: Problem, scores: Scores, values: Values, most: float, **how: Any) -> Plan | None:
