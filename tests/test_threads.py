@@ -234,10 +234,9 @@ INTERRUPTED = """
 import os, signal, threading
 from ropecy.engines import fft
 
-# Measuring this takes most of a minute.
-threading.Timer(1, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
 try:
-    fft._measured(2**21)
+    threading.Timer(1, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    fft._measured(2**21)  # takes most of a minute
 except KeyboardInterrupt:
     print("interrupted")
 """
