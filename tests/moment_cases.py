@@ -3,7 +3,8 @@
 import numpy as np
 
 from ropecy import moments
-from ropecy import polynomial as poly
+from ropecy.approximation import minimax as poly
+from ropecy.approximation import moment_fit
 from ropecy.bounds import measure, measure_values
 from ropecy.engines import polynomial as engine
 from ropecy.problem import Problem
@@ -24,7 +25,7 @@ def by_moments(problem, degree, kappa=0.0, scores=None):
     """
     scores, values = scores or measure(problem), measure_values(problem)
     B = poly.B_grid(scores.bound)
-    p = poly.fit_moments(B, degree, kappa / B**2)
+    p = moment_fit.fit_moments(B, degree, kappa / B**2)
     if p is None:
         return None
     fourth = moments.fourth_moments(problem, scores, seed=5) if kappa else None

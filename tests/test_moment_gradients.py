@@ -10,7 +10,8 @@ from test_moments import problem_of
 
 import ropecy
 from ropecy import moments
-from ropecy import polynomial as poly
+from ropecy.approximation import minimax as poly
+from ropecy.approximation import moment_fit
 from ropecy.bounds import measure, measure_values
 from ropecy.engines import polynomial as engine
 from ropecy.plan import make_plan
@@ -21,10 +22,10 @@ HOW = {"eps": 0.05, "certify": "proof", "method": "polynomial", "degree": None, 
 
 def weights(B, degree, lower):
     """p of forward, and r of backward: of the degree of p's order less one, of it, or one more."""
-    p = poly.fit_moments(B, degree)
+    p = moment_fit.fit_moments(B, degree)
     if p is None:
         return None, None
-    return p, poly.taylor(B, p.order) if lower == 1 else poly.fit_moments(B, p.order + (lower < 0))
+    return p, moment_fit.taylor(B, p.order) if lower == 1 else moment_fit.fit_moments(B, p.order + (lower < 0))
 
 
 def run(problem, degree, lower, do):
@@ -278,7 +279,7 @@ def test_rows_of_all_sizes_have_the_polynomial_itself(rng):
     q = rng.standard_normal((1, 1, 20, 3)) * np.linspace(0.01, 1, 20)[:, None]
     problem = problem_of(q, rng.standard_normal((1, 30, 3)), rng.standard_normal((1, 30, 2)))
     scores = measure(problem)
-    p = poly.fit_moments(poly.B_grid(scores.bound), 4)
+    p = moment_fit.fit_moments(poly.B_grid(scores.bound), 4)
     fits = moments.MomentRule(p, 0.0, scores, weights=p).fits(problem)
     assert np.all(fits.of_rows(lambda fit: fit.B) == p.B)
     assert np.all(fits.of_rows(lambda fit: fit.alone) == p.alone)

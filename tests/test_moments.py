@@ -11,7 +11,8 @@ from moment_cases import CHUNK, as_they_are, by_moments, problem_of, row_errors
 import ropecy
 from ropecy import by_moments as planning
 from ropecy import moments
-from ropecy import polynomial as poly
+from ropecy.approximation import minimax as poly
+from ropecy.approximation import moment_fit
 from ropecy.bounds import measure, measure_values, medians
 from ropecy.plan import make_plan
 
@@ -22,7 +23,7 @@ from ropecy.plan import make_plan
 @pytest.mark.parametrize(("degree", "kappa"), [(2, 0), (3, 0), (4, 0), (5, 0), (6, 0), (2, 0.3), (2, 20), (3, 5.0)])
 def test_radius_covers_the_error_and_is_reached(B, degree, kappa):
     mpmath = pytest.importorskip("mpmath")
-    p = poly.fit_moments(B, degree, kappa)
+    p = moment_fit.fit_moments(B, degree, kappa)
     if p is None:
         assert degree % 2
         assert B > 1
@@ -46,25 +47,25 @@ def test_radius_covers_the_error_and_is_reached(B, degree, kappa):
 
 def test_radii_are_those_of_the_closed_forms():
     for B in (0.5, 1.0, 2.0):
-        assert poly.fit_moments(B, 2).radius[0] == pytest.approx((math.sinh(B) - B) / B**2, rel=1e-12)
+        assert moment_fit.fit_moments(B, 2).radius[0] == pytest.approx((math.sinh(B) - B) / B**2, rel=1e-12)
     # What the difference of sinh and its series would get wrong by 13%.
-    assert poly.fit_moments(0.01, 6).radius[0] == pytest.approx(0.01 / math.factorial(7), rel=1e-5)
+    assert moment_fit.fit_moments(0.01, 6).radius[0] == pytest.approx(0.01 / math.factorial(7), rel=1e-5)
     # Minimax errors of phi_2 by lines, as tabulated; at B = 2 the polynomial has a root.
-    assert poly.fit_moments(1.0, 3).radius[0] == pytest.approx(2.2e-2, rel=0.03)
-    assert poly.fit_moments(0.5, 3).radius[0] == pytest.approx(5.3e-3, rel=0.03)
-    assert poly.fit_moments(2.0, 3) is None
+    assert moment_fit.fit_moments(1.0, 3).radius[0] == pytest.approx(2.2e-2, rel=0.03)
+    assert moment_fit.fit_moments(0.5, 3).radius[0] == pytest.approx(5.3e-3, rel=0.03)
+    assert moment_fit.fit_moments(2.0, 3) is None
 
 
 def test_odd_degrees_are_refused_where_they_may_be_negative():
-    assert poly.fit_moments(1.0, 3) is not None
-    assert poly.fit_moments(8.0, 3) is None
-    assert poly.fit_moments(8.0, 2) is not None
+    assert moment_fit.fit_moments(1.0, 3) is not None
+    assert moment_fit.fit_moments(8.0, 3) is None
+    assert moment_fit.fit_moments(8.0, 2) is not None
 
 
 @pytest.mark.parametrize("B", [0.01, 0.5, 1.0, 2.0])
 @pytest.mark.parametrize(("degree", "kappa"), [(2, 0), (3, 0), (4, 0), (2, 8.0), (3, 8.0)])
 def test_radius_without_the_second_moment_past_k(B, degree, kappa):
-    p = poly.fit_moments(B, degree, kappa / B**2)
+    p = moment_fit.fit_moments(B, degree, kappa / B**2)
     if p is None:
         return
     s = np.linspace(-B, B, 4001)[:, None]
@@ -97,7 +98,7 @@ def test_every_row_has_the_polynomial_of_its_own_size(degree, kappa, causal, rng
         w = np.exp(s)
         for i in range(n):
             B = poly.B_grid(size[i] * (1 + 1e-12))
-            w[i, far[i]] = np.polyval(poly.fit_moments(B, degree, kappa / B**2).coefficients[::-1], s[i, far[i]])
+            w[i, far[i]] = np.polyval(moment_fit.fit_moments(B, degree, kappa / B**2).coefficients[::-1], s[i, far[i]])
         w *= seen
         expected = w @ problem.v[head] / w.sum(axis=1, keepdims=True)
         np.testing.assert_allclose(o[head, group], expected, atol=1e-13)
@@ -304,7 +305,7 @@ def test_values_away_from_their_middle_are_charged_the_longer_way(rng):
     s = k[0] @ y.T
     for i in range(300):
         B = poly.B_grid(np.linalg.norm(k[0, i]) * np.linalg.norm(y, axis=1).max() * (1 - 1e-7))
-        p = poly.fit_moments(B, 2)
+        p = moment_fit.fit_moments(B, 2)
         w = np.polyval(p.coefficients[::-1], s[i])
         h = p.radius[0] * np.sum(s[i] ** 2) / w.sum()
         assert rows[0, 0, i] == pytest.approx(h / (1 - h) * np.maximum(1 - o, o)[0, 0, i, 0], rel=1e-8)

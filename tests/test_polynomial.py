@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ropecy import polynomial
-from ropecy.polynomial import (
+from ropecy.approximation import minimax as polynomial
+from ropecy.approximation.minimax import (
     MAX_BOUND,
     B_grid,
     Polynomial,

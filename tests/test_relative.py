@@ -104,6 +104,10 @@ def test_is_a_value(rng):
     t5, kerple = RelativeBias.t5(np.arange(32.0)), RelativeBias.kerple([1.0], [2.0])
     for one in (bias, RelativeBias.alibi([0.5, 0.25]), t5, kerple):
         np.testing.assert_array_equal(pickle.loads(pickle.dumps(one))._symbol(-3, 3), one._symbol(-3, 3))
+        # As version 0.1.0 wrote it, whose forms were in a module of their own.
+        old = pickle.dumps(one, protocol=0).replace(b"ropecy.approximation.bias_forms", b"ropecy.forms")
+        assert b"ropecy.forms" in old
+        np.testing.assert_array_equal(pickle.loads(old)._symbol(-3, 3), one._symbol(-3, 3))
     assert repr(bias) == "RelativeBias(table of float64 (5,))"
     assert repr(RelativeBias.alibi(0.5)) == "RelativeBias(slope of float64 ())"
 

@@ -8,7 +8,8 @@ from test_fft import assert_certified
 from test_gradients import _backward
 
 import ropecy
-from ropecy import RelativeBias, exponentials, forms
+from ropecy import RelativeBias
+from ropecy.approximation import bias_forms, exponential_sums
 
 CASES = ["bias_table_clipped", "bias_table_of_one", "bias_table_per_head", "alibi", "alibi_per_head"]
 
@@ -247,18 +248,18 @@ def test_a_fit_is_as_good_as_it_says(first, last):
     def log_f(m):
         return -0.7 * np.log1p(0.2 * m)
 
-    log_w, r, error = exponentials.fit(log_f, first, last, 1e-3)
+    log_w, r, error = exponential_sums.fit(log_f, first, last, 1e-3)
     m = np.arange(first, last + 1.0)
     fitted = sum(np.exp(w - rate * m) for w, rate in zip(log_w, r, strict=True))
     np.testing.assert_allclose(np.abs(fitted / np.exp(log_f(m)) - 1).max(), error, rtol=1e-6)
     assert error <= 1e-3 and np.all(r >= 0)
-    assert exponentials.fit(lambda m: np.sin(m), first, last, 1e-3) is None
+    assert exponential_sums.fit(lambda m: np.sin(m), first, last, 1e-3) is None
 
 
 def test_non_negative_least_squares(rng):
     for _ in range(20):
         A, b = rng.standard_normal((30, 6)), rng.standard_normal(30)
-        x = exponentials.non_negative(A, b)
+        x = exponential_sums.non_negative(A, b)
         gradient = A.T @ (A @ x - b)
         # The conditions of Karush, Kuhn and Tucker.
         assert np.all(x >= 0) and np.all(gradient >= -1e-9) and abs(gradient @ x) <= 1e-9
@@ -268,7 +269,7 @@ def test_non_negative_least_squares(rng):
 def test_buckets(buckets, max_distance, bidirectional):
     t = np.arange(-3 * max_distance, 3 * max_distance + 1)
     expected = oracle.Buckets(np.arange(float(buckets)), max_distance, bidirectional).symbol(t)
-    form = forms.Buckets(buckets, max_distance, bidirectional)
+    form = bias_forms.Buckets(buckets, max_distance, bidirectional)
     np.testing.assert_array_equal(form.index(t), expected)
     left, right = form.reach()
     assert len(set(form.index(t[t <= -left]))) == 1 and form.index(-left + 1) != form.index(-left)

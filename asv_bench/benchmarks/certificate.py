@@ -6,7 +6,7 @@ import time
 import numpy as np
 
 import ropecy
-from ropecy import polynomial
+from ropecy.approximation import minimax
 
 from . import inputs
 
@@ -27,7 +27,7 @@ class Cost:
         if eps is None:
             raise NotImplementedError("second moments do")
         *tokens, _ = inputs.arrays(65536, d)
-        loose = polynomial.tau(2 * polynomial.minimax(1.0, degree).error)
+        loose = minimax.tau(2 * minimax.minimax(1.0, degree).error)
 
         def run(eps, **options):
             return ropecy.attention(

@@ -8,8 +8,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from . import polynomial as poly
 from ._validate_decode import DecodeOptions
+from .approximation import minimax as poly
 from .bounds import storing
 from .certificate import BoundedEntryError
 from .rounding import sums_rounding

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from . import forms
 from ._validate import _array, _broadcasts, _choice, _eps, _floating, _integer, _kind, _real, check_finite
+from .approximation import bias_forms as forms
 from .relative import RelativeBias, RelativeFamily
 from .rotary import Rotary
 

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 import numpy as np
 
 from . import moments
-from . import polynomial as poly
+from .approximation import minimax as poly
+from .approximation.moment_fit import MomentPolynomial, fit_moments, taylor
 from .bounds import Scores, Values, polynomial_rounding
 from .costs import Work, fourth_work, moments_work, polynomial_work, sample_work
 from .moments import MomentRule
-from .polynomial import MomentPolynomial
 from .problem import Problem
 from .sample import Sample
 from .schedule import Choice
@@ -139,7 +139,7 @@ def expected_degree(problem: Problem, values: Values, B: float, square: float | 
     if square is not None:
         part = min(1.0, 1.1 * values.share)
         for g in range(2, min(degree or MOST, MOST) + 1):
-            p = poly.fit_moments(poly.B_grid(B), g)
+            p = fit_moments(poly.B_grid(B), g)
             if p is not None:
                 # The fourth moment of Gaussian scores is 3 times the square of the second.
                 h = p.radius[0] * (1, 3, 15)[p.order // 2 - 1] * square ** (p.order // 2)
@@ -152,14 +152,14 @@ def _weights(
     B: float, degree: int, kappa: float, grad: bool
 ) -> Iterator[tuple[MomentPolynomial, MomentPolynomial | None]]:
     """What forward may have for weights at that degree, and with each what backward may have."""
-    p = poly.fit_moments(B, degree, kappa / B**2)
+    p = fit_moments(B, degree, kappa / B**2)
     if p is None:
         return
     if not grad:
         yield p, None
         return
-    yield p, poly.taylor(B, p.order)
+    yield p, taylor(B, p.order)
     for g in (p.order, p.order + 1):
-        r = poly.fit_moments(B, g)
+        r = fit_moments(B, g)
         if r is not None:
             yield p, r

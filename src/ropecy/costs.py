@@ -14,13 +14,13 @@ from functools import lru_cache
 
 import numpy as np
 
+from .approximation.minimax import n_features
 from .engines import exact as exact_engine
 from .engines import family as family_engine
 from .engines import polynomial as polynomial_engine
 from .kernels import _exact
 from .memory import fits
 from .moments import STEPS, prefixes
-from .polynomial import n_features
 from .problem import Problem
 from .sample import SAMPLED_KEYS, SAMPLED_ROWS
 

@@ -16,8 +16,8 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from . import _decode_bounds as bounds
 from . import _decode_file, _validate, _validate_decode
-from . import polynomial as poly
 from ._decode_sums import BLOCK, Sums
+from .approximation import minimax as poly
 from .certificate import BoundedEntryError, Certificate
 from .engines import exact as exact_engine
 from .engines import polynomial as polynomial_engine

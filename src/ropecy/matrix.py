@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from . import _validate
+from .approximation.minimax import relative_error_for
 from .certificate import Certificate, nothing_to_do
 from .memory import require
 from .normal import normal_form
 from .options import MatrixOptions
 from .plan import make_plan
-from .polynomial import relative_error_for
 from .problem import Problem, prepare_for, spread_columns
 from .relative import RelativeFamily
 from .rotary import Rotary

@@ -37,11 +37,12 @@ from typing import Any
 
 import numpy as np
 
-from . import polynomial as poly
+from .approximation import minimax as poly
+from .approximation.minimax import Polynomial
+from .approximation.moment_fit import MomentPolynomial, fit_moments
 from .bounds import Alone, Scores, Values, range_elsewhere
 from .engines import polynomial as engine
 from .kernels import _quartic
-from .polynomial import MomentPolynomial, Polynomial
 from .problem import Problem
 
 # Lanczos: steps, and the probability that its bound fails, over all slots of a call.
@@ -53,7 +54,7 @@ _SHORTEST_PREFIX = 1536  # of causal keys that have fourth moments of their own
 
 
 class RowFits:
-    """A polynomial for every row, of one degree: `polynomial.fit_moments` at the row's own bound, rounded up.
+    """A polynomial for every row, of one degree: `fit_moments` at the row's own bound, rounded up.
 
     Parameters
     ----------
@@ -78,7 +79,7 @@ class RowFits:
             place[there] = np.arange(len(there))
             self._index = place[steps]
         bounds = (poly.B_grid(poly.MAX_BOUND * 2.0 ** (-i / poly.STEPS_PER_OCTAVE) * (1 - 1e-9)) for i in there)
-        self._fits = [poly.fit_moments(B, degree, kappa / B**2) for B in bounds]
+        self._fits = [fit_moments(B, degree, kappa / B**2) for B in bounds]
 
     @staticmethod
     def _steps(sizes: np.ndarray) -> np.ndarray:

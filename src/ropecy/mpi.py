@@ -22,12 +22,12 @@ from . import _validate
 from ._network import Exchange, Network, Traffic
 from ._ranks import Ranks
 from ._sender import Sender
+from .approximation.bias_forms import FarGradient
 from .attention import VJP
 from .bounds import Measured, measure, measure_values
 from .engines import polynomial as polynomial_engine
 from .engines import scan as scan_engine
 from .engines.ring import Layout, Ring
-from .forms import FarGradient
 from .gradients import Gradients, LossGradients
 from .normal import Normal, normal_form
 from .options import Options

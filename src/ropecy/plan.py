@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from . import by_moments, moments
-from . import polynomial as poly
+from .approximation import minimax as poly
+from .approximation.moment_fit import MomentPolynomial, fit_moments
 from .bounds import Measured, Scores, Values, measure, measure_values, polynomial_rounding, unbounded
 from .certificate import AccuracyWarning, BoundedEntryError, Certificate, nothing_to_do, warn
 from .costs import (
@@ -246,8 +247,8 @@ def _by_sample(
     B, trials, total = poly.B_grid(scores.bound), [], 0.0
     sample = measured.sample if measured else Sample(problem, scores, values)
     for g in [degree] if degree else range(1, by_moments.MOST + 1):
-        line = poly.MomentPolynomial(B, 1, (1.0, 1.0), 0, (0.0, 0.0), 0.0)
-        p = line if g == 1 else poly.fit_moments(B, g, sample.kappa() / B**2 * (g == 2))
+        line = MomentPolynomial(B, 1, (1.0, 1.0), 0, (0.0, 0.0), 0.0)
+        p = line if g == 1 else fit_moments(B, g, sample.kappa() / B**2 * (g == 2))
         total += (polynomial_work(problem, g, False) + sampling).nominal
         if total >= limit or not fits(polynomial_engine.memory(piece, g, False)):
             break

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from . import _validate, forms
+from . import _validate
+from .approximation import bias_forms as forms
 from .rotary import rotate_rows
 
 # What a rotation does to a row at most, in units of its norm: two products and a sum, of rounded cosines and sines.

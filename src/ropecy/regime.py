@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import polynomial as poly
+from .approximation import minimax as poly
 from .bounds import measure, measure_values, polynomial_rounding
 from .certificate import BoundedEntryError
 from .costs import pays_from

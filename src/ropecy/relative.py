@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import forms
+from .approximation import bias_forms as forms
 
 __all__ = ["RelativeBias", "RelativeFamily"]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from . import polynomial as poly
+from .approximation import minimax as poly
 from .bounds import Alone, Scores, Values, polynomial_rounding
 from .engines import exact as exact_engine
 from .kernels import _quartic, _rows

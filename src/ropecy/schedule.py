@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from . import evidence, moments
-from . import polynomial as poly
 from ._network import Exchange
+from .approximation import minimax as poly
+from .approximation.moment_fit import MomentPolynomial
 from .bounds import Alone, Scores, Values
 from .certificate import BoundedEntryError, Certificate
 from .costs import Work
@@ -72,7 +73,7 @@ class Choice:
         Of the gradient, expected of rows that are not computed exactly ("moments").
     """
 
-    polynomial: poly.Polynomial | poly.MomentPolynomial
+    polynomial: poly.Polynomial | MomentPolynomial
     truncation: float
     work: Work
     rule: MomentRule | None = None
@@ -130,7 +131,7 @@ class Plan:
     _choice: Choice | None
     _second: Plan | None  # what runs where too many rows fail
     _works: dict[str, Work]  # by engine, whatever the threads
-    _trials: list[poly.MomentPolynomial] | None = None  # to be judged by sampled rows
+    _trials: list[MomentPolynomial] | None = None  # to be judged by sampled rows
     _sample: Sample | None = None
     _proof: Callable[[Problem], Plan] | None = None  # where these refuse them
     _symbol: fft_engine.Symbol | None = None

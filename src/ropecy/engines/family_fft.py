@@ -16,10 +16,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..approximation.minimax import Polynomial, antiderivative, n_features
 from ..bounds import Scores, largest_entries
 from ..kernels import _circulant, _family
 from ..kernels._fftw import ComplexFFT, RealFFT
-from ..polynomial import Polynomial, antiderivative, n_features
 from ..problem import Problem
 from ._kept import kept_below
 

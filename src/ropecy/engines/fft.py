@@ -21,10 +21,10 @@ from itertools import combinations_with_replacement
 
 import numpy as np
 
+from ..approximation.minimax import Polynomial, antiderivative, n_features
 from ..bounds import Scores, Values, largest_entries, medians
 from ..kernels import _circulant, _toeplitz
 from ..kernels._fftw import ComplexFFT, RealFFT
-from ..polynomial import Polynomial, antiderivative, n_features
 from ..problem import Problem
 from . import exact, family_fft
 from ._kept import kept_below

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from ..approximation.minimax import Polynomial, antiderivative, n_features
+from ..approximation.moment_fit import MomentPolynomial
 from ..bounds import Alone, Scores, Values
 from ..kernels import _monomials
-from ..polynomial import MomentPolynomial, Polynomial, antiderivative, n_features
 from ..problem import Problem
 
 # What keeps many threads busy; more segments cost a causal problem up to half a pass more over the keys.

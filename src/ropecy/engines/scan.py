@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from ..approximation.bias_forms import FarGradient, Tail
+from ..approximation.minimax import Polynomial
 from ..bounds import Alone, Scores, Values, polynomial_rounding
 from ..costs import Work, exact_work, polynomial_work
-from ..forms import FarGradient, Tail
-from ..polynomial import Polynomial
 from ..problem import Problem
 from ..rounding import bias_reach, exact_rounding, score_size, seen_bias
 from . import exact

@@ -1,4 +1,8 @@
-"""Sums of exponentials ``f(m) ~ sum_k w_k exp(-r_k m)``, w_k >= 0, with their largest relative error found."""
+"""Sums of exponentials, f(m) ~ sum_k w_k exp(-r_k m) with w_k >= 0, and their largest relative error.
+
+A bias b_t enters attention by the factor exp(b_t). Written as such a sum, with m = |t|, it becomes a sum of decays,
+each of which a running state can follow.
+"""
 
 from __future__ import annotations
 
@@ -6,28 +10,34 @@ from collections.abc import Callable
 
 import numpy as np
 
-_TERMS = (2, 3, 4, 6, 8, 10, 12, 14, 16, 20, 24)
-_SAMPLES = 400
-_BLOCK = 1 << 16
+_TERMS = (2, 3, 4, 6, 8, 10, 12, 14, 16, 20, 24)  # numbers of terms that are tried
+_SAMPLES = 400  # distances at which weights are fitted, at most
+_BLOCK = 1 << 16  # distances that are checked at a time
 
 
 def fit(
     log_f: Callable[[np.ndarray], np.ndarray], first: int, last: int, tolerance: float
 ) -> tuple[np.ndarray, np.ndarray, float] | None:
-    """log w_k, r_k, and max_m |sum_k w_k exp(-r_k m) / f(m) - 1|; None where no number of terms is within tolerance.
+    """log w_k, r_k and max_m |sum_k w_k exp(-r_k m) / f(m) - 1|, with as few terms as keep that within the tolerance.
 
     Parameters
     ----------
     log_f : callable
-        log f of an array of distances; f should be completely monotone.
+        log f at an array of distances. Completely monotone functions f have such sums.
     first, last : int
-        The distances m, all of which are looked at.
+        The least and the largest distance m. The error is computed at every integer from first to last.
     tolerance : float
+        The largest relative error allowed.
+
+    Returns
+    -------
+    (array, array, float) or None
+        log w_k, r_k and the error; None where no number of terms that is tried keeps it within the tolerance.
 
     Notes
     -----
-    Rates evenly spaced in their logarithm, weights by non-negative least squares of relative errors at distances evenly
-    spaced likewise. Time O(last) for the check.
+    The rates are evenly spaced on a logarithmic scale. The weights come from non-negative least squares of the relative
+    errors at distances that are spaced likewise. Time O(last), for computing the error.
     """
     m = np.unique(np.round(np.geomspace(max(first, 1), last, _SAMPLES)))
     base = log_f(np.array([float(first)]))[0]
@@ -35,7 +45,7 @@ def fit(
     for terms in _TERMS:
         for highest in (1.0, 2.0, 4.0, 8.0):
             rates = np.append(0.0, np.geomspace(0.1 / last, max(highest / first, 0.2 / last), terms - 1))
-            # Scaled so that every column is 1 at the first distance.
+            # Columns are scaled to be 1 at the first distance.
             columns = np.exp(np.minimum(-np.outer(m - first, rates) - growth[:, None], 600))
             weights = non_negative(columns, np.ones(len(m)))
             kept = weights > 0
@@ -48,7 +58,10 @@ def fit(
     return None
 
 
-def _largest_error(log_f, first: int, last: int, log_w: np.ndarray, r: np.ndarray) -> float:
+def _largest_error(
+    log_f: Callable[[np.ndarray], np.ndarray], first: int, last: int, log_w: np.ndarray, r: np.ndarray
+) -> float:
+    """max |sum_k w_k exp(-r_k m) / f(m) - 1| over all integers m from first to last."""
     worst = 0.0
     for start in range(first, last + 1, _BLOCK):
         m = np.arange(start, min(last + 1, start + _BLOCK), dtype=np.float64)
@@ -59,7 +72,7 @@ def _largest_error(log_f, first: int, last: int, log_w: np.ndarray, r: np.ndarra
 
 def non_negative(A: np.ndarray, b: np.ndarray) -> np.ndarray:
     """argmin ||A x - b||_2 over x >= 0, by the active set method of Lawson and Hanson (1974)."""
-    # Columns of one size, that the choice of the next one does not depend on their scale.
+    # All columns are scaled to norm 1, so that which one is taken next does not depend on their scale.
     size = np.linalg.norm(A, axis=0)
     A = A / size
     x = np.zeros(A.shape[1])
