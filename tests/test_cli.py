@@ -5,8 +5,8 @@ import sys
 import pytest
 
 import ropecy
-from ropecy import progress
 from ropecy.__main__ import main
+from ropecy.cli import progress
 
 
 def test_info(capsys):

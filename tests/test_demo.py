@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import ropecy
-from ropecy import demo
 from ropecy.__main__ import main
+from ropecy.cli import demo
 
 
 def run(*options):

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 import ropecy
-from ropecy import files, regime
 from ropecy.__main__ import main
+from ropecy.cli import files, regime_map
 
 
 @pytest.fixture
 def narrow(monkeypatch):
-    monkeypatch.setattr(regime, "WIDTHS", (4, 16))
+    monkeypatch.setattr(regime_map, "WIDTHS", (4, 16))
 
 
 @pytest.fixture
@@ -44,8 +44,8 @@ def by_cell(found):
 
 
 def test_cells_are_what_plan_says(narrow, rng):
-    found = by_cell(regime.cells(1e-3))
-    assert set(found) == {(d, B) for d in (4, 16) for B in regime.BOUNDS}
+    found = by_cell(regime_map.cells(1e-3))
+    assert set(found) == {(d, B) for d in (4, 16) for B in regime_map.BOUNDS}
     for d in (4, 16):
         Q, K = (cases.unit_rows(x).astype(np.float32) for x in rng.standard_normal((2, 1000, d)))
         for B in (0.25, 1.0, 2.0):
@@ -56,12 +56,12 @@ def test_cells_are_what_plan_says(narrow, rng):
             assert moments is None or moments.degree < worst.degree
         assert found[d, 8.0] == (None, None)  # rounding
     assert found[16, 1.0][1].degree == 3
-    least = [found[16, B][0].pays_from for B in regime.BOUNDS[:6]]
+    least = [found[16, B][0].pays_from for B in regime_map.BOUNDS[:6]]
     assert least == sorted(least)
 
 
 def test_auto_takes_the_polynomial_from_there_on(narrow, rng):
-    d, B, worst, _ = next(cell for cell in regime.cells(1e-3, causal=True, grad=True) if cell[:2] == (4, 1.0))
+    d, B, worst, _ = next(cell for cell in regime_map.cells(1e-3, causal=True, grad=True) if cell[:2] == (4, 1.0))
     for factor, engine in ((0.7, "exact"), (1.1, "polynomial")):
         n = math.ceil(factor * worst.pays_from)
         Q, K, V = (cases.unit_rows(x).astype(np.float32) for x in rng.standard_normal((3, n, d)))
@@ -69,7 +69,7 @@ def test_auto_takes_the_polynomial_from_there_on(narrow, rng):
 
 
 def test_gradients_have_moments_too(narrow):
-    forward, backward = (by_cell(regime.cells(1e-3, grad=grad)) for grad in (False, True))
+    forward, backward = (by_cell(regime_map.cells(1e-3, grad=grad)) for grad in (False, True))
     assert [worst and worst.degree for worst, _ in forward.values()] == [w and w.degree for w, _ in backward.values()]
     worst, moments = backward[16, 1.0]
     assert moments.degree <= worst.degree and moments.pays_from < worst.pays_from
@@ -82,7 +82,7 @@ def test_table(narrow, capsys):
     main(["map", "--eps", "1e-2", "--causal"])
     output = capsys.readouterr().out
     assert output.startswith("float32, eps = 0.01, causal; n as predicted")
-    assert len(re.findall(r"^ +(4|16) +[\d.]+ ", output, re.MULTILINE)) == 2 * len(regime.BOUNDS)
+    assert len(re.findall(r"^ +(4|16) +[\d.]+ ", output, re.MULTILINE)) == 2 * len(regime_map.BOUNDS)
     assert re.search(r"^ +4 +0\.5 +2 +15 +[\d,]+ \| +- +- +-$", output, re.MULTILINE)
     assert "unless SETH fails" in output and "arXiv:2505.11892" in output
 
@@ -104,7 +104,7 @@ def test_heads_of_a_file(kind, file, capsys):
 def test_heads_are_what_plan_says_of_each(file):
     arrays = files.read_rows(file("npz"))
     arrays["Q"] *= np.float32([0.2, 0.5, 0.7, 1.0])[:, None, None]
-    found = list(regime.heads(arrays, eps=1e-3, scale=0.2, causal=True, grad=False))
+    found = list(regime_map.heads(arrays, eps=1e-3, scale=0.2, causal=True, grad=False))
     for head in found:
         b, h = head.index
         q, k = arrays["Q"][b, h], arrays["K"][b, h // 2]
@@ -119,7 +119,7 @@ def test_values_of_a_file_count(file, rng):
     V = rng.standard_normal((2, 2, 700, 24)).astype(np.float32)
     for kind in ("npz", "safetensors"):
         wide, narrow = (
-            next(regime.heads(files.read_rows(file(kind, **more)), eps=1e-2, scale=None, causal=False, grad=False))
+            next(regime_map.heads(files.read_rows(file(kind, **more)), eps=1e-2, scale=None, causal=False, grad=False))
             for more in ({"V": V}, {"unread": V})
         )
         assert wide.exact > narrow.exact

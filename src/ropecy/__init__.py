@@ -24,9 +24,9 @@ The map of the package:
 ``ropecy.torch`` and ``ropecy.transformers`` are for those libraries, and imported by whoever wants them.
 """
 
-from ._info import info
 from .attention import VJP, attention, attention_vjp
 from .certificate import AccuracyWarning, BoundedEntryError, Certificate, PerformanceWarning
+from .cli.info import info
 from .decode import DecodeState
 from .evidence import Evidence, check
 from .gradients import Gradients, LossGradients

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from . import bench, demo, files, regime
-from ._info import info
+from .cli import bench, demo, files, regime_map
+from .cli.info import info
+from .cli.progress import watched
 from .plan import plan
-from .progress import watched
 from .rotary import Rotary
 
 
@@ -68,7 +68,7 @@ def _demo_options(command: argparse.ArgumentParser) -> None:
 def _demo(options: argparse.Namespace) -> None:
     try:
         if options.plot is not None:
-            demo.check_plot(options.plot)
+            files.check_plot(options.plot)
         text = demo.read_text(options.file, options.n)
     except (ImportError, OSError, ValueError) as error:
         options.fail(str(error))
@@ -114,22 +114,22 @@ def _map(options: argparse.Namespace) -> None:
     found, heads = [], []
     try:
         if options.plot is not None:
-            demo.check_plot(options.plot)
+            files.check_plot(options.plot)
         if options.file is not None:
             rows = files.read_rows(options.file)
-            heads = list(watched(regime.heads(rows, eps=options.eps, scale=options.scale, **how), "heads"))
+            heads = list(watched(regime_map.heads(rows, eps=options.eps, scale=options.scale, **how), "heads"))
     except (ImportError, MemoryError, OSError, TypeError, ValueError) as error:
         options.fail(str(error))
     if options.file is None or options.plot is not None:
-        cells = regime.cells(options.eps, dtype=options.dtype, seed=options.seed, **how)
+        cells = regime_map.cells(options.eps, dtype=options.dtype, seed=options.seed, **how)
         found = list(watched(cells, "widths and bounds"))
     what = ", ".join([options.dtype if options.file is None else str(options.file), *asked])
     if options.file is None:
-        regime.print_map(found, what)
+        regime_map.print_map(found, what)
     else:
-        regime.print_heads(heads, what)
+        regime_map.print_heads(heads, what)
     if options.plot is not None:
-        regime.draw(options.plot, found, heads, what)
+        regime_map.draw(options.plot, found, heads, what)
         print(f"\ndrawn to {options.plot}")
 
 
@@ -150,7 +150,7 @@ def _bench_options(command: argparse.ArgumentParser) -> None:
 def _bench(options: argparse.Namespace) -> None:
     try:
         if options.plot is not None:
-            demo.check_plot(options.plot)
+            files.check_plot(options.plot)
         bench.run(options.shape, options.dtype, options.causal, options.threads, options.plot)
     except (ImportError, OSError) as error:
         options.fail(str(error))

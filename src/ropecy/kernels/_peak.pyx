@@ -1,4 +1,4 @@
-"""What the cores of this machine can do at most (c/peak.h), all threads together; `ropecy.bench` times it."""
+"""What the cores of this machine can do at most (c/peak.h), all threads together; `ropecy.cli.bench` times it."""
 
 import numpy as np
 

@@ -10,13 +10,13 @@ Item = TypeVar("Item")
 
 
 def show(text: str) -> None:
-    """Write over the line; nothing where standard error goes to a file."""
+    """Replace the line by this text; does nothing where standard error is no terminal."""
     if sys.stderr.isatty():
         print(f"\r{text:<60}\r", end="", file=sys.stderr, flush=True)
 
 
 def watched(items: Iterable[Item], what: str) -> Iterator[Item]:
-    """The items one after the other, with how many of `what` are done."""
+    """Yield the items one after the other, and show how many of `what` are done."""
     count = 0
     show(f"{what}: begun")
     for item in items:

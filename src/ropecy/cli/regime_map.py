@@ -1,6 +1,6 @@
-"""``python -m ropecy map``: where a polynomial is certified and from which n it pays, by width and bound, or by head.
+"""``python -m ropecy map``: which data a polynomial is certified for, and the n from which it beats exact attention.
 
-Of random directions, whose moments are those of the sphere, or of the heads in a file.
+The data are random rows of given width d and bound B, in random directions, or each head of a file.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from pathlib import Path
 
 import numpy as np
 
-from .approximation import minimax as poly
-from .bounds import measure, measure_values, polynomial_rounding
-from .certificate import BoundedEntryError
-from .costs import pays_from
-from .plan import choose_plan
-from .problem import Problem, prepare
-from .sample import Sample
+from ..approximation import minimax as poly
+from ..bounds import measure, measure_values, polynomial_rounding
+from ..certificate import BoundedEntryError
+from ..costs import pays_from
+from ..plan import choose_plan
+from ..problem import Problem, prepare
+from ..sample import Sample
 
 WIDTHS = (4, 8, 16, 32, 64, 128)
 BOUNDS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
-_TOKENS = 4096  # of random directions, whose moments are looked at
+_TOKENS = 4096  # number of random rows whose moments are measured
 
 SETH = """\
 Where SETH forbids hope: for d = O(log n), errors of 1/poly(n) and entries of q and k within b, Alman and Song (NeurIPS
@@ -35,7 +35,10 @@ past it at any length that there is."""
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A polynomial that certifies eps: its degree, its features, and the n from which it pays, or None."""
+    """The degree and the number of features of a polynomial that certifies eps, and the n from which it pays.
+
+    It pays where it is faster than exact attention; `pays_from` is None where it never is.
+    """
 
     degree: int
     n_features: int
@@ -57,16 +60,20 @@ def _count(n: int | None) -> str:
 def cells(
     eps: float, *, dtype: str = "float32", causal: bool = False, grad: bool = False, seed: int = 0
 ) -> Iterator[tuple[int, float, Entry | None, Entry | None]]:
-    """d, B, and what is certified by the worst case and by moments, d_v = d; None where nothing is.
+    """For each width d, d_v = d, and each bound B: (d, B, the entry by the worst case, the entry by moments).
+
+    An entry is None where no polynomial certifies eps.
 
     Parameters
     ----------
     eps : float
+        The error to certify, in units of range(V).
     dtype : str
+        Of Q, K and V.
     causal, grad : bool
-        Of what is asked.
+        Whether row i sees the keys j <= i only, and whether the gradient is planned for too.
     seed : int
-        Of random directions.
+        Of the random rows.
     """
     rng = np.random.default_rng(seed)
     for d in WIDTHS:
@@ -106,7 +113,7 @@ def _entry(problem: Problem, degree: int, grad_degree: int | None, **rule: bool)
 
 
 def print_map(found: list[tuple[int, float, Entry | None, Entry | None]], what: str) -> None:
-    """The table, and what is known of its border."""
+    """Print the cells as a table, and what theory says of larger bounds."""
     print(f"{what}; n as predicted for one head, d_v = d\n")
     print(f"{'':10} {'by the worst case':^31} | {'by moments, of random directions':^31}")
     print(f"{'d':>4} {'B':>5} {_HEAD} | {_HEAD}")
@@ -119,22 +126,24 @@ def print_map(found: list[tuple[int, float, Entry | None, Entry | None]], what: 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """A head of a file.
+    """A head of a file, and what is planned for it.
 
     Attributes
     ----------
     index : tuple of int
-        In the leading axes of Q.
+        Its index in the leading axes of Q.
     n : int
-        Keys.
+        Number of keys.
     bound : float
-        B.
+        B, which no score exceeds.
     spread : float
         The largest root mean square of a row of its scores.
     worst : Entry or None
+        The polynomial that is certified by the worst case.
     engine : str
-        What auto takes; and the seconds of that and of exact attention.
+        The engine that method="auto" takes, with the degree if it has one.
     seconds, exact : float
+        The seconds that this engine, and the exact one, are predicted to take.
     """
 
     index: tuple[int, ...]
@@ -147,15 +156,13 @@ class Head:
     exact: float
 
 
-def heads(
-    rows: dict[str, np.ndarray], *, eps: float, scale: float | None, causal: bool, grad: bool
-) -> Iterator[Head]:
-    """Each head of Q and K, as they meet in the score: projected, rotated. Without V it is as wide as K.
+def heads(rows: dict[str, np.ndarray], *, eps: float, scale: float | None, causal: bool, grad: bool) -> Iterator[Head]:
+    """The heads of Q and K one after the other; Q and K are already projected and rotated. Without V, K stands for it.
 
     Raises
     ------
     TypeError, ValueError
-        As `plan` does, and where there is no head or no token.
+        What `plan` raises, and a ValueError where there is no head or no token.
     """
     shapes = {name: np.shape(rows[name]) for name in ("Q", "K")}
     for name, shape in shapes.items():
@@ -181,7 +188,7 @@ def heads(
 
 
 def print_heads(found: list[Head], what: str) -> None:
-    """A row for each head."""
+    """Print a row for each head."""
     print(f"{what}\n")
     print(f"{'':35} {'by the worst case':^31} | {'auto':^36}")
     print(f"{'head':>12} {'B':>9} {'rms, at most':>12} {_HEAD} | {'engine, degree':<16} {'seconds':>9} {'exact':>9}")
@@ -195,7 +202,10 @@ def print_heads(found: list[Head], what: str) -> None:
 
 
 def draw(path: Path, found: list[tuple[int, float, Entry | None, Entry | None]], rows: list[Head], what: str) -> None:
-    """From which n a polynomial pays, by B, a line for each width; heads as dots; and where scores pass log n."""
+    """Draw the n from which a polynomial pays against B: a line for each width, a cross for each head of a file.
+
+    The region B > log n, where theory expects no algorithm in almost linear time, is grey.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.6), layout="constrained")

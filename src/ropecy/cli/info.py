@@ -7,8 +7,8 @@ import platform
 
 import numpy as np
 
-from ._validate import default_threads
-from .kernels import _exact, _fftw
+from .._validate import default_threads
+from ..kernels import _exact, _fftw
 
 
 class Info(dict):

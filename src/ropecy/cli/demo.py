@@ -1,25 +1,30 @@
-"""``python -m ropecy demo``: the loss of a text and its gradient, certified, checked, timed, and taken down."""
+"""``python -m ropecy demo``: the loss of a text and its gradient are computed, checked, timed, and used for descent."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from ._info import info
-from .attention import attention
-from .gradients import Gradients, LossGradients
-from .loss import loss, loss_grad
-from .plan import plan
-from .rotary import Rotary
+from ..attention import attention
+from ..gradients import Gradients, LossGradients
+from ..loss import loss, loss_grad
+from ..plan import plan
+from ..rotary import Rotary
+from .info import info
 
-TOKENS = 65536  # unless the text is shorter
-_SAMPLED, _BLOCK = 512, 32  # rows of O that are checked, in blocks of neighbours
-_PREFIX = 8192  # tokens on which gradients are checked
-_PATIENCE = 1.0  # seconds: the exact engine is not timed on more tokens once a run took that long
+TOKENS = 65536  # by default, unless the text is shorter
+_SAMPLED, _BLOCK = 512, 32  # number of rows of O that are checked, in blocks of 32 neighbouring rows
+_PREFIX = 8192  # gradients are checked on so many tokens at most
+_PATIENCE = 1.0  # seconds: once a run of the exact engine took that long, it is timed on no larger part
+
+
+# Indices of rows of O, their errors in units of range(V), and the error that is certified.
+RowErrors = tuple[list[int], list[float], float]
+# Tokens, seconds of the exact engine, seconds of the other one, and whether the former were measured or extrapolated.
+Timing = tuple[int, float, float, bool]
 
 
 def read_text(file: Path | None, n: int | None) -> bytes:
@@ -40,7 +45,7 @@ def read_text(file: Path | None, n: int | None) -> bytes:
 
 
 def normalised(X: np.ndarray) -> np.ndarray:
-    """Rows of root mean square 1, so that at scale 1/d no product of two of them is past 1."""
+    """X with rows scaled to root mean square 1, so that at scale 1/d no score of two of them is larger than 1."""
     return X / np.sqrt(np.mean(X * X, axis=-1, keepdims=True))
 
 
@@ -50,7 +55,7 @@ def run(text: bytes, *, d: int, eps: float, steps: int, seed: int, plot: Path | 
     Parameters
     ----------
     text : bytes
-        n + 1 tokens: every one but the first is what the one before it should predict.
+        n + 1 tokens. Each of the first n is to predict the one after it.
     d : int
         Width of an embedding.
     eps, steps, seed
@@ -89,10 +94,12 @@ class Task:
     Attributes
     ----------
     A : (n, d) array
-        A_1, A_2 and A_3.
+        A_1, A_2 and A_3: row i is the embedding of token i.
     E : (n, d) array
+        Row i is the embedding of token i + 1.
     R : Rotary
     eps : float
+        The error that is certified.
     """
 
     A: np.ndarray
@@ -129,25 +136,22 @@ def _double(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: W.astype(np.float64) for name, W in weights.items()}
 
 
-def _check_rows(task: Task, weights: dict[str, np.ndarray], rng: np.random.Generator) -> tuple[Any, Any, float]:
-    """Compare O with exact rows in float64; the rows, their errors, and what is certified."""
+def _check_rows(task: Task, weights: dict[str, np.ndarray], rng: np.random.Generator) -> RowErrors:
+    """Compare rows of O with exact ones in float64: the indices of the rows, their errors, and the certified error."""
     n, A = len(task.A), task.A
-    O, certificate = attention(
-        A, A, A, task.R, causal=True, eps=task.eps, return_certificate=True, **weights
-    )
+    O, certificate = attention(A, A, A, task.R, causal=True, eps=task.eps, return_certificate=True, **weights)
     exact_A, exact_weights = A.astype(np.float64), _double(weights)
     V = exact_A @ exact_weights["W_V"]
     unit = np.ptp(V, axis=0).max()
     blocks = -(-n // _BLOCK)
     starts = _BLOCK * np.sort(rng.choice(blocks, min(blocks, _SAMPLED // _BLOCK), replace=False))
-    rows, errors = [], []
+    rows: list[int] = []
+    errors: list[float] = []
     for i in starts.tolist():
         stop = min(i + _BLOCK, n)
-        # No later key is seen, so that the keys can end where the rows do.
+        # Row i sees the keys j <= i only, so that keys past the last of these rows aren't needed.
         keys = exact_A[:stop]
-        exact = attention(
-            exact_A[i:stop], keys, keys, task.R, causal=True, q_offset=i, method="exact", **exact_weights
-        )
+        exact = attention(exact_A[i:stop], keys, keys, task.R, causal=True, q_offset=i, method="exact", **exact_weights)
         rows.extend(range(i, stop))
         errors.extend(np.abs(O[i:stop] - exact).max(axis=1) / unit)
     print(
@@ -158,7 +162,7 @@ def _check_rows(task: Task, weights: dict[str, np.ndarray], rng: np.random.Gener
 
 
 def _check_gradient(task: Task, weights: dict[str, np.ndarray], engine: str) -> None:
-    """Compare loss and gradient on the first tokens with exact ones in float64, beside what is certified."""
+    """Print the errors of loss and gradient on the first tokens, against exact ones in float64, and their bounds."""
     n = min(len(task.A), _PREFIX)
     fast = task.part(n).gradient(weights, engine)
     part = task.part(n, np.float64)
@@ -176,12 +180,13 @@ def _check_gradient(task: Task, weights: dict[str, np.ndarray], engine: str) -> 
 
 
 def _promised(task: Task, weights: dict[str, np.ndarray], fast: Gradients) -> dict[str, float]:
-    """What the certificate of dQ, dK and dV says of dL/dW_Q, dL/dW_K and dL/dW_V, and of L.
+    """Bounds of the errors of L, dL/dW_Q, dL/dW_K and dL/dW_V that follow from the certificate of dQ, dK and dV.
 
     Notes
     -----
-    dL/dW_Q = A^T dQ is off by at most max ||A_i|| sum_i ||ddQ_i||, and so on. ddQ_i has two parts: U = O - E is off by
-    at most tau diam(V), and the weights that it meets are off by a factor of 1 + e at most.
+    dL/dW_Q = A^T dQ is off by at most max_i ||A_i|| sum_i ||ddQ_i||, where ddQ_i is the error of row i of dQ; likewise
+    for the other two. ddQ_i has two parts: the rows of U = O - E are off by at most tau diam(V), and the weights that
+    they are multiplied by are off by a factor of at most 1 + e.
     """
     e = fast.certificate.error
     tau, zeta = e / (1 + np.sqrt(1 - e * e)), 2 * e / (1 - e)
@@ -199,8 +204,8 @@ def _promised(task: Task, weights: dict[str, np.ndarray], fast: Gradients) -> di
     }
 
 
-def _time(task: Task, weights: dict[str, np.ndarray], engine: str) -> list[tuple[int, float, float, bool]]:
-    """Time loss and gradient by both engines on growing parts: (tokens, exact, fast, whether exact was measured)."""
+def _time(task: Task, weights: dict[str, np.ndarray], engine: str) -> list[Timing]:
+    """Time loss and gradient by both engines on growing parts of the text."""
     n = len(task.A)
     if engine == "exact":
         print("time      the exact engine is the faster one here: there is nothing to compare\n")
@@ -208,7 +213,7 @@ def _time(task: Task, weights: dict[str, np.ndarray], engine: str) -> list[tuple
     sizes = [n]
     while sizes[0] > 4096:
         sizes.insert(0, sizes[0] // 2)
-    times: list[tuple[int, float, float, bool]] = []
+    times: list[Timing] = []
     measured, exact = 0, 0.0
     print(f"time      loss and gradient, float32\n          {'tokens':>8}{'exact':>12}{engine:>14}{'ratio':>10}")
     for size in sizes:
@@ -243,7 +248,8 @@ def _descend(task: Task, weights: dict[str, np.ndarray], steps: int) -> list[flo
     W_Q and W_K are held to spectral norm 1, and with that every score to [-1, 1].
     """
     n, d = task.A.shape
-    # Adam moves every entry by about the rate, and with that a row of d entries of size 1 by d times as much.
+    # Adam changes each entry of a matrix by about the rate, hence the product with a row of d entries of size 1 by
+    # about d times the rate.
     rate, decay, decay_square = 0.8 / d, 0.9, 0.99
     mean = dict.fromkeys(weights, 0.0)
     square = dict.fromkeys(weights, 0.0)
@@ -263,7 +269,7 @@ def _descend(task: Task, weights: dict[str, np.ndarray], steps: int) -> list[flo
             dW = getattr(g, "d" + name) / n
             mean[name] = decay * mean[name] + (1 - decay) * dW
             square[name] = decay_square * square[name] + (1 - decay_square) * dW * dW
-            # Both averages start at 0, which the divisors make up for.
+            # Both averages start at 0 and are too small at first; the divisors correct that.
             first, second = mean[name] / (1 - decay**step), square[name] / (1 - decay_square**step)
             W = weights[name] - rate * first / (np.sqrt(second) + 1e-12)
             weights[name] = (W if name == "W_V" else _bounded(W)).astype(np.float32)
@@ -278,28 +284,14 @@ def _bounded(W: np.ndarray) -> np.ndarray:
     return left * np.minimum(values, 1) @ right
 
 
-def check_plot(path: Path) -> None:
-    """Raise before the work where there is no matplotlib, or nowhere to write to."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise ImportError("--plot needs matplotlib: pip install matplotlib, or ropecy with its extra [plot]") from None
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"--plot wants a name that ends in .png, got {str(path)!r}")
-    if not path.absolute().parent.is_dir():
-        raise ValueError(f"--plot wants a file in a directory that exists, got {str(path)!r}")
-
-
-def _draw(
-    path: Path, errors: tuple[Any, Any, float], times: list[tuple[int, float, float, bool]], losses: list[float]
-) -> None:
+def _draw(path: Path, errors: RowErrors, times: list[Timing], losses: list[float]) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     error, clock, descent = figure.subplots(1, 3)
 
     rows, off, certified = errors
-    # A logarithm does not show 0.
+    # A logarithmic axis can't show an error of 0.
     error.semilogy(rows, np.maximum(off, 1e-16), ".", markersize=3, label="of a row of O")
     error.axhline(certified, color="tab:red", label="certified")
     error.set(title="Error, in units of range(V)", xlabel="row")

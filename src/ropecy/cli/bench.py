@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
+from ..attention import attention
+from ..certificate import BoundedEntryError
+from ..kernels import _peak
+from ..plan import plan
 from . import progress
-from ._info import info
-from .attention import attention
-from .certificate import BoundedEntryError
-from .kernels import _peak
-from .plan import plan
+from .info import info
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 _READ = 2**26  # float32 numbers, 256 MiB: more than caches hold
@@ -41,7 +41,7 @@ class Shape:
     d: int
 
     def pairs(self, causal: bool) -> float:
-        """How many pairs of a query and a key a head sees; causal masks are aligned at the last query and key."""
+        """How many pairs of a query and a key a head has; a causal mask lets the last query see all keys."""
         n, nk = self.n, self.nk
         return float(sum(max(0, nk - n + i + 1) for i in range(n))) if causal else float(n) * nk
 
@@ -56,9 +56,10 @@ class Row:
     seconds : float
         The median of the turns.
     multiply_adds : float or None
-        Multiply-adds of scores and values over what the cores can do; None for a polynomial, which does fewer.
+        The multiply-adds of scores and values, as a share of those that the cores could do in that time; None for a
+        polynomial, which does fewer.
     bandwidth : float
-        Bytes of Q, K, V and O over what can be read in that time.
+        The bytes of Q, K, V and O, as a share of those that could be read from memory in that time.
     """
 
     name: str
@@ -96,7 +97,7 @@ def run(shape: Shape, dtype: str, causal: bool, threads: int | None, plot: Path 
 
 
 def _arrays(shape: Shape, dtype: str) -> list[np.ndarray]:
-    """Q, K, V: rows of root mean square 1, so that scores are within 1 at the default scale."""
+    """Random Q, K and V; rows of Q and K have root mean square 1, so that scores are within 1 at the default scale."""
     if dtype == "bfloat16":
         import ml_dtypes
 
@@ -145,7 +146,7 @@ def _torch(
 def _measure(
     rivals: dict[str, Callable[[], object]], compute: np.dtype, threads: int
 ) -> tuple[float, float, dict[str, float]]:
-    """Operations and bytes a second, and the seconds of each rival: medians of turns in which all take part."""
+    """Operations and bytes per second, and the seconds of each rival; medians over turns, each of which runs all."""
     big = np.ones(_READ, np.float32)
     done = []
     work = {

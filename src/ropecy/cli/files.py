@@ -1,4 +1,4 @@
-"""Queries, keys and values of heads from a file: .npz as NumPy writes it, or .safetensors."""
+"""Files of the commands: arrays Q, K and V that they read, from .npz or .safetensors, and pictures that they write."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -16,14 +16,14 @@ _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
 def read_rows(path: Path) -> dict[str, np.ndarray]:
-    """The arrays Q, K and, where it is there, V of an .npz or a .safetensors file; bfloat16 as float32.
+    """The arrays Q and K, and V if there is one, of an .npz or a .safetensors file; bfloat16 is read as float32.
 
     Raises
     ------
     OSError, MemoryError
         The file can't be opened, or holds more than memory.
     ValueError
-        Another kind of file, a broken one, or one without Q and K.
+        The file is of another kind, is broken, or has no Q or no K.
     """
     reader = _READERS.get(path.suffix)
     if reader is None:
@@ -33,11 +33,23 @@ def read_rows(path: Path) -> dict[str, np.ndarray]:
     except (OSError, MemoryError):
         raise
     except Exception as error:
-        # A broken file makes a parser fail in as many ways as it has parts.
+        # A broken file can make a parser raise almost anything.
         raise ValueError(f"{path} can't be read as {path.suffix}: {error or type(error).__name__}") from error
     if missing := {"Q", "K"} - set(found):
         raise ValueError(f"{path} wants arrays Q and K, (..., n, d), got {sorted(names)}: no {min(missing)}")
     return found
+
+
+def check_plot(path: Path) -> None:
+    """Raise ImportError or ValueError where no picture could be drawn to `path`: called before any work is done."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ImportError("--plot needs matplotlib: pip install matplotlib, or ropecy with its extra [plot]") from None
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"--plot wants a name that ends in .png, got {str(path)!r}")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"--plot wants a file in a directory that exists, got {str(path)!r}")
 
 
 def _read_npz(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
@@ -46,7 +58,7 @@ def _read_npz(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
         raise ValueError("it holds one array without a name")
     with arrays:
         found = {name: arrays[name] for name in arrays.files if name in _NAMES}
-        # NumPy writes bfloat16, which it doesn't know, as two bytes without a meaning.
+        # NumPy doesn't know bfloat16, and writes it as items of two bytes whose meaning isn't said.
         found = {name: _widened(X.view("<u2")) if X.dtype == "V2" else X for name, X in found.items()}
         return found, arrays.files
 
@@ -64,7 +76,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
     return found, list(header)
 
 
-def _tensor(file: Any, start: int, size: int, entry: dict[str, Any]) -> np.ndarray:
+def _tensor(file: BinaryIO, start: int, size: int, entry: dict[str, Any]) -> np.ndarray:
     """The array that an entry of the header describes, of `size` bytes of arrays from `start` on."""
     if entry["dtype"] not in _DTYPES:
         raise ValueError(f"it holds {entry['dtype']}, and {', '.join(_DTYPES)} are read")
