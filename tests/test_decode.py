@@ -131,7 +131,8 @@ def test_extend_in_pieces_is_steps(window, dtype, rng):
 
 
 def test_long_prefill_in_pieces_of_its_own(rng, monkeypatch):
-    monkeypatch.setattr("ropecy.decode._PIECE", 2**10)
+    for module in ("ropecy.decode", "ropecy.decoding.rows"):
+        monkeypatch.setattr(f"{module}.PIECE", 2**10)
     Q, K, V = text(rng, 3000)
     state = ropecy.DecodeState(6, 5, ropecy.Rotary(6), window=70, eps=1e-6)
     state.extend(K, V)
@@ -251,7 +252,7 @@ def test_interrupted_extend_leaves_the_state_as_it_was(window, rng, monkeypatch)
     Q, K, V = text(rng, 200)
     state = ropecy.DecodeState(6, 5, ropecy.Rotary(6), window=window)
     with monkeypatch.context() as patch:
-        patch.setattr("ropecy.decode.polynomial_engine.key_states", interrupt)
+        patch.setattr("ropecy.engines.polynomial.key_states", interrupt)
         with pytest.raises(KeyboardInterrupt):
             state.extend(K, V)
     with pytest.raises(ValueError, match="attend: got a state without tokens"):
@@ -259,7 +260,7 @@ def test_interrupted_extend_leaves_the_state_as_it_was(window, rng, monkeypatch)
     state.extend(K, V)
     before = state.attend(Q[0])
     with monkeypatch.context() as patch:
-        patch.setattr("ropecy.decode.polynomial_engine.key_states", interrupt)
+        patch.setattr("ropecy.engines.polynomial.key_states", interrupt)
         with pytest.raises(KeyboardInterrupt):
             state.extend(K, V)
     assert state.length == 200
@@ -305,7 +306,7 @@ def test_a_call_during_another_is_refused(name, rng, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("ropecy.decode.polynomial_engine.key_states", meanwhile)
+        patch.setattr("ropecy.engines.polynomial.key_states", meanwhile)
         with pytest.raises(KeyboardInterrupt):
             state.extend(np.tile(x, (200, 1)), np.tile(x, (200, 1)))
     assert isinstance(refused[0], RuntimeError)

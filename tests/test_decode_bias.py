@@ -137,7 +137,8 @@ def test_extend_in_pieces_is_steps(layout, window, rng, monkeypatch):
 
 
 def test_long_prefill_in_pieces_of_its_own(rng, monkeypatch):
-    monkeypatch.setattr("ropecy.decode._PIECE", 2**10)
+    for module in ("ropecy.decode", "ropecy.decoding.rows"):
+        monkeypatch.setattr(f"{module}.PIECE", 2**10)
     Q, K, V = text(rng, 3000, (), (2,))
     slopes = [2.0**-10, 0.0]
     state = ropecy.DecodeState(6, 5, window=70, eps=1e-6, bias=alibi(slopes))
@@ -257,7 +258,7 @@ def test_heads_that_do_not_fit(rng):
 
 def test_memory_counts_a_state_for_each_slope(monkeypatch):
     # Three states of degree 1, d = 8, twice, for what rounding takes; and the recent tokens.
-    monkeypatch.setattr("ropecy.decode.fits", lambda size: size < 3 * 2 * 8 * 9 * 3 + 8 * 64 * (8 + 2 + 1))
+    monkeypatch.setattr("ropecy.decoding.bounds.fits", lambda size: size < 3 * 2 * 8 * 9 * 3 + 8 * 64 * (8 + 2 + 1))
     rows = np.full((1, 1, 8), 0.01)
     ropecy.DecodeState(8, 2, eps=0.2, bias=ropecy.RelativeBias.alibi([0.1, 0.1])).extend(rows, rows[..., :2])
     state = ropecy.DecodeState(8, 2, eps=0.2, bias=ropecy.RelativeBias.alibi([0.1, 0.2, 0.3, 0.4]))

@@ -3,51 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import io
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator
-from typing import IO, Any, TypeVar
+from collections.abc import Iterator
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from . import _decode_bounds as bounds
-from . import _decode_file, _validate, _validate_decode
-from ._decode_sums import BLOCK, Sums
+from ._validate import default_threads
 from .approximation import minimax as poly
 from .certificate import BoundedEntryError, Certificate
-from .engines import exact as exact_engine
+from .decoding import bounds, file
+from .decoding.arguments import check_decode, check_query, check_tokens
+from .decoding.exclusive import one_call_at_a_time
+from .decoding.history import History
+from .decoding.rows import PIECE, Rows, flat
+from .decoding.sums import Sums, slopes_of_key_heads
 from .engines import polynomial as polynomial_engine
-from .memory import available_memory, fits
-from .problem import Problem
 from .relative import RelativeBias
-from .rotary import Rotary, rotate_rows
+from .rotary import Rotary
 
-# Elements of keys and values that `extend` works on at a time, and tokens, which _decode_bounds.rounding counts with.
-_PIECE, _TOKENS = 2**21, 2**16
-
-_Method = TypeVar("_Method", bound=Callable[..., Any])
-
-
-def _one_call_at_a_time(method: _Method) -> _Method:
-    """The method, which raises RuntimeError while another call of such a method works on the same state."""
-
-    @functools.wraps(method)
-    def guarded(self: DecodeState, *args: Any, **kwargs: Any) -> Any:
-        if not self._in_use.acquire(blocking=False):
-            raise RuntimeError(
-                f"{method.__name__}: got a state that another call is working on, wants one call at a time; "
-                "a lock around the calls, or a copy() of the state for each thread, helps"
-            )
-        try:
-            return method(self, *args, **kwargs)
-        finally:
-            self._in_use.release()
-
-    return guarded  # type: ignore[return-value]
+# How many tokens `extend` works on at a time, at most; what `decoding.bounds.rounding` says of a sum counts on it.
+_TOKENS = 2**16
 
 
 class DecodeState:
@@ -138,8 +118,19 @@ class DecodeState:
         bias: RelativeBias | None = None,
         on_break: str = "raise",
     ) -> None:
-        self._options = o = _validate_decode.check_decode(
-            d, d_v, R, eps=eps, bound=bound, scale=scale, dtype=dtype, window=window, bias=bias, on_break=on_break
+        self._options = o = check_decode(
+            d,
+            d_v,
+            R,
+            {
+                "eps": eps,
+                "bound": bound,
+                "scale": scale,
+                "dtype": dtype,
+                "window": window,
+                "bias": bias,
+                "on_break": on_break,
+            },
         )
         self._in_use = threading.Lock()
         self._length = 0
@@ -150,18 +141,15 @@ class DecodeState:
         self._values: bounds.Values | None = None
         # None before the first token, and once a key was past the bound: then only the history can answer.
         self._sums: Sums | None = None
-        # With on_break="exact" keys and values, which have room to grow.
-        self._history: dict[str, np.ndarray] = {}
+        # With on_break="exact", from the first token on.
+        self._history: History | None = None
         # Slopes of the heads of a bias, later those of the states of each key head, (H, 1 or queries a key head).
         self._slopes = np.zeros(1) if o.bias is None else np.atleast_1d(o.bias._values)
-        # What can't be had shows now, as far as it doesn't depend on a dtype and heads that are still to come.
+        # A bound or a size that is impossible for every dtype and number of heads is refused here; what depends on them
+        # is refused with the first tokens.
         self._polynomial = bounds.polynomial(o, o.dtype or np.dtype(np.float64))
-        self._check_memory(1, 1)
-        # What both factors of a score are multiplied by before they are rotated.
-        self._root = np.full(o.d, math.sqrt(abs(o.scale)))
-        if R is not None:
-            self._theta, factor = R._frequencies(1)
-            self._root[: R.rotary_dim] *= factor
+        bounds.check_memory(o, self._polynomial.degree, 1, 1)
+        self._rows = Rows(o)
 
     # ---- what it is ----
 
@@ -176,7 +164,7 @@ class DecodeState:
         return sum(array.nbytes for array in self._arrays.values())
 
     @property
-    @_one_call_at_a_time
+    @one_call_at_a_time
     def certificate(self) -> Certificate:
         """What is promised of the last result, in units of max_c range_j(v_jc) over all tokens and heads.
 
@@ -222,7 +210,7 @@ class DecodeState:
 
     # ---- what it does ----
 
-    @_one_call_at_a_time
+    @one_call_at_a_time
     def extend(self, K: ArrayLike, V: ArrayLike) -> None:
         """Append n tokens at once (prefill): what n steps would leave, up to rounding.
 
@@ -244,27 +232,25 @@ class DecodeState:
         Time 2 n F (d_v + 1) operations for each key head.
         """
         o = self._options
-        K, V, lead = _validate_decode.check_tokens(
-            {"K": K, "V": V}, (o.d, o.d_v), self._dtype, self._lead, o.bias, single=False
-        )
+        K, V, lead = check_tokens({"K": K, "V": V}, (o.d, o.d_v), self._dtype, self._lead, o.bias, single=False)
         if K.shape[-2] == 0:
             return
         largest = self._enforce("K", K)
         self._begin(lead, K.dtype, largest)
         if self._length == 0:
-            self._values.first[...] = self._slots(V[..., :1, :])[:, 0]
+            self._values.first[...] = flat(V[..., :1, :], lead)[:, 0]
         seen = dataclasses.replace(self._values)
         pieces = self._pieces(K, V, seen)
         if self._sums is None:
             for _ in pieces:
                 pass
         else:
-            self._sums.extend(pieces, _validate.default_threads())
+            self._sums.extend(pieces, default_threads())
         # Nothing that counts was written before: an interrupted call leaves the state as it was.
         self._values, self._largest = seen, max(self._largest, largest)
         self._length += K.shape[-2]
 
-    @_one_call_at_a_time
+    @one_call_at_a_time
     def step(self, q: ArrayLike, k: ArrayLike, v: ArrayLike) -> np.ndarray:
         """Append one token, then attend with q at its position.
 
@@ -289,30 +275,29 @@ class DecodeState:
             The key or the query is past `bound`. The state is then as it was.
         """
         o = self._options
-        k, v, lead = _validate_decode.check_tokens(
-            {"k": k, "v": v}, (o.d, o.d_v), self._dtype, self._lead, o.bias, single=True
-        )
-        q = _validate_decode.check_query(q, o.d, k.dtype, lead, o.bias)
+        k, v, lead = check_tokens({"k": k, "v": v}, (o.d, o.d_v), self._dtype, self._lead, o.bias, single=True)
+        q = check_query(q, o.d, k.dtype, lead, o.bias)
         largest_q, largest_k = self._enforce("q", q), self._enforce("k", k)
         self._begin(lead, k.dtype, largest_k)
 
-        new_k, new_v = self._slots(k[..., None, :]) * self._root, self._slots(v[..., None, :])
-        rows = self._rotated(np.concatenate([new_k, self._queries(q)], axis=1), np.int64(self._length))
+        new_k, new_v = self._rows.keys(k[..., None, :], lead), flat(v[..., None, :], lead)
+        queries = self._rows.queries(q, lead)
+        rows = self._rows.rotated(np.concatenate([new_k, queries], axis=1), np.int64(self._length))
         if self._length == 0:
             self._values.first[...] = new_v[:, 0]
-        if o.on_break == "exact":
-            self._remember(self._length, rows[:, :1], new_v)
+        if self._history is not None:
+            self._history.write(self._length, rows[:, :1], new_v)
         past = self._sums is None or largest_q > self._limit(self._dtype)
         result = None
         if self._sums is not None:
             for_sums = np.ascontiguousarray(rows[:, :1]) if past else rows
-            result = self._sums.step(for_sums, new_v[:, 0], _validate.default_threads())
+            result = self._sums.step(for_sums, new_v[:, 0], default_threads())
         self._values.see(new_v)
         self._largest, self._asked = max(self._largest, largest_k), largest_q if past else 0.0
         self._length += 1
-        return self._to_user(self._from_history(rows[:, 1:]) if past else result, q)
+        return self._to_user(self._exactly(rows[:, 1:]) if past else result, q)
 
-    @_one_call_at_a_time
+    @one_call_at_a_time
     def attend(self, q: ArrayLike) -> np.ndarray:
         """Attend with q (..., d) at the position of the last token, without appending one; as in `step`.
 
@@ -323,21 +308,22 @@ class DecodeState:
         if self._length == 0:
             raise ValueError("attend: got a state without tokens, wants extend or step first")
         o = self._options
-        q = _validate_decode.check_query(q, o.d, self._dtype, self._lead, o.bias)
+        q = check_query(q, o.d, self._dtype, self._lead, o.bias)
         largest = self._enforce("q", q)
-        rows = self._rotated(self._queries(q), np.int64(self._length - 1))
+        rows = self._rows.rotated(self._rows.queries(q, self._lead), np.int64(self._length - 1))
         past = self._sums is None or largest > self._limit(self._dtype)
         self._asked = largest if past else 0.0
-        o = self._from_history(rows) if past else self._sums.step(rows, None, _validate.default_threads())
-        return self._to_user(o, q)
+        result = self._exactly(rows) if past else self._sums.step(rows, None, default_threads())
+        return self._to_user(result, q)
 
-    @_one_call_at_a_time
+    @one_call_at_a_time
     def copy(self) -> DecodeState:
         """The same state, independent from here on."""
         other = object.__new__(DecodeState)
         other.__dict__.update(self.__dict__)
         other._in_use = threading.Lock()
-        other._history = {name: array.copy() for name, array in self._history.items()}
+        if self._history is not None:
+            other._history = self._history.copy()
         if self._values is not None:
             other._values = self._values.copy()
         if self._sums is not None:
@@ -354,7 +340,7 @@ class DecodeState:
         self.save(file)
         return _unpickled, (type(self), file.getvalue())
 
-    @_one_call_at_a_time
+    @one_call_at_a_time
     def save(self, path: str | os.PathLike[str] | IO[bytes]) -> None:
         """Write the state to an npz file; `load` on any machine goes on from it.
 
@@ -367,7 +353,7 @@ class DecodeState:
         """
         arrays = {}
         if self._length:
-            arrays = {name: array[:, : self._length] for name, array in self._history.items()}
+            arrays = {} if self._history is None else self._history.arrays(self._length)
             arrays |= self._values.arrays() | ({} if self._sums is None else self._sums.saved())
         header = {
             "dtype": self._dtype and self._dtype.name,
@@ -378,7 +364,7 @@ class DecodeState:
             "largest": self._largest,
             "asked": self._asked,
         }
-        _decode_file.write(path, self._options, header, arrays)
+        file.write(path, self._options, header, arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str] | IO[bytes]) -> DecodeState:
@@ -399,26 +385,32 @@ class DecodeState:
         OSError
             The file is not there or cannot be read.
         """
-        with _decode_file.reading(path) as file:
-            header = file.header
-            state = cls(**file.options())
+        with file.reading(path) as saved:
+            header = saved.header
+            state = cls(**saved.options())
             if header["lead"] is None:
-                file.check_arrays({})
+                saved.check_arrays({})
                 return state
             lead, dtype = tuple(header["lead"]), state._dtype
-            exact = state._options.on_break == "exact" and "state" not in file.names
+            o = state._options
+            exact = o.on_break == "exact" and "state" not in saved.names
             heads, key_heads = math.prod(lead), lead[-1] if lead else 1
-            slopes = _slopes_of_key_heads(state._slopes, key_heads)
-            state._polynomial = bounds.polynomial(state._options, dtype, header["degree"])
-            state._check_memory(heads, slopes.shape[1], 0 if exact else header["length"])
-            arrays = file.arrays(state._options, heads, heads * slopes.shape[1], exact, bounds.computed(dtype))
+            states = slopes_of_key_heads(state._slopes, key_heads).shape[1]
+            state._polynomial = bounds.polynomial(o, dtype, header["degree"])
+            bounds.check_memory(o, header["degree"], heads, states, 0 if exact else header["length"])
+            arrays = saved.arrays(o, heads, heads * states, exact, bounds.computed(dtype))
             state._begin(lead, dtype, math.inf if exact else 0.0, header["degree"])
-            state._history = {name: arrays[name] for name in ("keys", "values") if name in arrays}
-            _decode_file.restore(header, arrays, state._values, state._sums, state._limit(dtype))
+            if state._history is not None:
+                state._history = History(arrays["keys"], arrays["values"])
+            file.restore(header, arrays, state._values, state._sums, state._limit(dtype))
             state._length, state._largest, state._asked = header["length"], header["largest"], header["asked"]
         return state
 
     # ---- inside ----
+
+    def _exactly(self, rows: np.ndarray) -> np.ndarray:
+        """Exact attention of rotated queries (H, G, d) over the history."""
+        return self._history.attend(rows, self._length, self._values, self._slopes)
 
     @property
     def _exact(self) -> bool:
@@ -428,28 +420,15 @@ class DecodeState:
     @property
     def _arrays(self) -> dict[str, np.ndarray]:
         """All that is kept, by name."""
-        values, sums = self._values, self._sums
-        return (
-            dict(self._history) | ({} if values is None else values.arrays()) | ({} if sums is None else sums.arrays())
-        )
+        kept = (self._history, self._values, self._sums)
+        return {name: array for part in kept if part is not None for name, array in part.arrays().items()}
 
     def _limit(self, dtype: np.dtype) -> float:
         return bounds.limit(self._options.bound, self._options.d, dtype)
 
-    def _sizes(self, X: np.ndarray) -> np.ndarray:
-        """|scale| ||x||^2 of every row."""
-        rows = X.reshape(-1, X.shape[-1])
-        sizes = np.empty(len(rows))
-        step = max(1, _PIECE // X.shape[-1])
-        with np.errstate(over="ignore"):
-            for start in range(0, len(rows), step):
-                piece = rows[start : start + step].astype(np.float64) * self._root
-                np.einsum("ia,ia->i", piece, piece, out=sizes[start : start + step])
-        return sizes.reshape(X.shape[:-1])
-
     def _enforce(self, name: str, X: np.ndarray) -> float:
         """The largest |scale| ||x||^2; BoundedEntryError where it is past the bound and that is to be an error."""
-        sizes = self._sizes(X)
+        sizes = self._rows.sizes(X)
         largest = float(sizes.max(initial=0.0))
         exact = self._options.on_break == "exact"
         most = bounds.largest_score(X.dtype) if exact else self._limit(X.dtype)
@@ -465,121 +444,54 @@ class DecodeState:
         return largest
 
     def _begin(self, lead: tuple[int, ...], dtype: np.dtype, largest: float, degree: int | None = None) -> None:
-        """Make room with the first tokens; from the first key that is past the bound on, keep the history alone."""
+        """Make room when the first tokens come; when the first key past the bound does, drop the sums for ever.
+
+        `largest` is that of the new keys.
+        """
         o = self._options
         if self._lead is None:
             self._polynomial = bounds.polynomial(o, dtype, degree)
             heads, key_heads = math.prod(lead), lead[-1] if lead else 1
-            slopes = _slopes_of_key_heads(self._slopes, key_heads)
-            self._check_memory(heads, slopes.shape[1])
+            slopes = slopes_of_key_heads(self._slopes, key_heads)
+            bounds.check_memory(o, self._polynomial.degree, heads, slopes.shape[1])
             self._slopes = np.tile(slopes, (heads // len(slopes), 1))
             self._values = bounds.Values.none(heads, o.d_v)
             monomials = polynomial_engine.decoding_monomials(o.d, self._polynomial)
             self._sums = Sums(monomials, o.d, self._slopes, o.window or 0, self._values.first)
             if o.on_break == "exact":
-                for name, width in (("keys", o.d), ("values", o.d_v)):
-                    self._history[name] = np.empty((heads, 0, width), bounds.computed(dtype))
+                self._history = History.empty(heads, o.d, o.d_v, bounds.computed(dtype))
             self._lead, self._dtype = lead, dtype
         if largest > self._limit(self._dtype):
             self._sums = None
 
     def _pieces(self, K: np.ndarray, V: np.ndarray, seen: bounds.Values) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Rotated keys (H, n, d) and values (H, n, d_v), piece by piece; they go into the history and into `seen`."""
+        """Rotated keys (H, n, d) and values (H, n, d_v), piece by piece.
+
+        Each piece is also written into the history, if there is one, and counted in `seen`.
+        """
         o, n = self._options, K.shape[-2]
-        rows = _PIECE // (math.prod(self._lead) * o.d + self._slopes.size * o.d_v)
+        rows = PIECE // (math.prod(self._lead) * o.d + self._slopes.size * o.d_v)
         rows = min(_TOKENS, max(1024, rows))
         for start in range(0, n, rows):
             piece = slice(start, min(n, start + rows))
             positions = np.arange(piece.start, piece.stop) + self._length
-            k = self._rotated(self._slots(K[..., piece, :]) * self._root, positions)
-            v = self._slots(V[..., piece, :])
-            if o.on_break == "exact":
-                self._remember(self._length + start, k, v)
+            k = self._rows.rotated(self._rows.keys(K[..., piece, :], self._lead), positions)
+            v = flat(V[..., piece, :], self._lead)
+            if self._history is not None:
+                self._history.write(self._length + start, k, v)
             seen.see(v)
             yield k, v
 
-    def _check_memory(self, heads: int, states: int, remembered: int = 0) -> None:
-        """Refuse a state that is too large, beside so many tokens of history."""
-        o, features = self._options, poly.n_features(self._options.d, self._polynomial.degree)
-        ring = ((o.window or 0) + BLOCK) * (o.d + o.d_v + 1)
-        size = 8.0 * heads * (2 * (o.d_v + 1) * states * features + ring)
-        if o.on_break == "exact":
-            size += float(heads) * remembered * (o.d + o.d_v) * bounds.computed(self._dtype or np.dtype("f4")).itemsize
-        if not fits(size):
-            raise MemoryError(
-                f"the state needs {size / 2**30:.3g} GiB ({heads * states} x {features:,} features, degree "
-                f"{self._polynomial.degree}), and {available_memory() / 2**30:.3g} GiB are available"
-            )
-
-    def _slots(self, X: np.ndarray) -> np.ndarray:
-        """(..., n, width) as float64 (H, n, width), H all leading axes of the state."""
-        if X.shape[:-2] != self._lead:
-            X = np.broadcast_to(X, self._lead + X.shape[-2:])
-        return np.ascontiguousarray(X.reshape((-1,) + X.shape[-2:]), np.float64)
-
-    def _queries(self, q: np.ndarray) -> np.ndarray:
-        """(..., d) as float64 (H, G, d) that are to be rotated; a negative scale has its sign here."""
-        rows = q.reshape(math.prod(self._lead), -1, q.shape[-1])
-        return rows * math.copysign(1.0, self._options.scale) * self._root
-
-    def _rotated(self, rows: np.ndarray, positions: np.ndarray | np.int64) -> np.ndarray:
-        """Rows (H, n, d) in the place of which their rotations are returned."""
-        R = self._options.R
-        if R is None:
-            return rows
-        threads = _validate.default_threads()
-        return rotate_rows(rows, positions, self._theta, 1.0, R.pairing, threads=threads, out=rows)
-
     def _to_user(self, o: np.ndarray, q: np.ndarray) -> np.ndarray:
-        """Results in the dtype of the state, within what it holds: the truth is, and rounding may pass it."""
+        """Results (H, G, d_v) in the dtype of the state and with the leading axes of q.
+
+        The true result lies between values of that dtype; rounding may take it past the largest one, so it is clipped.
+        """
         o = o.reshape(q.shape[:-1] + o.shape[-1:])
         if self._dtype == np.float64:
             return o
         most = bounds.largest_number(self._dtype)
         return np.minimum(np.maximum(o, -most), most).astype(self._dtype)
-
-    def _remember(self, position: int, k: np.ndarray, v: np.ndarray) -> None:
-        """Write keys, rotated and scaled, and values (H, n, _) into the history, which doubles where it is full."""
-        for name, rows in (("keys", k), ("values", v)):
-            array, end = self._history[name], position + rows.shape[1]
-            if end > array.shape[1]:
-                array = np.empty((array.shape[0], max(end, 2 * position), array.shape[2]), array.dtype)
-                array[:, :position] = self._history[name][:, :position]
-                self._history[name] = array
-            array[:, position:end] = rows
-
-    def _from_history(self, rows: np.ndarray) -> np.ndarray:
-        """Exact attention (H, G, d_v) of rotated, scaled queries (H, G, d) over all tokens, computed in their dtype.
-
-        Values are taken as they lie between the ends of their columns, so that neither an offset nor their size costs
-        digits.
-        """
-        k, values = (self._history[name][:, : self._length] for name in ("keys", "values"))
-        first, spread = self._values.first[:, None], self._values.spread[:, None]
-        v = np.empty(values.shape, values.dtype)
-        for own, of_head, *units in zip(v, values, first, spread, strict=True):
-            own[...] = (of_head - units[0]) / units[1]
-        q = rows.astype(k.dtype)[:, :, None]
-        bias = None
-        if self._slopes.any():
-            bias = -self._slopes[..., None] * np.arange(self._length - 1.0, -1.0, -1.0)
-        problem = Problem(
-            q=q,
-            k=np.ascontiguousarray(k),
-            v=v,
-            scale=1.0,
-            q_offset=self._length - 1,
-            bias=bias,
-            threads=_validate.default_threads(),
-        )
-        o = exact_engine.forward(problem, math.inf, False)[0].reshape(*rows.shape[:2], -1)
-        return first + spread * o
-
-
-def _slopes_of_key_heads(slopes: np.ndarray, key_heads: int) -> np.ndarray:
-    """Slopes of one bias or of all query heads as those of states, (1 or key heads, S): S is 1 where groups agree."""
-    each = slopes.reshape(1 if slopes.size == 1 else key_heads, -1)
-    return np.ascontiguousarray(each[:, :1] if (each == each[:, :1]).all() else each)
 
 
 def _unpickled(cls: type[DecodeState], content: bytes) -> DecodeState:

@@ -1,4 +1,4 @@
-"""What a text leaves in a `DecodeState`: its last tokens, which are exact, and sums over all that came before them."""
+"""The state of fixed size that a text leaves: its last tokens, kept as they are, and sums over all earlier ones."""
 
 from __future__ import annotations
 
@@ -9,47 +9,49 @@ from fractions import Fraction
 
 import numpy as np
 
-from .engines import polynomial as polynomial_engine
-from .engines.polynomial import Monomials
-from .kernels import _monomials
+from ..engines import polynomial as polynomial_engine
+from ..engines.polynomial import Monomials
+from ..kernels import _monomials
 
-# How many tokens leave the ring together. Their sum is then added to the state once, compensated, at the cost of an
-# ordinary sum for each; the ring is longer by as many, which costs a step little beside reading the state.
+# How many tokens leave the ring together. Their sum is added to the state at once, with compensation, which takes no
+# longer than adding each of them without. The ring has room for as many more tokens, which costs a step little beside
+# reading the state.
 BLOCK = 64
-# Weights below e^-650 are 0: no result shows them, and their products are subnormal, which is slow.
+# Weights below e^-650 are taken as 0: they can't change a result, and products with them are subnormal, hence slow.
 _VANISHED = -650.0
-# ln 2 to 40 digits: what a weight is off by when powers of two are split off is far below float64's rounding.
+# ln 2 to 40 digits, so that splitting a power of two off a weight costs far less than rounding it to float64.
 _LN2 = Fraction(decimal.Context(prec=40).ln(2))
 
 
 class Sums:
-    """sum_j e^{-slope age_j} phi(k_j) [v_j - centre, 1] over the tokens of a text but the last, which are in a ring.
+    """sum_j e^{-slope age_j} phi(k_j) [v_j - centre, 1] over all tokens j but the last ones, which are kept in a ring.
 
-    The ring holds at least the `window` last tokens and has room for BLOCK more. The oldest BLOCK leave it together
-    when it is full, so which tokens are exact depends on the length of the text alone, and not on how they came.
+    phi(k) are the monomials of a key, age_j is how many tokens came after j. The ring holds at least the last `window`
+    tokens and has room for BLOCK more. When it is full, the oldest BLOCK leave it together, so which tokens are exact
+    depends on the length of the text only, and not on how it was divided into calls.
 
-    A bias makes the sums decay. They are not multiplied by e^-slope for every token, which would round each time to
-    the same side: a token j has weight e^{slope j} for ever, but for a power of two that is taken from all of them as
-    they grow, which is exact. So that the newest weighs between 1 and 2,
-    slope (folded - 1) = shift ln 2 + phase, 0 <= phase < ln 2.
+    A bias makes the sums decay. Multiplying them by e^-slope for every token would round each time to the same side.
+    Instead token j keeps its weight e^{slope j} for ever, and as these grow, all are divided by a power of two, which
+    is exact. For S different slopes, slope (folded - 1) = shift ln 2 + phase with 0 <= phase < ln 2; all weights are
+    divided by 2^shift, so that the newest token in the sums has a weight e^phase between 1 and 2.
 
     Parameters
     ----------
     monomials : engines.polynomial.Monomials, for float64
     slopes : (H, S) array
-        S is 1, or as many as a key head has queries.
+        The rate of decay of each sum. S is 1, or the number of query heads of a key head where their slopes differ.
     window : int
     centre : (H, d_v) array
-        Taken from values: the first of each column.
+        What is subtracted from values: the first value of each column.
 
     Attributes
     ----------
     state, low : (H S, d_v + 1, pitch) arrays
-        The sums, and what rounding took from them.
+        The sums, and what rounding has taken from them.
     ring_keys, ring : (H, d, capacity in whole vectors), (H, d_v + 1, same) arrays
         Rotated keys; values without the centre, and 1 below them, or zeros where there is no token.
     length, folded : int
-        How many tokens there have been, and how many of them are in the sums.
+        The number of tokens, and how many of them are in the sums and no longer in the ring.
     """
 
     def __init__(self, monomials: Monomials, d: int, slopes: np.ndarray, window: int, centre: np.ndarray) -> None:
@@ -65,14 +67,14 @@ class Sums:
         self._has(self.state, self.low, 0)
 
     def _has(self, state: np.ndarray, low: np.ndarray, folded: int) -> None:
-        """The sums are these, over so many tokens."""
+        """Take these arrays for the sums, which are over so many tokens."""
         self.state, self.low, self.folded = state, low, folded
         self.shift, self.phase = self.frame(folded)
         rings = self.ring_keys, self.ring
         self._decoder = _monomials.Decoder(self.monomials, state, *rings, self.centre, self.slopes, self.window + BLOCK)
 
     def copy(self, centre: np.ndarray) -> Sums:
-        """The same with arrays of its own, but for the centre, which is given."""
+        """The same in arrays of its own; `centre` is the copy of its centre."""
         other = object.__new__(Sums)
         other.__dict__.update(self.__dict__)
         other.centre, other.ring_keys, other.ring = centre, self.ring_keys.copy(), self.ring.copy()
@@ -80,7 +82,16 @@ class Sums:
         return other
 
     def step(self, rows: np.ndarray, v: np.ndarray | None, threads: int) -> np.ndarray:
-        """o (H, G, d_v) for rotated rows (H, 1 + G, d), k before q, and v (H, d_v), appended first; or for q alone."""
+        """Append a token, unless v is None, and attend: o (H, G, d_v).
+
+        Parameters
+        ----------
+        rows : (H, 1 + G, d) array
+            The rotated key, then the rotated queries; (H, G, d), queries only, where v is None.
+        v : (H, d_v) array or None
+            The value of the token.
+        threads : int
+        """
         if v is not None:
             if self.length - self.folded == self.window + BLOCK:
                 k, x = self._recent()
@@ -97,7 +108,10 @@ class Sums:
         return o
 
     def extend(self, pieces: Iterable[tuple[np.ndarray, np.ndarray]], threads: int) -> None:
-        """Append pieces of a text, rotated keys (H, n, d) and values (H, n, d_v): all, or none where interrupted."""
+        """Append the tokens of all pieces, rotated keys (H, n, d) and values (H, n, d_v).
+
+        An exception in between leaves the sums as they were.
+        """
         k, x = self._recent()
         state, low, folded, length = self.state, self.low, self.folded, self.length
         for new_k, new_v in pieces:
@@ -117,15 +131,18 @@ class Sums:
     def _fold(
         self, state: np.ndarray, low: np.ndarray, folded: int, k: np.ndarray, x: np.ndarray, threads: int
     ) -> None:
-        """Add keys and values without the centre to sums over `folded` tokens, in place."""
+        """Add keys (H, n, d) and values minus the centre (H, n, d_v) to sums over `folded` tokens, in place."""
         (old, _), (new, phase) = self.frame(folded), self.frame(folded + k.shape[1])
         added = self._weighted_states(np.ascontiguousarray(k), np.ascontiguousarray(x), phase, threads)
-        # What has fallen by 2^1100 is 0 in any case.
+        # A number that is divided by 2^1100 becomes 0, as it does for every larger power.
         falls = [math.ldexp(1.0, max(-1100, before - after)) for before, after in zip(old, new, strict=True)]
         _monomials.add_block(state, low, np.ascontiguousarray(added), np.array(falls), threads)
 
     def frame(self, folded: int) -> tuple[list[int], np.ndarray]:
-        """Shift of each state and phase (H, S) for so many tokens in the sums; by exact fractions."""
+        """The shift of each sum, a list of H S integers, and the phase (H, S), for so many tokens in the sums.
+
+        Computed with exact fractions.
+        """
         if folded == 0 or not self.decays:
             return [0] * self.slopes.size, np.zeros_like(self.slopes)
         found = {slope: divmod(Fraction(slope) * (folded - 1), _LN2) for slope in set(self.slopes.ravel().tolist())}
@@ -134,39 +151,39 @@ class Sums:
         return [int(whole) for whole, _ in each], phase
 
     def weight(self, folded: int) -> np.ndarray:
-        """The sum of the weights of so many tokens in each state, (H S,)."""
+        """The sum of the weights of so many tokens in each sum, (H S,)."""
         slopes, phase = self.slopes.ravel(), self.frame(folded)[1].ravel()
         with np.errstate(invalid="ignore", over="ignore"):
             sums = np.exp(phase) * np.expm1(-slopes * folded) / np.expm1(-slopes)
         return np.where(slopes > 0, sums, folded)
 
     def _weighted_states(self, k: np.ndarray, x: np.ndarray, phase: np.ndarray, threads: int) -> np.ndarray:
-        """sum_j e^{phase - slope (n - 1 - j)} phi(k_j) [x_j, 1], j < n, as the state has it."""
+        """sum_j e^{phase - slope (n - 1 - j)} phi(k_j) [x_j, 1] over j < n, in the layout of `state`."""
         heads, n, d_v = x.shape
         if not self.decays:
             return polynomial_engine.key_states(k, x, self.monomials, np.zeros((heads, d_v)), threads)
         with np.errstate(over="ignore"):
             exponents = phase[:, None] - self.slopes[:, None] * np.arange(n - 1.0, -1.0, -1.0)[:, None]
         weights = np.exp(exponents, where=exponents > _VANISHED, out=np.zeros_like(exponents))
-        # States of different slopes are columns beside each other: features are made once.
+        # The sums of different slopes are computed as more columns of values, so that monomials are computed once.
         columns = np.concatenate([x, np.ones((heads, n, 1))], axis=2)
         columns = (weights[..., None] * columns[:, :, None]).reshape(heads, n, -1)
         none = np.zeros((heads, columns.shape[2]))
         added = polynomial_engine.key_states(k, columns, self.monomials, none, threads)
-        # The last column is the kernel's own, without weights.
+        # The kernel adds a last column of its own, which has no weights.
         return added[:, :-1].reshape(-1, d_v + 1, added.shape[2])
 
     def _slots(self, count: int, length: int) -> np.ndarray:
-        """Where in the ring the last `count` of so many tokens are."""
+        """The places in the ring of the last `count` of `length` tokens."""
         return np.arange(length - count, length) % (self.window + BLOCK)
 
     def _recent(self) -> tuple[np.ndarray, np.ndarray]:
-        """Rotated keys of the ring and values without the centre, from the oldest, (H, m, d) and (H, m, d_v)."""
+        """The tokens in the ring, the oldest first: rotated keys (H, m, d) and values minus the centre (H, m, d_v)."""
         slots = self._slots(self.length - self.folded, self.length)
         return self.ring_keys[..., slots].swapaxes(1, 2), self.ring[:, :-1, slots].swapaxes(1, 2)
 
     def _fill_ring(self, k: np.ndarray, x: np.ndarray, length: int) -> None:
-        """The ring holds these tokens and no others, the last of the `length` there are."""
+        """Put these tokens into the ring in the place of all that it holds; they are the last of `length` tokens."""
         slots = self._slots(k.shape[1], length)
         self.ring[...] = 0
         self.ring_keys[..., slots] = k.swapaxes(1, 2)
@@ -174,12 +191,13 @@ class Sums:
         self.ring[:, -1, slots] = 1
 
     def arrays(self) -> dict[str, np.ndarray]:
+        """All arrays that are kept, by name."""
         return {"state": self.state, "low": self.low, "ring_keys": self.ring_keys, "ring": self.ring}
 
-    # ---- as files have it ----
+    # ---- the form that they have in files ----
 
     def saved(self) -> dict[str, np.ndarray]:
-        """Arrays without padding, which depends on the instruction set; tokens of the ring from the oldest."""
+        """The arrays without their padding, which depends on the instruction set; the ring from its oldest token on."""
         filled, slots = self._filled(), self._slots(self.length - self.folded, self.length)
         return {
             "state": self.state[..., filled],
@@ -199,7 +217,16 @@ class Sums:
         self._has(self.state, self.low, folded)
 
     def _filled(self) -> np.ndarray:
-        """Where in a column of the state the monomials are, in their order."""
+        """The places of all monomials in a column of the state, in the order of the monomials."""
         m = self.monomials
         sizes = m.count[:, -1]
         return np.concatenate([start + np.arange(size) for start, size in zip(m.offset, sizes, strict=True)])
+
+
+def slopes_of_key_heads(slopes: np.ndarray, key_heads: int) -> np.ndarray:
+    """The slopes of a bias, one or one for each query head, as (1 or key heads, S).
+
+    S is 1 where all query heads of a key head have the same slope, else their number.
+    """
+    each = slopes.reshape(1 if slopes.size == 1 else key_heads, -1)
+    return np.ascontiguousarray(each[:, :1] if (each == each[:, :1]).all() else each)

@@ -1,4 +1,7 @@
-"""Files of a `DecodeState`: an npz file of its arrays and a header in JSON; what is read may be anything."""
+"""Files of a `DecodeState`: npz files of its arrays and a header in JSON.
+
+What is read is not trusted: everything is checked before a state is made of it.
+"""
 
 from __future__ import annotations
 
@@ -15,20 +18,21 @@ from typing import IO, Any
 
 import numpy as np
 
-from ._decode_bounds import Values
-from ._decode_sums import BLOCK, Sums
-from ._validate_decode import LARGEST_VALUE, DecodeOptions
-from .memory import fits
-from .relative import RelativeBias
-from .rotary import Rotary
+from ..memory import fits
+from ..relative import RelativeBias
+from ..rotary import Rotary
+from .arguments import LARGEST_VALUE, DecodeOptions
+from .bounds import Values
+from .sums import BLOCK, Sums
 
 VERSION = 3
 _OPTIONS = ("d", "d_v", "eps", "bound", "scale", "window", "on_break")
 _ROTARY = ("base", "pairing", "rotary_dim", "scaling", "length")
 _HEADER = {"version", "options", "R", "slopes", "dtype", "lead", "length", "degree", "largest", "folded", "asked"}
-# Version 1 knew no bias. Version 2 knew no compensation and took each token into the sums as it left the window.
+# The header's entries that earlier versions lack. Version 1 had no bias; version 2 no compensation, and it added each
+# token to the sums as soon as it left the window.
 _LATER = {1: {"slopes", "folded", "asked"}, 2: {"folded", "asked"}, 3: set()}
-# Positions and counts are exact in float64 so far.
+# Up to here float64 holds every position and count exactly.
 _LONGEST = 2**53
 _LARGEST_HEADER = 2**24
 
@@ -59,15 +63,15 @@ def write(
 
 @contextlib.contextmanager
 def _replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """A file that takes the place of the one at `path` when all is written and on the disk, with its permissions."""
-    # A link goes on being one.
+    """A file that replaces the one at `path`, with its permissions, once it is complete and on the disk."""
+    # A symbolic link stays one: the file that it points to is replaced.
     target = os.path.realpath(path)
     try:
         mode = os.stat(target).st_mode
     except FileNotFoundError:
         mode = None
     if mode is not None and not stat.S_ISREG(mode):
-        # A device or a pipe has no place to take.
+        # A device or a pipe can't be replaced by a file.
         with open(target, "wb") as file:
             yield file
         return
@@ -92,7 +96,11 @@ def _replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 
 @contextlib.contextmanager
 def reading(path: str | os.PathLike[str] | IO[bytes]) -> Iterator[SavedState]:
-    """What the file says it holds. Whatever is wrong with it, in here or where it is used, is one ValueError."""
+    """The state in a file, for a with statement.
+
+    Errors in here and in the body of the statement become a ValueError that names the file, except MemoryError and
+    those of the operating system.
+    """
     with contextlib.ExitStack() as stack:
         if hasattr(path, "read"):
             file, name = path, repr(path)
@@ -104,7 +112,8 @@ def reading(path: str | os.PathLike[str] | IO[bytes]) -> Iterator[SavedState]:
         except MemoryError:
             raise
         except Exception as error:
-            # An offset below 0 is the file's fault (EINVAL); other errors of the system are not.
+            # Seeking to a negative offset that the file gives is EINVAL, and the file's fault. Other errors of the
+            # operating system are not.
             if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
                 raise
             reason = f"{type(error).__name__}: {error}"
@@ -114,13 +123,13 @@ def reading(path: str | os.PathLike[str] | IO[bytes]) -> Iterator[SavedState]:
 
 
 class SavedState:
-    """An npz file whose header has been checked by itself, and whose arrays are when they are asked for.
+    """An npz file that `write` may have written. Its header is checked at once, its arrays when they are asked for.
 
     Attributes
     ----------
     header : dict
     names : set of str
-        Of the arrays that are there.
+        The names of the arrays in the file.
     """
 
     def __init__(self, archive: zipfile.ZipFile) -> None:
@@ -132,6 +141,7 @@ class SavedState:
         self.header = self._header()
 
     def _header(self) -> dict[str, Any]:
+        """The header, checked, with the entries that earlier versions lack."""
         entry, size, shape, dtype, _ = self._array_header("header")
         with entry:
             if shape != () or dtype.kind != "U" or size > _LARGEST_HEADER:
@@ -153,21 +163,32 @@ class SavedState:
         """The arguments of `DecodeState`."""
         options, R, slopes = self.header["options"], self.header["R"], self.header["slopes"]
         d, d_v = options["d"], options["d_v"]
-        # Degree 1 has d + 1 features; nothing of that width is made before.
+        # The smallest degree, 1, has d + 1 features. Nothing as wide as that is allocated before this check.
         if not fits(16.0 * (d + 1) * (d_v + 1)):
             raise MemoryError(f"path: the file is of a state with d = {d} and d_v = {d_v}, too large for this machine")
         bias = None if slopes is None else RelativeBias.alibi(np.array(slopes, np.float64))
         return options | {"R": R and Rotary(d, **R), "bias": bias, "dtype": self.header["dtype"]}
 
     def check_arrays(self, wants: Mapping[str, Any]) -> None:
-        """That these arrays are there, and no others."""
+        """Raise ValueError unless these arrays are there, and no others."""
         if self.names != set(wants):
             raise ValueError(f"arrays: got {sorted(self.names)}, wants {sorted(wants)}")
 
     def arrays(
         self, o: DecodeOptions, heads: int, states: int, exact: bool, remembered: np.dtype
     ) -> dict[str, np.ndarray]:
-        """All arrays; shapes and dtypes of all are checked before any is read."""
+        """All arrays by name. Shapes and dtypes of all of them are checked before the first is read.
+
+        Parameters
+        ----------
+        o : DecodeOptions
+        heads, states : int
+            H, and the number of sums: H, or H times the different slopes of the queries of a key head.
+        exact : bool
+            Whether there are no sums, because a key was past the bound.
+        remembered : dtype
+            Of the history.
+        """
         header = self.header
         length, folded, old = header["length"], header["folded"], header["version"] < 3
         window, float64 = o.window or 0, np.dtype(np.float64)
@@ -194,6 +215,7 @@ class SavedState:
         return {name: self._read(name) for name in wants}
 
     def _check_array(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
+        """Raise ValueError unless the array has this shape and dtype and the bytes for them."""
         entry, size, got_shape, got_dtype, _ = self._array_header(name)
         entry.close()
         if got_shape != shape or got_dtype.newbyteorder("=") != dtype:
@@ -202,6 +224,7 @@ class SavedState:
             raise ValueError(f"{name}: got {size} bytes for shape {shape} and dtype {dtype}")
 
     def _read(self, name: str) -> np.ndarray:
+        """The array, in native byte order and C order; ValueError where it has NaN or Inf."""
         entry, size, shape, dtype, fortran = self._array_header(name)
         with entry:
             content = _rest(entry, size)
@@ -213,7 +236,10 @@ class SavedState:
         return array
 
     def _array_header(self, name: str) -> tuple[IO[bytes], int, tuple[int, ...], np.dtype, bool]:
-        """An array's entry where its numbers begin, how many bytes come, and what its npy header says."""
+        """(entry, bytes, shape, dtype, Fortran order): an array's npy header, and its entry behind that header.
+
+        `bytes` is how many bytes the entry still has.
+        """
         try:
             info = self._archive.getinfo(f"{name}.npy")
         except KeyError:
@@ -232,7 +258,7 @@ class SavedState:
 
 
 def _rest(entry: IO[bytes], size: int) -> bytearray:
-    """The `size` bytes that are left of an entry; reading to its end checks its sum."""
+    """The `size` bytes that are left of an entry. At its end zipfile checks its checksum."""
     content = bytearray(size)
     view, done = memoryview(content), 0
     while done < size and (count := entry.readinto(view[done : done + 2**20])):
@@ -243,7 +269,10 @@ def _rest(entry: IO[bytes], size: int) -> bytearray:
 
 
 def _check_header(header: dict[str, Any]) -> None:
-    """Kinds and ranges of what the header says by itself; options are checked as those of a new state."""
+    """Raise ValueError unless the header's entries have the right types and are in range.
+
+    The options among them are checked later, when a state is made of them.
+    """
     options, R, slopes, lead = header["options"], header["R"], header.get("slopes"), header["lead"]
     if not isinstance(options, dict) or set(options) != set(_OPTIONS):
         raise ValueError(f"options: got {options!r:.200}, wants {sorted(_OPTIONS)}")
@@ -278,6 +307,7 @@ def _check_header(header: dict[str, Any]) -> None:
 
 
 def _check_count(name: str, value: Any, least: int, most: int) -> None:
+    """Raise ValueError unless the value is an integer from least to most."""
     if type(value) is not int or not least <= value <= most:
         raise ValueError(f"{name}: got {value!r:.200}, wants an integer from {least} to {most}")
 
@@ -288,7 +318,10 @@ def _check_count(name: str, value: Any, least: int, most: int) -> None:
 def restore(
     header: dict[str, Any], arrays: dict[str, np.ndarray], values: Values, sums: Sums | None, limit: float
 ) -> None:
-    """Fill a new state with the arrays of a file, whose values are checked against each other and the bound of keys."""
+    """Fill `values` and `sums` of a new state with the arrays of a file.
+
+    The numbers are checked against each other, and against `limit`, the largest |scale| ||k||^2 of a key k in the sums.
+    """
     length, folded = header["length"], header["folded"]
     if header["version"] < 3:
         arrays = _of_version_3(header, arrays, sums)
@@ -307,7 +340,7 @@ def restore(
             raise ValueError("values: got a value that is not between `least` and `most`")
     if sums is None:
         return
-    # What earlier versions had seen of values is not known.
+    # Files of earlier versions don't say between which ends values were.
     spread = values.spread if header["version"] == VERSION else np.full_like(values.first, 2 * LARGEST_VALUE)
     _check_sums(arrays, values, spread, sums, folded, limit)
     sums.restore(arrays, length, folded)
@@ -322,7 +355,7 @@ def _sizes(keys: np.ndarray) -> np.ndarray:
 def _check_sums(
     arrays: dict[str, np.ndarray], values: Values, spread: np.ndarray, sums: Sums, folded: int, limit: float
 ) -> None:
-    """Whether keys within the limit and values of these ranges can have left such sums."""
+    """Raise ValueError where keys within the limit and values of these ranges can't have left such sums."""
     room = 1 + 1e-6
     if (_sizes(arrays["ring_keys"].swapaxes(1, 2)) > limit * room).any():
         raise ValueError("ring_keys: got a key that is past the bound")
@@ -331,7 +364,8 @@ def _check_sums(
     if (x < values.least[..., None] - first - slack).any() or (x > values.most[..., None] - first + slack).any():
         raise ValueError("ring: got a value that is not between `least` and `most`")
     state = arrays["state"]
-    # The first monomial is 1: it has the sum of all weights, which no other monomial passes but by the size of keys.
+    # The first monomial is 1, so its sum is that of all weights. The sums of other monomials are at most that times a
+    # power of the size of keys.
     count = sums.weight(folded)
     if (np.abs(state[:, -1, 0] - count) > 1e-6 * count).any():
         raise ValueError(f"state: got sums of weights that are not those of {folded} tokens")
@@ -344,10 +378,11 @@ def _check_sums(
 
 
 def _of_version_3(header: dict[str, Any], arrays: dict[str, np.ndarray], sums: Sums | None) -> dict[str, np.ndarray]:
-    """Arrays of an earlier version as this one has them.
+    """The arrays of a file of an earlier version in the form of version 3.
 
-    Sums decayed to the last of their tokens, without compensation; the ring was as long as the window; and the least
-    and the largest value were not kept: here they are those that are known.
+    Earlier sums are decayed to the last of their tokens and have no compensation, and their ring is as long as the
+    window. The least and the largest value were not kept: they are taken from the values that are still known, which
+    are the means in the sums, the ring and the history.
     """
     history = {name: arrays[name] for name in ("keys", "values") if name in arrays}
     if sums is None:

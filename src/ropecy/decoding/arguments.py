@@ -1,25 +1,26 @@
-"""Every check of what a `DecodeState` is given, and its message."""
+"""Every check of what the constructor and the methods of `DecodeState` are given, and its message."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from ._validate import _array, _broadcasts, _choice, _eps, _floating, _integer, _kind, _real, check_finite
-from .approximation import bias_forms as forms
-from .relative import RelativeBias, RelativeFamily
-from .rotary import Rotary
+from .._validate import _array, _broadcasts, _choice, _eps, _floating, _integer, _kind, _real, check_finite
+from ..approximation.bias_forms import Linear
+from ..relative import RelativeBias, RelativeFamily
+from ..rotary import Rotary
 
-# What values may be in float64, so that sums of any number of them, with weights and monomials, stay finite.
+# The largest value in float64: sums of any number of such values, times weights and monomials, stay finite.
 LARGEST_VALUE = 2.0**900
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeOptions:
-    """Checked arguments of `DecodeState`; `dtype` is None where the first keys say it."""
+    """Checked arguments of `DecodeState`; `dtype` is None where the first keys are to say it."""
 
     d: int
     d_v: int
@@ -33,17 +34,16 @@ class DecodeOptions:
     on_break: str
 
 
-def check_decode(
-    d: Any, d_v: Any, R: Any, *, eps: Any, bound: Any, scale: Any, dtype: Any, window: Any, bias: Any, on_break: Any
-) -> DecodeOptions:
-    """What the arguments of `DecodeState` say, checked."""
+def check_decode(d: Any, d_v: Any, R: Any, options: Mapping[str, Any]) -> DecodeOptions:
+    """The arguments of `DecodeState`, checked; `options` are those that it takes by keyword."""
     d, d_v = _integer("d", d, least=1), _integer("d_v", d_v, least=1)
     if R is not None:
         _rotary_of_any_length(R, d)
-    eps = _eps(eps)
-    bound = _real("bound", bound)
+    eps = _eps(options["eps"])
+    bound = _real("bound", options["bound"])
     if bound <= 0:
         raise ValueError(f"bound: got {bound}, wants a number above 0")
+    scale, dtype, window, bias = (options[name] for name in ("scale", "dtype", "window", "bias"))
     scale = 1 / d if scale is None else _real("scale", scale)
     if dtype is not None:
         dtype = _floating("dtype", dtype)
@@ -51,16 +51,16 @@ def check_decode(
         window = _integer("window", window, least=1)
     if bias is not None:
         bias = _decaying(bias)
-    _choice("on_break", on_break, ("raise", "exact"))
-    return DecodeOptions(d, d_v, R, eps, bound, scale, dtype, window, bias, on_break)
+    _choice("on_break", options["on_break"], ("raise", "exact"))
+    return DecodeOptions(d, d_v, R, eps, bound, scale, dtype, window, bias, options["on_break"])
 
 
 def _decaying(bias: Any) -> RelativeBias:
-    """The bias, in float64, if it factors into a decay for each token."""
+    """The bias in float64, if exp of it is a product of one decay for each token since the key."""
     wants = "RelativeBias.alibi(slope) with slopes of at least 0, by which a state decays"
     if not isinstance(bias, RelativeBias):
         raise TypeError(f"bias: got {_kind(bias)}, wants {wants}, or None")
-    if not isinstance(bias._form, forms.Linear):
+    if not isinstance(bias._form, Linear):
         raise NotImplementedError(f"bias: got {bias!r}, which no state of fixed size holds; wants {wants}")
     slopes = bias._values.astype(np.float64)
     if (slopes < 0).any():
@@ -69,7 +69,7 @@ def _decaying(bias: Any) -> RelativeBias:
 
 
 def _rotary_of_any_length(R: Any, d: int) -> None:
-    """Keys are rotated once, so their angles must not depend on how long the text becomes."""
+    """Refuse what is no Rotary, and one whose angles depend on how long the text becomes: keys are rotated once."""
     if isinstance(R, RelativeFamily):
         raise NotImplementedError("R: a RelativeFamily does not factor, so no state of fixed size holds it")
     if not isinstance(R, Rotary):
@@ -93,9 +93,18 @@ def check_tokens(
     *,
     single: bool,
 ) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
-    """Keys and values by name, (..., n, width) or a single (..., width), and the leading axes of the state.
+    """Checked keys and values, and the leading axes of the state.
 
-    `dtype`, `lead` and `bias` are the state's; the first two are None before the first token.
+    Parameters
+    ----------
+    given : dict
+        Keys and values, in this order, by the names they have for the user: (..., n, width), or (..., width) where
+        they are those of a `single` token.
+    widths : (int, int)
+        d and d_v.
+    dtype, lead, bias
+        Those of the state. The first two are None before the first token.
+    single : bool
     """
     axes = 1 if single else 2
     arrays = []
@@ -114,7 +123,8 @@ def check_tokens(
         raise ValueError(f"{names}: got leading axes {leads[0]} and {leads[1]}, wants axes that broadcast") from None
     if 0 in together:
         raise ValueError(f"{names}: got leading axes {together}, wants at least one of each")
-    # What is appended to a state of several texts must say of each what it gets. With a single token the query does.
+    # Tokens for a state of several texts must be there for each of them. Those of a step may broadcast, for its query
+    # has all leading axes.
     if lead is not None and not (_broadcasts(together, lead) if single else together == lead):
         raise ValueError(f"{names}: got leading axes {together}, wants {lead} as the state has")
     if bias is not None and bias.heads not in (None, 1) and together and bias.heads % (lead or together)[-1]:
@@ -130,7 +140,10 @@ def check_tokens(
 def check_query(
     q: Any, width: int, dtype: np.dtype | None, lead: tuple[int, ...], bias: RelativeBias | None
 ) -> np.ndarray:
-    """q (..., width) beside keys of these leading axes: the same, but for a multiple of their heads, as `bias` has."""
+    """A checked query (..., width): its leading axes are those of keys, its heads a multiple of theirs.
+
+    A bias with slopes for several heads says how many heads it must have.
+    """
     q = _rows("q", q, width, dtype, 1)
     own, heads = q.shape[:-1], lead[-1] if lead else 1
     one_head = not lead and not own
@@ -144,6 +157,7 @@ def check_query(
 
 
 def _rows(name: str, X: Any, width: int, dtype: np.dtype | None, axes: int) -> np.ndarray:
+    """X as an array of at least so many axes, if its rows have this width and, where it is given, this dtype."""
     X = _array(name, X, least_axes=axes)
     if dtype is not None and X.dtype != dtype:
         raise TypeError(f"{name}: got dtype {X.dtype}, wants {dtype} as the keys have")

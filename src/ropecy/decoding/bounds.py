@@ -1,0 +1,165 @@
+"""What a `DecodeState` promises and what it needs, before there are data: bounds, degree, rounding and memory."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from ..approximation import minimax as poly
+from ..bounds import storing
+from ..certificate import BoundedEntryError
+from ..memory import available_memory, fits
+from ..rounding import sums_rounding
+from .arguments import DecodeOptions
+from .sums import BLOCK
+
+
+def computed(dtype: np.dtype) -> np.dtype:
+    """What exact attention computes in for data of this dtype: float64 for float64, float32 for all others."""
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+
+
+@lru_cache(maxsize=16)
+def limit(bound: float, d: int, dtype: np.dtype) -> float:
+    """The largest |scale| ||x||^2 that is accepted: `bound`, and what rounding may add to rows scaled to that size.
+
+    Such rows are rounded when their norm is computed, and once more when they are stored in their dtype.
+    """
+    unit = float(np.finfo(computed(dtype)).eps)
+    # Storing changes an entry by half an epsilon of its dtype, and its square by one; twice that is allowed.
+    stored = {2: 2.0**-7 if dtype.name == "bfloat16" else 2.0**-10}.get(dtype.itemsize, unit)
+    return max(bound * (1 + 2 * stored + 4 * (d + 8) * unit), poly.B_grid(0.0))
+
+
+def rounding(B: float) -> float:
+    """The rounding error of results by sums in float64, in units of the range of values, for scores within [-B, B].
+
+    It is the model of the polynomial engine, for values that differ by at most their range from the one that is
+    subtracted of them. A sum is made of blocks of at most 2^16 tokens. In the worst case all terms are equal and each
+    addition rounds to the same side, by half a unit: 96 terms are added up first, then 32 of their sums, then 22 sums
+    of those. Blocks are added with compensation and decays are exact, so that the length of the text doesn't matter.
+    """
+    unit = float(np.finfo(np.float64).eps) / 2
+    return unit * (12 + (8 + 75) * math.exp(min(2 * B, 700)))
+
+
+def exact_rounding(d: int, dtype: np.dtype, slopes: np.ndarray, length: int, largest: float) -> float:
+    """The rounding error of exact attention over a text, in units of the range of values.
+
+    Scores without their bias are within `largest`. A score is off in proportion to its size, and the result by the mean
+    of that over the weights P. The mean of |b_j| over P is at most 2 `largest` + log n, since P maximises
+    sum_j P_j (s_j + b_j) + entropy(P), which is at least s_m for m the last token, whose bias is 0. Wrong weights
+    change the result by no more than the range. The sums are those of the exact engine.
+    """
+    unit = float(np.finfo(computed(dtype)).eps) / 2
+    bias = min(float(slopes.max()) * length, 2 * largest + math.log(max(1, length)))
+    return sums_rounding(computed(dtype), length) + min(1.0, unit * (2 + math.sqrt(d) / 2) * (largest + bias))
+
+
+@dataclass(slots=True)
+class Values:
+    """The first, the least and the largest value of each column over all tokens.
+
+    Attributes
+    ----------
+    first, least, most : (H, d_v) float64 arrays
+    """
+
+    first: np.ndarray
+    least: np.ndarray
+    most: np.ndarray
+
+    @classmethod
+    def none(cls, heads: int, d_v: int) -> Values:
+        """Before the first token."""
+        return cls(np.zeros((heads, d_v)), np.full((heads, d_v), math.inf), np.full((heads, d_v), -math.inf))
+
+    def see(self, v: np.ndarray) -> None:
+        """Count the values (H, n, d_v) of new tokens in."""
+        low, high = (v[:, 0], v[:, 0]) if v.shape[1] == 1 else (v.min(axis=1), v.max(axis=1))
+        self.least, self.most = np.minimum(self.least, low), np.maximum(self.most, high)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The three arrays by name."""
+        return {"first": self.first, "least": self.least, "most": self.most}
+
+    def copy(self) -> Values:
+        return Values(self.first.copy(), self.least.copy(), self.most.copy())
+
+    @property
+    def spread(self) -> np.ndarray:
+        """The range of each column; 1 where the column is constant."""
+        return np.where(self.most > self.least, self.most - self.least, 1.0)
+
+    def storing(self, dtype: np.dtype) -> float:
+        """The error of storing a result in `dtype`, in units of the largest range; of max |v| if all are constant.
+
+        A column that is constant loses nothing, since its results are its first value. In the others results lie
+        between the least and the largest value.
+        """
+        spread, size = self.most - self.least, np.maximum(np.abs(self.least), np.abs(self.most))
+        unit = float(spread.max(initial=0.0)) or float(size.max(initial=0.0)) or 1.0
+        return storing(dtype, float(size.max(initial=0.0, where=spread > 0))) / unit
+
+
+def largest_number(dtype: np.dtype) -> float:
+    """The largest finite number of a dtype."""
+    # np.finfo does not know bfloat16.
+    return float(np.finfo(dtype).max) if dtype.kind == "f" else (2 - 2.0**-7) * 2.0**127
+
+
+def largest_score(dtype: np.dtype) -> float:
+    """The largest |scale| ||x||^2 that exact attention accepts: what makes up a score is far from overflow then."""
+    return largest_number(computed(dtype)) * 2.0**-20
+
+
+def polynomial(o: DecodeOptions, dtype: np.dtype, degree: int | None = None) -> poly.Polynomial:
+    """The polynomial of the smallest degree that certifies eps within the bound, or of `degree` if that certifies it.
+
+    Rounding results to a dtype narrower than float32 is not counted against eps, for it alone can be larger than eps.
+    """
+    B = limit(o.bound, o.d, dtype)
+    lost = rounding(B) + float(np.finfo(computed(dtype)).eps)
+    if lost < o.eps:
+        e = poly.relative_error_for(o.eps - lost)
+        needed = degree or poly.smallest_degree(B, e)
+        if needed is not None:
+            degrees = [degree] if degree else range(max(1, needed - 1), max(1, needed) + 1)
+            made = [poly.minimax(B, each) for each in degrees] + [poly.minimax(poly.B_grid(B), max(1, needed))]
+            if found := next((p for p in made if p.error <= e), None):
+                return found
+    which = f"degree {degree} does not certify" if degree else "no degree certifies"
+    raise BoundedEntryError(
+        f"bound: got {o.bound:g}, for which {which} eps = {o.eps:g} ({dtype}: rounding alone is {lost:.2g}); wants a "
+        "smaller bound, or a larger eps"
+    )
+
+
+def check_memory(o: DecodeOptions, degree: int, heads: int, states: int, remembered: int = 0) -> None:
+    """MemoryError where a state doesn't fit into what the machine has left.
+
+    Parameters
+    ----------
+    o : DecodeOptions
+    degree : int
+        Of the polynomial.
+    heads : int
+        H, the product of all leading axes.
+    states : int
+        Sums for each head: as many as there are different slopes, or 1.
+    remembered : int
+        Tokens of a history that is kept beside them.
+    """
+    features = poly.n_features(o.d, degree)
+    ring = ((o.window or 0) + BLOCK) * (o.d + o.d_v + 1)
+    size = 8.0 * heads * (2 * (o.d_v + 1) * states * features + ring)
+    if o.on_break == "exact":
+        size += float(heads) * remembered * (o.d + o.d_v) * computed(o.dtype or np.dtype(np.float32)).itemsize
+    if not fits(size):
+        raise MemoryError(
+            f"the state needs {size / 2**30:.3g} GiB ({heads * states} x {features:,} features, degree "
+            f"{degree}), and {available_memory() / 2**30:.3g} GiB are available"
+        )

@@ -1,0 +1,61 @@
+"""Keys, queries and values as users pass them become rows of float64, so that a score is a product of two rows."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from .._validate import default_threads
+from ..rotary import rotate_rows
+from .arguments import DecodeOptions
+
+# Elements of arrays that are worked on at a time.
+PIECE = 2**21
+
+
+class Rows:
+    """What multiplies keys and queries: sqrt(|scale|), the attention factor of a Rotary, and its rotations.
+
+    Both factors of a score are multiplied by sqrt(|scale|). H is the product of all leading axes of a state.
+    """
+
+    def __init__(self, options: DecodeOptions) -> None:
+        self._R, self._sign = options.R, math.copysign(1.0, options.scale)
+        self._root = np.full(options.d, math.sqrt(abs(options.scale)))
+        if self._R is not None:
+            self._theta, factor = self._R._frequencies(1)
+            self._root[: self._R.rotary_dim] *= factor
+
+    def sizes(self, X: np.ndarray) -> np.ndarray:
+        """|scale| ||x||^2 of every row x of X (..., d), lengthened by an attention factor where there is one: (...)."""
+        rows = X.reshape(-1, X.shape[-1])
+        sizes = np.empty(len(rows))
+        step = max(1, PIECE // X.shape[-1])
+        with np.errstate(over="ignore"):
+            for start in range(0, len(rows), step):
+                piece = rows[start : start + step].astype(np.float64) * self._root
+                np.einsum("ia,ia->i", piece, piece, out=sizes[start : start + step])
+        return sizes.reshape(X.shape[:-1])
+
+    def keys(self, K: np.ndarray, lead: tuple[int, ...]) -> np.ndarray:
+        """Keys (..., n, d) as scaled rows (H, n, d) that are still to be rotated."""
+        return flat(K, lead) * self._root
+
+    def queries(self, q: np.ndarray, lead: tuple[int, ...]) -> np.ndarray:
+        """Queries (..., d) as scaled rows (H, G, d), times the sign of the scale, that are still to be rotated."""
+        rows = q.reshape(math.prod(lead), -1, q.shape[-1])
+        return rows * self._sign * self._root
+
+    def rotated(self, rows: np.ndarray, positions: np.ndarray | np.int64) -> np.ndarray:
+        """Rows (H, n, d) rotated to their positions, in place, where there is a Rotary."""
+        if self._R is None:
+            return rows
+        return rotate_rows(rows, positions, self._theta, 1.0, self._R.pairing, threads=default_threads(), out=rows)
+
+
+def flat(X: np.ndarray, lead: tuple[int, ...]) -> np.ndarray:
+    """(..., n, width), whose leading axes broadcast to `lead`, as contiguous float64 (H, n, width)."""
+    if X.shape[:-2] != lead:
+        X = np.broadcast_to(X, lead + X.shape[-2:])
+    return np.ascontiguousarray(X.reshape((-1,) + X.shape[-2:]), np.float64)
