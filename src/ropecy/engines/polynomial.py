@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from ..approximation.moment_fit import MomentPolynomial
 from ..bounds import Alone, Scores, Values
 from ..kernels import _monomials
 from ..problem import Problem
+from ._kept import kept_below
 
 # What keeps many threads busy; more segments cost a causal problem up to half a pass more over the keys.
 _SEGMENTS = 16
@@ -247,7 +247,7 @@ def _monomials_for(
     )
 
 
-@lru_cache(maxsize=16)
+@kept_below(lambda d, degree, lanes: n_features(d, degree), most=2**20)
 def _layout(d: int, degree: int, lanes: int):
     """offset [s], count [s, m], pitch, and |a|! / a! of every monomial (0 in padding) (c/monomials.h)."""
     count = np.array([[math.comb(m - 1 + s, s) if m else int(s == 0) for m in range(d + 1)] for s in range(degree + 1)])
