@@ -5,8 +5,8 @@ import math
 import pytest
 
 import ropecy
-from ropecy import _cgroup as cgroup
 from ropecy import memory
+from ropecy.machine import cgroup
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from ._validate import default_threads
 from .approximation import minimax as poly
 from .certificate import BoundedEntryError, Certificate
 from .decoding import bounds, file
@@ -23,6 +22,7 @@ from .decoding.history import History
 from .decoding.rows import PIECE, Rows, flat
 from .decoding.sums import Sums, slopes_of_key_heads
 from .engines import polynomial as polynomial_engine
+from .machine.threads import default_threads
 from .relative import RelativeBias
 from .rotary import Rotary
 

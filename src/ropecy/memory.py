@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 
-from . import _cgroup
+from .machine import cgroup
 
 
 def fits(size: float) -> bool:
@@ -16,7 +16,7 @@ def fits(size: float) -> bool:
 
 def available_memory() -> float:
     """Bytes that can be had without swapping and within the limit of a container, where the system tells; else inf."""
-    return min(_machine(), _cgroup.memory())
+    return min(_machine(), cgroup.memory())
 
 
 def _machine() -> float:

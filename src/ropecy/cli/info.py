@@ -7,8 +7,8 @@ import platform
 
 import numpy as np
 
-from .._validate import default_threads
 from ..kernels import _exact, _fftw
+from ..machine.threads import default_threads
 
 
 class Info(dict):

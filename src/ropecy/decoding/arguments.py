@@ -9,7 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from .._validate import _array, _broadcasts, _choice, _eps, _floating, _integer, _kind, _real, check_finite
+from .._checks import (
+    broadcasts,
+    check_array,
+    check_choice,
+    check_dtype,
+    check_eps,
+    check_finite,
+    check_integer,
+    check_number,
+    described,
+)
 from ..approximation.bias_forms import Linear
 from ..relative import RelativeBias, RelativeFamily
 from ..rotary import Rotary
@@ -36,22 +46,22 @@ class DecodeOptions:
 
 def check_decode(d: Any, d_v: Any, R: Any, options: Mapping[str, Any]) -> DecodeOptions:
     """The arguments of `DecodeState`, checked; `options` are those that it takes by keyword."""
-    d, d_v = _integer("d", d, least=1), _integer("d_v", d_v, least=1)
+    d, d_v = check_integer("d", d, least=1), check_integer("d_v", d_v, least=1)
     if R is not None:
         _rotary_of_any_length(R, d)
-    eps = _eps(options["eps"])
-    bound = _real("bound", options["bound"])
+    eps = check_eps(options["eps"])
+    bound = check_number("bound", options["bound"])
     if bound <= 0:
         raise ValueError(f"bound: got {bound}, wants a number above 0")
     scale, dtype, window, bias = (options[name] for name in ("scale", "dtype", "window", "bias"))
-    scale = 1 / d if scale is None else _real("scale", scale)
+    scale = 1 / d if scale is None else check_number("scale", scale)
     if dtype is not None:
-        dtype = _floating("dtype", dtype)
+        dtype = check_dtype("dtype", dtype)
     if window is not None:
-        window = _integer("window", window, least=1)
+        window = check_integer("window", window, least=1)
     if bias is not None:
         bias = _decaying(bias)
-    _choice("on_break", options["on_break"], ("raise", "exact"))
+    check_choice("on_break", options["on_break"], ("raise", "exact"))
     return DecodeOptions(d, d_v, R, eps, bound, scale, dtype, window, bias, options["on_break"])
 
 
@@ -59,7 +69,7 @@ def _decaying(bias: Any) -> RelativeBias:
     """The bias in float64, if exp of it is a product of one decay for each token since the key."""
     wants = "RelativeBias.alibi(slope) with slopes of at least 0, by which a state decays"
     if not isinstance(bias, RelativeBias):
-        raise TypeError(f"bias: got {_kind(bias)}, wants {wants}, or None")
+        raise TypeError(f"bias: got {described(bias)}, wants {wants}, or None")
     if not isinstance(bias._form, Linear):
         raise NotImplementedError(f"bias: got {bias!r}, which no state of fixed size holds; wants {wants}")
     slopes = bias._values.astype(np.float64)
@@ -73,7 +83,7 @@ def _rotary_of_any_length(R: Any, d: int) -> None:
     if isinstance(R, RelativeFamily):
         raise NotImplementedError("R: a RelativeFamily does not factor, so no state of fixed size holds it")
     if not isinstance(R, Rotary):
-        raise TypeError(f"R: got {_kind(R)}, wants a ropecy.Rotary or None")
+        raise TypeError(f"R: got {described(R)}, wants a ropecy.Rotary or None")
     if R.d != d:
         raise ValueError(f"R: got a Rotary of width {R.d}, wants {d}, the width of keys")
     rule = "default" if R.scaling is None else R.scaling["rope_type"]
@@ -125,7 +135,7 @@ def check_tokens(
         raise ValueError(f"{names}: got leading axes {together}, wants at least one of each")
     # Tokens for a state of several texts must be there for each of them. Those of a step may broadcast, for its query
     # has all leading axes.
-    if lead is not None and not (_broadcasts(together, lead) if single else together == lead):
+    if lead is not None and not (broadcasts(together, lead) if single else together == lead):
         raise ValueError(f"{names}: got leading axes {together}, wants {lead} as the state has")
     if bias is not None and bias.heads not in (None, 1) and together and bias.heads % (lead or together)[-1]:
         raise ValueError(
@@ -158,7 +168,7 @@ def check_query(
 
 def _rows(name: str, X: Any, width: int, dtype: np.dtype | None, axes: int) -> np.ndarray:
     """X as an array of at least so many axes, if its rows have this width and, where it is given, this dtype."""
-    X = _array(name, X, least_axes=axes)
+    X = check_array(name, X, least_axes=axes)
     if dtype is not None and X.dtype != dtype:
         raise TypeError(f"{name}: got dtype {X.dtype}, wants {dtype} as the keys have")
     if X.shape[-1] != width:

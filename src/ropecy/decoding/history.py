@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 
-from .._validate import default_threads
 from ..engines import exact as exact_engine
+from ..machine.threads import default_threads
 from ..problem import Problem
 from .bounds import Values
 

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from .._validate import default_threads
+from ..machine.threads import default_threads
 from ..rotary import rotate_rows
 from .arguments import DecodeOptions
 
