@@ -113,8 +113,7 @@ def assert_gradients(case, dO, g, blocks):
 def gradient_bounds(block, dense, do, certificate):
     """What `Certificate` says of gradients, for a block of rows: of all but dQ, what these rows add to it.
 
-    Norms of rows of dQ and dK, entries of dV and of dbias, Frobenius norms of projections' gradients. The gradient of a
-    bias is a sum of dS_ij: of each of them holds what is said of dK_j of keys and queries of length 1.
+    Norms of rows of dQ and dK, entries of dV and of dbias, Frobenius norms of projections' gradients.
     """
     e, r = certificate.error, min(ROOM * certificate.rounding, HUGE)
     arc, zeta = (math.atanh(e), 2 * e / (1 - e)) if e < 1 else (HUGE, HUGE)
@@ -134,7 +133,7 @@ def gradient_bounds(block, dense, do, certificate):
     length, middle = (X[..., None] for X in key_lengths(block, dense))
     # What is said is said of queries and keys as they were computed, and nearly all of a projection may cancel.
     off_q, off_k = (computed(name, block, dense) for name in "QK")
-    lost_q = omega * off_k.max(axis=-1, keepdims=True)
+    lost_q = (omega + w) * off_k.max(axis=-1, keepdims=True)
     lost_k = np.swapaxes(dense.P * (omega * off_q)[..., None], -1, -2).sum(axis=-1)
     matrices = 1.0
     if isinstance(block.get("R"), oracle.Family):
@@ -147,9 +146,19 @@ def gradient_bounds(block, dense, do, certificate):
     }
     found = of_arguments(block, dense, bounds)
     if block.get("bias") is not None:
-        each = (np.swapaxes(moved, -1, -2) + w[..., None]) * dense.allowed
+        each = np.swapaxes(moved, -1, -2) * dense.allowed + at_each_offset(w.sum(axis=-1), dense.allowed)
         found["dbias"] = np.abs(block["bias"].gradient(each, t))
     return found
+
+
+def at_each_offset(total, allowed):
+    """(..., n, n_k) whose sum over the pairs of each offset j - i is total (...,), where any pair is allowed."""
+    n, n_k = allowed.shape[-2:]
+    at = np.arange(n_k) - np.arange(n)[:, None] + n - 1
+    count = np.zeros((*allowed.shape[:-2], n + n_k - 1))
+    for lead in np.ndindex(allowed.shape[:-2]):
+        count[lead] = np.bincount(at.ravel(), allowed[lead].ravel(), n + n_k - 1)
+    return total[..., None, None] * allowed / np.maximum(count, 1)[..., at]
 
 
 def norm(X):

@@ -389,6 +389,26 @@ def counted(function):
     return sum(ranks.sent for ranks in made), len(messages)
 
 
+def test_gradients_of_queries_and_keys_of_unlike_sizes():
+    rng = np.random.default_rng(3)
+    Q, K, V, dO = rng.uniform(-1, 1, (4, 2, 90, 3))
+    W_Q, by = rng.uniform(-1, 1, (3, 3)), np.array([1e25, 1e-5])[:, None, None]
+    case = {"Q": Q * by, "K": K / by * 1e-12, "V": V, "W_Q": W_Q * 1e12}
+    # Of the pieces, one has the queries that are the largest by far.
+    case["Q"][:, 40:] *= 1e-3
+    case, dO = {name: X.astype(np.float32) for name, X in case.items()}, dO.astype(np.float32)
+    for method in ("exact", "polynomial"):
+        alone = ropecy.attention_vjp(**case, method=method, eps=1e-2)[1](dO)
+        for how in ("unequal", "empty first"):
+            own, mine = piece(case, how)
+            g = ropecy.mpi.attention_vjp(COMM, **own, method=method, eps=1e-2)[1](dO[:, mine["Q"]])
+            for name in ("dQ", "dK", "dV", "dW_Q"):
+                found, expected = getattr(g, name), getattr(alone, name)
+                expected = expected if name == "dW_Q" else expected[:, mine["Q" if name == "dQ" else "K"]]
+                size = np.abs(getattr(alone, name)).max(axis=(-2, -1), keepdims=True)
+                assert np.all(np.abs(found - expected) <= 1e-4 * size), (name, method)
+
+
 def check_exchange(case, how, same=True, grads=(False, True), **options):
     """The bytes that a plan says against those counted, forward and gradient; all ranks have the same plan."""
     own, _ = piece(case, how, same)
@@ -430,7 +450,7 @@ def test_plan_says_what_is_sent():
             others = _network.bounds((H, d, d_v), np.dtype(dtype).itemsize, COMM.size, "near" in case)
             shared = [case.get(X) for X in ("W", "W_Q", "W_K", "W_V", "bias", "near")]
             if grad:
-                others += _network.maxima(8, COMM.size)
+                others += _network.maxima(16 * H, COMM.size) + _network.maxima(8, COMM.size)
                 for _ in range(sum(X is not None for X in shared)):
                     others += _network.totals(1, COMM.size)
             assert plan.engine == "exact"

@@ -38,6 +38,8 @@ class Sender:
         """Of a call so planned, no row failing by moments; `looked`: rows and keys were sampled for the plan."""
         call, size, a, found = self._call, self._size, self._call._arguments, Traffic()
         if made._values is not None:
+            # The sizes of queries and of keys.
+            found += _network.maxima(16 * self._H, size) if self._grad else Traffic()
             near = self._problem.near is not None
             found += _network.bounds((self._H, self._d, self._d_v), self._item, size, near)
             found += self._sample() if looked else Traffic()

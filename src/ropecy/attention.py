@@ -316,7 +316,7 @@ class Evaluation:
             self.o = np.zeros(problem.q.shape[:3] + problem.v.shape[2:], problem.q.dtype)
             lse = np.full(problem.q.shape[:3], -np.inf) if want_lse else None
         else:
-            self._normal = normal = normal_form(problem)
+            self._normal = normal = normal_form(problem, grad=grad)
             self._plan = make_plan(normal.problem, **call.how, grad=grad)
             near = grad and problem.near is not None
             self._forward = self._plan.forward(normal.problem, want_lse=want_lse or near or normal.needs_lse)
@@ -358,5 +358,4 @@ class Evaluation:
         if near is not None:
             near = exact.near_scale_gradient(problem, forward.o, forward.lse, do)
         found = forward.backward(problem, do)
-        exponents = {"exponent": exponent + normal.exponent, "v_exponent": exponent}
-        return self.call.gradients(*found, dscale_near=near, **exponents)
+        return self.call.gradients(*found, dscale_near=near, exponents=normal.exponents(exponent))

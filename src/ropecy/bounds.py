@@ -444,11 +444,18 @@ def _factors(scale: float, q_norm: np.ndarray, k_norm: np.ndarray, dtype: np.dty
     return np.copysign(q_factor, scale), size / q_factor
 
 
-def polynomial_rounding(problem: Problem, B: float, values: Values) -> float:
-    """Monomial sums cancel for negative scores: a few units times e^{2B}, measured (0.3 to 4, 11 where B is small).
+def polynomial_rounding(problem: Problem, B: float, values: Values, lost: float = 0.0) -> float:
+    """What rounding costs the polynomial engine, in units of max_c range_j(v_jc), for scores within B.
 
-    Values are centred, so that their offset costs no more than storing O does.
+    Monomial sums cancel for negative scores: a few units times e^{2B}, measured (0.3 to 4, 11 where B is small).
+    Values are centred, so that their offset costs no more than storing O does. `lost` is `Scores.lost`: scores that are
+    off by so much times the scale move O by as much of the range, and never by more than the range.
     """
     unit = float(np.finfo(problem.q.dtype).eps) / 2
     sums = 12 + 4 * math.exp(min(2 * B, 700))
-    return unit * (sums * (2 if values.far else 1) + 2 * values.offset)
+    return unit * (sums * (2 if values.far else 1) + 2 * values.offset) + moved(problem, lost)
+
+
+def moved(problem: Problem, lost: float) -> float:
+    """How far scores whose products are off by `lost` move O, in units of the range."""
+    return min(1.0, abs(problem.scale) * lost) if lost else 0.0

@@ -49,7 +49,7 @@ def may_serve(
             return False
         # Rows and keys of no direction that counts more have this mean square.
         square = scores.bound**2 / problem.q.shape[3]
-        least = expected_degree(problem, values, scores.bound, square, eps / 4 if grad else eps)
+        least = expected_degree(problem, scores, values, scores.bound, square, eps / 4 if grad else eps)
         if least is None or (worst and least >= worst.degree):
             return False
     work = polynomial_work(problem, least, grad, least) + moments_work(problem)
@@ -90,7 +90,7 @@ def choose(
     best, fourth = None, None
     # None that most rows would fail, were they lucky too.
     usual = (float(np.median(x)) for x in (sample.sizes, sample.mean(problem, 2)))
-    least = degree or expected_degree(problem, values, *usual, _LUCK * eps)
+    least = degree or expected_degree(problem, scores, values, *usual, _LUCK * eps)
     for g in range(max(2, least or MOST + 1), _most(degree, grad, worst) + 1):
         # Nothing dearer than what is already at hand.
         limit = min([*_at_hand(method, degree, exact, worst), math.inf if best is None else best.work.nominal])
@@ -128,11 +128,13 @@ def choose(
     return best
 
 
-def expected_degree(problem: Problem, values: Values, B: float, square: float | None, eps: float) -> int | None:
+def expected_degree(
+    problem: Problem, scores: Scores, values: Values, B: float, square: float | None, eps: float
+) -> int | None:
     """About the least degree that certifies eps by the worst case, or by moments, the scores' mean square being at most
     `square` where that counts.
     """
-    allowed = eps - polynomial_rounding(problem, B, values)
+    allowed = eps - polynomial_rounding(problem, B, values, scores.lost)
     if allowed <= 0 or B > poly.MAX_BOUND:
         return None
     degree = poly.smallest_degree(B, poly.relative_error_for(allowed))

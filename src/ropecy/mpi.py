@@ -239,7 +239,7 @@ def plan(
     whole, piece = _whole(ranks, call, layout)
     problem = replace(call.problem, lo=whole.lo, hi=whole.hi)
     if not whole.empty:
-        problem = _normal_form(ranks, problem, whole).problem
+        problem = _normal_form(ranks, problem, whole, grad).problem
     looked = False
     if whole.empty:
         made = make_plan(whole, **call.how, grad=grad)
@@ -302,7 +302,7 @@ class _Evaluation:
             lse = np.full(problem.q.shape[:3], -np.inf)
             self.certificate = self.gradient_certificate = nothing_to_do()
         else:
-            self._normal = normal = _normal_form(ranks, problem, whole)
+            self._normal = normal = _normal_form(ranks, problem, whole, grad)
             problem = self._problem = normal.problem
             measured = _measured(ranks, self.call, problem, whole, grad)
             made = _make_plan(ranks, self.call, whole, piece, measured, grad)
@@ -376,10 +376,10 @@ class _Evaluation:
         else:
             dq, dk, dv = (np.zeros_like(X) for X in (self._problem.q, self._problem.k, self._problem.v))
         near = None if call.problem.near is None else ranks.total(shared.near)
-        exponents = {"exponent": exponent + self._normal.exponent, "v_exponent": exponent}
-        gradients = call.gradients(dq, dk, dv, None, dscale_near=near, total=ranks.total, **exponents)
+        exponents = self._normal.exponents(exponent)
+        gradients = call.gradients(dq, dk, dv, None, dscale_near=near, exponents=exponents, ranks=ranks)
         if "dbias" in gradients:
-            gradients["dbias"] = shared.bias(ranks, exponents["exponent"])
+            gradients["dbias"] = shared.bias(ranks, exponents.scores)
         return gradients
 
     def _back(self, X: np.ndarray) -> np.ndarray:
@@ -530,11 +530,11 @@ def _whole(ranks: Ranks, call: Call, layout: Layout) -> tuple[Problem, Problem]:
     return whole, piece
 
 
-def _normal_form(ranks: Ranks, problem: Problem, whole: Problem) -> Normal:
+def _normal_form(ranks: Ranks, problem: Problem, whole: Problem, grad: bool) -> Normal:
     """That of this rank's piece, all ranks being of one mind; rounding before it is that of the worst rank."""
     own = problem.origin
     lost = ranks.largest(np.array([own.q_lost, own.k_lost, own.v_lost])).tolist()
-    return normal_form(replace(problem, origin=Origin(*lost)), ranks)
+    return normal_form(replace(problem, origin=Origin(*lost)), ranks, grad)
 
 
 def _measured(ranks: Ranks, call: Call, problem: Problem, whole: Problem, grad: bool) -> Measured:

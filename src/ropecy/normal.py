@@ -4,8 +4,8 @@ Softmax does not see what is added to every key, for it adds the same number to 
 to every value is added to the result. So columns of keys and of values that lie farther from 0 than twice as far as
 they spread are centred. Rounding is then in proportion to how far they spread, and not to how far away they are. A
 power of two is taken from values so large that their sums would overflow, or so small that products with weights would
-vanish. Every engine computes with what is left, whatever parts it cuts a problem into, and only the end result is
-turned back.
+vanish; where gradients are wanted, another brings queries and keys of very unlike size to one size. Every engine
+computes with what is left, whatever parts it cuts a problem into, and only the end result is turned back.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 
 from .bounds import Alone
 from .kernels import _rows
-from .problem import Problem
+from .problem import Exponents, Problem
 
 # Beside a bias values and gradients are brought to about 1 that are not within this power of two of it.
 _NEAR_ONE = 8
@@ -39,6 +39,8 @@ class Normal:
         Values were then multiplied by ``2^-exponent``.
     largest : float
         max |v| of the normal form.
+    balance : (H,) int array or None
+        Queries of each slot were multiplied by ``2^balance``, and its keys by ``2^-balance``; None is 0.
     """
 
     problem: Problem
@@ -46,6 +48,7 @@ class Normal:
     value_centre: np.ndarray | None = None
     exponent: int = 0
     largest: float = 0.0
+    balance: np.ndarray | None = None
 
     @property
     def needs_lse(self) -> bool:
@@ -79,27 +82,39 @@ class Normal:
         """``do 2^-exponent`` and that exponent, max |do| = largest.
 
         Gradients are linear in do. The power of two keeps ``<do, v>`` from overflow, where Inf - Inf would be NaN, and
-        do from being so small that its products with weights vanish. Beside a bias do comes to about 1, as values do.
+        do and ``<do, v>`` from being so small that their products with weights vanish. Beside a bias do comes to about
+        1, as values do.
         """
         if not largest:
             return do, 0
         most, size = np.finfo(do.dtype).maxexp, math.frexp(largest)[1]
         if self.problem.tail is not None:
             exponent = size if abs(size) > _NEAR_ONE else 0
-            return (np.ldexp(do, -exponent), exponent) if exponent else (do, 0)
-        exponent = size + max(0, math.frexp(self.largest)[1]) - most // 2
-        if exponent <= 0:
-            exponent = min(0, size + most // 3)
+        else:
+            values = math.frexp(self.largest)[1]
+            low, high = -(most // 3) - min(0, values), most // 2 - max(0, values)
+            exponent = size - min(max(size, low), high)
         return (np.ldexp(do, -exponent), exponent) if exponent else (do, 0)
 
+    def exponents(self, upstream: int) -> Exponents:
+        """Of gradients for ``do 2^-upstream``, for those of the problem as it was."""
+        scores = upstream + self.exponent
+        balance = 0 if self.balance is None else self.balance
+        return Exponents(scores, scores + balance, scores - balance, upstream)
 
-def normal_form(problem: Problem, ranks: Any = Alone) -> Normal:
-    """The normal form of a problem, the same on all ranks that hold pieces of it. Time O(n_k (d + d_v)).
+
+def normal_form(problem: Problem, ranks: Any = Alone, grad: bool = False) -> Normal:
+    """The normal form of a problem, the same on all ranks that hold pieces of it. Time O(n_k (d + d_v)), and O(n d)
+    where gradients are wanted.
 
     Keys are left alone beside a `near` scale or a family, where what is added to all of them is not the same for all
     scores of a row.
     """
-    normal = Normal(problem)
+    balance = _balance(problem, ranks) if grad else None
+    if balance is not None:
+        q, k = np.ldexp(problem.q, balance[:, None, None, None]), np.ldexp(problem.k, -balance[:, None, None])
+        problem = replace(problem, q=q, k=k)
+    normal = Normal(problem, balance=balance)
     if problem.near is None and problem.family is None:
         low, high = _ends(problem.k, problem.key_mask, problem.threads, ranks)
         if _rows.far_from_zero(low, high):
@@ -124,6 +139,22 @@ def normal_form(problem: Problem, ranks: Any = Alone) -> Normal:
         origin = replace(problem.origin, **before, exponent=normal.exponent)
         normal.problem = replace(problem, v=v, origin=origin)
     return normal
+
+
+def _balance(problem: Problem, ranks: Any) -> np.ndarray | None:
+    """The power of two that brings the queries and the keys of each slot to one size, (H,); None where no slot's are so
+    unlike that the gradient of the one could overflow, or that of the other vanish, before projections are undone.
+    """
+    q, k = ranks.largest(np.stack([_sizes(problem.q), _sizes(problem.k)]))
+    unlike = np.frexp(k)[1] - np.frexp(q)[1]
+    far = (q > 0) & (k > 0) & (np.abs(unlike) > np.finfo(problem.q.dtype).maxexp // 2)
+    return np.where(far, unlike // 2, 0) if far.any() else None
+
+
+def _sizes(X: np.ndarray) -> np.ndarray:
+    """The largest entry of each slot of X (H, ..., rows, d), (H,) float64."""
+    rest = tuple(range(1, X.ndim))
+    return np.maximum(X.max(axis=rest, initial=0), -X.min(axis=rest, initial=0)).astype(np.float64)
 
 
 def _ends(X: np.ndarray, keep: np.ndarray | None, threads: int, ranks: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -120,7 +120,7 @@ def plan(
         return mpi.plan(comm, Q, K, V, R, grad=grad, **options)
     call = prepare_for("plan", Q, K, V, R, options)
     how = {**call.how, "grad": grad}
-    problem = call.problem if call.problem.empty else normal_form(call.problem).problem
+    problem = call.problem if call.problem.empty else normal_form(call.problem, grad=grad).problem
     made = make_plan(problem, **how)
     explain(problem, made, how, choose_plan)
     made.certificate = made.certificate.stored(made.storing(call.dtype))
@@ -233,7 +233,7 @@ def _by_sample(
         works, sizes = {}, {}
     else:
         scores, values, works, sizes = proved._scores, proved._values, dict(proved._works), dict(proved.bytes)
-    rounding = polynomial_rounding(problem, scores.bound, values)
+    rounding = polynomial_rounding(problem, scores.bound, values, scores.lost)
     if rounding >= eps or scores.bound > poly.MAX_BOUND:
         return None
     H, G, n, d = problem.q.shape
@@ -416,7 +416,7 @@ def _beside_outliers(problem: Problem, scores: Scores, values: Values, most: flo
     def cost(B: float, square: float) -> float:
         """Of the polynomial that is expected to do for scores within B, of that mean square."""
         square = None if how["each_weight"] else square
-        g = by_moments.expected_degree(problem, values, B, square, eps / 4 if grad else eps)
+        g = by_moments.expected_degree(problem, scores, values, B, square, eps / 4 if grad else eps)
         return math.inf if g is None or g > (degree or g) else polynomial_work(problem, degree or g, grad).nominal
 
     norms, offers, unmasked = outliers.Norms(problem, scores), [], exact_work(replace(problem, hi=None), grad)
@@ -487,7 +487,7 @@ def _polynomial_plan(problem, scores, values, choice, grad, reason, works, sizes
         scores.bound,
         "worst case" if rule is None else "moments",
         choice.truncation,
-        polynomial_rounding(problem, scores.bound, values),
+        polynomial_rounding(problem, scores.bound, values, scores.lost),
         seed=None if rule is None or rule.fourth is None else rule.fourth.seed,
         failure=0.0 if rule is None or rule.fourth is None else moments.FAILURE,
     )
@@ -543,7 +543,7 @@ def _fft_plan(problem, scores, values, eps, degree, grad, method, works, sizes) 
     """The plan of the fft engine; or None, and why there is none. Notes its work and bytes."""
     if fft_engine.unsupported(problem):
         return None, None
-    base = fft_engine.base_rounding(problem, scores.bound, values)
+    base = fft_engine.base_rounding(problem, scores, values)
     # Transforms have an eighth of eps; rows to which they do more are computed exactly.
     p, refusal = _certified(problem, scores, values, eps, degree, base + eps / 8)
     if p is None:
@@ -662,7 +662,7 @@ def _certified(
     """The polynomial of the smallest degree (or of `degree`) that certifies eps, and None; or None, and why not."""
     B, d = scores.bound, fft_engine.terms(problem)
     if rounding is None:
-        rounding = polynomial_rounding(problem, B, values)
+        rounding = polynomial_rounding(problem, B, values, scores.lost)
     where, cure = _where(scores), _cure(problem, scores)
     if rounding >= eps:
         lost = f"rounding in {problem.q.dtype.name} alone is {rounding:.2g}"

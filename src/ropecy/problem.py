@@ -10,19 +10,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial, reduce
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from . import _validate
+from . import _validate, projections
 from .approximation import bias_forms as forms
+from .projections import sum_to
 from .rotary import rotate_rows
 
 # What a rotation does to a row at most, in units of its norm: two products and a sum, of rounded cosines and sines.
 _ROTATED = 2.0
-# Rows that are projected together: products are float64, and take no more memory than this many rows do.
-_PRODUCT_ROWS = 4096
 
 
 @dataclass(slots=True)
@@ -227,7 +226,7 @@ class _Rows:
         """(batch * heads, rows, width), C-contiguous; the user's own memory where nothing has to be done."""
         X, *others = self.factors.values()
         if others:
-            X, self.lost = _product([X, *others])
+            X, self.lost = projections.product([X, *others])
             _validate.check_finite(" @ ".join(self.factors), X)
         if self.positions is not None:
             self.lost += _ROTATED * float(np.finfo(X.dtype).eps) / 2
@@ -242,21 +241,23 @@ class _Rows:
             X = self.rotate(X, self._slot_positions())
         return contiguous(X)
 
-    def gradients(self, dX: np.ndarray) -> dict[str, np.ndarray]:
-        """The gradient of each factor from that of the slots, which is overwritten."""
+    def gradients(self, dX: np.ndarray, exponent: int | np.ndarray, ranks: Any) -> dict[str, np.ndarray]:
+        """The gradient of each factor, times 2^exponent, from that of the slots, which is overwritten; `exponent` is
+        one number, or one for each slot.
+        """
+        if np.ndim(exponent):
+            largest = int(exponent.max())
+            dX, exponent = np.ldexp(dX.astype(np.float64), (exponent - largest)[:, None, None]), largest
         if self.positions is not None and self.positions.ndim > 1:
             dX = self._rotate_back(dX, self._slot_positions())
         dX = _gather(dX, self.batch, self.heads, self.shape)
         if self.positions is not None and self.positions.ndim == 1:
             dX = self._rotate_back(dX, self.positions)
-        names, factors = list(self.factors), list(self.factors.values())
-        gradients = {}
-        for place in range(len(factors) - 1, 0, -1):
-            left = reduce(np.matmul, factors[:place])
-            gradients[names[place]] = _sum_to(np.matmul(left.swapaxes(-1, -2), dX), factors[place].shape)
-            dX = np.matmul(dX, factors[place].swapaxes(-1, -2))
-        gradients[names[0]] = _sum_to(dX, factors[0].shape)
-        return gradients
+        if len(self.factors) > 1:
+            return projections.gradients(self.factors, dX, exponent, ranks)
+        ((name, X),) = self.factors.items()
+        dX = sum_to(dX, X.shape)
+        return {name: np.ldexp(dX, exponent) if exponent else dX}
 
     def _rotate_back(self, dX: np.ndarray, positions: np.ndarray) -> np.ndarray:
         dX = np.require(dX, requirements=["C", "A", "W"])
@@ -264,6 +265,25 @@ class _Rows:
 
     def _slot_positions(self) -> np.ndarray:
         return spread(self.positions[..., None], self.batch, self.heads)[..., 0]
+
+
+@dataclass(frozen=True, slots=True)
+class Exponents:
+    """The powers of two that gradients of a normal form are to be multiplied with, for those of what it was made of.
+
+    Attributes
+    ----------
+    scores : int
+        Of gradients of a bias, of a family and of `scale_near`.
+    q, k : int or (H,) int array
+        Of those of q and k, one for each slot where they are unlike.
+    v : int
+    """
+
+    scores: int = 0
+    q: int | np.ndarray = 0
+    k: int | np.ndarray = 0
+    v: int = 0
 
 
 class Call:
@@ -381,26 +401,23 @@ class Call:
         dfamily: np.ndarray | None = None,
         *,
         dscale_near: np.float64 | None = None,
-        exponent: int = 0,
-        v_exponent: int = 0,
-        total: Callable[[np.ndarray], np.ndarray] | None = None,
+        exponents: Exponents = Exponents(),
+        ranks: Any = None,
     ) -> dict[str, np.ndarray]:
-        """{"dQ": ..., "dW_Q": ...}: an engine's gradients, which are overwritten, times 2^exponent, those of
-        V and W_V times 2^v_exponent.
+        """{"dQ": ..., "dW_Q": ...}: an engine's gradients, which are overwritten, times the powers of two of
+        `exponents`.
 
-        Every argument that was given has its gradient, in its shape and dtype. `total` makes the gradient of what
-        pieces of a sequence share, projections, of a piece's part of it.
+        Every argument that was given has its gradient, in its shape and dtype. `ranks`, where they hold pieces of the
+        sequence, add up their parts of the gradients of what they share, projections.
         """
         a = self._arguments
         H, G, n, d = dq.shape
         with np.errstate(all="ignore"):
-            found = self._q.gradients(dq.reshape(H * G, n, d))
-            found |= self._k.gradients(dk)
-            found |= self._v.gradients(dv[..., : self.shape[-1]])
-            if total:
-                found.update({name: total(X) for name, X in found.items() if name.startswith("W")})
-            powers = dict.fromkeys(found, exponent) | dict.fromkeys(self._v.factors, v_exponent)
-            found = {name: np.ldexp(X, powers[name]) if powers[name] else X for name, X in found.items()}
+            of_q = np.repeat(exponents.q, G) if np.ndim(exponents.q) else exponents.q
+            found = self._q.gradients(dq.reshape(H * G, n, d), of_q, ranks)
+            found |= self._k.gradients(dk, exponents.k, ranks)
+            found |= self._v.gradients(dv[..., : self.shape[-1]], exponents.v, ranks)
+            exponent = exponents.scores
             if exponent and dfamily is not None:
                 dfamily = np.ldexp(dfamily, exponent)
         gradients = {"d" + name: self._cast(X) for name, X in found.items()}
@@ -552,44 +569,6 @@ def _given(arguments: _validate.Arguments, *names: str) -> dict[str, np.ndarray]
     return {name: contiguous(X) for name, X in given.items()}
 
 
-def _product(factors: list[np.ndarray]) -> tuple[np.ndarray, float]:
-    """The product of matrices, and what rounding has done to a row of it at most, relative to the longest row of the
-    same head; of all heads the worst.
-
-    Sums are float64 for float32 too, where then only the rounding of the result counts, however much cancels. In
-    float64 an entry of ``x W`` is off by about a unit of ``||x||`` times the norm of the column, which is more than a
-    unit of the result where terms cancel.
-    """
-    first, *others = factors
-    wide = [W.astype(np.float64, copy=False) for W in others]
-    norms, parts = [np.zeros(())] * len(factors), []
-    with np.errstate(all="ignore"):
-        for at in range(0, max(first.shape[-2], 1), _PRODUCT_ROWS):
-            X = first[..., at : at + _PRODUCT_ROWS, :].astype(np.float64, copy=False)
-            norms[0] = np.maximum(norms[0], _longest(X))
-            for step, W in enumerate(wide, start=1):
-                X = np.matmul(X, W)
-                norms[step] = np.maximum(norms[step], _longest(X))
-            parts.append(X.astype(first.dtype, copy=False))
-        lost = np.zeros(())
-        for W, before, after in zip(wide, norms, norms[1:], strict=False):
-            size = before * _longest(W.reshape(*W.shape[:-2], 1, W.shape[-2] * W.shape[-1]))
-            lost = (lost + 2.0**-53) * np.where(after > 0, size / after, 0)
-    stored = 0.0 if first.dtype == np.float64 else float(np.finfo(first.dtype).eps) / 2
-    whole = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-2)
-    return whole, float(lost.max(initial=0)) + stored
-
-
-def _longest(X: np.ndarray) -> np.ndarray:
-    """(...,): the largest norm of the rows of each matrix X (..., n, d), float64; neither overflows nor vanishes."""
-    square = np.einsum("...d,...d->...", X, X).max(axis=-1, initial=0)
-    if np.all((square > 1e-250) & (square < np.inf)):
-        return np.sqrt(square)
-    peak = np.abs(X).max(axis=(-2, -1), initial=0)
-    X = X / np.where(peak > 0, peak, 1)[..., None, None]
-    return peak * np.sqrt(np.einsum("...d,...d->...", X, X).max(axis=-1, initial=0))
-
-
 def _masked(X: np.ndarray, key_mask: np.ndarray | None) -> np.ndarray:
     """X (H, n_k, m) where the rows of hidden keys are 0."""
     return X if key_mask is None else np.where(key_mask[..., None], X, X.dtype.type(0))
@@ -610,11 +589,4 @@ def _gather(dX: np.ndarray, batch: tuple[int, ...], heads: int, shape: tuple[int
     own = shape[-3] if len(shape) > 2 else 1
     dX = dX.reshape(batch + (own, heads // max(own, 1)) + dX.shape[-2:])
     dX = dX.sum(axis=-3) if dX.shape[-3] != 1 else dX[..., 0, :, :]
-    return _sum_to(dX, shape)
-
-
-def _sum_to(X: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The adjoint of broadcasting `shape` to the shape of X."""
-    own = (1,) * (X.ndim - len(shape)) + shape
-    repeated = tuple(a for a, size in enumerate(own) if size == 1 != X.shape[a])
-    return (X.sum(axis=repeated) if repeated else X).reshape(shape)
+    return sum_to(dX, shape)

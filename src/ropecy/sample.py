@@ -83,7 +83,7 @@ class Sample:
             x = self._x[rows]
             self.second[rows] = _rows.quadratic(x[None], self._products[head : head + 1], problem.threads)[0]
             self.first[rows] = x @ mean[head]
-        self._share = values.share
+        self._share, self._lost = values.share, scores.lost
         self._means: dict[int, np.ndarray] = {}
         self._seen: tuple[np.ndarray, np.ndarray] | None = None
 
@@ -204,7 +204,7 @@ class Sample:
         """
         G, n = problem.q.shape[1:3]
         grad, total = h_r is not None, self.n_rows
-        allowed = eps - polynomial_rounding(problem, B, values)
+        allowed = eps - polynomial_rounding(problem, B, values, self._lost)
         expected = self.truncation(h)
         of_gradient = gradient_error(h, h_r) if grad else np.zeros_like(h)
         long = self.sizes > B

@@ -150,8 +150,9 @@ class Product:
         if of_levels.shape[:2] != (1, 1):
             of_levels = np.ascontiguousarray(np.broadcast_to(of_levels, (H, self._alone, *of_levels.shape[2:])))
         of_levels = of_levels.reshape(-1, *of_levels.shape[2:])
-        by_row = None
+        by_row = self._largest_gain = None
         if gain is not None:
+            self._largest_gain = np.broadcast_to(gain.max(axis=2), (H, G, n)).reshape(H, -1)
             by_row = np.zeros((slots, groups, levels.shape[2], rows))
             by_row.reshape(H, G, -1, rows)[..., :n] = gain
         self._support, self._used = _support(problem), tuple(used(problem))
@@ -163,7 +164,7 @@ class Product:
         """(H, G, columns, n): sum_j p(s_ij) exp(b_{j-i}) v_j."""
         H, G, n, _ = self._problem.q.shape
         lists, parts = self._lists(p.degree, 1)
-        v, size = _of_one_size(self._v)
+        v, size = _of_one_size(self._v, np.ones(1))
         sums = self._product.forward(lists, parts, v, np.array(p.coefficients))
         return (sums.reshape(H, G, *sums.shape[2:]) * size[:, None])[:, :, : self._columns, :n]
 
@@ -179,8 +180,10 @@ class Product:
         weights[: len(p.coefficients)] = p.coefficients
         lists, parts = self._lists(len(raised) - 1, 2)
         # dv has columns of its own, all else are sums over columns. So gradients are transformed as columns of one
-        # size, and values take their sizes: what rounding mixes is then small beside the largest term of a sum.
-        one_size, size = _of_one_size(np.moveaxis(grad, 1, 2).reshape(H, C, -1))
+        # size, and values take their sizes: what rounding mixes is then small beside the largest term of a sum. What is
+        # transformed of a row is its gradient times its gain, and may be smaller by 30 powers of ten.
+        gain = np.ones(1) if self._largest_gain is None else self._largest_gain[:, None]
+        one_size, size = _of_one_size(np.moveaxis(grad, 1, 2).reshape(H, C, -1), gain)
         given = np.zeros((H, G, self._v.shape[1], self._product_shape[2]))
         given[:, :, :C, :n] = np.moveaxis(one_size.reshape(H, C, G, n), 2, 1)
         given = given.reshape(*self._product_shape[:2], *given.shape[2:])
@@ -206,18 +209,19 @@ class Product:
         return _lists(pairs, self._support, self._used, degree, count), parts
 
 
-def _of_one_size(columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Columns (..., n) of Euclidean norms in [1, 2), and the powers of two, (..., 1), that make them what was given.
+def _of_one_size(columns: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Columns (..., n) whose products with weights (..., n) have Euclidean norms in [1, 2), and the powers of two,
+    (..., 1), that make them what was given.
 
-    A transform rounds a column by what its norm is, and by that of the column that it is transformed with. Zeros
-    remain, and have the size 0, so that nothing is made of them.
+    A transform rounds a column by what its norm is, and by that of the column that it is transformed with. Where the
+    product is 0 the size is 0 too, so that nothing is made of it.
     """
-    powers = np.frexp(np.abs(columns).max(axis=-1, keepdims=True))[1] - 1
+    weighted = columns * weights
+    powers = np.frexp(np.abs(weighted).max(axis=-1, keepdims=True))[1] - 1
     # Lest squares overflow.
-    scaled = np.ldexp(columns, -powers)
-    norms = np.linalg.norm(scaled, axis=-1, keepdims=True)
-    more = np.frexp(norms)[1] - 1
-    return np.ldexp(scaled, -more), np.where(norms > 0, np.ldexp(1.0, powers + more), 0)
+    norms = np.linalg.norm(np.ldexp(weighted, -powers), axis=-1, keepdims=True)
+    powers += np.frexp(norms)[1] - 1
+    return np.ldexp(columns, -powers), np.where(norms > 0, np.ldexp(1.0, powers), 0)
 
 
 def used(problem: Problem) -> list[int]:

@@ -22,7 +22,7 @@ from itertools import combinations_with_replacement
 import numpy as np
 
 from ..approximation.minimax import Polynomial, antiderivative, n_features
-from ..bounds import Scores, Values, largest_entries, medians
+from ..bounds import Scores, Values, largest_entries, medians, moved
 from ..kernels import _circulant, _toeplitz
 from ..kernels._fftw import ComplexFFT, RealFFT
 from ..problem import Problem
@@ -112,12 +112,14 @@ def terms(problem: Problem) -> int:
     return problem.q.shape[-1] if problem.family is None else max(1, len(family_fft.used(problem)))
 
 
-def base_rounding(problem: Problem, B: float, values: Values) -> float:
-    """Rounding beside that of the transforms: monomials that cancel, in float64, and storing O in its dtype."""
+def base_rounding(problem: Problem, scores: Scores, values: Values) -> float:
+    """Rounding beside that of the transforms: monomials that cancel, in float64, storing O in its dtype, and what
+    scores carry of projections and rotations.
+    """
     stored = float(np.finfo(problem.q.dtype).eps) * (1 + values.offset)
     # What is added up in a family's scores may pass the scores themselves.
-    largest = B if problem.family is None else abs(problem.scale) * largest_entries(problem)
-    return stored + _UNIT * (12 + 4 * math.exp(min(B + largest, 700)))
+    largest = scores.bound if problem.family is None else abs(problem.scale) * largest_entries(problem)
+    return stored + moved(problem, scores.lost) + _UNIT * (12 + 4 * math.exp(min(scores.bound + largest, 700)))
 
 
 def survey(problem: Problem, p: Polynomial, allowance: float) -> Symbol:
@@ -276,6 +278,13 @@ def backward(problem: Problem, saved: Saved, do: np.ndarray):
     dv = np.ascontiguousarray(dv[:, :-1].swapaxes(-1, -2).astype(dtype))
     if problem.key_mask is not None:
         dv[~problem.key_mask] = 0
+        # Transforms leave rounding at offsets at which every key is hidden.
+        hidden = ~_kept_at(problem.key_mask, n)
+        if dsymbol is not None:
+            np.copyto(dsymbol, 0, where=hidden[:, None])
+        for total in dfamily:
+            # In order of i - j.
+            np.copyto(total, 0, where=hidden.all(axis=0)[::-1])
     for (first, last), (part, saved_part) in zip(symbol.exact_rows, saved.exact, strict=True):
         dq_part, dk_part, dv_part, dsymbol_part, *dfamily_part = exact.backward(
             part, saved_part, np.ascontiguousarray(do[:, :, first:last])
@@ -538,6 +547,14 @@ def _row_sums(t: np.ndarray, key_mask: np.ndarray | None, n: int) -> np.ndarray:
     length = 1 << (t.shape[-1] + n_k - 1).bit_length()
     kept = np.fft.rfft(key_mask[:, None, ::-1].astype(float), length)
     return np.fft.irfft(np.fft.rfft(t, length) * kept, length)[..., n_k - 1 : n_k - 1 + n][..., ::-1]
+
+
+def _kept_at(key_mask: np.ndarray, n: int) -> np.ndarray:
+    """(H, n + n_k - 1): at which offsets j - i, from -(n - 1) on, any of n rows meets a key that is kept."""
+    n_k = key_mask.shape[1]
+    before = np.pad(np.cumsum(key_mask, axis=1), ((0, 0), (1, 0)))
+    at = np.arange(n + n_k - 1)
+    return before[:, np.minimum(at + 1, n_k)] > before[:, np.maximum(at - n + 1, 0)]
 
 
 def _runs(rows: np.ndarray, gap: int) -> list[tuple[int, int]]:

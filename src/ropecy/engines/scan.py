@@ -303,7 +303,8 @@ def rounding(split: Split, problem: Problem, scores: Scores, values: Values) -> 
     as a row's best key is below the peak, each rounded to a side of its own.
     """
     unit = float(np.finfo(problem.q.dtype).eps) / 2
-    total = polynomial_rounding(problem, scores.bound, values) + 2 * unit * len(split.far) * (1 + values.offset)
+    total = polynomial_rounding(problem, scores.bound, values, scores.lost)
+    total += 2 * unit * len(split.far) * (1 + values.offset)
     merges = len(split.far) + (split.near is not None) - 1
     if problem.bias is not None and merges:
         reach = bias_reach(problem, score_size(problem, scores))
