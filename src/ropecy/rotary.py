@@ -1,20 +1,19 @@
-"""Rotary position embedding: the matrices R_m, rows times rotations, and the scaling rules of published models."""
+"""Rotary position embedding: the matrices R_m, and rows times rotations."""
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from numbers import Real
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .kernels import _rotary
+from .rotary_scaling import check_scaling, frequencies, positive
 
 __all__ = ["Rotary", "rotate_rows"]
 
@@ -91,7 +90,7 @@ class Rotary:
     length: int | None = None
 
     def __post_init__(self) -> None:
-        checked = {"d": _integer("d", self.d, 1), "base": _positive("base", self.base)}
+        checked = {"d": _integer("d", self.d, 1), "base": positive("base", self.base)}
         d = checked["d"]
         if self.pairing not in PAIRINGS:
             raise ValueError(f"pairing: got {self.pairing!r}, wants one of {', '.join(map(repr, PAIRINGS))}")
@@ -104,10 +103,10 @@ class Rotary:
             if r % 2 or not 2 <= r <= d:
                 raise ValueError(f"rotary_dim: got {r}, wants an even integer from 2 to d = {d}")
         checked["length"] = None if self.length is None else _integer("length", self.length, 1)
-        checked["scaling"] = _scaling(self.scaling, d, checked["rotary_dim"], checked["base"])
+        checked["scaling"] = check_scaling(self.scaling, d, checked["rotary_dim"], checked["base"])
         for name, value in checked.items():
             object.__setattr__(self, name, value)
-        # What a rule lacks or cannot use shows now, not at the first rotation.
+        # A key that the rule lacks, or a value that it can't use, is an error now and not at the first rotation.
         self._frequencies(1)
 
     def __repr__(self) -> str:
@@ -144,7 +143,8 @@ class Rotary:
         if abs(m) > np.iinfo(np.int64).max:
             raise ValueError(f"m: got {m}, wants an offset between -(2**63 - 1) and 2**63 - 1")
         theta, factor = self._frequencies(abs(m) + 1)
-        # Row k is a R_m e_k, column k of a R_m; the other a is the query's.
+        # Row k becomes a R_m e_k, which is column k of a R_m. The attention factor a multiplies queries and keys, so it
+        # is in R_m twice.
         columns = rotate_rows(np.eye(self.d), np.int64(abs(m)), theta, factor, self.pairing, adjoint=m < 0)
         columns[:, : 2 * len(theta)] *= factor
         return np.ascontiguousarray(columns.T)
@@ -194,9 +194,9 @@ class Rotary:
         return Y.astype(X.dtype, copy=False)
 
     def _frequencies(self, length: int) -> tuple[NDArray[np.float64], float]:
-        """(theta, a): angles per position of the planes, in their order, and the attention factor.
+        """(theta, a): the angle per position of each plane, and the attention factor.
 
-        `length` is the largest position of the call + 1; the object's own `length` goes before it.
+        `length` is the largest position of the call + 1. It doesn't count where the object has a `length` of its own.
         """
         if self.length is not None:
             length = self.length
@@ -205,10 +205,8 @@ class Rotary:
 
 @lru_cache(maxsize=32)
 def _frequencies_of(R: Rotary, length: int) -> tuple[NDArray[np.float64], float]:
-    """`Rotary._frequencies`, which calls of one length share."""
-    rule = _RULES["default" if R.scaling is None else R.scaling["rope_type"]]
-    with np.errstate(all="ignore"):
-        theta, factor = rule(R.scaling or {}, np.float64(R.base), R.rotary_dim, length)
+    """`Rotary._frequencies`, kept for later calls with the same length."""
+    theta, factor = frequencies(R.scaling, R.base, R.rotary_dim, length)
     if not (np.isfinite(theta).all() and math.isfinite(factor) and factor > 0):
         raise ValueError(f"scaling: got {R!r}, wants what gives finite frequencies and attention factor")
     theta.flags.writeable = False
@@ -231,7 +229,7 @@ def rotate_rows(
     Parameters
     ----------
     X : (..., n, d) float32 or float64
-        Any strides; d >= 2 len(theta), and what is past that is copied.
+        Any strides. d is at least 2 len(theta); coordinates past that are copied.
     positions : int64
         Broadcasts to (..., n).
     theta : (pairs,) float64
@@ -243,9 +241,9 @@ def rotate_rows(
     adjoint : bool
         Transpose the rotations.
     threads : int
-        At most; the result does not depend on it.
+        The most that are used; the result does not depend on it.
     out : (..., n, d) array, optional
-        C-contiguous, of X's dtype; X itself will do.
+        Where the result is written: C-contiguous, of X's dtype. It may be X.
 
     Returns
     -------
@@ -254,8 +252,8 @@ def rotate_rows(
 
     Notes
     -----
-    Time O(n d); memory the result, 8 n bytes where positions do not start at 0, and 16 pairs bytes for each block of
-    512 positions that is met.
+    Time O(n d). Memory for the result, 8 n bytes where positions do not start at 0, and 16 len(theta) bytes for each
+    block of 512 positions in which one of them lies.
     """
     if not (X.flags.aligned and X.dtype.isnative and all(s % X.itemsize == 0 for s in X.strides)):
         X = X.astype(X.dtype.newbyteorder("="), order="C")
@@ -263,7 +261,7 @@ def rotate_rows(
         out = np.empty(X.shape, X.dtype)
     if X.size == 0:
         return out
-    # cos is even and sin odd to the bit, so the transpose is the rotation by -theta.
+    # The transpose is the rotation by -theta, to the last bit, since cos is even and sin is odd.
     theta = -theta if adjoint else theta
     blocks, positions = _split(np.asarray(positions, np.int64))
     if isinstance(blocks, range):
@@ -284,26 +282,31 @@ def rotate_rows(
         _fine_table(theta.tobytes()),
         out,
         pairing == "interleaved",
-        # A thread has to get enough coordinates to be worth waking.
+        # A thread that gets fewer coordinates costs more than it saves.
         max(1, min(threads, X.size // 16384)),
     )
     return out
 
 
 def _split(positions: NDArray[np.int64]) -> tuple[range | NDArray[np.int64], NDArray[np.int64]]:
-    """The blocks a of 512 positions that are met, and for each position 512 a + b its 512 (index of a) + b."""
+    """The blocks of 512 positions in which positions lie, and the positions as if these blocks were 0, 1, 2, ...
+
+    A position is 512 a + b with 0 <= b < 512. Returned are all a in ascending order, and for each position
+    512 (index of its a) + b.
+    """
     first, last = (int(p) // _rotary.FINE for p in (positions.min(), positions.max()))
     if last - first <= 8 + positions.size // 16:
         blocks = range(first, last + 1)
         return blocks, positions - first * _rotary.FINE if first else np.ascontiguousarray(positions)
-    # Far apart: a table of all blocks between would cost more than a sort.
+    # Positions are far apart, and a table of all blocks between them would cost more than sorting.
     blocks, index = np.unique(positions // _rotary.FINE, return_inverse=True)
     return blocks, index.reshape(positions.shape) * _rotary.FINE + positions % _rotary.FINE
 
 
 def _table(positions: NDArray[np.int64], theta: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Row by row cos(p theta_b) for all b, then sin(p theta_b)."""
-    # theta is cut into 26 and 27 bits, so that both products with an integer are exact and no angle is rounded.
+    """A row for each position p: cos(p theta_b) for all b, then sin(p theta_b)."""
+    # theta is split into its upper 26 and its lower 27 bits. Both products with an integer are then exact, so that no
+    # angle is rounded.
     high = (theta.view(np.int64) & ~np.int64(2**27 - 1)).view(np.float64)
     large = np.multiply.outer(positions, high)
     small = np.multiply.outer(positions, theta - high)
@@ -315,7 +318,7 @@ def _table(positions: NDArray[np.int64], theta: NDArray[np.float64]) -> NDArray[
 
 @lru_cache(maxsize=8)
 def _fine_table(theta: bytes) -> NDArray[np.float64]:
-    """The table of positions 0 to 511, the same for every call with the same frequencies, given by their bytes."""
+    """The table of positions 0 to 511, kept for later calls with the same frequencies, which are given as bytes."""
     table = _table(np.arange(_rotary.FINE), np.frombuffer(theta))
     table.flags.writeable = False
     return table
@@ -323,7 +326,7 @@ def _fine_table(theta: bytes) -> NDArray[np.float64]:
 
 @lru_cache(maxsize=8)
 def _coarse_table(blocks: range, theta: bytes, factor: float) -> NDArray[np.float64]:
-    """factor times the table of the first positions of blocks, which calls of one length share."""
+    """factor times the table of the first position of each block, kept for later calls of the same length."""
     table = _table(np.arange(blocks.start, blocks.stop) * _rotary.FINE, np.frombuffer(theta)) * factor
     table.flags.writeable = False
     return table
@@ -331,188 +334,13 @@ def _coarse_table(blocks: range, theta: bytes, factor: float) -> NDArray[np.floa
 
 @lru_cache(maxsize=32)
 def _offsets(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> NDArray[np.intp]:
-    """Where, in elements, each index of some leading axes begins."""
+    """Where the rows of each index of the leading axes begin, counted in elements from the first entry."""
     offsets = np.zeros(shape, np.intp)
     for axis, (length, stride) in enumerate(zip(shape, strides, strict=True)):
         steps = np.arange(length, dtype=np.intp) * (stride // itemsize)
         offsets += steps.reshape((-1,) + (1,) * (len(shape) - axis - 1))
     offsets.flags.writeable = False
     return offsets.reshape(-1)
-
-
-# The scaling rules: (keys, base, r, length) -> (theta, attention factor), after the definitions in transformers'
-# ROPE_INIT_FUNCTIONS but in float64.
-
-
-def _default(keys: Mapping[str, Any], base: np.float64, r: int, length: int) -> tuple[NDArray[np.float64], float]:
-    return base ** (-np.arange(0, r, 2) / r), 1.0
-
-
-def _linear(keys: Mapping[str, Any], base: np.float64, r: int, length: int) -> tuple[NDArray[np.float64], float]:
-    theta, factor = _default(keys, base, r, length)
-    return theta / _number(keys, "factor"), factor
-
-
-def _proportional(keys: Mapping[str, Any], base: np.float64, r: int, length: int) -> tuple[NDArray[np.float64], float]:
-    theta, factor = _default(keys, base, r, length)
-    theta[int(_number(keys, "partial_rotary_factor", 1.0) * r // 2) :] = 0.0
-    return theta / _number(keys, "factor", 1.0), factor
-
-
-def _dynamic(keys: Mapping[str, Any], base: np.float64, r: int, length: int) -> tuple[NDArray[np.float64], float]:
-    if r == 2:
-        raise ValueError("rotary_dim: got 2, wants 4 or more with rope_type 'dynamic'")
-    original, f = _original_length(keys), _number(keys, "factor")
-    stretch = f * max(length, original) / original - (f - 1.0)
-    return _default(keys, base * stretch ** (r / (r - 2)), r, length)
-
-
-def _yarn(keys: Mapping[str, Any], base: np.float64, r: int, length: int) -> tuple[NDArray[np.float64], float]:
-    if base == 1.0:
-        raise ValueError("base: got 1, wants another with rope_type 'yarn', which divides by its logarithm")
-    original, f = _original_length(keys), _stretch(keys)
-
-    def mscale(m: float) -> float:
-        return 0.1 * m * math.log(f) + 1.0 if f > 1.0 else 1.0
-
-    if keys.get("mscale") and keys.get("mscale_all_dim"):
-        factor = mscale(_number(keys, "mscale")) / mscale(_number(keys, "mscale_all_dim"))
-    else:
-        factor = mscale(1.0)
-
-    # The pairs that turn beta_fast and beta_slow times within the original length.
-    low, high = (
-        r * math.log(original / (_number(keys, name, default) * 2.0 * math.pi)) / (2.0 * math.log(base))
-        for name, default in (("beta_fast", 32.0), ("beta_slow", 1.0))
-    )
-    if keys.get("truncate", True):
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, r - 1)
-    if low == high:
-        high += 0.001
-    ramp = np.clip((np.arange(r // 2) - low) / (high - low), 0.0, 1.0)
-    theta, _ = _default(keys, base, r, length)
-    return theta / f * ramp + theta * (1.0 - ramp), _number(keys, "attention_factor", factor)
-
-
-def _longrope(keys: Mapping[str, Any], base: np.float64, r: int, length: int) -> tuple[NDArray[np.float64], float]:
-    original = _original_length(keys)
-    short, long = (_numbers(keys, name, r // 2) for name in ("short_factor", "long_factor"))
-    if "attention_factor" in keys:
-        factor = _number(keys, "attention_factor")
-    else:
-        f = _stretch(keys)
-        factor = math.sqrt(1.0 + math.log(f) / math.log(original)) if f > 1.0 else 1.0
-    theta, _ = _default(keys, base, r, length)
-    return theta / (long if length > original else short), factor
-
-
-def _llama3(keys: Mapping[str, Any], base: np.float64, r: int, length: int) -> tuple[NDArray[np.float64], float]:
-    original, f = _original_length(keys), _number(keys, "factor")
-    low, high = _number(keys, "low_freq_factor"), _number(keys, "high_freq_factor")
-    if low >= high:
-        raise ValueError(f"scaling: got low_freq_factor {low} and high_freq_factor {high}, wants the first smaller")
-    theta, factor = _default(keys, base, r, length)
-    # Turns within the original length: at most `low` is divided, at least `high` is kept, between is blended.
-    kept = np.clip((original * theta / (2.0 * math.pi) - low) / (high - low), 0.0, 1.0)
-    return (1.0 - kept) * theta / f + kept * theta, factor
-
-
-_Rule = Callable[[Mapping[str, Any], np.float64, int, int], tuple[NDArray[np.float64], float]]
-_RULES: dict[str, _Rule] = {
-    "default": _default,
-    "linear": _linear,
-    "dynamic": _dynamic,
-    "yarn": _yarn,
-    "longrope": _longrope,
-    "llama3": _llama3,
-    "proportional": _proportional,
-}
-
-# "finetuned" is in old yarn configurations and says nothing about the rotation.
-_KEYS = frozenset(
-    "rope_type type rope_theta partial_rotary_factor factor original_max_position_embeddings max_position_embeddings "
-    "attention_factor beta_fast beta_slow mscale mscale_all_dim truncate short_factor long_factor low_freq_factor "
-    "high_freq_factor finetuned".split()
-)
-
-
-def _scaling(
-    scaling: Mapping[str, Any] | None, d: int, rotary_dim: int, base: float
-) -> MappingProxyType[str, Any] | None:
-    """A read-only copy of `scaling` with rope_type in its place, lists as tuples, and nothing that is None."""
-    if scaling is None:
-        return None
-    if not isinstance(scaling, Mapping):
-        raise TypeError(f"scaling: got {type(scaling).__name__}, wants a mapping with the key 'rope_type'")
-    keys = {
-        name: tuple(np.asarray(value).tolist()) if isinstance(value, (list, tuple, np.ndarray)) else value
-        for name, value in scaling.items()
-        if value is not None
-    }
-    kind = keys.get("rope_type", keys.pop("type", None))
-    if not isinstance(kind, str) or kind not in _RULES:
-        raise ValueError(f"scaling: got rope_type {kind!r}, wants one of {', '.join(map(repr, _RULES))}")
-    unknown = sorted(map(str, keys.keys() - _KEYS))
-    if unknown:
-        raise ValueError(f"scaling: got {', '.join(unknown)}, wants no keys but {', '.join(sorted(_KEYS))}")
-    if _number(keys, "rope_theta", base) != base:
-        raise ValueError(f"scaling: got rope_theta {keys['rope_theta']}, wants base = {base:g}, or pass that as base")
-    fraction = _number(keys, "partial_rotary_factor", rotary_dim / d)
-    if kind == "proportional":
-        if rotary_dim != d or fraction > 1.0:
-            raise ValueError(
-                f"scaling: got partial_rotary_factor {fraction:g} and rotary_dim {rotary_dim}, wants the first at most "
-                f"1 and the second {d}, since rope_type 'proportional' pairs over the whole width"
-            )
-    elif "partial_rotary_factor" in keys and int(d * fraction) != rotary_dim:
-        raise ValueError(
-            f"scaling: got partial_rotary_factor {fraction:g}, which is rotary_dim {int(d * fraction)}; "
-            f"wants it to agree with rotary_dim = {rotary_dim}"
-        )
-    return MappingProxyType({**keys, "rope_type": kind})
-
-
-def _original_length(keys: Mapping[str, Any]) -> float:
-    name = "original_max_position_embeddings"
-    if name not in keys and "max_position_embeddings" in keys:
-        name = "max_position_embeddings"
-    original = _number(keys, name)
-    if original <= 1.0:
-        raise ValueError(f"scaling: got {name} {original:g}, wants more than 1")
-    return original
-
-
-def _stretch(keys: Mapping[str, Any]) -> float:
-    """`factor`, or what the two lengths of a configuration say it is."""
-    if "factor" not in keys and "max_position_embeddings" in keys:
-        return _number(keys, "max_position_embeddings") / _original_length(keys)
-    return _number(keys, "factor")
-
-
-def _number(keys: Mapping[str, Any], name: str, default: float | None = None) -> float:
-    value = keys.get(name, default)
-    if value is None:
-        raise ValueError(f"scaling: got no {name}, which rope_type {keys.get('rope_type')!r} wants")
-    return _positive(f"scaling[{name!r}]", value)
-
-
-def _numbers(keys: Mapping[str, Any], name: str, count: int) -> NDArray[np.float64]:
-    value = keys.get(name)
-    if value is None:
-        raise ValueError(f"scaling: got no {name}, which rope_type {keys['rope_type']!r} wants")
-    if not isinstance(value, tuple) or len(value) != count:
-        got = f"{len(value)} of them" if isinstance(value, tuple) else repr(value)
-        raise ValueError(f"scaling[{name!r}]: got {got}, wants a list of {count} numbers, one a plane")
-    return np.array([_positive(f"scaling[{name!r}]", v) for v in value])
-
-
-def _positive(name: str, value: Any) -> float:
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f"{name}: got {value!r}, wants a number")
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name}: got {value!r}, wants a positive finite number")
-    return float(value)
 
 
 def _integer(name: str, value: Any, least: int | None = None) -> int:
@@ -538,7 +366,5 @@ def _positions(positions: ArrayLike | None, rows: tuple[int, ...]) -> NDArray[np
     whole = positions.ndim == len(rows) and positions.shape[-1] == n
     whole = whole and all(a in (1, b) for a, b in zip(positions.shape, rows, strict=True))
     if not (whole or positions.shape in ((), (n,))):
-        raise ValueError(
-            f"positions: got shape {positions.shape}, wants ({n},), or {rows} where leading axes may be 1"
-        )
+        raise ValueError(f"positions: got shape {positions.shape}, wants ({n},), or {rows} where leading axes may be 1")
     return positions.astype(np.int64, copy=False)
