@@ -27,6 +27,7 @@ EXTENSIONS = {
     "_quartic": ["quartic"],
     "_circulant": [],
     "_toeplitz": ["toeplitz"],
+    "_family_pairs": [],
     "_family": [],
     "_peak": ["peak"],
     "_fftw": [],

@@ -1,5 +1,6 @@
-"""The blocks of a real Toeplitz matrix as circulants: their spectra in quarters, as `_toeplitz` and `_family` multiply
-them, and back to offsets.
+"""The blocks of a real Toeplitz matrix as circulants: their spectra, and from spectra back to numbers by offset.
+
+Spectra are in quarters, in the order in which `_toeplitz` and `_family_pairs` multiply them.
 """
 
 import numpy as np
