@@ -1,0 +1,143 @@
+"""What keeps the sources readable: short files and functions, few parameters, rooms that say what they are for.
+
+What is longer today is listed here by name. A list may only shrink: an entry that no longer applies fails as well.
+"""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import ropecy
+
+ROOT = Path(ropecy.__file__).parent
+SOURCES = sorted(path for kind in ("py", "pyx", "pxd", "c", "h") for path in ROOT.rglob(f"*.{kind}"))
+MODULES = {str(path.relative_to(ROOT)): ast.parse(path.read_text()) for path in SOURCES if path.suffix == ".py"}
+
+MOST_LINES = 500  # of a file
+MOST_FUNCTION_LINES = 60  # without the docstring
+MOST_PARAMETERS = 7  # without self and cls, *args and **kwargs
+
+LONG_FILES = {"engines/fft.py", "engines/scan.py", "mpi.py", "plan.py", "problem.py"}
+LONG_FUNCTIONS = {"attention.py: attention", "engines/fft.py: survey", "plan.py: _at_once"}
+
+# Functions that users call, by keyword for the most part.
+DOORS = {
+    "attention.py: attention",
+    "decode.py: DecodeState.__init__",
+    "evidence.py: check",
+    "torch/function.py: scaled_dot_product_attention",
+    "torch/layer.py: RoPEAttention.__init__",
+}
+# Functions whose parameters PyTorch or transformers prescribes.
+PRESCRIBED = {"_described_mask.py: describe", "torch/operators.py: _", "transformers.py: _attention"}
+MANY_PARAMETERS = {
+    "by_moments.py: choose",
+    "by_moments.py: may_serve",
+    "costs.py: _polynomial_work",
+    "engines/exact.py: backward_rows",
+    "engines/polynomial.py: forward",
+    "engines/ring.py: _backward_told",
+    "engines/ring.py: backward_rows",
+    "engines/scan.py: forward",
+    "loss.py: _evaluation",
+    "mpi.py: _Evaluation.__init__",
+    "mpi.py: _prepare",
+    "plan.py: _at_once",
+    "plan.py: _exactly",
+    "plan.py: _fft_plan",
+    "plan.py: _plan",
+    "plan.py: _polynomial_plan",
+    "plan.py: _scan_plan",
+    "plan.py: choose_plan",
+    "plan.py: wants_sample",
+    "problem.py: Call.gradients",
+    "problem.py: check_forms",
+    "rotary.py: rotate_rows",
+}
+
+# Libraries that may be missing, and modules that take long to import and are seldom needed.
+LATE = {
+    "importlib.metadata",
+    "matplotlib",
+    "ml_dtypes",
+    "mpi4py",
+    "pydoc_data.topics",
+    "scipy",
+    "torch",
+    "transformers",
+}
+LATE_IMPORTS = {"plan.py: plan"}
+
+
+def functions(module):
+    """(name, node) of all functions of a file; the name says the file and the classes and functions it is inside of."""
+
+    def inside(node, names):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                yield f"{module}: {'.'.join([*names, child.name])}", child
+                yield from inside(child, [*names, child.name])
+            else:
+                yield from inside(child, [*names, child.name] if isinstance(child, ast.ClassDef) else names)
+
+    return inside(MODULES[module], [])
+
+
+ALL_FUNCTIONS = [function for module in MODULES for function in functions(module)]
+
+
+def lines(node):
+    """The length of a function without its docstring."""
+    first = node.body[0]
+    documented = ast.get_docstring(node, clean=False) is not None
+    return node.end_lineno - node.lineno + 1 - documented * (first.end_lineno - first.lineno + 1)
+
+
+def parameters(node):
+    """How many parameters a function has of its own."""
+    given = node.args
+    names = [each.arg for each in given.posonlyargs + given.args + given.kwonlyargs]
+    return len(names) - (names[:1] in (["self"], ["cls"]))
+
+
+def late(node):
+    """The modules, of this package or of others, that a function imports where no optional library asks for it."""
+    for each in ast.walk(node):
+        if isinstance(each, ast.Import):
+            names = [alias.name for alias in each.names]
+        elif isinstance(each, ast.ImportFrom):
+            names = ["." if each.level else each.module]
+        else:
+            continue
+        yield from (name for name in names if name not in LATE and name.partition(".")[0] not in LATE)
+
+
+def assert_exceptions(found, listed):
+    assert not found - listed, f"too long, or too many: {sorted(found - listed)}"
+    assert not listed - found, f"no longer so, to be taken from the list: {sorted(listed - found)}"
+
+
+def test_files_are_short():
+    found = {str(path.relative_to(ROOT)) for path in SOURCES if len(path.read_text().splitlines()) > MOST_LINES}
+    assert_exceptions(found, LONG_FILES)
+
+
+def test_functions_are_short():
+    assert_exceptions({name for name, node in ALL_FUNCTIONS if lines(node) > MOST_FUNCTION_LINES}, LONG_FUNCTIONS)
+
+
+def test_functions_have_few_parameters():
+    found = {name for name, node in ALL_FUNCTIONS if parameters(node) > MOST_PARAMETERS}
+    assert_exceptions(found, DOORS | PRESCRIBED | MANY_PARAMETERS)
+
+
+def test_imports_are_at_the_top():
+    assert_exceptions({name for name, node in ALL_FUNCTIONS if any(late(node))}, LATE_IMPORTS)
+
+
+@pytest.mark.parametrize("folder", sorted({Path(module).parent for module in MODULES}), ids=str)
+def test_every_folder_says_what_it_is_for(folder):
+    module = MODULES.get(str(folder / "__init__.py"))
+    assert module is not None, "a folder without __init__.py is not in the wheel"
+    assert ast.get_docstring(module)
