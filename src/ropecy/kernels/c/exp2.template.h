@@ -1,8 +1,9 @@
 /* 2^x by lanes, for one precision (include after simd.h).
  *
  * x = m + f with m the nearest integer, 2^f by a polynomial minimax in relative error on [-1/2, 1/2]: degree 6
- * (1.9e-9; 0.7 ulp with rounding) in float32, degree 11 (3.1e-18) in float64. x = -inf and everything below the
- * smallest normal number give 0; x must not be NaN, and not above the largest exponent.
+ * (1.9e-9; 0.7 ulp with rounding) in float32, degree 11 (3.1e-18) in float64. Where 2^x is below the smallest normal
+ * number the result is 0, but for AVX-512, which rounds it to a subnormal number; x = -inf gives 0. x must not be NaN, and
+ * not above the largest exponent.
  */
 RC_INLINE vreal RC_NAME(vector_max)(vreal a, vreal b) {
 #if defined(__AVX512F__) && RC_BITS == 32
