@@ -30,7 +30,11 @@ DOORS = {
     "torch/layer.py: RoPEAttention.__init__",
 }
 # Functions whose parameters PyTorch or transformers prescribes.
-PRESCRIBED = {"_described_mask.py: describe", "torch/operators.py: _", "transformers.py: _attention"}
+PRESCRIBED = {
+    "torch/operators.py: _",
+    "transformers/attention.py: _attention",
+    "transformers/mask_functions.py: describe",
+}
 MANY_PARAMETERS = {
     "by_moments.py: choose",
     "by_moments.py: may_serve",

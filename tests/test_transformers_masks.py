@@ -12,7 +12,8 @@ from transformers import masking_utils as masks  # noqa: E402
 from transformers.models.gemma3 import modeling_gemma3 as gemma3  # noqa: E402
 from transformers.models.t5gemma2 import modeling_t5gemma2 as t5gemma2  # noqa: E402
 
-from ropecy._described_mask import Band, DescribedMask, describe  # noqa: E402
+from ropecy.transformers.described_mask import Band, DescribedMask  # noqa: E402
+from ropecy.transformers.mask_functions import describe  # noqa: E402
 
 ATTEND = transformers.AttentionInterface()["ropecy-exact"]
 POSITIONS = torch.tensor([[*range(4), *range(5), *range(3)], [*range(2), *range(10)]])

@@ -1,10 +1,7 @@
-"""What transformers says of a mask, kept as a description: a tensor whose n x n_k entries exist only if they are read.
+"""The functions by which transformers says what queries see, read into a description of the mask.
 
-transformers gives a mask as a function of two indices, put together from others. `describe` reads that function into a
-band of differences of the indices, the keys that are kept, and the sequences packed into a row. A model may slice the
-mask, or move it, before its attention has it, or compute with it in code of its own; so it must be a tensor. Slices and
-copies stay descriptions. Any other operation is given what eager attention has: 0 where a query sees a key, and the
-least number of the dtype where not.
+transformers gives a mask as a function of two indices, put together from others. `describe` reads it into a band of
+differences of the indices, the keys that are kept, and the sequences that are packed into a row.
 """
 
 from __future__ import annotations
@@ -16,132 +13,16 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 from transformers import masking_utils
 
-__all__ = ["Band", "DescribedMask", "describe"]
+from .described_mask import Band, DescribedMask
 
-_aten = torch.ops.aten
 _Function = Callable[..., Any]
-
-
-class Band(NamedTuple):
-    """Query i may see key j where low <= j - (i + offset) <= high; None is no bound on that side."""
-
-    low: int | None = None
-    high: int | None = None
-    offset: int = 0
-
-
-class DescribedMask(torch.Tensor):
-    """The mask (b, 1, n, n_k) of `band`, of the keys that are kept and of sequences that see themselves alone.
-
-    Parameters
-    ----------
-    shape, dtype, device
-        Of the additive mask that it stands for.
-    band : Band
-    kept : (b, n_k) bool tensor, or None
-        True for keys that may be seen; None where all may.
-    sequence : (b, n_k) integer tensor, or None
-        The sequence that each key belongs to; query i is the token of key i + offset, and belongs to the same.
-    """
-
-    band: Band
-    kept: Tensor | None
-    sequence: Tensor | None
-
-    __torch_function__ = torch._C._disabled_torch_function_impl
-
-    @staticmethod
-    def __new__(cls, shape, dtype, device, band, kept, sequence):
-        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
-
-    def __init__(
-        self,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        device: torch.device | str,
-        band: Band,
-        kept: Tensor | None,
-        sequence: Tensor | None,
-    ) -> None:
-        self.band, self.kept, self.sequence = band, kept, sequence
-        self._nothing = torch.empty(0, device=device)  # compiled code takes no tensor that has none within
-
-    def __repr__(self) -> str:
-        return (
-            f"DescribedMask(shape={tuple(self.shape)}, {self.band}, kept={self.kept}, sequence={self.sequence}, "
-            f"dtype={self.dtype})"
-        )
-
-    # By these two, compiled code takes it as an argument.
-    def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
-        parts = [name for name in ("_nothing", "kept", "sequence") if getattr(self, name) is not None]
-        return parts, (self.band, self.dtype, self.device)
-
-    @staticmethod
-    def __tensor_unflatten__(parts: dict[str, Tensor], context: tuple[Any, ...], size: Any, stride: Any) -> Tensor:
-        band, dtype, device = context
-        mask = DescribedMask(size, dtype, device, band, parts.get("kept"), parts.get("sequence"))
-        mask._nothing = parts["_nothing"]
-        return mask
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in (_aten.alias.default, _aten.detach.default, _aten.clone.default):
-            return args[0]._copy()
-        if func is _aten._to_copy.default and kwargs.get("dtype", torch.float32).is_floating_point:
-            return args[0]._copy(dtype=kwargs.get("dtype"), device=kwargs.get("device"))
-        if func is _aten.slice.Tensor and (part := args[0]._slice(*args[1:])) is not None:
-            return part
-        args, kwargs = tree_map_only(DescribedMask, DescribedMask.dense, (args, kwargs))
-        return func(*args, **kwargs)
-
-    def _copy(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> DescribedMask:
-        device = device or self.device
-        parts = (None if x is None else x.to(device) for x in (self.kept, self.sequence))
-        return DescribedMask(self.shape, dtype or self.dtype, device, self.band, *parts)
-
-    def _slice(
-        self, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
-    ) -> DescribedMask | None:
-        """The described mask of a slice, or None where none describes it."""
-        dim %= 4
-        size = self.shape[dim]
-        start = 0 if start is None else max(0, start + size if start < 0 else min(start, size))
-        end = size if end is None else max(start, end + size if end < 0 else min(end, size))
-        shape = [*self.shape[:dim], end - start, *self.shape[dim + 1 :]]
-        offset = self.band.offset + (start if dim == 2 else -start if dim == 3 else 0)
-        if step != 1 or (self.sequence is not None and not 0 <= offset <= shape[3] - shape[2]):
-            return None
-        rows = slice(start, end) if dim == 0 else slice(None)
-        keys = slice(start, end) if dim == 3 else slice(None)
-        kept, sequence = (None if x is None else x[rows, keys] for x in (self.kept, self.sequence))
-        return DescribedMask(shape, self.dtype, self.device, self.band._replace(offset=offset), kept, sequence)
-
-    def dense(self) -> Tensor:
-        """The additive mask itself, as eager attention has it."""
-        rows, keys = (torch.arange(size, device=self.device) for size in self.shape[2:])
-        ahead = keys - (rows[:, None] + self.band.offset)
-        seen = torch.ones_like(ahead, dtype=torch.bool)
-        if self.band.low is not None:
-            seen = ahead >= self.band.low
-        if self.band.high is not None:
-            seen = seen & (ahead <= self.band.high)
-        if self.kept is not None:
-            seen = seen & self.kept[:, None, None]
-        if self.sequence is not None:
-            own = self.sequence[:, self.band.offset :][:, : len(rows)]
-            seen = seen & (own[:, None, :, None] == self.sequence[:, None, None])
-        least = torch.full((), torch.finfo(self.dtype).min, dtype=self.dtype, device=self.device)
-        return torch.where(seen, torch.zeros_like(least), least).expand(self.shape).contiguous()
 
 
 @dataclass(frozen=True)
 class _Pattern:
-    """What a function of two indices says, of the indices themselves rather than of rows and columns."""
+    """What a function of a query's and a key's index says: a band of their differences, kept keys, and sequences."""
 
     low: int | None = None
     high: int | None = None
@@ -159,7 +40,7 @@ class _Pattern:
 
 
 class _Indices(NamedTuple):
-    """The queries and keys that a mask is asked for, as transformers counts them."""
+    """The queries and keys that a mask is wanted for, by the indices that transformers gives them."""
 
     batch: int
     q_length: int
@@ -187,12 +68,12 @@ def describe(
     device: torch.device | str = "cpu",
     **_: Any,
 ) -> DescribedMask:
-    """The mask that transformers asks for, by its own arguments: what `AttentionMaskInterface` registers.
+    """The mask of a model, with the arguments by which transformers asks for it (`AttentionMaskInterface`).
 
     Raises
     ------
     NotImplementedError
-        `mask_function` says what is neither a band of differences of the two indices, nor packed sequences, nor chunks.
+        `mask_function` is neither a band of differences of the two indices, nor packed sequences, nor chunks.
     """
     indices = _Indices(batch_size, q_length, int(q_offset), kv_length, int(kv_offset), device)
     offset = indices.q_start - indices.k_start
@@ -216,7 +97,7 @@ def describe(
 
 
 def _read(function: _Function, indices: _Indices, packed: bool = False) -> _Pattern:
-    """What `function` says; `packed` where sequences that are packed see themselves alone by another function."""
+    """The pattern of `function`. `packed` says that another function already keeps packed sequences apart."""
     if function is masking_utils.causal_mask_function:
         return _Pattern(high=0)
     if function is masking_utils.bidirectional_mask_function:
@@ -242,7 +123,7 @@ def _read(function: _Function, indices: _Indices, packed: bool = False) -> _Patt
     if name == "packed_sequence_mask_function":
         return _Pattern(sequence=inside["packed_sequence_mask"].expand(indices.batch, -1))
     if name == "remap_positions_for_packed_sequence" and packed:
-        # Within a sequence its positions differ as the indices do, so that a band stays the same band.
+        # Within a sequence positions differ by as much as indices do, so that a band of either is one of the other.
         pattern = _read(inside["mask_function"], indices, packed)
         if pattern.sequence is None:
             return pattern
@@ -256,6 +137,7 @@ def _read(function: _Function, indices: _Indices, packed: bool = False) -> _Patt
 
 
 def _refuse(function: _Function) -> NoReturn:
+    """Raise NotImplementedError with the name of the function."""
     name = getattr(function, "__qualname__", repr(function))
     raise NotImplementedError(
         f"attention_mask: the model makes it by {name}, and ropecy knows causal masks, windows, padding, packed "
@@ -264,19 +146,20 @@ def _refuse(function: _Function) -> NoReturn:
 
 
 def _maker(function: _Function) -> tuple[str, dict[str, Any]]:
-    """The name of what made it and the variables that it holds, where transformers itself did; else "" and none."""
+    """The name of the function of transformers that made this one, and the variables it holds; "" for any other."""
     if inspect.isfunction(function) and function.__module__ == masking_utils.__name__:
         return function.__qualname__.partition(".")[0], _held(function)
     return "", {}
 
 
 def _held(function: Any) -> dict[str, Any]:
+    """The variables of a closure, by name."""
     cells = function.__closure__ or ()
     return dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in cells), strict=True))
 
 
 def _knows_only_numbers(function: Any) -> bool:
-    """Whether no tensor is within, so that it says the same of every row of a batch and of every call."""
+    """Whether a function holds no tensor, so that it is the same for every row of a batch and in every call."""
     if isinstance(function, tuple | list):
         return all(_knows_only_numbers(x) for x in function)
     if not inspect.isfunction(function):
@@ -286,23 +169,23 @@ def _knows_only_numbers(function: Any) -> bool:
 
 
 def _adds_no_block(function: _Function) -> bool:
-    """Whether it would let blocks of images see themselves, and there is text alone."""
+    """Whether a function lets the tokens of an image see each other, where there are no images but only text."""
     name, inside = _maker(function)
     return name == "blockwise_overlay" and bool((inside["block_sequence_ids"] < 0).all())
 
 
 def _evaluate(function: _Function, indices: _Indices) -> Tensor:
-    """Which keys (b, n_k) the one query sees."""
+    """Which keys (b, n_k) the query sees, where there is one query only."""
     batch = torch.arange(indices.batch, device=indices.device)[:, None]
     seen = function(batch, torch.zeros_like(batch), indices.queries()[:, None], indices.keys()[None])
     return torch.as_tensor(seen, device=indices.device).expand(indices.batch, indices.k_length)
 
 
 def _measure(function: _Function, indices: _Indices) -> _Pattern:
-    """The band that `function` is, from O(n + n_k) of its values; a NotImplementedError if they are not a band's.
+    """The band of a function, from O(n + n_k) of its values; NotImplementedError where these are not those of a band.
 
-    The last query sees farthest back and the first one farthest ahead. All of what these two see, and the edges of the
-    band for each query, must be as the band has them.
+    In a band the last query sees the farthest back and the first one the farthest ahead, which gives its two bounds.
+    Checked are all keys of these two queries, and for each query the keys at both edges of the band and next to them.
     """
     queries, keys = indices.queries(), indices.keys()
     zero = torch.zeros((), dtype=torch.long, device=indices.device)

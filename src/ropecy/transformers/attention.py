@@ -1,31 +1,4 @@
-"""transformers: models whose attention is ropecy's, by ``attn_implementation="ropecy"`` after `register`.
-
-Queries and keys arrive rotated, by whatever scaling rule the model has, so this is attention on rotated rows.
-
-What a query sees is what the model's mask says: transformers asks ropecy to make the mask, and ropecy keeps a
-description of it (`ropecy._described_mask`) that carries causality, windows, padding and packed sequences to the
-attention. What the module says of itself, ``is_causal`` or ``sliding_window``, counts only where the model makes no
-mask at all; then it is what transformers' own attention by PyTorch makes of it. A model that computes attention in code
-of its own, and does not call ropecy's, is given the mask that eager attention has.
-
-Refused are, of the models of transformers 5.24.0 that ``tests/sweep_transformers.py`` builds, those that hand to their
-attention one of these:
-
-* a mask or a bias of n x n_k numbers (attention_mask): canary, cohere_asr, doge, glm5_next, glm5_next_text,
-  parakeet_ctc, parakeet_encoder, parakeet_rnnt, parakeet_tdt, pixtral, sam3, sam3_lite_text, t5gemma2
-* what is added to each score (position_bias): inkling_mm_model, inkling_text, longt5, mt5, switch_transformers, t5,
-  umt5, wav2vec2-bert, wav2vec2-conformer
-* a bound by which scores are bent (softcap): gemma2, t5gemma, vaultgemma
-* weights that no key has (s_aux, sinks): deepseek_v4, flint, gpt_oss, granite_swa, granitemoe_swa, hy_v4, hy_v4_vl,
-  hy_v4_vl_text, inkling2, inkling2_loop, inkling2_loop_text, inkling2_text, mimo_v2_flash, openai_privacy_filter
-* a choice of keys for each query (indices): axk2, deepseek_v32, dots3_note_text, glm_moe_dsa, mistral_large4,
-  mistral_large4_text
-
-There is no cache made of `ropecy.DecodeState`. A model hands its attention what ``Cache.update`` returns, tensors of
-all keys and values, and neither the cache nor a state, so one would have to be smuggled through them, while masks
-are made for keys that are gone. A running sum can't be cropped either, nor can padding be taken out of it, which
-assisted decoding and batches of prompts do; and keys of pretrained models are far past any `bound`.
-"""
+"""Attention as models of transformers call it, and its registration under a name."""
 
 from __future__ import annotations
 
@@ -37,16 +10,15 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from . import _validate
-from ._described_mask import Band, DescribedMask, describe
-from .certificate import Certificate
-from .torch import scaled_dot_product_attention
+from .. import _validate
+from ..certificate import Certificate
+from ..torch import scaled_dot_product_attention
+from .described_mask import Band, DescribedMask
+from .mask_functions import describe
 
-__all__ = ["register"]
-
-# What models hand to their attention that changes the result and that nothing here does.
+# Arguments by which some models change the result of their attention, and which ropecy doesn't have.
 _REFUSED = ("softcap", "s_aux", "sinks", "position_bias", "indices", "block_indices", "cache")
-# A dense mask hides a key by adding this to its scores, or a number below it: the weight is then 0 in every dtype.
+# A dense mask hides a key by adding this number, or a lower one, to its scores, which makes its weight 0 in all dtypes.
 _HIDDEN = -1e4
 
 
@@ -116,9 +88,9 @@ def _attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls: query (b, h, n, d), key and value (b, h_k, n_k, _), the result (b, n, h, d_v).
+    """Attention as transformers calls it: query (b, h, n, d), key and value (b, h_k, n_k, _) -> (b, n, h, d_v).
 
-    A mask says all that there is to say of what is seen, so that `is_causal` and `sliding_window` count only without.
+    `is_causal` and `sliding_window` count only where there is no mask, since a mask already says what they say.
     """
     for name in _REFUSED:
         if kwargs.get(name) is not None:
@@ -151,7 +123,7 @@ def _attention(
 
 
 def _telling(run: Callable[..., Any], tell: Callable[[Certificate], None], *inputs: Any, **options: Any) -> Tensor:
-    """What run computes; its certificate is told."""
+    """The result of `run`, after its certificate has been passed to `tell`."""
     out, certificate = run(*inputs, **options, return_certificate=True)
     tell(certificate)
     return out
@@ -160,7 +132,7 @@ def _telling(run: Callable[..., Any], tell: Callable[[Certificate], None], *inpu
 def _band_without_mask(
     module: torch.nn.Module, n: int, n_k: int, is_causal: bool | None, sliding_window: int | None
 ) -> Band:
-    """What transformers' own attention by PyTorch makes of the same arguments, where these leave nothing open."""
+    """The band that transformers' own attention by PyTorch uses for these arguments; refused where that is unclear."""
     owner = type(module).__name__
     if sliding_window is not None and sliding_window < n_k:
         raise NotImplementedError(
@@ -178,7 +150,7 @@ def _band_without_mask(
 
 
 def _described(mask: DescribedMask, n: int, n_k: int) -> tuple[Band, Tensor | None, Tensor | None]:
-    """Band, kept keys and sequences of the mask, which has to be one of n queries and n_k keys."""
+    """Band, kept keys and sequences of a mask, if it is one for n queries and n_k keys."""
     rows, keys = mask.shape[2:]
     one_for_all = rows == 1 and mask.band.low is None and mask.band.high is None
     if keys != n_k or (rows != n and not one_for_all):
@@ -189,7 +161,7 @@ def _described(mask: DescribedMask, n: int, n_k: int) -> tuple[Band, Tensor | No
 
 
 def _kept_keys(mask: Tensor, n_k: int) -> Tensor:
-    """Which keys (b, n_k) a dense mask (b, 1, 1, n_k) keeps: True, or 0 rather than what makes a weight vanish."""
+    """Which keys (b, n_k) a dense mask (b, 1, 1, n_k) keeps: those with True, or with 0 in an additive mask."""
     if mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2] != 1 or mask.shape[3] != n_k:
         raise NotImplementedError(
             f"attention_mask: got shape {tuple(mask.shape)}, wants (batch, 1, 1, {n_k}): n x n masks are never formed"
@@ -206,7 +178,7 @@ def _kept_keys(mask: Tensor, n_k: int) -> Tensor:
 
 
 def _numbers(lengths: Tensor, key_lengths: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
-    """The number (1, n) of each token's sequence; `lengths` are the places where sequences begin, and n at the end."""
+    """The number (1, n) of each token's sequence; `lengths` has the index where each sequence begins, and then n."""
     same = key_lengths is None or torch.equal(lengths, key_lengths)
     if query.shape[0] != 1 or key.shape[-2] != query.shape[-2] or not same or lengths[-1] != query.shape[-2]:
         raise NotImplementedError(
@@ -219,7 +191,7 @@ def _numbers(lengths: Tensor, key_lengths: Tensor | None, query: Tensor, key: Te
 def _attend(
     run: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, kept: Tensor | None, band: Band
 ) -> Tensor:
-    """Attention within a band, of the keys that it reaches: views of key and value, no copies."""
+    """Attention within a band, over the keys that are in the band of some query: views of key and value, not copies."""
     n, n_k = query.shape[-2], key.shape[-2]
     low, high, offset = band
     start = 0 if low is None else min(max(0, offset + low), n_k)
@@ -228,7 +200,7 @@ def _attend(
         key, value = key[..., start:end, :], value[..., start:end, :]
         kept = None if kept is None else kept[:, start:end]
         offset, n_k = offset - start, end - start
-    # A bound that lies past the last key for every query says nothing, and engines have more to choose from without.
+    # A bound past the last key of every query is left out, for more engines can compute attention without it.
     if high is not None and offset + high >= n_k - 1:
         high = None
     if low is not None and offset + n - 1 + low <= 0:
@@ -249,7 +221,9 @@ def _attend_packed(
     kept: Tensor | None,
     band: Band,
 ) -> Tensor:
-    """Each sequence attends to itself; sequence (b, n_k) numbers them, and query i is the token of key i + offset."""
+    """Attention of each packed sequence to itself. `sequence` (b, n_k) has the number of each key's sequence; the token
+    of query i is that of key i + offset.
+    """
     n, offset = query.shape[-2], band.offset
     rows = []
     for place in range(len(query)):
