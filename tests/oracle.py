@@ -87,8 +87,7 @@ class Table:
     def gradient(self, dS, t):
         half = self.values.shape[-1] // 2
         index = np.clip(t, -half, half) + half
-        per_head = np.stack([(dS * (index == b)).sum(axis=(-2, -1)) for b in range(2 * half + 1)], axis=-1)
-        return _sum_to(per_head, self.values.shape)
+        return _sum_to(sums_by_index(dS, index, 2 * half + 1), self.values.shape)
 
 
 @dataclass(frozen=True)
@@ -134,9 +133,7 @@ class Buckets:
 
     def gradient(self, dS, t):
         index = self._index(t)
-        buckets = range(self.values.shape[-1])
-        per_head = np.stack([(dS * (index == b)).sum(axis=(-2, -1)) for b in buckets], axis=-1)
-        return _sum_to(per_head, self.values.shape)
+        return _sum_to(sums_by_index(dS, index, self.values.shape[-1]), self.values.shape)
 
 
 @dataclass(frozen=True)
@@ -158,6 +155,16 @@ class Kerple:
             return _sum_to((dS * (up - down) / (2 * step)).sum(axis=(-2, -1)), np.shape(self.r1))
 
         return np.stack([by(1e-5, "r1"), by(1e-5, "r2")])
+
+
+def sums_by_index(dS, index, count):
+    """(..., count): the sum of dS (..., n, n_k) over the pairs that have each index."""
+    order = np.argsort(index, axis=None)
+    places = index.reshape(-1)[order]
+    starts = np.flatnonzero(np.diff(places, prepend=-1))
+    found = np.zeros((*dS.shape[:-2], count), dS.dtype)
+    found[..., places[starts]] = np.add.reduceat(dS.reshape(*dS.shape[:-2], -1)[..., order], starts, axis=-1)
+    return found
 
 
 def _sum_to(X, shape):

@@ -155,9 +155,7 @@ def at_each_offset(total, allowed):
     """(..., n, n_k) whose sum over the pairs of each offset j - i is total (...,), where any pair is allowed."""
     n, n_k = allowed.shape[-2:]
     at = np.arange(n_k) - np.arange(n)[:, None] + n - 1
-    count = np.zeros((*allowed.shape[:-2], n + n_k - 1))
-    for lead in np.ndindex(allowed.shape[:-2]):
-        count[lead] = np.bincount(at.ravel(), allowed[lead].ravel(), n + n_k - 1)
+    count = oracle.sums_by_index(allowed * 1.0, at, n + n_k - 1)
     return total[..., None, None] * allowed / np.maximum(count, 1)[..., at]
 
 
