@@ -123,6 +123,8 @@ def gradient_bounds(block, dense, do, certificate):
     own = 64 * np.finfo(do.dtype).eps * np.abs(np.where(kept(block, dense), dense.v, 0)).max(axis=-2)
     own = own + r * computed("V", block, dense).max(axis=-1, keepdims=True)
     w = (np.abs(do) * (r * column_ranges(block, dense) + own)[..., None, :]).sum(axis=-1)
+    least = 1e-180 if block["Q"].dtype == np.float64 else 1e-24
+    w = np.where(w > 0, np.maximum(w, least * w.max(initial=0)), 0)
     moved = np.swapaxes(zeta * dense.P * omega[..., None], -1, -2)
     values = zeta * np.swapaxes(dense.P, -1, -2) @ np.abs(do)
     if certificate.rule == "moments":

@@ -597,3 +597,10 @@ def test_rounding_counts_entries_that_cancel():
     )
     own, other = (p.certificate.rounding - p._symbol.rounding for p in (mixed, plain))
     assert own > 1.2 * other
+
+
+def test_monomials_that_memory_does_not_hold_are_refused_before_any_work(rng):
+    Q, K, V = rng.uniform(-0.2, 0.2, (3, 20, 4))
+    R = ropecy.RelativeFamily(rng.uniform(-1, 1, (39, 4, 4)))
+    with pytest.raises(MemoryError, match="the fft engine"):
+        ropecy.attention(Q, K, V, R, method="fft", degree=20)

@@ -32,6 +32,8 @@ _LANE_BYTES = 512 * 2**20
 # Multisets of which it is counted what they share; and what it takes, in operations, to go through them.
 _COUNTED = 2000
 _LISTS = 1.6e8
+# Of the lists, for each multiset, while they are made.
+_MULTISET_BYTES = 500
 # Two columns are transformed as one, whose norm is at most this times that of either: sizes are within a factor of 2.
 TOGETHER = math.sqrt(5)
 
@@ -273,7 +275,8 @@ def memory(problem: Problem, degree: int, b: int, grad: bool) -> float:
         held += 3 * H * G * rows * columns + (lanes + 1) * entries * (rows + keys)
     # W is copied twice, before there is more.
     copied = 2 * entries * (rows + keys)
-    return 8.0 * (held + max(copied, (parts + 1) * sums + problem.threads * batch))
+    multisets = sum(_multisets(_support(problem), tuple(used(problem)), degree + grad, grad))
+    return 8.0 * (held + max(copied, (parts + 1) * sums + problem.threads * batch)) + _MULTISET_BYTES * multisets
 
 
 def _slots(problem: Problem) -> int:
