@@ -367,3 +367,22 @@ def test_few_keys_round_less(rng):
     ]
     assert errors[0] < 0.4 * errors[1]
     assert math.isclose(errors[1], 54 * 2.0**-24, rel_tol=0.2)
+
+
+@pytest.mark.parametrize("family", [False, True])
+def test_biases_that_count_below_one_that_few_rows_see_are_rounded(family, rng):
+    # All but the first row choose among biases of some -1000, which float32 holds to 1e-4 only.
+    n = 8
+    table = -1000 + rng.uniform(-1, 1, 2 * n - 1)
+    table[-1] = 0
+    case = {"Q": uniform(rng, n, 2), "K": uniform(rng, n, 2), "V": uniform(rng, n, 2), "bias": Table(table)}
+    if family:
+        # The oracle's answer does not depend on the family, for its matrices are all the identity.
+        dense = truth(case)
+        R = ropecy.RelativeFamily(np.broadcast_to(np.eye(2), (2 * n - 1, 2, 2)).astype(F4))
+        ours = {**case, "bias": relative_bias(case["bias"]), "R": R}
+        O, certificate = ropecy.attention(**ours, method="exact", return_certificate=True)
+        error = np.abs(O - dense.O).max() / np.ptp(dense.v, axis=-2).max()
+    else:
+        error, certificate = error_and_certificate(case, method="exact")
+    assert 5e-6 < error <= certificate.error

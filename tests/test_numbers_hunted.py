@@ -80,3 +80,14 @@ def test_the_gradient_of_a_bias_past_the_largest_number_is_inf_without_a_warning
     Q, K, V = rng.uniform(-1, 1, (3, 40, 2))
     g = ropecy.attention_vjp(Q, K, 1e307 * V, bias=ropecy.RelativeBias.alibi(0.1), method="exact")[1](1e10 * V)
     assert np.isinf(g.dbias)
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize("method", ["auto", "polynomial"])
+def test_sums_of_many_values_at_the_largest_number_warn_of_nothing(method, rng):
+    n = 40_000
+    Q, K = rng.uniform(-0.1, 0.1, (2, n, 1))
+    V = 1.7e308 * rng.choice([-1.0, 1.0], (n, 1))
+    V[: n // 2], V[n // 2 :] = np.abs(V[: n // 2]), -np.abs(V[n // 2 :])
+    O = ropecy.attention(Q, K, V, method=method, eps=1e-2)
+    assert np.isfinite(O).all()

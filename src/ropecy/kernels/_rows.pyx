@@ -212,7 +212,9 @@ def quadratic(x, M, int threads):
 
 
 def columns(x, keep, int threads):
-    """Sums (H, d) float64, minima and maxima (H, d) of the columns of x (H, n, d) over kept rows."""
+    """Sums (H, d) float64, Inf or NaN where they overflow, minima and maxima (H, d) of the columns of x (H, n, d) over
+    kept rows.
+    """
     cdef Pieces p = pieces_of(x)
     p.columns = kernels.columns_f32 if x.dtype == np.float32 else kernels.columns_f64
     p.keep = <const char *>pointer(keep)
@@ -222,4 +224,5 @@ def columns(x, keep, int threads):
     run(&p, threads, columns_of_piece)
     if p.count == 1:
         return total[:, 0], low[:, 0], high[:, 0]
-    return total.sum(axis=1), low.min(axis=1), high.max(axis=1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return total.sum(axis=1), low.min(axis=1), high.max(axis=1)
