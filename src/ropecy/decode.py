@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import math
 import os
@@ -17,9 +16,9 @@ from .approximation import minimax as poly
 from .certificate import BoundedEntryError, Certificate
 from .decoding import bounds, file
 from .decoding.arguments import check_decode, check_query, check_tokens
-from .decoding.exclusive import one_call_at_a_time
+from .decoding.exclusive import all_or_nothing, one_call_at_a_time
 from .decoding.history import History
-from .decoding.rows import PIECE, Rows, flat
+from .decoding.rows import PIECE, Rows, flat, stored
 from .decoding.sums import Sums, slopes_of_key_heads
 from .engines import polynomial as polynomial_engine
 from .machine.threads import default_threads
@@ -91,7 +90,8 @@ class DecodeState:
     would overflow. Results are off by a share of the range of values, and by what storing them in their dtype costs.
 
     One state serves one call at a time: what is called while another thread's call works on the same state raises
-    RuntimeError, but for `length`, `nbytes` and `repr`. States can be pickled.
+    RuntimeError, but for `length`, `nbytes` and `repr`. A call that is interrupted, as by Ctrl-C, has changed the state
+    wholly or not at all; `length` tells which. States can be pickled.
 
     Examples
     --------
@@ -211,6 +211,7 @@ class DecodeState:
     # ---- what it does ----
 
     @one_call_at_a_time
+    @all_or_nothing
     def extend(self, K: ArrayLike, V: ArrayLike) -> None:
         """Append n tokens at once (prefill): what n steps would leave, up to rounding.
 
@@ -239,18 +240,17 @@ class DecodeState:
         self._begin(lead, K.dtype, largest)
         if self._length == 0:
             self._values.first[...] = flat(V[..., :1, :], lead)[:, 0]
-        seen = dataclasses.replace(self._values)
-        pieces = self._pieces(K, V, seen)
+        pieces = self._pieces(K, V)
         if self._sums is None:
             for _ in pieces:
                 pass
         else:
             self._sums.extend(pieces, default_threads())
-        # Nothing that counts was written before: an interrupted call leaves the state as it was.
-        self._values, self._largest = seen, max(self._largest, largest)
+        self._largest = max(self._largest, largest)
         self._length += K.shape[-2]
 
     @one_call_at_a_time
+    @all_or_nothing
     def step(self, q: ArrayLike, k: ArrayLike, v: ArrayLike) -> np.ndarray:
         """Append one token, then attend with q at its position.
 
@@ -295,9 +295,10 @@ class DecodeState:
         self._values.see(new_v)
         self._largest, self._asked = max(self._largest, largest_k), largest_q if past else 0.0
         self._length += 1
-        return self._to_user(self._exactly(rows[:, 1:]) if past else result, q)
+        return stored(self._exactly(rows[:, 1:]) if past else result, q)
 
     @one_call_at_a_time
+    @all_or_nothing
     def attend(self, q: ArrayLike) -> np.ndarray:
         """Attend with q (..., d) at the position of the last token, without appending one; as in `step`.
 
@@ -314,13 +315,12 @@ class DecodeState:
         past = self._sums is None or largest > self._limit(self._dtype)
         self._asked = largest if past else 0.0
         result = self._exactly(rows) if past else self._sums.step(rows, None, default_threads())
-        return self._to_user(result, q)
+        return stored(result, q)
 
     @one_call_at_a_time
     def copy(self) -> DecodeState:
         """The same state, independent from here on."""
-        other = object.__new__(DecodeState)
-        other.__dict__.update(self.__dict__)
+        other = self._draft()
         other._in_use = threading.Lock()
         if self._history is not None:
             other._history = self._history.copy()
@@ -408,6 +408,16 @@ class DecodeState:
 
     # ---- inside ----
 
+    def _draft(self) -> DecodeState:
+        """The same state under an object of its own, with the same arrays, for a call that may be interrupted."""
+        other = object.__new__(DecodeState)
+        other.__dict__.update(self.__dict__)
+        if self._lead is not None:
+            other._values = self._values.draft()
+            other._history = self._history and self._history.draft()
+            other._sums = self._sums and self._sums.draft()
+        return other
+
     def _exactly(self, rows: np.ndarray) -> np.ndarray:
         """Exact attention of rotated queries (H, G, d) over the history."""
         return self._history.attend(rows, self._length, self._values, self._slopes)
@@ -464,10 +474,10 @@ class DecodeState:
         if largest > self._limit(self._dtype):
             self._sums = None
 
-    def _pieces(self, K: np.ndarray, V: np.ndarray, seen: bounds.Values) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _pieces(self, K: np.ndarray, V: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Rotated keys (H, n, d) and values (H, n, d_v), piece by piece.
 
-        Each piece is also written into the history, if there is one, and counted in `seen`.
+        Each piece is also written into the history, if there is one, and its values are taken note of.
         """
         o, n = self._options, K.shape[-2]
         rows = PIECE // (math.prod(self._lead) * o.d + self._slopes.size * o.d_v)
@@ -479,19 +489,8 @@ class DecodeState:
             v = flat(V[..., piece, :], self._lead)
             if self._history is not None:
                 self._history.write(self._length + start, k, v)
-            seen.see(v)
+            self._values.see(v)
             yield k, v
-
-    def _to_user(self, o: np.ndarray, q: np.ndarray) -> np.ndarray:
-        """Results (H, G, d_v) in the dtype of the state and with the leading axes of q.
-
-        The true result lies between values of that dtype; rounding may take it past the largest one, so it is clipped.
-        """
-        o = o.reshape(q.shape[:-1] + o.shape[-1:])
-        if self._dtype == np.float64:
-            return o
-        most = bounds.largest_number(self._dtype)
-        return np.minimum(np.maximum(o, -most), most).astype(self._dtype)
 
 
 def _unpickled(cls: type[DecodeState], content: bytes) -> DecodeState:

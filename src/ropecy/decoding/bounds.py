@@ -86,6 +86,10 @@ class Values:
         """The three arrays by name."""
         return {"first": self.first, "least": self.least, "most": self.most}
 
+    def draft(self) -> Values:
+        """The same arrays under an object of its own: what is seen next leaves this one as it is."""
+        return Values(self.first, self.least, self.most)
+
     def copy(self) -> Values:
         return Values(self.first.copy(), self.least.copy(), self.most.copy())
 

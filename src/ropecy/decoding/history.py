@@ -29,6 +29,10 @@ class History:
         """Before the first token."""
         return cls(np.empty((heads, 0, d), dtype), np.empty((heads, 0, d_v), dtype))
 
+    def draft(self) -> History:
+        """The same arrays under an object of its own: what is written past the end leaves this one right."""
+        return History(self.keys, self.values)
+
     def copy(self) -> History:
         """The same in arrays of its own."""
         return History(self.keys.copy(), self.values.copy())

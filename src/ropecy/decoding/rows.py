@@ -1,4 +1,5 @@
-"""Keys, queries and values as users pass them become rows of float64, so that a score is a product of two rows."""
+"""Keys, queries and values as users pass them become rows of float64, so that a score is a product of two rows; and
+results become what users get."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import numpy as np
 from ..machine.threads import default_threads
 from ..rotary import rotate_rows
 from .arguments import DecodeOptions
+from .bounds import largest_number
 
 # Elements of arrays that are worked on at a time.
 PIECE = 2**21
@@ -59,3 +61,15 @@ def flat(X: np.ndarray, lead: tuple[int, ...]) -> np.ndarray:
     if X.shape[:-2] != lead:
         X = np.broadcast_to(X, lead + X.shape[-2:])
     return np.ascontiguousarray(X.reshape((-1,) + X.shape[-2:]), np.float64)
+
+
+def stored(o: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """Results (H, G, d_v) with the leading axes and the dtype of their queries.
+
+    The true result lies between values of that dtype; rounding may take it past the largest one, so it is clipped.
+    """
+    o = o.reshape(q.shape[:-1] + o.shape[-1:])
+    if q.dtype == np.float64:
+        return o
+    most = largest_number(q.dtype)
+    return np.minimum(np.maximum(o, -most), most).astype(q.dtype)

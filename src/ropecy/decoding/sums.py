@@ -73,10 +73,15 @@ class Sums:
         rings = self.ring_keys, self.ring
         self._decoder = _monomials.Decoder(self.monomials, state, *rings, self.centre, self.slopes, self.window + BLOCK)
 
-    def copy(self, centre: np.ndarray) -> Sums:
-        """The same in arrays of its own; `centre` is the copy of its centre."""
+    def draft(self) -> Sums:
+        """The same arrays under an object of its own: what `step` and `extend` do to it leaves this one right."""
         other = object.__new__(Sums)
         other.__dict__.update(self.__dict__)
+        return other
+
+    def copy(self, centre: np.ndarray) -> Sums:
+        """The same in arrays of its own; `centre` is the copy of its centre."""
+        other = self.draft()
         other.centre, other.ring_keys, other.ring = centre, self.ring_keys.copy(), self.ring.copy()
         other._has(self.state.copy(), self.low.copy(), self.folded)
         return other
@@ -91,13 +96,19 @@ class Sums:
         v : (H, d_v) array or None
             The value of the token.
         threads : int
+
+        Notes
+        -----
+        Arrays that another object shares are written to in one place only, where the next token comes.
         """
-        if v is not None:
-            if self.length - self.folded == self.window + BLOCK:
-                k, x = self._recent()
-                self._fold(self.state, self.low, self.folded, k[:, :BLOCK], x[:, :BLOCK], threads)
-                self._has(self.state, self.low, self.folded + BLOCK)
-                self._fill_ring(k[:, BLOCK:], x[:, BLOCK:], self.length)
+        full = self.length - self.folded == self.window + BLOCK
+        if v is not None and full:
+            k, x = self._recent()
+            state, low = self._folded(self.state, self.low, self.folded, k[:, :BLOCK], x[:, :BLOCK], threads)
+            self._replace(state, low, self.folded + BLOCK, k[:, BLOCK:], x[:, BLOCK:], self.length)
+        elif v is None and not full:
+            # A step that was interrupted may have written its token there.
+            self.ring[..., self._slots(1, self.length + 1)] = 0
         length = self.length + (v is not None)
         far = self._ones
         if self.decays:
@@ -108,10 +119,7 @@ class Sums:
         return o
 
     def extend(self, pieces: Iterable[tuple[np.ndarray, np.ndarray]], threads: int) -> None:
-        """Append the tokens of all pieces, rotated keys (H, n, d) and values (H, n, d_v).
-
-        An exception in between leaves the sums as they were.
-        """
+        """Append the tokens of all pieces, rotated keys (H, n, d) and values (H, n, d_v); no array is written to."""
         k, x = self._recent()
         state, low, folded, length = self.state, self.low, self.folded, self.length
         for new_k, new_v in pieces:
@@ -120,23 +128,20 @@ class Sums:
             length += new_k.shape[1]
             leaving = max(0, k.shape[1] - self.window) // BLOCK * BLOCK
             if leaving:
-                if state is self.state:
-                    state, low = self.state.copy(), self.low.copy()
-                self._fold(state, low, folded, k[:, :leaving], x[:, :leaving], threads)
+                state, low = self._folded(state, low, folded, k[:, :leaving], x[:, :leaving], threads)
                 k, x, folded = k[:, leaving:], x[:, leaving:], folded + leaving
-        self._has(state, low, folded)
-        self._fill_ring(k, x, length)
-        self.length = length
+        self._replace(state, low, folded, k, x, length)
 
-    def _fold(
+    def _folded(
         self, state: np.ndarray, low: np.ndarray, folded: int, k: np.ndarray, x: np.ndarray, threads: int
-    ) -> None:
-        """Add keys (H, n, d) and values minus the centre (H, n, d_v) to sums over `folded` tokens, in place."""
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Sums over `folded` tokens and over keys (H, n, d) and values minus the centre (H, n, d_v), in new arrays."""
         (old, _), (new, phase) = self.frame(folded), self.frame(folded + k.shape[1])
         added = self._weighted_states(np.ascontiguousarray(k), np.ascontiguousarray(x), phase, threads)
+        added = np.ascontiguousarray(added)
         # A number that is divided by 2^1100 becomes 0, as it does for every larger power.
         falls = [math.ldexp(1.0, max(-1100, before - after)) for before, after in zip(old, new, strict=True)]
-        _monomials.add_block(state, low, np.ascontiguousarray(added), np.array(falls), threads)
+        return added, _monomials.add_block(state, low, added, np.array(falls), threads)
 
     def frame(self, folded: int) -> tuple[list[int], np.ndarray]:
         """The shift of each sum, a list of H S integers, and the phase (H, S), for so many tokens in the sums.
@@ -182,13 +187,17 @@ class Sums:
         slots = self._slots(self.length - self.folded, self.length)
         return self.ring_keys[..., slots].swapaxes(1, 2), self.ring[:, :-1, slots].swapaxes(1, 2)
 
-    def _fill_ring(self, k: np.ndarray, x: np.ndarray, length: int) -> None:
-        """Put these tokens into the ring in the place of all that it holds; they are the last of `length` tokens."""
+    def _replace(
+        self, state: np.ndarray, low: np.ndarray, folded: int, k: np.ndarray, x: np.ndarray, length: int
+    ) -> None:
+        """Take these arrays for the sums over `folded` of `length` tokens, and a new ring with the others."""
         slots = self._slots(k.shape[1], length)
-        self.ring[...] = 0
+        self.ring_keys, self.ring = np.zeros_like(self.ring_keys), np.zeros_like(self.ring)
         self.ring_keys[..., slots] = k.swapaxes(1, 2)
         self.ring[:, :-1, slots] = x.swapaxes(1, 2)
         self.ring[:, -1, slots] = 1
+        self.length = length
+        self._has(state, low, folded)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """All arrays that are kept, by name."""

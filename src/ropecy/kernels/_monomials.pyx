@@ -93,7 +93,7 @@ cdef extern from "c/monomials.h" nogil:
         const rc_monomials_functions *f64
         size_t (*step_workspace)(const rc_decode_problem *) noexcept nogil
         void (*step)(const rc_decode_problem *, ptrdiff_t, void *) noexcept nogil
-        void (*add_block)(ptrdiff_t, double, const double *, double *, double *) noexcept nogil
+        void (*add_block)(ptrdiff_t, double, const double *, const double *, double *, double *) noexcept nogil
 
     const rc_monomials_kernels *rc_monomials_select(int level)
 
@@ -399,36 +399,44 @@ cdef class Decoder:
 
 
 cdef struct Block:
-    const double *added
+    const double *state
+    const double *low
     const double *factor
-    double *state
-    double *low
+    double *total
+    double *rest
     ptrdiff_t length
 
 
 cdef void run_add_block(void *context, ptrdiff_t head, const rc_worker *worker) noexcept nogil:
     cdef const Block *x = <const Block *>context
     cdef ptrdiff_t start = head * x.length
-    kernels.add_block(x.length, x.factor[head], x.added + start, x.state + start, x.low + start)
+    kernels.add_block(x.length, x.factor[head], x.state + start, x.low + start, x.total + start, x.rest + start)
 
 
 def add_block(state, low, added, factors, int threads):
-    """state + low becomes factors (state + low) + added, in nearly twice the digits of float64.
+    """factors (state + low) + added in nearly twice the digits of float64: its first digits into `added`.
 
     Parameters
     ----------
     state, low, added : (H, d_v + 1, pitch) float64, C-contiguous
-        The first two are written to.
+        The last is written to.
     factors : (H,) float64
         Powers of two.
     threads : int
+
+    Returns
+    -------
+    array like the others
+        What rounding took from the sums.
     """
     cdef Block x
     cdef ptrdiff_t heads = state.shape[0]
-    x.added, x.factor = <const double *>pointer(added), <const double *>pointer(factors)
-    x.state, x.low = <double *>pointer(state), <double *>pointer(low)
-    x.length = state.shape[1] * state.shape[2]
+    rest = np.empty_like(low)
+    x.state, x.low = <const double *>pointer(state), <const double *>pointer(low)
+    x.factor, x.length = <const double *>pointer(factors), state.shape[1] * state.shape[2]
+    x.total, x.rest = <double *>pointer(added), <double *>pointer(rest)
     parallel_for(heads, team(threads, <double>heads * x.length), run_add_block, &x)
+    return rest
 
 
 def exclusive_sum(states, start, decay):

@@ -46,17 +46,17 @@ static void RC_NAME(row_exponentials)(ptrdiff_t d, ptrdiff_t length, const REAL 
     }
 }
 
-/* state + low = factor (state + low) + added in nearly twice REAL's digits, for whole vectors: `low` keeps what rounding
- * takes from the sum (Knuth's two-sum), so that many equal terms do not drift. The factor is a power of two, so the
- * products are exact, and it does not matter whether the compiler fuses them with the sums. */
-static void RC_NAME(add_block)(ptrdiff_t length, REAL factor, const REAL *added, REAL *state, REAL *low) {
+/* sum + rest = factor (state + low) + sum in nearly twice REAL's digits, for whole vectors: `rest` is what rounding takes
+ * from the sum (Knuth's two-sum), so that many equal terms do not drift. The factor is a power of two, so the products
+ * are exact, and it does not matter whether the compiler fuses them with the sums. */
+static void RC_NAME(add_block)(ptrdiff_t length, REAL factor, const REAL *state, const REAL *low, REAL *sum, REAL *rest) {
     for (ptrdiff_t f = 0; f < length; f += LANES) {
-        const vreal kept = LOAD(state + f) * factor, more = LOAD(added + f);
+        const vreal kept = LOAD(state + f) * factor, more = LOAD(sum + f);
         const vreal total = kept + more, part = total - kept;
         const vreal lost = (kept - (total - part)) + (more - part) + LOAD(low + f) * factor;
-        const vreal sum = total + lost;
-        STORE(state + f, sum);
-        STORE(low + f, lost - (sum - total));
+        const vreal whole = total + lost;
+        STORE(sum + f, whole);
+        STORE(rest + f, lost - (whole - total));
     }
 }
 

@@ -15,7 +15,7 @@
  *   forward, grad_queries, grad_keys                   no mask: one chunk of rows against a packed state
  *   scan_forward, scan_grad_queries, scan_grad_keys    causal: one segment, chunk by chunk from its first state (from
  *                                                      its last, backwards); pairs inside a chunk by exp itself
- *   step, add_block          decoding: one token of one head; a sum of several added to a state (decode.template.h)
+ *   step, add_block          decoding: one token of one head; a state added to a sum of several (decode.template.h)
  */
 #ifndef RC_MONOMIALS_H
 #define RC_MONOMIALS_H
@@ -109,7 +109,7 @@ typedef struct {
     const rc_monomials_functions *f32, *f64;
     size_t (*step_workspace)(const rc_decode_problem *);
     void (*step)(const rc_decode_problem *, ptrdiff_t head, void *workspace);
-    void (*add_block)(ptrdiff_t length, double factor, const double *added, double *state, double *low);
+    void (*add_block)(ptrdiff_t length, double factor, const double *state, const double *low, double *sum, double *rest);
 } rc_monomials_kernels;
 
 extern const rc_monomials_kernels rc_monomials_baseline;
