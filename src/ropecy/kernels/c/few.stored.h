@@ -21,22 +21,24 @@ static FEW(matrix) FEW(matrix_of)(const void *first, ptrdiff_t step, ptrdiff_t c
 /* Where to read the rows of keys [j0, j0 + keys), and zeros up to BLOCK; how many of them are not hidden. */
 static ptrdiff_t FEW(find)(const FEW(matrix) * m, ptrdiff_t j0, ptrdiff_t keys, const unsigned char *keep, const STORED *zeros,
                            STORED *copies, const STORED **row) {
-    ptrdiff_t kept = rc_max(0, keys);
-    for (ptrdiff_t j = 0; j < keys; j++) {
-        const char *from = m->first + (j0 + j) * m->step;
-        row[j] = (const STORED *)from;
+    keys = rc_max(0, keys);
+    ptrdiff_t kept = keys;
+    for (ptrdiff_t j = 0; j < keys; j++)
+        row[j] = (const STORED *)(m->first + (j0 + j) * m->step);
+    for (ptrdiff_t j = keys; j < BLOCK; j++)
+        row[j] = zeros;
+    for (ptrdiff_t j = 0; j < keys && (keep || m->copied); j++) {
         if (keep && !keep[j0 + j]) {
             row[j] = zeros;
             kept--;
         } else if (m->copied) {
+            const char *from = (const char *)row[j];
             row[j] = memset(copies, 0, m->read * sizeof(STORED));
             for (ptrdiff_t a = 0; a < m->width; a++)
                 copies[a] = *(const STORED *)(from + a * m->column);
             copies += m->read;
         }
     }
-    for (ptrdiff_t j = rc_max(0, keys); j < BLOCK; j++)
-        row[j] = zeros;
     return kept;
 }
 
@@ -77,10 +79,10 @@ RC_INLINE int FEW(scores)(const int R, const FEW(block) * b, const REAL *q, REAL
             for (int l = 0; l < J; l++)
                 FEW(ask_for)(b->v[j + i + l], b->v_read);
             ptrdiff_t a = 0;
-            for (; a + 4 * LANES <= width; a += 4 * LANES)
-                RC_UNROLL for (int u = 0; u < 4; u++, x += R * LANES) FEW(dots)(R, J, k, a + u * LANES, x, acc);
-            for (; a < width; a += LANES, x += R * LANES)
-                FEW(dots)(R, J, k, rc_min(a, width - LANES), x, acc);
+            for (; a + LANES <= width; a += LANES, x += R * LANES)
+                FEW(dots)(R, J, k, a, x, acc);
+            if (a < width)
+                FEW(dots)(R, J, k, width - LANES, x, acc);
             RC_UNROLL for (int l = 0; l < J * R; l++) sums[i * R + l] = acc[l];
         }
         RC_UNROLL for (int s = 0; s < at_once * R; s += LANES) {

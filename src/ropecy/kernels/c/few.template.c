@@ -140,8 +140,11 @@ static void RC_NAME(few_pack)(const rc_few_problem *p, int R, ptrdiff_t slot, pt
         for (int r = 0; r < R; r++, out += LANES) {
             const ptrdiff_t row = group * R + r;
             const REAL *q = (const REAL *)p->q + (slot * p->rows + row) * p->d;
-            for (int i = 0; i < LANES; i++)
-                out[i] = row < p->rows && at + i >= a && at + i < p->d ? q[at + i] : 0;
+            if (row < p->rows && a + LANES <= p->d)
+                STORE(out, LOAD(q + a));
+            else
+                for (int i = 0; i < LANES; i++)
+                    out[i] = row < p->rows && at + i >= a && at + i < p->d ? q[at + i] : 0;
         }
     }
 }
@@ -159,11 +162,12 @@ static double *RC_NAME(few_partial)(const rc_few_problem *p, ptrdiff_t slot, ptr
 static int RC_NAME(few_leave)(const rc_few_problem *p, ptrdiff_t slot, ptrdiff_t part, const RC_NAME(few_state) * states,
                               const REAL *sums, ptrdiff_t read) {
     const RC_NAME(few_layout) l = RC_NAME(few_layout_of)(p);
-    const ptrdiff_t whole = read / LANES * LANES, shift = l.v_pitch - read;
+    const ptrdiff_t whole = rc_min(read, p->d_v) / LANES * LANES, shift = l.v_pitch - read;
     double *stats = RC_NAME(few_partial)(p, slot, part);
     REAL *o = (REAL *)(stats + 2 * p->rows);
+    vreal off = {0};
     int finite = 1;
-    for (ptrdiff_t row = 0; row < p->rows; row++) {
+    for (ptrdiff_t row = 0; row < p->rows; row++, sums += l.v_pitch, o += p->d_v) {
         const RC_NAME(few_state) *state = states + row / l.R;
         double sum = 0;
         for (ptrdiff_t i = row % l.R; i < LANES; i += l.R)
@@ -171,12 +175,18 @@ static int RC_NAME(few_leave)(const rc_few_problem *p, ptrdiff_t slot, ptrdiff_t
         stats[row] = state->maximum[row % l.R];
         finite &= stats[row] == -INFINITY || fabs(stats[row]) <= HIGH;
         stats[p->rows + row] = sum;
-        for (ptrdiff_t c = 0; c < p->d_v; c++, o++) {
-            *o = sums[row * l.v_pitch + (c < whole ? c : c + shift)];
-            finite &= *o - *o == 0;
+        ptrdiff_t c = 0;
+        for (; c < whole; c += LANES) {
+            const vreal x = LOAD(sums + c);
+            off += x - x;
+            STORE(o + c, x);
+        }
+        for (; c < p->d_v; c++) {
+            o[c] = sums[c + shift];
+            finite &= o[c] - o[c] == 0;
         }
     }
-    return finite;
+    return RC_NAME(few_zero)(off) && finite;
 }
 
 /* One row of O from those of the parts, in float64: sum_part weight[part] o[part] / sum_part weight[part] sum[part]. */
