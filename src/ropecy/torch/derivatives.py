@@ -18,7 +18,7 @@ from torch.autograd import Function, forward_ad
 
 from .._validate import band
 from ..rotary import Rotary
-from .operators import attention_operator, backward_operator, decode, input_gradients, save_inputs
+from .operators import attention_operator, backward_operator, decode, input_gradients, library, save_inputs
 
 # Scores that forward mode holds at once.
 _TILE = 2**22
@@ -116,7 +116,7 @@ def refuse_second_order(ctx: Any, *_: Any) -> None:
     )
 
 
-backward_operator.register_autograd(refuse_second_order)
+torch.library.register_autograd("ropecy::attention_backward", refuse_second_order, lib=library)
 
 
 def _tangent(tensors: tuple[Any, ...], tangents: tuple[Any, ...], options: tuple[Any, ...]) -> Tensor:
