@@ -120,13 +120,15 @@ RC_INLINE void FEW(columns)(const int R, const int C, const FEW(block) * b, ptrd
 }
 
 RC_INLINE void FEW(values)(const int R, const FEW(block) * b, const REAL *S, const REAL *factor, REAL *o) {
-    const int C = ACCUMULATORS / R < 8 ? ACCUMULATORS / R : 8;
-    const ptrdiff_t width = b->v_read, whole = width / (C * LANES);
-    const ptrdiff_t passes = whole + (width - whole * C * LANES + LANES - 1) / LANES;
+    const int C = ACCUMULATORS / R < 8 ? ACCUMULATORS / R : 8, half = C / 2 > 1 ? C / 2 : 1;
+    const ptrdiff_t width = b->v_read, vectors = (width + LANES - 1) / LANES;
+    const ptrdiff_t passes = vectors / C + vectors % C / half + vectors % C % half;
     const STORED *const *next = b->next;
     ptrdiff_t c = 0;
-    for (; c < whole * C * LANES; c += C * LANES, next += b->keys / passes)
+    for (; c + C * LANES <= width; c += C * LANES, next += b->keys / passes)
         FEW(columns)(R, C, b, c, S, factor, o + c, next, passes);
+    for (; c + half * LANES <= width; c += half * LANES, next += b->keys / passes)
+        FEW(columns)(R, half, b, c, S, factor, o + c, next, passes);
     for (; c < width; c += LANES, next += b->keys / passes)
         FEW(columns)(R, 1, b, rc_min(c, width - LANES), S, factor, o + c, next, passes);
 }
