@@ -39,54 +39,85 @@ static void RC_NAME(visible_keys)(const rc_exact_problem *p, ptrdiff_t row0, ptr
     *last = p->hi < p->n_k - row1 ? rc_max(row1 + p->hi, 0) : p->n_k;
 }
 
-/* Biases and masks of KEYS keys from j on, rows from row0 on. */
-RC_INLINE void RC_NAME(apply_tables)(vreal acc[KEYS][VECTORS], const RC_NAME(masking) * m, ptrdiff_t row0, ptrdiff_t j) {
+/* Biases and masks of KEYS keys from j on, V vectors of rows from row0 on. */
+RC_INLINE void RC_NAME(apply_tables)(const int V, vreal acc[KEYS][VECTORS], const RC_NAME(masking) * m, ptrdiff_t row0,
+                                     ptrdiff_t j) {
     const ptrdiff_t u = row0 - j + m->n_k - 1;
     if (m->factor)
-        RC_UNROLL for (int r = 0; r < KEYS; r++) RC_UNROLL for (int v = 0; v < VECTORS; v++)
+        RC_UNROLL for (int r = 0; r < KEYS; r++) RC_UNROLL for (int v = 0; v < V; v++)
             acc[r][v] *= LOAD(m->factor + u - r + v * LANES);
     if (m->symbol)
-        RC_UNROLL for (int r = 0; r < KEYS; r++) RC_UNROLL for (int v = 0; v < VECTORS; v++)
+        RC_UNROLL for (int r = 0; r < KEYS; r++) RC_UNROLL for (int v = 0; v < V; v++)
             acc[r][v] += LOAD(m->symbol + u - r + v * LANES);
     RC_UNROLL for (int r = 0; r < KEYS; r++) {
         vreal s = SPLAT(m->key_shift[j + r]);
-        RC_UNROLL for (int v = 0; v < VECTORS; v++) acc[r][v] += s;
+        RC_UNROLL for (int v = 0; v < V; v++) acc[r][v] += s;
     }
 }
 
 /* P = 2^scores and sum += P, no maximum. */
-RC_INLINE void RC_NAME(weights_bounded)(ptrdiff_t d, const REAL *queries, const REAL *keys, REAL *P, vreal sum[VECTORS],
+RC_INLINE void RC_NAME(weights_bounded)(const int V, ptrdiff_t d, const REAL *queries, const REAL *keys, REAL *P, vreal *sum,
                                         const RC_NAME(masking) * m, ptrdiff_t row0, ptrdiff_t j) {
     vreal acc[KEYS][VECTORS];
-    RC_NAME(dots)(acc, d, queries, keys);
+    RC_NAME(dots)(V, acc, d, queries, keys);
     if (m)
-        RC_NAME(apply_tables)(acc, m, row0, j);
-    RC_UNROLL for (int r = 0; r < KEYS; r++) RC_UNROLL for (int v = 0; v < VECTORS; v++) {
+        RC_NAME(apply_tables)(V, acc, m, row0, j);
+    RC_UNROLL for (int r = 0; r < KEYS; r++) RC_UNROLL for (int v = 0; v < V; v++) {
         vreal e = RC_NAME(exp2)(acc[r][v]);
         sum[v] += e;
         STORE(P + r * TILE + v * LANES, e);
     }
 }
-RC_NOINLINE void RC_NAME(weights_plain)(ptrdiff_t d, const REAL *queries, const REAL *keys, REAL *P, vreal sum[VECTORS]) {
-    RC_NAME(weights_bounded)(d, queries, keys, P, sum, 0, 0, 0);
-}
-RC_NOINLINE void RC_NAME(weights_masked)(ptrdiff_t d, const REAL *queries, const REAL *keys, REAL *P, vreal sum[VECTORS],
-                                         const RC_NAME(masking) * m, ptrdiff_t row0, ptrdiff_t j) {
-    RC_NAME(weights_bounded)(d, queries, keys, P, sum, m, row0, j);
-}
 
 /* S = scores, largest = max(largest, scores). */
-RC_NOINLINE void RC_NAME(scores)(ptrdiff_t d, const REAL *queries, const REAL *keys, REAL *S, vreal largest[VECTORS],
-                                 const RC_NAME(masking) * m, ptrdiff_t row0, ptrdiff_t j) {
+RC_INLINE void RC_NAME(scores_unbounded)(const int V, ptrdiff_t d, const REAL *queries, const REAL *keys, REAL *S,
+                                         vreal *largest, const RC_NAME(masking) * m, ptrdiff_t row0, ptrdiff_t j) {
     vreal acc[KEYS][VECTORS];
-    RC_NAME(dots)(acc, d, queries, keys);
+    RC_NAME(dots)(V, acc, d, queries, keys);
     if (m)
-        RC_NAME(apply_tables)(acc, m, row0, j);
-    RC_UNROLL for (int r = 0; r < KEYS; r++) RC_UNROLL for (int v = 0; v < VECTORS; v++) {
+        RC_NAME(apply_tables)(V, acc, m, row0, j);
+    RC_UNROLL for (int r = 0; r < KEYS; r++) RC_UNROLL for (int v = 0; v < V; v++) {
         largest[v] = RC_NAME(vector_max)(largest[v], acc[r][v]);
         STORE(S + r * TILE + v * LANES, acc[r][v]);
     }
 }
+
+/* Of KEYS keys and the vectors of queries that there are in a tile, which may be the last one and not full. */
+typedef struct {
+    void (*plain)(ptrdiff_t d, const REAL *queries, const REAL *keys, REAL *P, vreal *sum);
+    void (*masked)(ptrdiff_t d, const REAL *queries, const REAL *keys, REAL *P, vreal *sum, const RC_NAME(masking) * m,
+                   ptrdiff_t row0, ptrdiff_t j);
+    void (*scores)(ptrdiff_t d, const REAL *queries, const REAL *keys, REAL *S, vreal *largest, const RC_NAME(masking) * m,
+                   ptrdiff_t row0, ptrdiff_t j);
+} RC_NAME(pairs_functions);
+
+#define RC_PAIRS_OF(V)                                                                                                      \
+    RC_NOINLINE void RC_NAME(weights_plain_##V)(ptrdiff_t d, const REAL *queries, const REAL *keys, REAL *P, vreal *sum) {  \
+        RC_NAME(weights_bounded)(V, d, queries, keys, P, sum, 0, 0, 0);                                                     \
+    }                                                                                                                       \
+    RC_NOINLINE void RC_NAME(weights_masked_##V)(ptrdiff_t d, const REAL *queries, const REAL *keys, REAL *P, vreal *sum,   \
+                                                 const RC_NAME(masking) * m, ptrdiff_t row0, ptrdiff_t j) {                 \
+        RC_NAME(weights_bounded)(V, d, queries, keys, P, sum, m, row0, j);                                                  \
+    }                                                                                                                       \
+    RC_NOINLINE void RC_NAME(scores_##V)(ptrdiff_t d, const REAL *queries, const REAL *keys, REAL *S, vreal *largest,       \
+                                         const RC_NAME(masking) * m, ptrdiff_t row0, ptrdiff_t j) {                         \
+        RC_NAME(scores_unbounded)(V, d, queries, keys, S, largest, m, row0, j);                                             \
+    }
+#define RC_PAIRS_ROW(V) {RC_NAME(weights_plain_##V), RC_NAME(weights_masked_##V), RC_NAME(scores_##V)}
+RC_PAIRS_OF(1) RC_PAIRS_OF(2)
+#if RC_REGISTERS == 32
+RC_PAIRS_OF(3)
+#endif
+static const RC_NAME(pairs_functions) RC_NAME(pairs)[VECTORS + 1] = {
+    {0},
+    RC_PAIRS_ROW(1),
+    RC_PAIRS_ROW(2),
+#if RC_REGISTERS == 32
+    RC_PAIRS_ROW(3),
+#endif
+};
+#undef RC_PAIRS_OF
+#undef RC_PAIRS_ROW
 
 /* Blocks after which sums over keys go on from 0: added to a long sum, equal terms are all rounded to the same side.
  * rounding.sums_rounding counts with it. */
@@ -112,6 +143,8 @@ static void RC_NAME(forward)(const rc_exact_problem *p, ptrdiff_t head, ptrdiff_
     const ptrdiff_t d = p->d, d_v = p->d_v, row0 = tile * TILE, rows = rc_min(TILE, p->n - row0);
     const ptrdiff_t slot = (head * p->groups + group) * p->n + row0, padded = rc_round_up(p->n_k, BLOCK);
     const RC_NAME(masking) masking = RC_NAME(masking_of)(p, head, group);
+    const int V = (int)((rows + LANES - 1) / LANES); /* vectors of queries that there are */
+    const RC_NAME(pairs_functions) *pairs = &RC_NAME(pairs)[V];
     REAL *queries = workspace, *P = queries + d * TILE, *N = P + BLOCK * TILE;
     REAL maximum[TILE];
     /* Of the stretches before this one, where there are any. */
@@ -143,22 +176,22 @@ static void RC_NAME(forward)(const rc_exact_problem *p, ptrdiff_t head, ptrdiff_
         }
         const REAL *pack = (const REAL *)p->key_pack + (head * padded + j0) * d;
         vreal part[VECTORS];
-        for (int v = 0; v < VECTORS; v++)
+        for (int v = 0; v < V; v++)
             part[v] = (vreal){0};
         if (p->bounded) {
             for (ptrdiff_t j = 0; j < keys; j += KEYS)
                 if (m)
-                    RC_NAME(weights_masked)(d, queries, pack + j * d, P + j * TILE, part, m, row0, j0 + j);
+                    pairs->masked(d, queries, pack + j * d, P + j * TILE, part, m, row0, j0 + j);
                 else
-                    RC_NAME(weights_plain)(d, queries, pack + j * d, P + j * TILE, part);
+                    pairs->plain(d, queries, pack + j * d, P + j * TILE, part);
         } else {
             vreal largest[VECTORS];
-            for (int v = 0; v < VECTORS; v++)
+            for (int v = 0; v < V; v++)
                 largest[v] = LOAD(maximum + v * LANES);
             for (ptrdiff_t j = 0; j < keys; j += KEYS)
-                RC_NAME(scores)(d, queries, pack + j * d, P + j * TILE, largest, m, row0, j0 + j);
+                pairs->scores(d, queries, pack + j * d, P + j * TILE, largest, m, row0, j0 + j);
             const REAL gain = (REAL)p->gain;
-            for (int v = 0; v < VECTORS; v++) {
+            for (int v = 0; v < V; v++) {
                 vreal was = LOAD(maximum + v * LANES), now = largest[v];
                 vint grew = (vint)(now > was);
                 int any = 0;
@@ -186,11 +219,11 @@ static void RC_NAME(forward)(const rc_exact_problem *p, ptrdiff_t head, ptrdiff_
             }
         }
         REAL flat[TILE];
-        for (int v = 0; v < VECTORS; v++)
+        for (int v = 0; v < V; v++)
             STORE(flat + v * LANES, part[v]);
-        for (int i = 0; i < TILE; i++)
+        for (int i = 0; i < V * LANES; i++)
             sum[i] += flat[i];
-        RC_NAME(product_tile)((int)d_v, keys, P, (const REAL *)p->v + (head * p->n_k + j0) * d_v, d_v, N);
+        RC_NAME(product_tile)((int)d_v, V, keys, P, (const REAL *)p->v + (head * p->n_k + j0) * d_v, d_v, N);
     }
     REAL *o = (REAL *)p->o + slot * d_v;
     for (ptrdiff_t i = 0; i < rows; i++) {
@@ -229,9 +262,9 @@ static void RC_NAME(prepare)(const rc_exact_problem *p, ptrdiff_t head, ptrdiff_
 RC_NOINLINE void RC_NAME(weights_known)(ptrdiff_t d, const REAL *queries, const REAL *keys, REAL *P, const REAL *stats,
                                         REAL gain, const RC_NAME(masking) * m, ptrdiff_t row0, ptrdiff_t j) {
     vreal acc[KEYS][VECTORS];
-    RC_NAME(dots)(acc, d, queries, keys);
+    RC_NAME(dots)(VECTORS, acc, d, queries, keys);
     if (m)
-        RC_NAME(apply_tables)(acc, m, row0, j);
+        RC_NAME(apply_tables)(VECTORS, acc, m, row0, j);
     RC_UNROLL for (int v = 0; v < VECTORS; v++) {
         vreal maximum = LOAD(stats + v * LANES), inverse = LOAD(stats + TILE + v * LANES);
         RC_UNROLL for (int r = 0; r < KEYS; r++)
@@ -243,7 +276,7 @@ RC_NOINLINE void RC_NAME(weights_known)(ptrdiff_t d, const REAL *queries, const 
 RC_NOINLINE void RC_NAME(score_gradients)(ptrdiff_t d_v, const REAL *grads, const REAL *values, const REAL *P, REAL *dS,
                                           const REAL *dots) {
     vreal acc[KEYS][VECTORS];
-    RC_NAME(dots)(acc, d_v, grads, values);
+    RC_NAME(dots)(VECTORS, acc, d_v, grads, values);
     RC_UNROLL for (int v = 0; v < VECTORS; v++) {
         vreal mean = LOAD(dots + v * LANES);
         RC_UNROLL for (int r = 0; r < KEYS; r++)
@@ -304,7 +337,7 @@ static void RC_NAME(backward)(const rc_exact_problem *p, ptrdiff_t head, ptrdiff
                 if (dsymbol || p->factor)
                     RC_NAME(diagonals)(&masking, dsymbol, dS, keys, row0, j0);
                 RC_NAME(columns)(wide, rows, (const REAL *)p->q_rows + (lane * n + row0) * wide, dS, dk);
-                RC_NAME(product_tile)((int)d, keys, dS, (const REAL *)p->k + (head * p->n_k + j0) * d, d,
+                RC_NAME(product_tile)((int)d, VECTORS, keys, dS, (const REAL *)p->k + (head * p->n_k + j0) * d, d,
                                       (REAL *)p->dq_segments + ((segment * p->heads * p->groups + lane) * tiles + tile) * d * TILE);
             }
         }

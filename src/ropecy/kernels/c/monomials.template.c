@@ -122,7 +122,7 @@ static void RC_NAME(exact_pairs)(const rc_monomials_problem *p, RC_NAME(room) * 
     for (ptrdiff_t j = 0; j < count; j += KEYS) {
         vreal acc[KEYS][VECTORS];
         const REAL *fall = w->fall + limit - (j0 + j);
-        RC_NAME(dots)(acc, p->d, w->scaled, w->key_pack + (j0 + j) * p->d);
+        RC_NAME(dots)(VECTORS, acc, p->d, w->scaled, w->key_pack + (j0 + j) * p->d);
         RC_UNROLL for (int r = 0; r < KEYS; r++) RC_UNROLL for (int v = 0; v < VECTORS; v++)
             STORE(w->E + (j + r) * TILE + v * LANES, RC_NAME(exp2)(acc[r][v]) * LOAD(fall - r + v * LANES));
     }
@@ -132,7 +132,7 @@ static void RC_NAME(exact_pairs)(const rc_monomials_problem *p, RC_NAME(room) * 
 static void RC_NAME(exact_gradients)(RC_NAME(room) * w, ptrdiff_t j0, ptrdiff_t count) {
     for (ptrdiff_t j = 0; j < count; j += KEYS) {
         vreal acc[KEYS][VECTORS];
-        RC_NAME(dots)(acc, w->y.columns, w->dN, w->column_pack + (j0 + j) * w->y.columns);
+        RC_NAME(dots)(VECTORS, acc, w->y.columns, w->dN, w->column_pack + (j0 + j) * w->y.columns);
         RC_UNROLL for (int r = 0; r < KEYS; r++) RC_UNROLL for (int v = 0; v < VECTORS; v++)
             STORE(w->dE + (j + r) * TILE + v * LANES, LOAD(w->E + (j + r) * TILE + v * LANES) * acc[r][v]);
     }
@@ -259,7 +259,7 @@ static void RC_NAME(scan_forward)(const rc_monomials_problem *p, ptrdiff_t head,
                 }
                 for (ptrdiff_t j = 0; j < seen; j += BLOCK) {
                     RC_NAME(exact_pairs)(p, &w, j, rc_min(BLOCK, seen - j), limit);
-                    RC_NAME(product_tile)((int)w.y.columns, rc_min(BLOCK, seen - j), w.E, w.key_columns + j * w.wide_columns,
+                    RC_NAME(product_tile)((int)w.y.columns, VECTORS, rc_min(BLOCK, seen - j), w.E, w.key_columns + j * w.wide_columns,
                                           w.wide_columns, w.N);
                 }
                 RC_NAME(finish)(p, &w, head, lane, row, rows, chunk);
@@ -378,7 +378,7 @@ static void RC_NAME(scan_grad_queries)(const rc_monomials_problem *p, ptrdiff_t 
                     const ptrdiff_t count = rc_min(BLOCK, seen - j);
                     RC_NAME(exact_pairs)(p, &w, j, count, limit);
                     RC_NAME(exact_gradients)(&w, j, count);
-                    RC_NAME(product_tile)((int)p->d, count, w.dE, w.keys + j * p->d, p->d, w.dx);
+                    RC_NAME(product_tile)((int)p->d, VECTORS, count, w.dE, w.keys + j * p->d, p->d, w.dx);
                 }
                 for (ptrdiff_t i = 0; i < rows; i++)
                     for (ptrdiff_t a = 0; a < p->d; a++)

@@ -94,12 +94,12 @@ static const RC_NAME(product_function) RC_NAME(product)[ROWS + 1][VECTORS + 1] =
 #undef RC_PRODUCT
 #undef RC_ROW
 
-/* C (columns x TILE tokens) (=, +=) sum_k B[k][c] A[k][token], all columns: the product of a full tile. */
-RC_INLINE void RC_NAME(product_tile)(int columns, ptrdiff_t K, const REAL *A, const REAL *B, ptrdiff_t ldb, REAL *C) {
+/* C (columns x TILE tokens) += sum_k B[k][c] A[k][token], all columns, and the first V vectors of a tile's tokens. */
+RC_INLINE void RC_NAME(product_tile)(int columns, const int V, ptrdiff_t K, const REAL *A, const REAL *B, ptrdiff_t ldb, REAL *C) {
     const int blocks = rc_blocks(columns, ROWS);
     for (int b = 0; b < blocks; b++) {
         const int c0 = rc_block_start(columns, blocks, b), c1 = rc_block_start(columns, blocks, b + 1);
-        RC_NAME(product)[c1 - c0][VECTORS](K, A, TILE, B + c0, ldb, C + (ptrdiff_t)c0 * TILE, TILE, RC_ADD, 0);
+        RC_NAME(product)[c1 - c0][V](K, A, TILE, B + c0, ldb, C + (ptrdiff_t)c0 * TILE, TILE, RC_ADD, 0);
     }
 }
 
