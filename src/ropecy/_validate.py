@@ -141,7 +141,6 @@ def check_arguments(Q: Any, K: Any, V: Any, R: Any, **options: Any) -> Arguments
         heads = lead[-1] if lead else "none: Q, K and V have no head axis"
         raise ValueError(f"bias: got one for each of {bias.heads} heads, wants heads as Q has ({heads})")
     compute = _computed(dtype)
-    _check_memory(given, shapes, lead, compute, turned=R is not None)
     key_mask, q_positions, k_positions = (options[name] for name in ("key_mask", "q_positions", "k_positions"))
     if key_mask is not None:
         key_mask = _key_mask(key_mask, lead, n_k)
@@ -213,15 +212,9 @@ def _check_shapes(given: dict[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
     return {"Q": Q, "K": K, "V": V}
 
 
-def _check_memory(
-    given: dict[str, np.ndarray],
-    shapes: dict[str, tuple[int, ...]],
-    lead: tuple[int, ...],
-    compute: np.dtype,
-    *,
-    turned: bool,
-) -> None:
+def _check_memory(given: dict[str, np.ndarray], lead: tuple[int, ...], compute: np.dtype, *, turned: bool) -> None:
     """MemoryError where the result, and copies of Q, K and V in the order of memory that is computed in, don't fit."""
+    shapes = {name: _product_shape(given, name) for name in _FACTORS if name in given}
     laid_out = _laid_out(given, shapes, lead, compute, turned=turned)
     if "V" not in given:
         require(laid_out, "a copy of Q and K in the order of memory that is computed in")
@@ -252,10 +245,13 @@ def check_entries(a: Arguments) -> Arguments:
 
     Raises
     ------
+    MemoryError
+        The result, and what has to be copied for it, don't fit.
     ValueError
         An array has NaN or Inf; the message says where the first one is.
     """
     given = {name: X for name in _ARRAYS if (X := getattr(a, name)) is not None}
+    _check_memory(given, a.lead, a.compute, turned=a.R is not None)
     if a.key_mask is not None:
         given.update({name: _hide(given[name], a.key_mask, a.lead) for name in ("K", "V") if name in given})
     for name, X in given.items():

@@ -15,7 +15,8 @@ import numpy as np
 
 from . import _validate
 from .kernels import _few
-from .problem import head_count, key_heads_of, spread
+from .memory import require
+from .problem import contiguous, head_count, key_heads_of, spread
 from .rounding import sums_rounding
 
 _LOG2E = 1 / math.log(2)
@@ -35,29 +36,27 @@ def serves(a: _validate.Arguments, how: Mapping[str, Any]) -> bool:
         return False
     if how["method"] != "exact" and (how["method"] != "auto" or how["eps"] < sums_rounding(a.compute, a.n_k)):
         return False
-    return a.n * (a.heads // key_heads_of(a)) <= _MOST_ROWS and a.K.flags.aligned and a.V.flags.aligned
+    return a.n * (a.heads // key_heads_of(a)) <= _MOST_ROWS and all(X.flags.aligned for X in (a.Q, a.K, a.V))
 
 
 def forward(a: _validate.Arguments, want_lse: bool) -> tuple[np.ndarray, np.ndarray | None] | None:
     """O (..., n, d_v) in the caller's dtype and lse (..., n) float64 or None; None where others have to look closer:
-    some key or value is not finite, or numbers are so large that rounding would show, and their normal form is wanted.
+    some entry is not finite, or numbers are so large that rounding would show, and their normal form is wanted.
 
     Raises
     ------
-    ValueError
-        NaN or Inf in Q.
+    MemoryError
+        The result does not fit. Nothing else is as large: halves are not copied to float32.
 
     Notes
     -----
     Time: one read of K and V. Memory: O of every 512 keys.
     """
-    _validate.check_finite("Q", a.Q)
+    shape = a.lead + (a.n, a.d_v)
+    require(math.prod(shape) * a.compute.itemsize, f"the result, of shape {shape},")
     key_heads = key_heads_of(a)
     slots, group = math.prod(a.batch) * key_heads, a.heads // key_heads
-    with np.errstate(over="ignore"):
-        # In float64, for a scale may be far below the least number of the dtype that Q makes up for.
-        q = (a.Q.astype(np.float64) * (a.scale * _LOG2E)).astype(a.compute, copy=False)
-    q = np.ascontiguousarray(spread(q, a.batch, a.heads)).reshape(slots, group * a.n, a.d)
+    q = contiguous(spread(a.Q, a.batch, a.heads)).reshape(slots, group * a.n, a.d)
     k, v = (_by_slot(X, a.batch, key_heads, 2) for X in (a.K, a.V))
     keep = None
     if a.key_mask is not None:
@@ -65,12 +64,14 @@ def forward(a: _validate.Arguments, want_lse: bool) -> tuple[np.ndarray, np.ndar
     far = a.n + a.n_k  # past every j - i
     lo = -far if a.lo is None else max(-far, a.lo + a.q_offset)
     hi = far if a.hi is None else min(far, a.hi + a.q_offset)
-    found = _few.forward(q, k, v, keep, a.n, (lo, hi), want_lse, a.threads)
+    found = _few.forward(q, a.scale * _LOG2E, k, v, keep, a.n, (lo, hi), want_lse, a.threads)
     if found is None:
         return None
     o, lse = found
-    with np.errstate(over="ignore"):
-        o = o.reshape(a.lead + (a.n, a.d_v)).astype(a.dtype, copy=False)
+    o = o.reshape(shape)
+    if o.dtype != a.dtype:
+        with np.errstate(over="ignore"):
+            o = o.astype(a.dtype)
     return o, None if lse is None else lse.reshape(a.lead + (a.n,))
 
 

@@ -26,6 +26,7 @@ cdef extern from "c/few.h" nogil:
         double *lse
 
     ctypedef struct rc_few_functions:
+        int (*queries)(const void *, ptrdiff_t, double, void *) noexcept nogil
         size_t (*partial_size)(const rc_few_problem *) noexcept nogil
         size_t (*workspace)(const rc_few_problem *) noexcept nogil
         int (*of_part)(const rc_few_problem *, ptrdiff_t, ptrdiff_t, void *) noexcept nogil
@@ -97,16 +98,18 @@ cdef bint all_good(const Pass *x, ptrdiff_t tasks) noexcept nogil:
     return True
 
 
-def forward(q, k, v, keep, ptrdiff_t n, band, bint want_lse, int threads):
+def forward(queries, double scale, k, v, keep, ptrdiff_t n, band, bint want_lse, int threads):
     """o (H, rows, d_v) and lse float64 (H, rows) or None; None where something that was read is not finite, or where
     rounding would show: scores or sums overflow or are large, values are far from 0 beside how far they spread.
 
     Parameters
     ----------
-    q : (H, rows, d) float32 or float64, C-contiguous
-        Queries times scale log2(e), as they are computed with; row r is query r % n of its head.
+    queries : (H, rows, d) float32, float64, float16 or bfloat16, C-contiguous
+        Row r is query r % n of its head.
+    scale : float
+        Scores in units of log2 are scale times products of queries and keys.
     k, v : (..., n_k, d) and (..., n_k, d_v) arrays
-        float32, float64, float16 or bfloat16, of any strides, their leading axes H slots.
+        Of the same dtype and any strides, their leading axes H slots.
     keep : (..., n_k) bool or None
         False for keys that are not read; the last axis contiguous.
     band : (int, int)
@@ -118,8 +121,11 @@ def forward(q, k, v, keep, ptrdiff_t n, band, bint want_lse, int threads):
     """
     cdef Pass x
     cdef rc_few_problem *p = &x.p
-    cdef ptrdiff_t tasks, H = q.shape[0]
+    cdef ptrdiff_t tasks, H = queries.shape[0]
     x.f = functions_of(k.dtype)
+    q = np.empty(queries.shape, np.float64 if k.dtype.itemsize == 8 else np.float32)
+    if not x.f.queries(pointer(queries), q.size, scale, pointer(q)):
+        return None
     o = np.empty((H, q.shape[1], v.shape[v.ndim - 1]), q.dtype)
     lse = np.empty((H, q.shape[1])) if want_lse else None
     keys, values, kept = addresses(k, 2), addresses(v, 2), None if keep is None else addresses(keep, 1)

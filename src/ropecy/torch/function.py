@@ -138,12 +138,13 @@ def _certified(inputs: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> t
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> list[Tensor]:
     """query, key and value of one dtype, which under autocast is the one that PyTorch's own attention casts them to."""
     tensors = {"query": query, "key": key, "value": value}
+    autocast = torch.is_autocast_enabled("cpu")
     for name, x in tensors.items():
-        if x.device.type not in ("cpu", "meta"):
+        if not (x.is_cpu or x.is_meta):
             raise NotImplementedError(f"{name}: got a tensor on {x.device}, wants one on the CPU")
         if x.dtype not in _DTYPES:
             raise TypeError(f"{name}: got {x.dtype}, wants float32, float64, float16 or bfloat16")
-        if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:
+        if autocast and x.dtype != torch.float64:
             tensors[name] = x.to(torch.get_autocast_dtype("cpu"))
     query = tensors["query"]
     for name, x in tensors.items():

@@ -23,6 +23,8 @@ typedef struct {
 } rc_few_problem;
 
 typedef struct {
+    /* `count` entries of queries, as stored, times `scale`, as computed with; whether all of them are finite. */
+    int (*queries)(const void *from, ptrdiff_t count, double scale, void *to);
     size_t (*partial_size)(const rc_few_problem *); /* multiples of a cache line, as is the workspace of a thread */
     size_t (*workspace)(const rc_few_problem *);
     /* Whether all scores and sums are finite, and with them every query, key and value that was read, and none of the scores

@@ -213,6 +213,25 @@ static int FEW(far)(const rc_few_problem *p, ptrdiff_t slot, void *workspace) {
     return RC_NAME(few_largest)(spread) > 0 && RC_NAME(few_largest)(size) > FAR * RC_NAME(few_largest)(spread);
 }
 
+/* `count` entries of queries times `scale`, a product in float64, for a scale may be far below the least number of the
+ * precision that queries make up for; whether all entries are finite. */
+static int FEW(queries)(const void *from, ptrdiff_t count, double scale, void *to) {
+    vreal off = {0};
+    for (ptrdiff_t i = 0; i < count; i += LANES) {
+        const size_t here = rc_min(LANES, count - i);
+        STORED stored[LANES] = {0};
+        REAL x[LANES];
+        memcpy(stored, (const STORED *)from + i, here * sizeof(STORED));
+        const vreal y = WIDEN(stored);
+        off += y - y;
+        STORE(x, y);
+        for (int l = 0; l < LANES; l++)
+            x[l] = (REAL)(x[l] * scale);
+        memcpy((REAL *)to + i, x, here * sizeof(REAL));
+    }
+    return RC_NAME(few_zero)(off);
+}
+
 static size_t FEW(workspace)(const rc_few_problem *p) { return FEW(task_of)(p, 0).size; }
 
 /* The part's keys [j0, end), block by block; whether all scores are finite. */
