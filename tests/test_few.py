@@ -6,7 +6,7 @@ import oracle
 import pytest
 
 import ropecy
-from ropecy import few
+from ropecy import few, memory
 from ropecy.problem import check_forms
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -237,3 +237,34 @@ def test_a_scale_below_the_least_number_of_the_dtype(rng):
     expected = oracle.attention(Q, K, V, scale=1e-61).O
     np.testing.assert_allclose(ropecy.attention(Q[:1], K, V, scale=1e-61), expected[:1], rtol=0, atol=1e-5)
     np.testing.assert_allclose(ropecy.attention(Q, K, V, scale=1e-61), expected, rtol=0, atol=1e-5)
+
+
+def test_halves_need_no_memory_for_copies_in_float32(monkeypatch, rng):
+    Q, K, V = (rng.standard_normal((2, n, 16)).astype(np.float16) for n in (1, 500, 500))
+    monkeypatch.setattr(memory, "fits", lambda size: size <= 2 * 16 * 4)
+    compare(Q, K, V)
+    with pytest.raises(MemoryError, match="what is copied of Q, K and V"):
+        ropecy.attention(Q, K, V, method="polynomial")
+    with pytest.raises(MemoryError, match=r"the result, of shape \(2, 2, 16\)"):
+        ropecy.attention(np.repeat(Q, 2, axis=1), K, V)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_queries_of_any_strides_and_shared_by_heads(dtype, rng):
+    Q = rng.standard_normal((6, 2, 1, 20)).astype(dtype)
+    K, V = rng.standard_normal((2, 3, 2, 100, 20)).astype(dtype)
+    compare(Q[::2, :, :, ::-1], K, V)
+    compare(Q[::2, :, :, :5], K[..., ::4], V)
+    compare(Q[0], K, V)
+    compare(Q[:3, :1], K, V)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_queries_that_are_not_aligned_take_another_path(dtype, rng):
+    Q, K, V = (rng.standard_normal((2, n, 8)).astype(dtype) for n in (1, 50, 50))
+    raw = np.zeros(Q.nbytes + 1, np.uint8)
+    odd = raw[1:].view(dtype).reshape(Q.shape)
+    odd[...] = Q
+    expected = oracle.attention(Q, K, V, dtype=np.float64).O
+    assert not odd.flags.aligned
+    np.testing.assert_allclose(ropecy.attention(odd, K, V).astype(np.float64), expected, atol=1e-2)
