@@ -301,7 +301,8 @@ def _draw(path: Path, errors: RowErrors, times: list[Timing], losses: list[float
     if times:
         sizes, exact, fast, measured = map(np.array, zip(*times, strict=True))
         last = np.flatnonzero(measured)[-1]
-        clock.loglog(sizes[last:], exact[last:], "--", color="tab:red", label="exact, extrapolated")
+        if not measured.all():
+            clock.loglog(sizes[last:], exact[last:], "--", color="tab:red", label="exact, extrapolated")
         clock.loglog(sizes[measured], exact[measured], "o-", color="tab:red", label="exact")
         clock.loglog(sizes, fast, "o-", color="tab:blue", label="polynomial")
         clock.set_xscale("log", base=2)
