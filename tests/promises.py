@@ -121,7 +121,7 @@ def gradient_bounds(block, dense, do, certificate):
     omega = dense.ranges((do @ np.swapaxes(dense.v, -1, -2))[..., None])[..., 0]
     # Where columns are constant the oracle's own rounding is all there is.
     own = 64 * np.finfo(do.dtype).eps * np.abs(np.where(kept(block, dense), dense.v, 0)).max(axis=-2)
-    own = own + r * computed("V", block, dense).max(axis=-1, keepdims=True)
+    own = own + (1 + r) * computed("V", block, dense).max(axis=-1, keepdims=True)
     w = (np.abs(do) * (r * column_ranges(block, dense) + own)[..., None, :]).sum(axis=-1)
     least = 1e-180 if block["Q"].dtype == np.float64 else 1e-24
     w = np.where(w > 0, np.maximum(w, least * w.max(initial=0)), 0)
@@ -133,7 +133,7 @@ def gradient_bounds(block, dense, do, certificate):
         values = np.broadcast_to(zeta * np.abs(do).sum(axis=-2, keepdims=True), values.shape)
     t, q = offsets(block, dense), norm(dense.q)
     length, middle = (X[..., None] for X in key_lengths(block, dense))
-    # What is said is said of queries and keys as they were computed, and nearly all of a projection may cancel.
+    # What is said is said of queries, keys and values as they were computed: nearly all of a projection may cancel.
     off_q, off_k = (computed(name, block, dense) for name in "QK")
     lost_q = (omega + w) * off_k.max(axis=-1, keepdims=True)
     lost_k = np.swapaxes(dense.P * (omega * off_q)[..., None], -1, -2).sum(axis=-1)

@@ -98,8 +98,8 @@ class Certificate:
     storing each of them. What a bias receives at an offset, the sum of the scores' gradients there, is within
     ``zeta sum P_ij omega_i`` over the pairs at that offset, and ``r sum_i w_i`` for rounding. All heads are computed in
     one unit: w_i counts as at least 1e-24 of the largest w of all heads, 1e-180 in float64. Beside `near`, c is the
-    larger of the two scales. Q and K are those that meet in the scores, as they were computed: where nearly all of a
-    projection cancels in float64, gradients follow what is left of it.
+    larger of the two scales. Q, K and V are those behind projections and rotations, as they were computed: where nearly
+    all of a projection cancels in float64, gradients follow what is left of it.
     """
 
     engine: str
