@@ -101,7 +101,7 @@ MOVED = {
 SHORT = {
     "method": ["exact", "auto", "polynomial", "fft"],
     "dtype": [*DTYPES],
-    "sizes": ["few", "some", "many"],
+    "sizes": ["few", "some", "many", "few queries"],
     "heads": ["one", "groups", "key heads", "both"],
     "scores": [0.5, 0.1, 2.0, 3.5, 30.0, 1e3],
     "data": [*DATA],
@@ -210,10 +210,12 @@ def _cancelling(X, rng):
 def short(drawn):
     """The arguments of attention that the words stand for, with the oracle's R and bias; and dO."""
     rng, dtype = np.random.default_rng(drawn["seed"]), DTYPES[drawn["dtype"]]
-    most = {"few": 24, "some": 130, "many": 490}[drawn["sizes"]]
+    most = {"few": 24, "some": 130}.get(drawn["sizes"], 490)
     n, n_k = (int(size) for size in rng.integers(max(1, most // 3), most, 2))
     if drawn["seen"].startswith("causal") or rng.random() < 0.3:
         n_k = n
+    if drawn["sizes"] == "few queries":
+        n = int(rng.integers(1, 9))
     d, d_v = int(rng.integers(1, 5)), int(rng.integers(1, 4))
     if drawn["rotated"] == "family" and drawn["method"] == "fft":
         # Of d^2 entries there are millions of monomials at the degrees that a small eps takes.

@@ -15,7 +15,7 @@ DTYPES = [np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16), BFLO
 
 def takes_this_path(Q, K, V, **options):
     arguments, how = check_forms(Q, K, V, **options)
-    return few.serves(arguments, how) and few.forward(arguments, False) is not None
+    return few.serves(arguments, how) and few.forward(arguments, how, False) is not None
 
 
 def compare(Q, K, V, **options):
@@ -268,3 +268,18 @@ def test_queries_that_are_not_aligned_take_another_path(dtype, rng):
     expected = oracle.attention(Q, K, V, dtype=np.float64).O
     assert not odd.flags.aligned
     np.testing.assert_allclose(ropecy.attention(odd, K, V).astype(np.float64), expected, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [5, 16, 40])
+@pytest.mark.parametrize("size, eps", [(5e3, 1e-3), (50.0, 1e-5)])
+def test_auto_warns_where_keys_are_so_long_that_rounding_of_scores_may_pass_eps(size, eps, width, dtype, rng):
+    # Scores are small, for queries and keys are nearly orthogonal; their products are not.
+    rows = np.arange(width) % 2
+    Q, K = rows * np.ones((2, 1, 1)), np.where(rows, 1e-4, rng.choice([-1.0, 1.0], (2, 900, width)))
+    Q, K, V = (X.astype(dtype) for X in (Q, K * size, rng.uniform(-1, 1, (2, 900, 3))))
+    options = {"scale": 1e9 if dtype == np.float64 else 1.0, "eps": eps}
+    assert takes_this_path(Q, K, V, **options, method="exact")
+    with pytest.warns(ropecy.AccuracyWarning):
+        O, certificate = ropecy.attention(Q, K, V, **options, return_certificate=True)
+    assert certificate.error - certificate.storing > options["eps"]

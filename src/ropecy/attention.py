@@ -210,7 +210,7 @@ def attention(
         seed=seed,
         threads=threads,
     )
-    found = few.forward(arguments, return_lse) if few.serves(arguments, how) else None
+    found = few.forward(arguments, how, return_lse) if few.serves(arguments, how) else None
     if found is not None:
         O, lse = found
         certificate = partial(_exact_certificate, arguments, how)

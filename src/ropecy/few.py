@@ -17,7 +17,7 @@ from . import _validate
 from .kernels import _few
 from .memory import require
 from .problem import contiguous, head_count, key_heads_of, spread
-from .rounding import sums_rounding
+from .rounding import most_of_norms, sums_rounding
 
 _LOG2E = 1 / math.log(2)
 # Queries of a head, and of all heads that share a key head. The exact engine computes tiles of 16 to 48 queries of one
@@ -39,9 +39,12 @@ def serves(a: _validate.Arguments, how: Mapping[str, Any]) -> bool:
     return a.n * (a.heads // key_heads_of(a)) <= _MOST_ROWS and all(X.flags.aligned for X in (a.Q, a.K, a.V))
 
 
-def forward(a: _validate.Arguments, want_lse: bool) -> tuple[np.ndarray, np.ndarray | None] | None:
+def forward(
+    a: _validate.Arguments, how: Mapping[str, Any], want_lse: bool
+) -> tuple[np.ndarray, np.ndarray | None] | None:
     """O (..., n, d_v) in the caller's dtype and lse (..., n) float64 or None; None where others have to look closer:
-    some entry is not finite, or numbers are so large that rounding would show, and their normal form is wanted.
+    some entry is not finite, or numbers are so large that rounding would show, and their normal form is wanted; or, for
+    "auto", rounding of scores may pass eps, of which it has to warn.
 
     Raises
     ------
@@ -64,7 +67,8 @@ def forward(a: _validate.Arguments, want_lse: bool) -> tuple[np.ndarray, np.ndar
     far = a.n + a.n_k  # past every j - i
     lo = -far if a.lo is None else max(-far, a.lo + a.q_offset)
     hi = far if a.hi is None else min(far, a.hi + a.q_offset)
-    found = _few.forward(q, a.scale * _LOG2E, k, v, keep, a.n, (lo, hi), want_lse, a.threads)
+    most = math.inf if how["method"] == "exact" else _LOG2E * most_of_norms(a.compute, a.n_k, a.d, how["eps"])
+    found = _few.forward(q, a.scale * _LOG2E, most, k, v, keep, a.n, (lo, hi), want_lse, a.threads)
     if found is None:
         return None
     o, lse = found

@@ -28,7 +28,7 @@ def exact_rounding(problem: Problem, scores: Scores, values: Values, ranks: Any 
     unit = float(np.finfo(problem.q.dtype).eps) / 2
     d, n_k = problem.q.shape[-1], sum(ranks.gather(problem.k.shape[1]))
     scale, size = _scale(problem), score_size(problem, scores)
-    off = unit * (2 + math.sqrt(d) / 2) * size + (scale * scores.lost if scale else 0.0)
+    off = unit * _of_scores(d) * size + (scale * scores.lost if scale else 0.0)
     if problem.bias is not None:
         off += 2 * unit * bias_reach(problem, size)
     sums = sums_rounding(problem.q.dtype, n_k, _STRETCH if problem.family is None else 1)
@@ -44,6 +44,18 @@ def sums_rounding(dtype: np.dtype, n_k: int, stretch: int = _STRETCH) -> float:
     """
     unit = float(np.finfo(dtype).eps) / 2
     return unit * (8 + min(40.0, n_k / 2) + math.sqrt(n_k / 96)) + 2.0**-54 * n_k / stretch
+
+
+def _of_scores(d: int) -> float:
+    """What rounding costs a sum of d products, in units of the norms of its factors."""
+    return 2 + math.sqrt(d) / 2
+
+
+def most_of_norms(dtype: np.dtype, n_k: int, d: int, eps: float) -> float:
+    """The largest score, by the norms of queries and keys, of which the rounding leaves exact work within eps, n_k keys
+    with values near 0 being added up.
+    """
+    return (eps - sums_rounding(dtype, n_k)) / (_of_scores(d) * float(np.finfo(dtype).eps) / 2)
 
 
 def score_size(problem: Problem, scores: Scores) -> float:

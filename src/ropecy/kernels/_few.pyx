@@ -24,6 +24,7 @@ cdef extern from "c/few.h" nogil:
         void *partial
         void *o
         double *lse
+        double most
 
     ctypedef struct rc_few_functions:
         int (*queries)(const void *, ptrdiff_t, double, void *) noexcept nogil
@@ -98,9 +99,10 @@ cdef bint all_good(const Pass *x, ptrdiff_t tasks) noexcept nogil:
     return True
 
 
-def forward(queries, double scale, k, v, keep, ptrdiff_t n, band, bint want_lse, int threads):
+def forward(queries, double scale, double most, k, v, keep, ptrdiff_t n, band, bint want_lse, int threads):
     """o (H, rows, d_v) and lse float64 (H, rows) or None; None where something that was read is not finite, or where
-    rounding would show: scores or sums overflow or are large, values are far from 0 beside how far they spread.
+    rounding would show: scores or sums overflow or are large, norms of queries and keys come to more than `most`, or
+    values are far from 0 beside how far they spread, these two by a sample of keys.
 
     Parameters
     ----------
@@ -108,6 +110,8 @@ def forward(queries, double scale, k, v, keep, ptrdiff_t n, band, bint want_lse,
         Row r is query r % n of its head.
     scale : float
         Scores in units of log2 are scale times products of queries and keys.
+    most : float
+        In those units, of the largest product of the norms of a query and a key.
     k, v : (..., n_k, d) and (..., n_k, d_v) arrays
         Of the same dtype and any strides, their leading axes H slots.
     keep : (..., n_k) bool or None
@@ -131,6 +135,7 @@ def forward(queries, double scale, k, v, keep, ptrdiff_t n, band, bint want_lse,
     keys, values, kept = addresses(k, 2), addresses(v, 2), None if keep is None else addresses(keep, 1)
     p.rows, p.n, p.d, p.d_v, p.n_k = q.shape[1], n, q.shape[2], o.shape[2], k.shape[k.ndim - 2]
     p.lo, p.hi = band
+    p.most = most
     p.k, p.v = <const void *const *>pointer(keys), <const void *const *>pointer(values)
     p.keep = <const unsigned char *const *>pointer(kept)
     p.k_row, p.k_column = k.strides[k.ndim - 2], k.strides[k.ndim - 1]

@@ -17,6 +17,7 @@ typedef struct {
     const unsigned char *const *keep;           /* of every slot, n_k bytes, 0 for a key that is hidden and never read; or NULL */
     ptrdiff_t k_row, k_column, v_row, v_column; /* bytes from one row, or entry of a row, to the next */
     const void *q;                              /* (slots, rows, d) contiguous, times scale log2 e, as computed in */
+    double most; /* of the product of the norms of a query and a key: rounding of scores passes what is asked beyond it */
     void *partial;                              /* of every part of every slot, partial_size bytes */
     void *o;                                    /* (slots, rows, d_v) contiguous, as computed in */
     double *lse;                                /* (slots, rows) or NULL */
@@ -30,7 +31,8 @@ typedef struct {
     /* Whether all scores and sums are finite, and with them every query, key and value that was read, and none of the scores
      * is so large that its rounding would show in the weights. */
     int (*of_part)(const rc_few_problem *, ptrdiff_t slot, ptrdiff_t part, void *workspace);
-    /* Whether values lie so far from 0, beside how far they spread, that rounding of their sums would show. */
+    /* By a sample of keys and values: whether values lie so far from 0, beside how far they spread, that rounding of their
+     * sums would show, or queries and keys are longer than `most`. */
     int (*far)(const rc_few_problem *, ptrdiff_t slot, void *workspace);
     void (*merge)(const rc_few_problem *, ptrdiff_t slot);
 } rc_few_functions;

@@ -187,18 +187,48 @@ static FEW(task) FEW(task_of)(const rc_few_problem *p, ptrdiff_t slot) {
     return t;
 }
 
-/* Whether values lie much farther from 0 than from each other, by a sample of the kept ones. */
+/* A sample of rows: where to read them, and which are kept. */
+static ptrdiff_t FEW(sample)(const rc_few_problem *p, ptrdiff_t slot, FEW(matrix) *m, const STORED *zeros, STORED *copies,
+                             unsigned char *keep, const STORED **rows) {
+    const ptrdiff_t apart = (p->n_k + SAMPLE - 1) / SAMPLE, count = (p->n_k + apart - 1) / apart;
+    m->step *= apart;
+    for (ptrdiff_t i = 0; i < count; i++)
+        keep[i] = p->keep ? p->keep[slot][i * apart] : 1;
+    FEW(find)(m, 0, count, keep, zeros, copies, rows);
+    return count;
+}
+
+/* Whether the norms of the longest query and of the longest key, by a sample of the kept ones, come to more than p->most. */
+static int FEW(long)(const rc_few_problem *p, ptrdiff_t slot, const FEW(task) * t, void *workspace) {
+    const STORED *zeros = (const STORED *)((char *)workspace + t->zeros), *rows[BLOCK];
+    FEW(matrix) sample = t->k;
+    unsigned char keep[SAMPLE];
+    REAL wide[LANES];
+    double longest = 0;
+    const ptrdiff_t count = FEW(sample)(p, slot, &sample, zeros, (STORED *)((char *)workspace + t->k_copies), keep, rows);
+    for (ptrdiff_t i = 0; i < count; i++) {
+        double sum = 0;
+        for (ptrdiff_t a = 0; a < sample.read; a += LANES) {
+            const ptrdiff_t at = rc_min(a, sample.read - LANES);
+            STORE(wide, WIDEN(rows[i] + at));
+            sum += RC_NAME(few_longest)(wide + (a - at), 1, LANES - (a - at));
+        }
+        longest = sum > longest ? sum : longest;
+    }
+    const double queries = RC_NAME(few_longest)((const REAL *)p->q + slot * p->rows * p->d, p->rows, p->d);
+    return sqrt(queries) * sqrt(longest) > p->most;
+}
+
+/* Whether values lie much farther from 0 than from each other, by a sample of the kept ones, or queries and keys are long. */
 static int FEW(far)(const rc_few_problem *p, ptrdiff_t slot, void *workspace) {
     const FEW(task) t = FEW(task_of)(p, slot);
-    const ptrdiff_t apart = (p->n_k + SAMPLE - 1) / SAMPLE, count = (p->n_k + apart - 1) / apart;
     const STORED *zeros = (const STORED *)((char *)workspace + t.zeros), *rows[BLOCK];
     FEW(matrix) sample = t.v;
     unsigned char keep[SAMPLE];
     vreal size = {0}, spread = {0};
-    sample.step *= apart;
-    for (ptrdiff_t i = 0; i < count; i++)
-        keep[i] = p->keep ? p->keep[slot][i * apart] : 1;
-    FEW(find)(&sample, 0, count, keep, zeros, (STORED *)((char *)workspace + t.v_copies), rows);
+    if (FEW(long)(p, slot, &t, workspace))
+        return 1;
+    const ptrdiff_t count = FEW(sample)(p, slot, &sample, zeros, (STORED *)((char *)workspace + t.v_copies), keep, rows);
     for (ptrdiff_t a = 0; a < sample.read; a += LANES) {
         vreal low = SPLAT(LARGEST), high = SPLAT(-LARGEST);
         for (ptrdiff_t i = 0; i < count; i++)

@@ -22,7 +22,7 @@ enum {
     BLOCK = 64, /* the most keys in a block; its sums start from 0, so that equal terms are not rounded to one side for long */
     LEAST_BLOCK = 16,
     CLOSE_BYTES = 32768, /* of a block's keys and values, which the caches next to a core then hold twice */
-    SAMPLE = 16, /* values of a slot that say whether values are far from 0 */
+    SAMPLE = 16, /* keys and values of a slot that say how long keys are, and whether values are far from 0 */
     LINE = 64
 };
 static inline ptrdiff_t rc_parts(const rc_few_problem *p) { return (p->n_k + PART - 1) / PART; }
@@ -72,6 +72,18 @@ RC_INLINE REAL RC_NAME(few_largest)(vreal x) {
     REAL most = x[0];
     for (int l = 1; l < LANES; l++)
         most = x[l] > most ? x[l] : most;
+    return most;
+}
+
+/* The largest sum of squares of `count` rows of REAL, (count, width) contiguous. */
+static double RC_NAME(few_longest)(const REAL *x, ptrdiff_t count, ptrdiff_t width) {
+    double most = 0;
+    for (ptrdiff_t i = 0; i < count; i++) {
+        double sum = 0;
+        for (ptrdiff_t a = 0; a < width; a++, x++)
+            sum += (double)*x * *x;
+        most = sum > most ? sum : most;
+    }
     return most;
 }
 
