@@ -6,6 +6,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch_cases import EXACT, padding, rotary_options, tensors  # noqa: E402
 
 import ropecy  # noqa: E402
@@ -282,3 +283,45 @@ def test_inputs_that_are_not_finite_are_still_refused():
     _, vjp = ropecy.attention_vjp(*(x.detach().numpy() for x in tensors(*[(2, 5, 4)] * 3)))
     with pytest.raises(ValueError, match="dO: got NaN"):
         vjp(torch.full((2, 5, 4), torch.nan, dtype=torch.float64).numpy())
+
+
+def test_modes_subclasses_and_tracers_see_the_operator():
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    class Tagged(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            names.append(str(function))
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    q = torch.randn(2, 5, 4)
+    names = []
+    expected = scaled_dot_product_attention(q, q, q)
+    assert not names
+    with Seen():
+        torch.testing.assert_close(scaled_dot_product_attention(q, q, q), expected, rtol=0, atol=0)
+    assert "ropecy.attention.default" in names
+    names.clear()
+    tagged = q.as_subclass(Tagged)
+    with torch.no_grad():
+        torch.testing.assert_close(scaled_dot_product_attention(tagged, q, q).as_subclass(torch.Tensor), expected)
+    assert "ropecy.attention.default" in names
+    traced = torch.jit.trace(lambda x: scaled_dot_product_attention(x, x, x), q)
+    other = torch.randn(2, 5, 4)
+    torch.testing.assert_close(traced(other), scaled_dot_product_attention(other, other, other))
+
+
+def test_negative_views_and_tensors_that_require_gradients_without_recording():
+    q = torch.randn(2, 5, 4)
+    negative = torch.complex(torch.zeros(2, 5, 4), q).conj().imag
+    assert negative.is_neg()
+    expected = scaled_dot_product_attention(-q, q, q)
+    torch.testing.assert_close(scaled_dot_product_attention(negative, q, q), expected, rtol=0, atol=0)
+    with torch.no_grad():
+        leaf = (-q).requires_grad_()
+        torch.testing.assert_close(scaled_dot_product_attention(leaf, q, q), expected, rtol=0, atol=0)
+        parameter = torch.nn.Parameter(-q)
+        torch.testing.assert_close(scaled_dot_product_attention(parameter, q, q), expected, rtol=0, atol=0)

@@ -15,10 +15,19 @@ from torch import Tensor
 from torch._C._functorch import TransformType, peek_interpreter_stack
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import Function, forward_ad
+from torch.nn import Parameter
 
 from .._validate import band
 from ..rotary import Rotary
-from .operators import attention_operator, backward_operator, decode, input_gradients, library, save_inputs
+from .operators import (
+    attention_operator,
+    backward_operator,
+    compute_attention,
+    decode,
+    input_gradients,
+    library,
+    save_inputs,
+)
 
 # Scores that forward mode holds at once.
 _TILE = 2**22
@@ -58,8 +67,10 @@ def attend(*inputs: Any) -> Tensor:
     if not torch.compiler.is_compiling():
         if _may_be_differentiated(inputs):
             return Attention.apply(*inputs)
-        # To apply a Function takes longer than a short attention, and the operator's own way through autograd, which
-        # would record nothing here, a third of it.
+        # To apply a Function takes longer than a short attention, and the operator's own way through PyTorch, which
+        # would record nothing and change nothing here, a third of it.
+        if _means_itself(inputs):
+            return compute_attention(*inputs)
         with torch._C._AutoDispatchBelowAutograd():
             return attention_operator(*inputs)
     return _attend_outside_graphs(*inputs) if _inside_derivative() else attention_operator(*inputs)
@@ -70,6 +81,15 @@ def _may_be_differentiated(inputs: tuple[Any, ...]) -> bool:
     if forward_ad._current_level >= 0 or peek_interpreter_stack() is not None:
         return True
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:7])
+
+
+def _means_itself(inputs: tuple[Any, ...]) -> bool:
+    """Whether an operator of these inputs is but the function of their numbers: none is a subclass, no mode and no
+    tracer sees what is called.
+    """
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or torch.jit.is_tracing():
+        return False
+    return all(x is None or (type(x) in (Tensor, Parameter) and x.is_cpu) for x in inputs[:7])
 
 
 @torch.compiler.disable(

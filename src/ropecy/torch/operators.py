@@ -37,15 +37,20 @@ def decode(rotary: str) -> Rotary:
     return Rotary(*json.loads(rotary))
 
 
+def _memory(x: Tensor) -> np.ndarray:
+    """x's own memory, where it holds x's numbers and not their negatives."""
+    return x.numpy(force=True) if x.requires_grad or x.is_neg() else x.numpy()
+
+
 def _array(x: Tensor) -> np.ndarray:
     """x's own memory; halves become float32, in which they are computed anyway."""
-    return (x.float() if x.dtype.itemsize == 2 and x.is_floating_point() else x).numpy(force=True)
+    return _memory(x.float() if x.dtype.itemsize == 2 and x.is_floating_point() else x)
 
 
 def _stored(x: Tensor) -> np.ndarray:
     """x's own memory as it is stored, bfloat16 too where NumPy has been taught that type."""
     if x.dtype != torch.bfloat16:
-        return x.numpy(force=True)
+        return _memory(x)
     if bfloat16 is None:
         return _array(x)
     return x.detach().resolve_neg().view(torch.uint16).numpy().view(bfloat16)
@@ -55,7 +60,8 @@ def _tensor(x: np.ndarray, like: Tensor) -> Tensor:
     x = np.ascontiguousarray(x)
     if bfloat16 is not None and x.dtype == bfloat16:
         return torch.from_numpy(x.view(np.uint16)).view(torch.bfloat16)
-    return torch.from_numpy(x).to(like.dtype)
+    out = torch.from_numpy(x)
+    return out if out.dtype == like.dtype else out.to(like.dtype)
 
 
 def _keywords(key_mask, q_positions, k_positions, scale_near, *options):
@@ -109,7 +115,7 @@ backward_operator = torch.ops.ropecy.attention_backward.default
 
 
 @torch.library.impl(library, "attention", "CPU")
-def _attention(query, key, value, *given):
+def compute_attention(query, key, value, *given):
     found = _collected.get()
     how = _keywords(*given)
     # Few queries are computed from halves as they are; for others a cast by PyTorch is the quickest. A certificate has
