@@ -131,3 +131,32 @@ def test_scores_of_projections_that_cancel_are_certified_by_every_engine(method,
         off = np.abs(O - dense.O).max() / np.ptp(V, axis=0).max()
         assert off <= certificate.error
         assert certificate.rounding >= 1e-9
+
+
+@pytest.mark.filterwarnings("ignore::ropecy.AccuracyWarning")
+@pytest.mark.parametrize("dtype", [F4, F8])
+@pytest.mark.parametrize("keys", ["zero", "of the size that scales leave"])
+@pytest.mark.parametrize("power", [38, -38])
+@pytest.mark.parametrize("near, bias", [(True, None), (True, 0.1), (False, None), (False, 0.1)])
+def test_gradients_beside_scales_of_any_size(near, bias, power, keys, dtype, rng):
+    Q, K, V, dO = rng.uniform(-1, 1, (4, 40, 3))
+    scale = 10.0 ** (power if dtype == F4 else 8 * power)
+    size = 0.0 if keys == "zero" else 1 / scale
+    if dtype == F4 and size:
+        # Both take their part, for float32 holds no reciprocal of 1e38.
+        Q, size = Q * size**0.5, size**0.5
+    of_values = 10.0 ** (-30 if dtype == F4 else -240)
+    case = {"Q": Q, "K": K * size, "V": V * of_values, "W_V": rng.uniform(-1, 1, (3, 3))}
+    case = {name: X.astype(dtype) for name, X in case.items()}
+    case |= {"near": (9, scale), "scale": scale} if near else {"scale": scale}
+    if bias is not None:
+        case["bias"] = oracle.Alibi(np.array(bias))
+    dO = dO.astype(dtype)
+    expected = oracle.attention(**case, dtype=np.longdouble).backward(dO)
+    ours = case if bias is None else case | {"bias": relative_bias(case["bias"])}
+    g = ropecy.attention_vjp(**ours, method="exact")[1](dO)
+    for name in ("dQ", "dK", "dV", "dW_V"):
+        X, limit = expected[name], np.finfo(dtype)
+        if np.abs(X).max() < limit.max / 4:
+            off = np.abs(getattr(g, name).astype(np.longdouble) - X).max()
+            assert off <= 1e-4 * np.abs(X).max() + 8 * limit.smallest_subnormal, name

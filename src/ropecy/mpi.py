@@ -240,6 +240,7 @@ def plan(
     problem = replace(call.problem, lo=whole.lo, hi=whole.hi)
     if not whole.empty:
         problem = _normal_form(ranks, problem, whole, grad).problem
+        whole = replace(whole, scale=problem.scale, near=problem.near)
     looked = False
     if whole.empty:
         made = make_plan(whole, **call.how, grad=grad)
@@ -304,6 +305,7 @@ class _Evaluation:
         else:
             self._normal = normal = _normal_form(ranks, problem, whole, grad)
             problem = self._problem = normal.problem
+            whole = replace(whole, scale=problem.scale, near=problem.near)
             measured = _measured(ranks, self.call, problem, whole, grad)
             made = _make_plan(ranks, self.call, whole, piece, measured, grad)
             masked = any(ranks.gather(problem.key_mask is not None))

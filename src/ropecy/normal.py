@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,6 +22,14 @@ from .problem import Exponents, Problem
 
 # Beside a bias values and gradients are brought to about 1 that are not within this power of two of it.
 _NEAR_ONE = 8
+
+
+class Balance(NamedTuple):
+    """Powers of two: of the queries and of the keys of each slot, (H,) int arrays, and of both scales."""
+
+    q: np.ndarray
+    k: np.ndarray
+    scale: int
 
 
 @dataclass(slots=True)
@@ -39,8 +47,8 @@ class Normal:
         Values were then multiplied by ``2^-exponent``.
     largest : float
         max |v| of the normal form.
-    balance : (H,) int array or None
-        Queries of each slot were multiplied by ``2^balance``, and its keys by ``2^-balance``; None is 0.
+    balance : Balance or None
+        The powers of two that queries, keys and scales were multiplied with; None is 0.
     """
 
     problem: Problem
@@ -48,7 +56,7 @@ class Normal:
     value_centre: np.ndarray | None = None
     exponent: int = 0
     largest: float = 0.0
-    balance: np.ndarray | None = None
+    balance: Balance | None = None
 
     @property
     def needs_lse(self) -> bool:
@@ -99,8 +107,10 @@ class Normal:
     def exponents(self, upstream: int) -> Exponents:
         """Of gradients for ``do 2^-upstream``, for those of the problem as it was."""
         scores = upstream + self.exponent
-        balance = 0 if self.balance is None else self.balance
-        return Exponents(scores, scores + balance, scores - balance, upstream)
+        if self.balance is None:
+            return Exponents(scores, scores, scores, upstream, scores)
+        q, k, scale = self.balance
+        return Exponents(scores, scores + q, scores + k, upstream, scores + scale)
 
 
 def normal_form(problem: Problem, ranks: Any = Alone, grad: bool = False) -> Normal:
@@ -112,8 +122,10 @@ def normal_form(problem: Problem, ranks: Any = Alone, grad: bool = False) -> Nor
     """
     balance = _balance(problem, ranks) if grad else None
     if balance is not None:
-        q, k = np.ldexp(problem.q, balance[:, None, None, None]), np.ldexp(problem.k, -balance[:, None, None])
-        problem = replace(problem, q=q, k=k)
+        q, k = np.ldexp(problem.q, balance.q[:, None, None, None]), np.ldexp(problem.k, balance.k[:, None, None])
+        scale, near = math.ldexp(problem.scale, balance.scale), problem.near
+        near = near and (near[0], math.ldexp(near[1], balance.scale))
+        problem = replace(problem, q=q, k=k, scale=scale, near=near)
     normal = Normal(problem, balance=balance)
     if problem.near is None and problem.family is None:
         low, high = _ends(problem.k, problem.key_mask, problem.threads, ranks)
@@ -141,14 +153,24 @@ def normal_form(problem: Problem, ranks: Any = Alone, grad: bool = False) -> Nor
     return normal
 
 
-def _balance(problem: Problem, ranks: Any) -> np.ndarray | None:
-    """The power of two that brings the queries and the keys of each slot to one size, (H,); None where no slot's are so
-    unlike that the gradient of the one could overflow, or that of the other vanish, before projections are undone.
+def _balance(problem: Problem, ranks: Any) -> Balance | None:
+    """The powers of two that bring the queries and the keys of each slot to one size, and scales to about 1; None where
+    no slot's are so unlike, and no scale so far from 1, that the gradient of the one could overflow, or that of the
+    other vanish, before projections and powers of two are undone.
     """
-    q, k = ranks.largest(np.stack([_sizes(problem.q), _sizes(problem.k)]))
-    unlike = np.frexp(k)[1] - np.frexp(q)[1]
-    far = (q > 0) & (k > 0) & (np.abs(unlike) > np.finfo(problem.q.dtype).maxexp // 2)
-    return np.where(far, unlike // 2, 0) if far.any() else None
+    far = np.finfo(problem.q.dtype).maxexp // 2
+    sizes = ranks.largest(np.stack([_sizes(problem.q), _sizes(problem.k)]))
+    of_q, of_k = np.frexp(sizes)[1]
+    unlike = (sizes > 0).all(axis=0) & (np.abs(of_k - of_q) > far)
+    q = np.where(unlike, (of_k - of_q) // 2, 0)
+    scale = math.frexp(max(abs(problem.scale), 0 if problem.near is None else abs(problem.near[1])))[1]
+    # What is taken from scales is given to queries and keys, of which neither squares may overflow nor entries vanish.
+    after = np.concatenate([of_q + q, of_k - q])[sizes.reshape(-1) > 0]
+    room, depth = far - 8 - after.max(initial=0), far - 8 + after.min(initial=0)
+    scale = int(np.clip(scale, -2 * max(depth, 0), 2 * max(room, 0))) if abs(scale) > far else 0
+    if not (scale or unlike.any()):
+        return None
+    return Balance(q + scale // 2, scale - scale // 2 - q, -scale)
 
 
 def _sizes(X: np.ndarray) -> np.ndarray:

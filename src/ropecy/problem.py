@@ -274,16 +274,18 @@ class Exponents:
     Attributes
     ----------
     scores : int
-        Of gradients of a bias, of a family and of `scale_near`.
+        Of gradients of a bias and of a family.
     q, k : int or (H,) int array
         Of those of q and k, one for each slot where they are unlike.
-    v : int
+    v, near : int
+        Of those of v and of `scale_near`.
     """
 
     scores: int = 0
     q: int | np.ndarray = 0
     k: int | np.ndarray = 0
     v: int = 0
+    near: int = 0
 
 
 class Call:
@@ -423,7 +425,7 @@ class Call:
         gradients = {"d" + name: self._cast(X) for name, X in found.items()}
         if dscale_near is not None:
             with np.errstate(over="ignore"):
-                gradients["dscale_near"] = np.ldexp(dscale_near, exponent)
+                gradients["dscale_near"] = np.ldexp(dscale_near, exponents.near)
         if a.bias is not None:
             dbias = self.bias_gradient(dsymbol, -(a.n - 1) - a.q_offset)
             with np.errstate(over="ignore"):
