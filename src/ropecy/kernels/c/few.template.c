@@ -13,7 +13,13 @@
  *
  * What bounds it: the read bandwidth of memory. No hardware prefetcher follows rows that are far apart, nor stays ahead
  * while exp is computed, so the values of a block are asked for while its scores are made, and the keys of the next block
- * while the values are added up.
+ * while the values are added up. They are asked for into the second cache: in the first they push out what is being read,
+ * and all takes twice as long.
+ *
+ * Nanoseconds a key of d = d_v = 128 that the second cache holds, on one core of a Zen 4 whose multiply-adds alone take 4.4
+ * for one query and 17.5 for four: in float32 16 and 24 (AVX-512), 17 and 31 (AVX2), in halves 12 and 24, 13 to 16 and 28.
+ * From memory, where one core reads such a key in 53 (float32) and 27 (halves) by sums alone, four queries take 60 and 36:
+ * what is computed hides most of what is read, and not all.
  */
 #ifndef RC_FEW_ONCE
 #define RC_FEW_ONCE
