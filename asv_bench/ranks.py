@@ -20,10 +20,12 @@ from benchmarks.inputs import arrays
 from mpi4py import MPI
 
 import ropecy.mpi
-from ropecy import _network
-from ropecy.engines import polynomial
-from ropecy.engines.ring import Layout
-from ropecy.problem import Problem
+from ropecy.distributed.network import Network
+from ropecy.engines.polynomial import features
+from ropecy.problem import traffic
+from ropecy.problem.mask import Mask
+from ropecy.problem.pieces import Layout
+from ropecy.problem.problem import Outline, Sizes
 
 DEGREE, EPS = 3, 5e-3
 # Times that every rank tells every rank something in a forward pass; what it tells is mostly that it has no error.
@@ -80,14 +82,14 @@ def count(comm: MPI.Intracomm, d: int) -> None:
         print(plan)
 
 
-def model(tokens: int, d: int, network: _network.Network) -> None:
+def model(tokens: int, d: int, network: Network) -> None:
     """A table: what a forward pass takes on so many ranks of one thread, and where it breaks."""
     n = 2**17
     Q, K, V, _ = arrays(n, d)
     own = statistics.median(seconds(lambda: ropecy.attention(Q, K, V, **options(d, 1))) for _ in range(7)) / n
     told = statistics.median(seconds(lambda: pickle.loads(pickle.dumps(None))) for _ in range(1000))
-    problem = Problem(q=np.broadcast_to(np.float32(0), (1, 1, n, d)), k=K[None], v=V[None], scale=1 / d)
-    state = polynomial.state_size(problem, DEGREE)
+    one = Outline(sizes=Sizes(1, 1, n, n, d, d), dtype=np.dtype(np.float32), mask=Mask(n, n, hi=0))
+    state = features.state_size(one, DEGREE)
     print(f"{tokens:.0e} tokens, d = d_v = {d}, float32, degree {DEGREE}, causal, forward: by a model, from")
     print(f"  {1 / own:,.0f} tokens a second of one thread, measured here")
     print(f"  {network.latency * 1e6:.3g} us a message and {network.bandwidth / 1e9:.3g} GB/s a rank, given")
@@ -100,8 +102,8 @@ def model(tokens: int, d: int, network: _network.Network) -> None:
         each = -(-tokens // ranks)
         parts = (
             own * each,
-            network.seconds(_network.sums(state, ranks)),
-            network.seconds(_network.bounds((1, d, d), 4, ranks)),
+            network.seconds(traffic.sums(state, ranks)),
+            network.seconds(traffic.bounds(one, ranks)),
             # What is known doubles with each round; then every rank reads what every other says.
             GATHERS * (network.latency * math.ceil(math.log2(ranks)) + told * ranks),
         )
@@ -109,7 +111,7 @@ def model(tokens: int, d: int, network: _network.Network) -> None:
         broken = broken or (ranks if share < 0.5 else None)
         starts = [each * r for r in range(ranks)]
         layout = Layout([each] * ranks, [each] * ranks, starts, starts, 0, None, 0)
-        ring = _network.ring(layout, ranks // 2, (1, 1, d, d), 4, False, False)
+        ring = traffic.ring(traffic.Sender(one, layout, ranks // 2, False, False), layout)
         columns = " ".join(f"{part:<10.2g}" for part in parts)
         last = f"{share:>8.1%} {ring.sent / 1e9:>21.2f} {network.seconds(ring):>8.2f}"
         print(f"  {ranks:<10,} {each:<12,} {columns} {last}")
@@ -130,7 +132,7 @@ def main() -> None:
     comm = MPI.COMM_WORLD
     if how.model:
         if comm.rank == 0:
-            model(int(how.tokens), how.d, _network.Network(how.latency, how.bandwidth))
+            model(int(how.tokens), how.d, Network(how.latency, how.bandwidth))
     else:
         count(comm, how.d)
         measure(comm, how.n, how.d, how.rounds)

@@ -1,13 +1,14 @@
 """Problems for certificates by moments, the certificates of their rows, and their errors in plain NumPy."""
 
 import numpy as np
+from inside import measure, measure_values
 
-from ropecy import moments
 from ropecy.approximation import minimax as poly
 from ropecy.approximation import moment_fit
-from ropecy.bounds import measure, measure_values
-from ropecy.engines import polynomial as engine
-from ropecy.problem import Problem
+from ropecy.certify import fourth_moments, moments
+from ropecy.engines.polynomial import features
+from ropecy.problem.mask import Mask
+from ropecy.problem.problem import Problem
 
 CHUNK = 192  # of causal scans: pairs inside one are exact
 
@@ -16,7 +17,8 @@ def problem_of(q, k, v, causal=False, mask=None, q_offset=0, scale=1.0):
     """q (H, G, n, d), k (H, n_k, d), v (H, n_k, d_v); what mask hides is 0, as engines are promised."""
     if mask is not None:
         k, v = np.where(mask[..., None], k, 0), np.where(mask[..., None], v, 0)
-    return Problem(q=q, k=k, v=v, scale=scale, hi=0 if causal else None, q_offset=q_offset, key_mask=mask)
+    seen = Mask(q.shape[2], k.shape[1], None, 0 if causal else None, q_offset, mask)
+    return Problem(q=q, k=k, v=v, scale=scale, mask=seen)
 
 
 def by_moments(problem, degree, kappa=0.0, scores=None):
@@ -28,12 +30,12 @@ def by_moments(problem, degree, kappa=0.0, scores=None):
     p = moment_fit.fit_moments(B, degree, kappa / B**2)
     if p is None:
         return None
-    fourth = moments.fourth_moments(problem, scores, seed=5) if kappa else None
+    fourth = fourth_moments.fourth_moments(problem, scores, seed=5) if kappa else None
     rule = moments.MomentRule(p, kappa, scores, fourth)
     fits = rule.fits(problem)
-    reach, ratio = moments.reach(problem, values, engine.chunk(problem)), fits.ratio(p, problem.q.dtype)
-    o, _, saved = engine.forward(problem, scores, values, p, False, False, reach, ratio)
-    return o, rule.truncation(problem, fits, saved.moment, saved.spread, saved.inverse), saved, rule
+    judged = features.Judged(moments.reach(problem, values), fits.ratio(p, problem.dtype))
+    o, _, saved = features.forward(problem, features.Expansion(scores, values, p), False, judged=judged)
+    return o, rule.truncation(problem, fits, saved), saved, rule
 
 
 def as_they_are(problem):
@@ -49,10 +51,10 @@ def seen_by_rows(problem):
     """Which rows see which keys, (H, 1, n, n_k)."""
     n, n_k = problem.q.shape[2], problem.k.shape[1]
     seen = np.ones((n, n_k), bool)
-    if problem.hi is not None:
-        seen = np.arange(n_k) <= np.arange(n)[:, None] + problem.q_offset
+    if problem.mask.causal:
+        seen = np.arange(n_k) <= np.arange(n)[:, None] + problem.mask.offset
     seen = np.broadcast_to(seen, (len(problem.k), 1, n, n_k))
-    return seen if problem.key_mask is None else seen & problem.key_mask[:, None, None, :]
+    return seen if problem.mask.kept is None else seen & problem.mask.kept[:, None, None, :]
 
 
 def row_errors(problem, o, by_column=False):
@@ -74,7 +76,7 @@ def row_errors(problem, o, by_column=False):
         spread = np.nanmax(every, axis=-2, initial=-np.inf) - np.nanmin(every, axis=-2, initial=np.inf)
         error = np.abs(o - exact)
         if by_column:
-            kept = np.ones((H, n_k), bool) if problem.key_mask is None else problem.key_mask
+            kept = np.ones((H, n_k), bool) if problem.mask.kept is None else problem.mask.kept
             kept = np.where(kept[..., None], v, np.nan)
             whole = np.nanmax(kept, axis=1, initial=-np.inf) - np.nanmin(kept, axis=1, initial=np.inf)
             return error, np.maximum(spread, 0), max(whole.max(), 0) or np.abs(v).max()

@@ -6,6 +6,7 @@ import sys
 import time
 
 import cases
+import inside
 import numpy as np
 from conftest import relative_bias, rotary
 from mpi4py import MPI
@@ -13,8 +14,10 @@ from oracle import Rope
 
 import ropecy
 import ropecy.mpi
-from ropecy import _network, evidence
-from ropecy._ranks import Ranks
+from ropecy.certify.sample import draw
+from ropecy.distributed.mpi_communicator import MPICommunicator
+from ropecy.planning import evaluation
+from ropecy.problem import traffic
 
 COMM = MPI.COMM_WORLD
 
@@ -320,29 +323,30 @@ def test_gradients_by_moments():
             assert np.linalg.norm(X - truth) <= 2e-2 * np.linalg.norm(truth), name
 
 
-def test_moments_that_fail_leave_it_to_the_second_choice():
-    make, options = ropecy.mpi.make_plan, {"method": "polynomial", "eps": 3e-3}
+def test_moments_that_fail_leave_it_to_the_fallback():
+    choose, options = evaluation.choose_and_warn, {"method": "polynomial", "eps": 3e-3}
     case = judged_case(np.random.default_rng(14), True)
-    second = None
+    fallback = None
 
-    def made(*args, **how):
-        plan = make(*args, **how)
-        plan._choice = dataclasses.replace(plan._choice, n_exact_rows=0)
-        if second == "exact":
-            plan._second = make(*args, **{**how, "method": "exact"})
-        return plan
+    def none_exact(context):
+        choice = choose(context)
+        executable = dataclasses.replace(choice.executable, n_exact_rows=0)
+        if fallback == "exact":
+            executable = dataclasses.replace(executable, fallback=choice.search.exact.executable)
+        choice.candidate = dataclasses.replace(choice.candidate, executable=executable)
+        return choice
 
-    ropecy.mpi.make_plan = made
+    evaluation.choose_and_warn = none_exact
     try:
-        for second in ("worst case", "exact"):
+        for fallback in ("worst case", "exact"):
             for how, same in (("unequal", True), ("empty last", False)):
-                within_certificate(case, how, same, second, **options)
+                within_certificate(case, how, same, fallback, **options)
         own, _ = piece(case, "unequal", same=False)
-        second = None
+        fallback = None
         a = ropecy.mpi.attention
         raises(ropecy.BoundedEntryError, "of 1,400 rows, past the 0 planned", a, **own, **options, degree=3)
     finally:
-        ropecy.mpi.make_plan = make
+        evaluation.choose_and_warn = choose
 
 
 def test_samples_over_pieces():
@@ -358,9 +362,9 @@ def test_samples_over_pieces():
     # The rows drawn are those that one process would draw.
     risk = rng.permutation(500).astype(float)
     for count in (1, 60, 499, 600):
-        alone = evidence.draw(risk, count, np.random.default_rng(1))
+        alone = draw(risk, count, np.random.default_rng(1))
         first, last = cuts(500, "unequal")[COMM.rank :][:2]
-        own = evidence.draw(risk[first:last], count, np.random.default_rng(1), Ranks(COMM))
+        own = draw(risk[first:last], count, np.random.default_rng(1), MPICommunicator(COMM))
         found = np.concatenate(COMM.allgather(own + first))
         assert len(found) == min(count, 500)
         half = np.sort(risk)[500 - count // 2 :] if count < 500 else []
@@ -369,9 +373,9 @@ def test_samples_over_pieces():
 
 
 def counted(function):
-    """What Ranks counts of the bytes that this rank sends in function(), and messages of the ring."""
+    """What MPICommunicator counts of the bytes that this rank sends in function(), and messages of the ring."""
     made, messages = [], []
-    new, start = Ranks.__init__, Ranks._start
+    new, start = MPICommunicator.__init__, MPICommunicator._start
 
     def kept(self, comm):
         new(self, comm)
@@ -381,11 +385,11 @@ def counted(function):
         messages.extend(arrays)
         return start(self, arrays, *places)
 
-    Ranks.__init__, Ranks._start = kept, counting
+    MPICommunicator.__init__, MPICommunicator._start = kept, counting
     try:
         function()
     finally:
-        Ranks.__init__, Ranks._start = new, start
+        MPICommunicator.__init__, MPICommunicator._start = new, start
     return sum(ranks.sent for ranks in made), len(messages)
 
 
@@ -446,13 +450,13 @@ def test_plan_says_what_is_sent():
         how = ("unequal", "empty last")[i % 2]
         plans = list(check_exchange(case, how, same=how == "unequal", method="exact", threads=1))
         for grad, (plan, messages) in enumerate(plans):
-            H, _, _, d, _, d_v, dtype = plan.shape
-            others = _network.bounds((H, d, d_v), np.dtype(dtype).itemsize, COMM.size, "near" in case)
+            problem = inside.problem_for(**case)
+            others = traffic.bounds(problem, COMM.size)
             shared = [case.get(X) for X in ("W", "W_Q", "W_K", "W_V", "bias", "near")]
             if grad:
-                others += _network.maxima(16 * H, COMM.size) + _network.maxima(8, COMM.size)
+                others += traffic.maxima(16 * problem.sizes.H, COMM.size) + traffic.maxima(8, COMM.size)
                 for _ in range(sum(X is not None for X in shared)):
-                    others += _network.totals(1, COMM.size)
+                    others += traffic.totals(1, COMM.size)
             assert plan.engine == "exact"
             assert plan.exchange.own.messages == others.messages + messages
     Q, K, V = cases.unit_rows(rng.standard_normal((3, 600, 5)))
@@ -489,7 +493,8 @@ def test_plan_says_what_is_sent():
 def test_plan_without_values_and_of_nothing():
     X = np.ones((5, 4))
     plan = ropecy.mpi.plan(COMM, X, X, ropecy.Rotary(4), causal=True)
-    assert plan.shape[:5] == (1, 1, 5 * COMM.size, 4, 5 * COMM.size)
+    sizes = f"forward: 1 x {5 * COMM.size} queries, 1 x {5 * COMM.size} keys, d = 4"
+    assert str(plan).startswith(sizes)
     network = plan.exchange.network
     assert network == ropecy.mpi.plan(COMM, X, X).exchange.network, "measured twice"
     assert all(other == network for other in COMM.allgather(network))

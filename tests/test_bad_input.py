@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import ropecy
-from ropecy import _validate
+from ropecy.problem import checks
 
 N, N_K, D, D_V = 6, 5, 4, 3
 EITHER = (TypeError, ValueError)
@@ -314,10 +314,10 @@ def test_one_bad_number_among_many_is_found(dtype, count, bad):
     """Wherever it stands, in a vector or past the last whole one."""
     for place in range(count):
         X = np.linspace(-3, 2, count).reshape(count, 1).astype(dtype)
-        assert _validate.check_finite("X", X) == 3.0
+        assert checks.check_finite("X", X) == 3.0
         X[place] = bad
         with pytest.raises(ValueError, match=rf"X: got -?(NaN|Inf) at index \({place}, 0\)"):
-            _validate.check_finite("X", X)
+            checks.check_finite("X", X)
 
 
 @pytest.mark.parametrize("name", ["Q", "K", "V"])
@@ -348,10 +348,10 @@ def test_memory_that_shapes_ask_for_is_asked_for_before_values_are_read(call, na
 def test_what_is_broadcast_is_checked_once():
     """A million million entries of which four are really there."""
     X = np.broadcast_to(np.arange(4.0)[:, None], (2**20, 4, 2**20))
-    assert _validate.check_finite("X", X) == 3.0
+    assert checks.check_finite("X", X) == 3.0
     X = np.broadcast_to(np.array([[1.0, np.nan, 1.0]]), (2**40, 3))
     with pytest.raises(ValueError, match=r"X: got NaN at index \(0, 1\)"):
-        _validate.check_finite("X", X)
+        checks.check_finite("X", X)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])

@@ -1,6 +1,5 @@
 """What a certificate says, and what happens where none can be given."""
 
-import sys
 
 import cases
 import numpy as np
@@ -8,6 +7,7 @@ import oracle
 import pytest
 
 import ropecy
+from ropecy.planning import planner
 
 
 def _bounded(rng, n=97, d=4, dtype=np.float64):
@@ -207,7 +207,8 @@ def test_certificate_of_gradients(rng):
 )
 def test_auto_warns_of_long_exact_work_where_it_is_called(call, rng, monkeypatch):
     Q, K, V = rng.standard_normal((3, 50, 4)) * 10
-    monkeypatch.setattr(sys.modules["ropecy.plan"], "_MINUTE", 0.0)
+    monkeypatch.setattr(planner, "_MINUTE", 0.0)
+    monkeypatch.setattr(planner, "_SMALL", 0)
     with pytest.warns(ropecy.PerformanceWarning, match=r"exact attention is predicted to take .* s: ") as caught:
         call(Q, K, V)
     assert caught[0].filename == __file__
@@ -216,7 +217,8 @@ def test_auto_warns_of_long_exact_work_where_it_is_called(call, rng, monkeypatch
 @pytest.mark.parametrize("method", ["exact", "polynomial", "fft"])
 def test_every_method_warns_of_long_work_once(method, rng, monkeypatch):
     Q, K, V = _bounded(rng)
-    monkeypatch.setattr(sys.modules["ropecy.plan"], "_MINUTE", 0.0)
+    monkeypatch.setattr(planner, "_MINUTE", 0.0)
+    monkeypatch.setattr(planner, "_SMALL", 0)
     said = "exact attention" if method == "exact" else rf"{method} attention of degree \d, [\d,]+ features,"
     for call in (ropecy.attention, ropecy.attention_vjp, ropecy.plan):
         with pytest.warns(ropecy.PerformanceWarning, match=rf"^{said} is predicted to take .* s: ") as caught:

@@ -5,8 +5,7 @@ import math
 import pytest
 
 import ropecy
-from ropecy import memory
-from ropecy.machine import cgroup
+from ropecy.machine import cgroup, memory
 
 
 @pytest.fixture

@@ -8,8 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ropecy
-from ropecy import costs
-from ropecy.costs import Work, exact_work, polynomial_work, seconds_of, shaped
+from ropecy.engines import cost
+from ropecy.engines.cost import Work
+from ropecy.engines.exact import cost as of_exact
+from ropecy.engines.exact.cost import exact_work, seconds_of
+from ropecy.engines.polynomial import cost as of_polynomial
+from ropecy.engines.polynomial.cost import polynomial_work
+from ropecy.problem.mask import Mask
+from ropecy.problem.problem import Outline, Sizes
 
 # Milliseconds of one thread of an EPYC (Zen 4), float32, x86-64-v4: engine's degree (0: exact), d, n, causal, grad.
 MEASURED = [
@@ -33,7 +39,8 @@ MEASURED = [
 
 
 def problem(n, d, causal=False, dtype="float32", heads=1, groups=1):
-    return shaped((heads, groups, n, d), n, d, np.dtype(dtype), causal)
+    sizes = Sizes(heads, groups, n, n, d, d)
+    return Outline(sizes=sizes, dtype=np.dtype(dtype), mask=Mask(n, n, hi=0 if causal else None))
 
 
 def work(degree, made, grad):
@@ -45,14 +52,15 @@ def measured_on(monkeypatch):
     """As on the machine of the table, at an instruction set."""
 
     def at(level, dtype="float32"):
-        speeds = costs._SPEEDS[level, dtype]
-        monkeypatch.setattr(costs, "speeds", lambda dtype: speeds)
-        monkeypatch.setattr(costs, "slowness", lambda: 1.0)
-        costs._polynomial_work.cache_clear()
+        speeds = cost._SPEEDS[level, dtype]
+        for module in (cost, of_exact, of_polynomial):
+            monkeypatch.setattr(module, "speeds", lambda dtype: speeds)
+        monkeypatch.setattr(of_exact, "slowness", lambda: 1.0)
+        of_polynomial._polynomial_work.cache_clear()
 
     yield at
     monkeypatch.undo()
-    costs._polynomial_work.cache_clear()
+    of_polynomial._polynomial_work.cache_clear()
 
 
 @pytest.mark.parametrize(("degree", "d", "n", "causal", "grad", "milliseconds"), MEASURED)
@@ -64,7 +72,7 @@ def test_predictions_are_near_what_was_measured(degree, d, n, causal, grad, mill
 
 def test_a_higher_instruction_set_is_faster(measured_on):
     taken = {}
-    for level, dtype in costs._SPEEDS:
+    for level, dtype in cost._SPEEDS:
         measured_on(level, dtype)
         taken[level, dtype] = [work(g, problem(4096, 16, dtype=dtype), True).seconds(1) for g in (0, 3)]
     for dtype in ("float32", "float64"):
@@ -130,7 +138,7 @@ def test_nor_on_how_fast_the_machine_is(monkeypatch, rng):
     Q, K = rng.uniform(-1, 1, (2, 3000, 8))
     plans = []
     for slowness in (0.01, 1.0, 100.0):
-        monkeypatch.setattr(costs, "slowness", lambda s=slowness: s)
+        monkeypatch.setattr(of_exact, "slowness", lambda s=slowness: s)
         plans.append(ropecy.plan(Q, K, ropecy.Rotary(8)))
     assert len({made.engine for made in plans}) == 1
     for engine in plans[0].seconds:
@@ -138,8 +146,8 @@ def test_nor_on_how_fast_the_machine_is(monkeypatch, rng):
 
 
 def test_slowness_is_measured_once():
-    assert 0 < costs.slowness() < np.inf
-    assert costs.slowness() is costs.slowness()
+    assert 0 < of_exact.slowness() < np.inf
+    assert of_exact.slowness() is of_exact.slowness()
 
 
 @pytest.mark.parametrize("method", ["exact", "fft"])

@@ -9,7 +9,7 @@ import pytest
 import ropecy
 
 # What needs MPI has no examples, and an import starts MPI.
-WITHOUT = {"ropecy.mpi", "ropecy._ranks"}
+WITHOUT = {"ropecy.mpi", "ropecy.distributed.mpi_communicator"}
 MODULES = ["ropecy"] + [module.name for module in pkgutil.walk_packages(ropecy.__path__, "ropecy.")]
 
 

@@ -6,6 +6,7 @@ import oracle
 import pytest
 
 import ropecy
+from ropecy.certify.sample import draw
 
 
 @pytest.mark.parametrize("name", list(cases.SPECS))
@@ -177,8 +178,6 @@ def test_sampled_certificate_is_twice_the_error_of_its_rows(rng):
 
 
 def test_sample_is_half_the_rows_at_most_risk(rng):
-    from ropecy.evidence import draw
-
     risk = rng.permutation(1000.0 + np.arange(1000)).reshape(2, 5, 100)
     chosen = draw(risk, 100, rng)
     assert len(set(chosen)) == 100

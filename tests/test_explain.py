@@ -1,14 +1,18 @@
 """What plan() says: a row for each engine, and advice that does what it promises."""
 
 import re
-import sys
 
 import cases
 import numpy as np
 import pytest
 
 import ropecy
-from ropecy import costs
+from ropecy.engines.exact.cost import exact_work
+from ropecy.engines.outliers import engine as outliers
+from ropecy.engines.polynomial.cost import polynomial_work
+from ropecy.planning import planner
+from ropecy.problem.mask import Mask
+from ropecy.problem.problem import Outline, Sizes
 
 
 def rows(rng, n, d, scale=1.0):
@@ -130,9 +134,9 @@ def test_pays_from_is_where_predictions_cross(rng):
         worst = by_name(ropecy.plan(Q, K, V, grad=grad).alternatives)["polynomial, worst case"]
         cheaper = []
         for n in (worst.pays_from, int(0.8 * worst.pays_from)):
-            made = costs.shaped((1, 1, n, 8), n, 8, np.dtype(np.float32), False)
-            polynomial = costs.polynomial_work(made, worst.certificate.degree, grad)  # worst case: one more in backward
-            cheaper.append(polynomial.nominal < costs.exact_work(made, grad).nominal)
+            made = Outline(sizes=Sizes(1, 1, n, n, 8, 8), dtype=np.dtype(np.float32), mask=Mask(n, n))
+            polynomial = polynomial_work(made, worst.certificate.degree, grad)  # worst case: one more in backward
+            cheaper.append(polynomial.nominal < exact_work(made, grad).nominal)
         assert cheaper == [True, False]
 
 
@@ -151,7 +155,7 @@ def test_scores_of_any_size_have_a_plan(options, dtype, rng):
 
 def test_exact_work_is_not_said_to_be_all_there_is_beside_what_certifies(rng, monkeypatch):
     """Auto takes exact work though a polynomial beside a few long rows would do, which it did not look for."""
-    monkeypatch.setattr(sys.modules["ropecy.plan"], "_LOOK_FOR_OUTLIERS", 0.0)
+    monkeypatch.setattr(outliers, "_LOOK", 0.0)
     Q, K = rng.standard_normal((2, 5000, 3))
     plan = ropecy.plan(Q, K, scale=1.0, eps=1e-6)
     other = by_name(plan.alternatives)["polynomial, worst case"]
@@ -162,7 +166,7 @@ def test_exact_work_is_not_said_to_be_all_there_is_beside_what_certifies(rng, mo
 
 def test_exact_work_past_eps_is_not_said_to_certify_it(rng, monkeypatch):
     """What certifies eps would take too long."""
-    monkeypatch.setattr(sys.modules["ropecy.plan"], "_MINUTE", 0.0)
+    monkeypatch.setattr(planner, "_MINUTE", 0.0)
     Q, K = rng.uniform(-1, 1, (2, 5000, 3)).astype(np.float32)
     with pytest.warns(UserWarning):
         plan = ropecy.plan(Q, K, scale=1.0, eps=1e-6)

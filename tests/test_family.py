@@ -8,9 +8,11 @@ import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from inside import chosen, measure, problem_for
 
 import ropecy
-from ropecy.engines import family_fft, fft
+from ropecy.engines.fft import family as family_fft
+from ropecy.engines.fft import symbol
 
 ROPE_PAIRS = [(0, 0), (0, 2), (2, 0), (2, 2), (1, 1), (1, 3), (3, 1), (3, 3)]
 
@@ -160,7 +162,7 @@ def test_rotations_are_a_member(rng):
         # Its blocks are orthogonal: the bound is that of Cauchy and Schwarz.
         bound = np.linalg.norm(Q, axis=1).max() * np.linalg.norm(K, axis=1).max() / d
         assert ropecy.plan(Q, K, family).certificate.bound >= bound * (1 - 1e-12)
-        assert ropecy.plan(Q, K, family)._scores.bound <= bound * (1 + 1e-9)
+        assert measure(problem_for(Q, K, K, family)).bound <= bound * (1 + 1e-9)
 
 
 @settings(max_examples=60)
@@ -179,12 +181,11 @@ def test_bounds_hold(data):
     matrices = family.matrices(t, d, float)
     s = np.einsum("hia,ijab,hjb->hij", Q, matrices, K) / d
     size = np.einsum("hia,ijab,hjb->hij", abs(Q), abs(matrices), abs(K)) / d
-    plan = ropecy.plan(
-        Q, K, ropecy.RelativeFamily(values, support=pairs), method="exact", window=None if lo is None else lo + 1
-    )
+    R, window = ropecy.RelativeFamily(values, support=pairs), None if lo is None else lo + 1
     if allowed.any():
-        assert np.abs(np.where(allowed, s, 0)).max() <= plan._scores.bound
-        assert np.where(allowed, size, 0).max() <= plan._scores.plain
+        scores = measure(problem_for(Q, K, K, R, window=window))
+        assert np.abs(np.where(allowed, s, 0)).max() <= scores.bound
+        assert np.where(allowed, size, 0).max() <= scores.plain
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -296,7 +297,7 @@ def test_fft_in_blocks_and_batches(name, rng, ours, monkeypatch):
     whole = _gradients(case, ours, dO, method="fft", eps=1e-3)
     monkeypatch.setattr(family_fft, "_BATCH_BYTES", 1)
     monkeypatch.setattr(family_fft, "_LANE_BYTES", 1)
-    monkeypatch.setattr(fft, "_block", lambda *_: 32)
+    monkeypatch.setattr(symbol, "block_size", lambda *_: 32)
     cut = _gradients(case, ours, dO, method="fft", eps=1e-3)
     np.testing.assert_allclose(cut[0], whole[0], rtol=0, atol=1e-12)
     for argument, gradient in whole[1].items():
@@ -334,7 +335,7 @@ def test_rounding_of_products_is_what_the_certificate_counts_with(block, causal,
         return found[-1][-1]
 
     monkeypatch.setattr(family_fft.Product, "forward", noted)
-    monkeypatch.setattr(fft, "_block", lambda *_: block)
+    monkeypatch.setattr(symbol, "block_size", lambda *_: block)
     t = np.arange(n) - np.arange(n)[:, None]
     for spread in (0.0, 1.0):
         Q, K = np.where(spread, rng.uniform(-1, 1, (2, n, d)), 1.0)
@@ -350,7 +351,7 @@ def test_rounding_of_products_is_what_the_certificate_counts_with(block, causal,
         absolute = sum(abs(c) * x**s for s, c in enumerate(p.coefficients))
         unit = 2.0**-53 * np.log2(2 * block) * np.sqrt(n if causal else 2 * n - 1) * absolute * family_fft.TOGETHER
         error = np.abs(got[0, 0].T - exact[:, : got.shape[2]]).max(axis=0)
-        assert np.all(error <= fft._NOISE * unit * np.linalg.norm(v[0, : got.shape[2]], axis=1)), spread
+        assert np.all(error <= symbol._NOISE * unit * np.linalg.norm(v[0, : got.shape[2]], axis=1)), spread
 
 
 BIASES = {
@@ -380,8 +381,8 @@ def test_rows_computed_exactly_have_gradients(rng):
     Q, K, V = 0.5 * rng.standard_normal((3, n, 2))
     family = ropecy.RelativeFamily(rng.uniform(-0.5, 0.5, (2 * n - 1, 2, 2)))
     options = {"bias": ropecy.RelativeBias(-0.3 * np.arange(1 - n, n)), "causal": True}
-    plan = ropecy.plan(Q, K, V, family, method="fft", eps=1e-5, **options)
-    assert plan._symbol.exact_rows and plan._symbol.levels.shape[2] > 1
+    found = chosen(Q, K, V, family, method="fft", eps=1e-5, **options).executable.symbol
+    assert found.exact_rows and found.levels.shape[2] > 1
     O, vjp = ropecy.attention_vjp(Q, K, V, family, method="fft", eps=1e-5, **options)
     expected, expected_vjp = ropecy.attention_vjp(Q, K, V, family, method="exact", **options)
     np.testing.assert_allclose(O, expected, rtol=0, atol=1e-4)
@@ -420,7 +421,7 @@ def test_fft_certificate_holds_for_any_family(data):
         values[:, 1:] *= 1e-12
     options = {"causal": data.draw(st.booleans()), "q_offset": data.draw(st.integers(-2, 3))}
     eps = data.draw(st.sampled_from([1e-1, 1e-2]))
-    plain = ropecy.plan(Q, K, ropecy.RelativeFamily(values, support=pairs), method="exact", **options)._scores.bound
+    plain = measure(problem_for(Q, K, V, ropecy.RelativeFamily(values, support=pairs), **options)).bound
     values *= data.draw(st.floats(0.1, 2.0)) / max(plain, 1e-12)  # scores within 2
     family = oracle.Family(values, None, pairs)
     ours = ropecy.RelativeFamily(values, support=pairs)
@@ -592,10 +593,10 @@ def test_rounding_counts_entries_that_cancel():
     X = np.full((40, 4), 4.0)
     H = np.array([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]) / 2
     plain, mixed = (
-        ropecy.plan(X, X, X, ropecy.RelativeFamily(np.tile(W, (79, 1, 1))), scale=0.01, method="fft", eps=1e-2)
+        chosen(X, X, X, ropecy.RelativeFamily(np.tile(W, (79, 1, 1))), scale=0.01, method="fft", eps=1e-2).executable
         for W in (np.eye(4), H)
     )
-    own, other = (p.certificate.rounding - p._symbol.rounding for p in (mixed, plain))
+    own, other = (found.certificate.rounding - found.symbol.rounding for found in (mixed, plain))
     assert own > 1.2 * other
 
 

@@ -6,16 +6,17 @@ import oracle
 import pytest
 
 import ropecy
-from ropecy import few, memory
-from ropecy.problem import check_forms
+from ropecy.engines.exact import few_queries
+from ropecy.machine import memory
+from ropecy.problem.call import check_forms
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = [np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16), BFLOAT16]
 
 
 def takes_this_path(Q, K, V, **options):
-    arguments, how = check_forms(Q, K, V, **options)
-    return few.serves(arguments, how) and few.forward(arguments, how, False) is not None
+    arguments, request = check_forms(Q, K, V, **options)
+    return few_queries.serves(arguments, request) and few_queries.forward(arguments, request, False) is not None
 
 
 def compare(Q, K, V, **options):

@@ -6,10 +6,12 @@ import cases
 import numpy as np
 import oracle
 import pytest
+from inside import chosen
 from test_gradients import _backward, gradient_bounds
 
 import ropecy
-from ropecy.engines.fft import _NOISE, Symbol, _pairs, _spectra
+from ropecy.engines.fft.shared import _pairs, _spectra
+from ropecy.engines.fft.symbol import _NOISE, Symbol
 from ropecy.kernels._fftw import ComplexFFT, RealFFT
 from ropecy.kernels._toeplitz import Product
 
@@ -107,10 +109,12 @@ def test_levels_and_exact_rows_are_seen_to_be_used(rng):
     n = 300
     Q, K, V = _bounded(rng, n)
     t = np.arange(1 - n, n)
-    rising = ropecy.plan(Q, K, V, bias=ropecy.RelativeBias(-0.2 * t), causal=True, method="fft")
-    assert rising._symbol.levels.shape[2] == 5 and rising._symbol.exact_rows == []
-    far = ropecy.plan(Q, K, V, bias=ropecy.RelativeBias(-0.3 * t), causal=True, method="fft")
-    assert far._symbol.exact_rows == [(0, 60)]  # what lies more than 72 nats below the peak
+    rising, far = (
+        chosen(Q, K, V, bias=ropecy.RelativeBias(slope * t), causal=True, method="fft").executable.symbol
+        for slope in (-0.2, -0.3)
+    )
+    assert rising.levels.shape[2] == 5 and rising.exact_rows == []
+    assert far.exact_rows == [(0, 60)]  # what lies more than 72 nats below the peak
     with pytest.raises(ropecy.BoundedEntryError, match="rows"):
         ropecy.plan(Q, K, V, bias=ropecy.RelativeBias(-3.0 * t), causal=True, method="fft")
     assert ropecy.plan(Q, K, V, bias=ropecy.RelativeBias(-3.0 * t), causal=True).engine == "exact"
@@ -204,9 +208,9 @@ def test_more_blocks_than_a_tile_has(n, n_k, rng):
 def test_one_level_holds_what_lies_deep(rng):
     n = 100
     bias = np.where(np.arange(2 * n - 1) % 2, -16.0, 0.0)
-    plan = ropecy.plan(*_bounded(rng, n), bias=ropecy.RelativeBias(bias), method="fft")
-    assert plan._symbol.levels.shape[2] == 1
-    np.testing.assert_allclose(plan._symbol.levels[0, 0, 0], np.exp(bias), rtol=1e-12)
+    symbol = chosen(*_bounded(rng, n), bias=ropecy.RelativeBias(bias), method="fft").executable.symbol
+    assert symbol.levels.shape[2] == 1
+    np.testing.assert_allclose(symbol.levels[0, 0, 0], np.exp(bias), rtol=1e-12)
 
 
 def test_rounding_of_products_is_what_the_certificate_counts_with(rng):

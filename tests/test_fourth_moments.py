@@ -5,10 +5,10 @@ import itertools
 import cases
 import numpy as np
 import pytest
+from inside import measure
 from moment_cases import CHUNK, by_moments, problem_of, row_errors
 
-from ropecy import moments
-from ropecy.bounds import measure
+from ropecy.certify import fourth_moments, moments
 from ropecy.kernels import _quartic
 
 
@@ -45,13 +45,13 @@ def test_causal_rows_have_the_fourth_moments_of_a_prefix(masked, rng):
     mask = rng.random((2, n)) < 0.6 if masked else None
     problem = problem_of(rng.standard_normal((2, 2, n, d)) / 30, k, k[..., :2], causal=True, mask=mask)
     scores = measure(problem)
-    fourth = moments.fourth_moments(problem, scores, 2)
+    fourth = fourth_moments.fourth_moments(problem, scores, 2)
     assert len(fourth.stops) == 3
     assert fourth.stops[-1] == n
     assert np.all(fourth.stops[:-1] % CHUNK == 0)
     far = moments.far_keys(problem, np.arange(problem.q.shape[2]))
     np.testing.assert_array_equal(far, np.arange(n) // CHUNK * CHUNK)
-    of_rows, kept = fourth.of_rows(far), moments.kept_before(problem, far)
+    of_rows, kept = fourth.of_rows(far), problem.mask.kept_before(far, problem.sizes.H)
     sizes = scores.of_rows(problem)
     for head in range(2):
         y = (problem.k[head] - (0 if scores.centre is None else scores.centre[head])) * problem.scale
@@ -103,7 +103,7 @@ def test_variance_of_products_is_bounded_from_above_and_not_far(d, n, masked, rn
     mask = rng.random((2, n)) < 0.7 if masked else None
     problem = problem_of(k[:, None], k, k, mask=mask)
     scores = measure(problem)
-    found = moments.fourth_moments(problem, scores, seed=3).largest[:, 0] * (scores.keys * scores.k_factor) ** 4
+    found = fourth_moments.fourth_moments(problem, scores, seed=3).largest[:, 0] * (scores.keys * scores.k_factor) ** 4
     for head in range(2):
         y = problem.k[head] if mask is None else problem.k[head][mask[head]]
         y = (y if scores.centre is None else y - scores.centre[head]) * scores.k_factor[head]
@@ -117,10 +117,10 @@ def test_seed_decides_the_coins(rng):
     k = rng.standard_normal((1, 300, 12))
     problem = problem_of(k[:, None], k, k)
     scores = measure(problem)
-    one, two = (moments.fourth_moments(problem, scores, 7) for _ in range(2))
+    one, two = (fourth_moments.fourth_moments(problem, scores, 7) for _ in range(2))
     assert one.seed == 7
     np.testing.assert_array_equal(one.largest, two.largest)
-    fresh = {moments.fourth_moments(problem, scores, None).seed for _ in range(3)}
+    fresh = {fourth_moments.fourth_moments(problem, scores, None).seed for _ in range(3)}
     assert len(fresh) == 3
 
 
@@ -154,8 +154,8 @@ def test_what_steps_of_lanczos_may_miss_is_added(heads, rng, monkeypatch):
     q, k = rng.standard_normal((heads, 1, 8, 6)), rng.standard_normal((heads, 400, 6))
     problem = problem_of(q, k, k)
     scores, theta = measure(problem), rng.random((heads, 1)) + 0.5
-    monkeypatch.setattr(moments, "_largest_variance", lambda *given: theta)
-    found = moments.fourth_moments(problem, scores, 0)
+    monkeypatch.setattr(fourth_moments, "_largest_variance", lambda *given: theta)
+    found = fourth_moments.fourth_moments(problem, scores, 0)
     # Kuczynski and Wozniakowski: theta < (1 - e) Lambda with probability 1.648 sqrt(N) exp(-sqrt(e) (2 k - 1)), k = 20.
     e = (np.log(1.648 * np.sqrt(21) * heads / 1e-6) / 39) ** 2
     expected = theta / (1 - e) / (scores.keys * abs(scores.k_factor))[:, None] ** 4

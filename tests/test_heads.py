@@ -3,10 +3,10 @@
 import numpy as np
 import oracle
 import pytest
+from inside import measure
 
 import ropecy
-from ropecy.bounds import measure
-from ropecy.problem import Problem
+from ropecy.problem.problem import Problem
 
 OPTIONS = {
     "plain": {},

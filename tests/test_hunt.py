@@ -12,12 +12,12 @@ import numpy as np
 from conftest import relative_bias, relative_family, rotary
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from inside import measure, measure_values
 from moment_cases import DATA, adversarial, by_moments, problem_of, row_errors, seen_by_rows, values_for
 from oracle import Family
 from promises import ROOM, assert_gradients, assert_result, assert_within
 
 import ropecy
-from ropecy.bounds import measure, measure_values
 
 ASKED = int(os.environ.get("ROPECY_HUNT", 0))
 hunting = settings(max_examples=ASKED or 150)
@@ -79,8 +79,8 @@ def test_no_result_is_past_what_is_certified(kind, seed, eps, method, causal, ma
             problem.v[:, None],
             scale=problem.scale,
             causal=causal,
-            q_offset=problem.q_offset,
-            key_mask=None if problem.key_mask is None else problem.key_mask[:, None],
+            q_offset=problem.mask.offset,
+            key_mask=None if problem.mask.kept is None else problem.mask.kept[:, None],
             eps=eps,
             method=method,
             seed=1,

@@ -5,9 +5,9 @@ from itertools import count
 import pytest
 
 from ropecy.approximation.minimax import n_features
-from ropecy.engines import family_fft, fft
-from ropecy.engines import polynomial as polynomial_engine
-from ropecy.engines._kept import kept_below
+from ropecy.engines.fft import family, shared
+from ropecy.engines.kept import kept_below
+from ropecy.engines.polynomial import features
 
 
 def diagonal(d):
@@ -18,19 +18,19 @@ def diagonal(d):
 # A function whose results are kept; arguments that give large results; how many entries these have; most that is kept.
 KEPT = {
     "pairs of monomials": (
-        fft._pairs,
+        shared._pairs,
         [(30, 3), (14, 4), (28, 3), (10, 5), (16, 4)],
         lambda d, degree: n_features(d, degree) * (degree + 2),
         2**16,
     ),
     "pairs of a family": (
-        family_fft._pairs,
+        family._pairs,
         [(*diagonal(d), degree, False) for d, degree in [(60, 3), (44, 3), (24, 4)]],
         lambda support, entries, degree, beside: n_features(len(support), degree),
         2**16,
     ),
     "layout of a state": (
-        polynomial_engine._layout,
+        features._layout,
         [(d, degree, 8) for d, degree in [(24, 6), (150, 3), (160, 3), (140, 3)]],
         lambda d, degree, lanes: n_features(d, degree),
         2**20,

@@ -6,8 +6,8 @@ import oracle
 import pytest
 
 import ropecy
-from ropecy.engines import exact
-from ropecy.problem import Problem
+from ropecy.engines.exact import streaming
+from ropecy.problem.problem import Problem
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 
@@ -216,6 +216,6 @@ def test_the_layout_of_a_bias_does_not_matter_to_the_exact_engine(rng):
     results = []
     for order in ("C", "F"):
         problem = Problem(q=q, k=k, v=v, scale=0.3, bias=np.asarray(bias, order=order), threads=1)
-        results.append(exact.forward(problem, np.inf, True)[:2])
+        results.append(streaming.forward(problem, np.inf, True)[:2])
     for one, other in zip(*results, strict=True):
         np.testing.assert_array_equal(one, other)

@@ -1,21 +1,21 @@
 """Gradients certified by moments: weights of their own in backward, of a lower degree than the worst case asks for."""
 
+from dataclasses import replace
+
 import cases
 import numpy as np
 import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from inside import chosen_for, measure, measure_values, outputs, problem_for
 from test_moments import problem_of
 
 import ropecy
-from ropecy import moments
 from ropecy.approximation import minimax as poly
 from ropecy.approximation import moment_fit
-from ropecy.bounds import measure, measure_values
-from ropecy.engines import polynomial as engine
-from ropecy.plan import make_plan
-from ropecy.problem import prepare_for
+from ropecy.certify import moments
+from ropecy.engines.polynomial import features
 
 HOW = {"eps": 0.05, "certify": "proof", "method": "polynomial", "degree": None, "seed": None, "grad": True}
 
@@ -34,11 +34,11 @@ def run(problem, degree, lower, do):
     p, r = weights(poly.B_grid(scores.bound), degree, lower)
     if p is None or r is None:
         return None
-    reach = moments.reach(problem, values, engine.chunk(problem))
-    o, _, saved = engine.forward(problem, scores, values, p, True, False, reach, weights=r)
+    judged = features.Judged(moments.reach(problem, values), None)
+    o, _, saved = features.forward(problem, features.Expansion(scores, values, p, r), False, judged=judged)
     rule = moments.MomentRule(p, 0.0, scores, weights=r)
-    e = rule.gradient(problem, rule.fits(problem), saved.moment, saved.inverse)
-    return *engine.backward(problem, saved, do)[:3], e, scores
+    e = rule.gradient(problem, rule.fits(problem), saved)
+    return *outputs(features.backward(problem, saved, do)), e, scores
 
 
 def exactly(problem, do):
@@ -46,8 +46,8 @@ def exactly(problem, do):
     n, n_k = problem.q.shape[2], problem.k.shape[1]
     q, k, v = (x.astype(float) for x in (problem.q, problem.k, problem.v))
     seen = np.ones((n, n_k), bool)
-    if problem.hi is not None:
-        seen = np.arange(n_k) <= np.arange(n)[:, None] + problem.q_offset
+    if problem.mask.causal:
+        seen = np.arange(n_k) <= np.arange(n)[:, None] + problem.mask.offset
     s = np.where(seen, problem.scale * q @ k[:, None].swapaxes(-1, -2), -np.inf)
     P = np.exp(s - s.max(axis=-1, keepdims=True))
     P /= P.sum(axis=-1, keepdims=True)
@@ -230,14 +230,13 @@ def test_rows_that_are_exact_may_be_of_any_size(dtype, times, causal, rng):
 
 def test_too_many_rows_that_fail(rng):
     case, dO = make(rng), rng.standard_normal((1, 1500, 3))
-    problem = prepare_for("attention_vjp", *case.values(), None, {}).problem
-    plan = make_plan(problem, **HOW)
-    assert plan._choice.rule is not None and plan._second is not None
-    object.__setattr__(plan._choice, "n_exact_rows", -1)
-    forward = plan.forward(problem, False)
-    assert forward.plan is plan._second and forward.gradient_certificate.rule == "worst case"
-    dq, dk, dv, _ = forward.backward(problem, dO[None])
-    for found, true in zip((dq, dk, dv), exactly(problem, dO[None]), strict=False):
+    problem = problem_for(*case.values())
+    planned = chosen_for(problem, **HOW).executable
+    assert planned.certificate.rule == "moments" and planned.fallback is not None
+    result = replace(planned, n_exact_rows=-1).forward(problem, False)
+    assert result.executable is planned.fallback and result.gradient_certificate.rule == "worst case"
+    gradients = outputs(result.backward(problem, dO[None]))
+    for found, true in zip(gradients, exactly(problem, dO[None]), strict=False):
         np.testing.assert_allclose(found, true, rtol=0, atol=0.05 * np.abs(true).max())
 
 
@@ -246,19 +245,20 @@ def test_beside_outliers(causal, rng):
     case, dO = make(rng, offset=1.0), rng.standard_normal((1, 1, 1500, 3))
     case["K"][0, 700] *= 30
     case["Q"][0, 800] *= 30
-    problem = prepare_for("attention_vjp", *case.values(), None, {"causal": causal}).problem
-    plan = make_plan(problem, **HOW)
-    assert "1 long keys and 1 long queries" in plan.reason and plan._rest._scores.centre is not None
+    problem = problem_for(*case.values(), causal=causal)
+    choice = chosen_for(problem, **HOW)
+    planned = choice.executable
+    assert "1 long keys and 1 long queries" in choice.candidate.reason and planned.centre is not None
     # So that five rows of the rest fail.
-    rows = plan.forward(problem, False).gradient_certificate.rows_truncation
-    plan._rest.eps = np.sort(rows, axis=None)[-6] / 2 + plan._rest.certificate.rounding
-    forward = plan.forward(problem, False)
-    assert forward.certificate.rule == "moments" and forward.certificate.n_exact_rows == 6
-    dq, dk, dv, _ = forward.backward(problem, dO)
+    rows = planned.forward(problem, False).gradient_certificate.rows_truncation
+    eps = np.sort(rows, axis=None)[-6] / 2 + planned.rest.certificate.rounding
+    result = replace(planned, rest=replace(planned.rest, eps=eps)).forward(problem, False)
+    assert result.certificate.rule == "moments" and result.certificate.n_exact_rows == 6
+    dq, dk, dv = outputs(result.backward(problem, dO))
     true_dq, true_dk, true_dv, _ = exactly(problem, dO)
     for found, true in ((dq, true_dq), (dk, true_dk), (dv, true_dv)):
         assert np.linalg.norm(found - true) <= 0.01 * np.linalg.norm(true)
-    failed = forward.saved.rest.exact_rows
+    failed = result.saved.rest.saved.exact
     np.testing.assert_allclose(dq[failed], true_dq[failed], rtol=0, atol=1e-12)
 
 

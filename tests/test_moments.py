@@ -6,15 +6,16 @@ from dataclasses import replace
 import cases
 import numpy as np
 import pytest
+from inside import chosen, chosen_for, measure, measure_values
 from moment_cases import CHUNK, as_they_are, by_moments, problem_of, row_errors
 
 import ropecy
-from ropecy import by_moments as planning
-from ropecy import moments
 from ropecy.approximation import minimax as poly
 from ropecy.approximation import moment_fit
-from ropecy.bounds import measure, measure_values, medians
-from ropecy.plan import make_plan
+from ropecy.certify import moments
+from ropecy.certify.statistics import Statistics
+from ropecy.certify.values import medians
+from ropecy.engines.polynomial import by_moments as planning
 
 # ---- the polynomials ----
 
@@ -129,27 +130,14 @@ def test_a_short_query_is_bounded_though_float32_holds_no_square_of_it():
 
 def test_no_centre_brings_the_bound_below_what_is_asked_about(rng):
     q, k = rng.standard_normal((2, 2, 50, 5)), rng.standard_normal((2, 300, 5)) * [[[3.0]], [[0.1]]] + 7
-    problem, asked = problem_of(q, k, k, scale=0.3), []
-    bound = measure(problem).bound
-
-    def never(least):
-        asked.append(least)
-        return least == 0
-
-    left_alone = measure(problem, centre=never)
-    assert left_alone.bound == np.inf and left_alone.plain == measure(problem).plain
-    assert asked[0] == 0 and 0.3 * bound < asked[1] < bound
+    found = Statistics(problem_of(q, k, k, scale=0.3))
+    assert found.plain.bound == np.inf and found.plain.plain == found.scores.plain
+    assert 0.3 * found.scores.bound < found.least_bound < found.scores.bound
     # Two keys are as far from their mean as they can be.
     two = np.ascontiguousarray(k[:, :2])
-    two = problem_of(q, two, two, scale=0.3)
-    assert measure(two).bound == pytest.approx(asked_about(two), rel=1e-12)
-    assert asked_about(replace(problem, key_mask=np.ones(k.shape[:2], bool))) == 0
-
-
-def asked_about(problem):
-    asked = []
-    measure(problem, centre=lambda least: not asked.append(least))
-    return asked[-1]
+    two = Statistics(problem_of(q, two, two, scale=0.3))
+    assert two.scores.bound == pytest.approx(two.least_bound, rel=1e-12)
+    assert Statistics(problem_of(q, k, k, scale=0.3, mask=np.ones(k.shape[:2], bool))).least_bound == 0
 
 
 @pytest.mark.parametrize("factor", [40.0, 1e6])
@@ -178,10 +166,10 @@ def test_rows_past_the_bound_are_exact_however_small_their_moments(rng):
     Q[7] = 0
     Q[7, 0] = 8
     problem = problem_of(Q[None, None], K[None], V[None], scale=1 / 16)
-    made = make_plan(problem, eps=1e-1, certify="proof", method="polynomial", degree=2, seed=None, grad=False)
-    assert made.certificate.bound > 1.9
-    made._scores = made._scores.within(1.01)
-    assert made.forward(problem, False).certificate.n_exact_rows == 1
+    planned = chosen_for(problem, eps=1e-1, method="polynomial", degree=2).executable
+    assert planned.certificate.bound > 1.9
+    shorter = replace(planned.expansion, scores=planned.expansion.scores.within(1.01))
+    assert replace(planned, expansion=shorter).forward(problem, False).certificate.n_exact_rows == 1
 
 
 def test_long_queries_between_the_sampled_ones_are_known(rng):
@@ -200,7 +188,7 @@ def test_medians_of_many_values_are_not_moved_by_a_few(masked, rng):
     if masked:
         keep = rng.random((2, 50_000)) < 0.5
         v[~keep] = 1e30
-        problem = replace(problem, key_mask=keep)
+        problem = replace(problem, mask=replace(problem.mask, kept=keep))
     # One of 12,500 values has a standard error of 0.009.
     np.testing.assert_allclose(medians(problem), [[0.0] * 3, [5.0] * 3], atol=0.05)
 
@@ -209,16 +197,15 @@ def test_a_look_may_cost_more_where_it_is_expected_to_find_something(rng, monkey
     q, k = rng.standard_normal((2, 8192, 16)).astype(np.float32)
     q, k = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (q, k))
     v = rng.uniform(-1, 1, (8192, 16)).astype(np.float32)
-    looks, choose = [], planning.choose
-    monkeypatch.setattr(planning, "choose", lambda *given: looks.append(given) or choose(*given))
+    looks, run = [], planning._Search.run
+    monkeypatch.setattr(planning._Search, "run", lambda search: looks.append(search) or run(search))
     # Let no look be cheap, on any machine: it is worth it for B = 1, of which degree 3 is expected, not for B = 2.
     monkeypatch.setattr(planning, "_LOOK", 0)
     assert ropecy.plan(q, k, v, scale=1.0, causal=True).certificate.rule == "moments"
     assert looks
     problem = problem_of(q[None, None], k[None], v[None], scale=2.0, causal=True)
     looks.clear()
-    how = {"eps": 1e-3, "certify": "proof", "degree": None, "seed": None, "grad": False}
-    assert make_plan(problem, method="auto", **how).engine == "exact"
+    assert chosen_for(problem).candidate.engine == "exact"
     assert not looks
 
 
@@ -228,8 +215,7 @@ def test_causal_rows_that_fail_alone_cost_a_tile_each(rng):
     for long in (slice(4000, 4020), slice(3000, 4000, 50)):
         q = Q.copy()
         q[long] *= 40
-        plan = ropecy.plan(q, K, V, eps=1e-2, degree=2, causal=True, method="polynomial")
-        work.append(plan._choice.work.nominal)
+        work.append(chosen(q, K, V, eps=1e-2, degree=2, causal=True, method="polynomial").candidate.nominal)
     assert work[1] > 1.5 * work[0]
 
 
@@ -318,7 +304,7 @@ def test_reach_holds_for_every_row_of_a_causal_chunk(masked, rng):
     mask = rng.random((2, n)) < 0.5 if masked else None
     problem = problem_of(np.zeros((2, 1, n, 1)), np.zeros((2, n, 1)), v, causal=True, mask=mask)
     values = measure_values(problem)
-    table = moments.reach(problem, values, CHUNK)
+    table = moments.reach(problem, values)
     assert table.shape == (2, 4, 3, 2)
     for head in range(2):
         for row in range(CHUNK, n, 7):
@@ -453,16 +439,15 @@ def test_rows_just_past_eps_are_computed_exactly(length):
 
 
 def test_rounding_has_its_part_of_eps(rng):
-    problem = problem_of(*(x[None] for x in bulk(rng, n=3000)), scale=1 / 16)
-    problem = replace(problem, q=problem.q[:, None])
-    how = {"certify": "proof", "method": "polynomial", "degree": 2, "seed": 1, "grad": False}
-    rows = make_plan(problem, eps=1e-2, **how).forward(problem, False).certificate.rows_truncation
-    made = make_plan(problem, eps=1e-2, **how)
-    made.eps = 1.5 * float(np.quantile(rows, 0.99))
-    made.certificate = replace(made.certificate, rounding=made.eps / 3)
-    certificate = made.forward(problem, False).certificate
-    assert certificate.n_exact_rows == np.count_nonzero(rows > made.eps - made.certificate.rounding) > 20
-    assert certificate.error <= made.eps
+    Q, K, V = bulk(rng, n=3000)
+    problem = problem_of(Q[None, None], K[None], V[None], scale=1 / 16)
+    planned = chosen_for(problem, eps=1e-2, method="polynomial", degree=2, seed=1).executable
+    rows = planned.forward(problem, False).certificate.rows_truncation
+    eps = 1.5 * float(np.quantile(rows, 0.99))
+    planned = replace(planned, eps=eps, certificate=replace(planned.certificate, rounding=eps / 3))
+    certificate = planned.forward(problem, False).certificate
+    assert certificate.n_exact_rows == np.count_nonzero(rows > eps - planned.certificate.rounding) > 20
+    assert certificate.error <= eps
 
 
 def test_a_row_that_is_exact_rounds_as_exact_rows_do(rng):

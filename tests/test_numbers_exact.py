@@ -10,8 +10,9 @@ from conftest import relative_bias
 from oracle import Table
 
 import ropecy
-from ropecy.problem import Problem
-from ropecy.rounding import bias_reach
+from ropecy.certify.rounding import bias_reach
+from ropecy.problem.mask import Mask
+from ropecy.problem.problem import Problem
 
 F4, F8 = np.float32, np.float64
 
@@ -265,7 +266,7 @@ def test_how_far_below_the_largest_bias_a_row_finds_its_best(shape, masked, rng)
     zero = {"q": np.zeros((1, 1, n, 1)), "k": np.zeros((1, n_k, 1)), "v": np.zeros((1, n_k, 1)), "scale": 1.0}
     t = np.arange(n_k) - np.arange(n)[:, None] - q_offset
     for lo, hi in ((None, None), (None, 0), (-7, 3), (5, None), (-(n - 1) - q_offset, None)):
-        problem = Problem(**zero, lo=lo, hi=hi, q_offset=q_offset, bias=steep[None, None], key_mask=mask)
+        problem = Problem(**zero, mask=Mask(n, n_k, lo, hi, q_offset, mask), bias=steep[None, None])
         seen = (t >= (-np.inf if lo is None else lo)) & (t <= (np.inf if hi is None else hi))
         if not seen.any():
             continue

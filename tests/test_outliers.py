@@ -10,12 +10,12 @@ import oracle
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from inside import chosen, problem_for
 
 import ropecy
-from ropecy.bounds import measure
-from ropecy.engines import exact
-from ropecy.engines.outliers import Norms
-from ropecy.problem import prepare_for
+from ropecy.certify.statistics import Statistics
+from ropecy.engines.exact.rows import ExactRows
+from ropecy.engines.outliers.split import Norms
 
 SHAPES = {
     "plain": {},
@@ -82,7 +82,7 @@ def test_gradients(shape, offset, rng, ours):
     heads = len(case["K"])
     taken = 4 * heads if "key_mask" not in case else rf"[1-{4 * heads}]"
     assert re.search(rf": {taken} long keys and [1-9]\d* long queries exactly$", plan.reason)
-    assert (plan._rest._scores.centre is not None) == bool(offset)
+    assert (chosen(**ours(case), **options, grad=True).executable.centre is not None) == bool(offset)
     _, vjp = ropecy.attention_vjp(**ours(case), **options)
     dense = oracle.attention(**case)
     dO = rng.standard_normal(dense.O.shape)
@@ -124,11 +124,11 @@ def test_long_queries_close_to_each_other(rng, ours):
 
 def test_rows_between_exact_ones_are_left_alone(rng, ours):
     case = make(rng, long=1.0, causal=True)
-    problem = prepare_for("attention", *(ours(case)[name] for name in ("Q", "K", "V", "R")), {"causal": True}).problem
+    problem = problem_for(*(ours(case)[name] for name in ("Q", "K", "V", "R")), causal=True)
     rows = np.zeros(problem.q.shape[:3], bool)
     rows[0, 0, [300, 306, 590]] = True
     o, lse = np.full((1, 1, 600, 3), 7.0), np.full((1, 1, 600), 7.0)
-    exact.forward_rows(problem, np.inf, rows, o, lse)
+    ExactRows(problem, np.inf, rows).forward(o, lse)
     dense = oracle.attention(**case)
     np.testing.assert_allclose(o[rows], dense.O[rows[:, 0]], rtol=0, atol=1e-12)
     np.testing.assert_allclose(lse[rows], dense.lse[rows[:, 0]], rtol=0, atol=1e-12)
@@ -217,15 +217,15 @@ def test_products_with_the_matrix(rng):
 def test_what_is_offered_is_what_is_left(rng):
     case = make(rng, heads=2, key_heads=2)
     case["K"] += np.array([3.0, 0, 0, 0])  # most of their length is in one direction
-    problem = prepare_for("attention", case["Q"], case["K"], case["V"], None, {}).problem
+    problem = problem_for(case["Q"], case["K"], case["V"])
     factors = {"q_factor": np.full(2, problem.scale), "k_factor": np.ones(2)}
-    norms = Norms(problem, replace(measure(problem, centre=False), **factors))
+    norms = Norms(problem, replace(Statistics(problem).plain, **factors))
     offers = list(norms.candidates())
     for n_rows, n_keys, B, _ in offers:
         split = norms.split(n_rows, n_keys)
         assert (0 if split.keys is None else split.keys.shape[1]) == n_keys
         assert (0 if split.rows is None else split.rows.sum()) == 2 * n_rows
-        assert measure(split.rest, centre=False).plain == pytest.approx(B, rel=1e-12)
+        assert Statistics(split.rest).plain.plain == pytest.approx(B, rel=1e-12)
     n_rows, n_keys, _, square = min(offers, key=lambda offer: offer[2])
     rest = norms.split(n_rows, n_keys).rest
     scores = problem.scale * rest.q[:, 0] @ rest.k.swapaxes(1, 2)

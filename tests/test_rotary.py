@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ropecy import Rotary
-from ropecy.rotary import rotate_rows
+from ropecy.rotary import Planes, rotate_rows
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 BOTH = pytest.mark.parametrize("pairing", ["half", "interleaved"])
@@ -140,8 +140,8 @@ def test_adjoint_is_the_transpose(rng, pairing, dtype):
     theta, _ = Rotary(8)._frequencies(1)
     X, Y = rng.standard_normal((2, 300, 9)).astype(dtype)
     positions = rng.integers(-(10**6), 10**6, 300)
-    forward = rotate_rows(X, positions, theta, 1.25, pairing)
-    adjoint = rotate_rows(Y, positions, theta, 1.25, pairing, adjoint=True)
+    forward = rotate_rows(X, positions, Planes(theta, 1.25, pairing))
+    adjoint = rotate_rows(Y, positions, Planes(theta, 1.25, pairing), adjoint=True)
     np.testing.assert_allclose((forward * Y).sum(), (X * adjoint).sum(), rtol=100 * np.finfo(dtype).eps)
 
 
@@ -178,7 +178,7 @@ def test_strides_fortran_order_and_read_only(rng, pairing, dtype):
 def test_thread_count_changes_no_bit(rng, pairing, dtype):
     theta, factor = Rotary(16)._frequencies(1)
     X = rng.standard_normal((3, 5003, 16)).astype(dtype)
-    one, two, three = (rotate_rows(X, np.arange(5003), theta, factor, pairing, threads=k) for k in (1, 2, 3))
+    one, two, three = (rotate_rows(X, np.arange(5003), Planes(theta, factor, pairing), threads=k) for k in (1, 2, 3))
     assert one.tobytes() == two.tobytes() == three.tobytes()
 
 
@@ -187,8 +187,8 @@ def test_thread_count_changes_no_bit(rng, pairing, dtype):
 def test_in_place(rng, pairing, dtype):
     theta, factor = Rotary(20)._frequencies(1)
     X = rng.standard_normal((2, 600, 23)).astype(dtype)
-    expected = rotate_rows(X, np.arange(600), theta, factor, pairing)
-    assert rotate_rows(X, np.arange(600), theta, factor, pairing, out=X) is X
+    expected = rotate_rows(X, np.arange(600), Planes(theta, factor, pairing))
+    assert rotate_rows(X, np.arange(600), Planes(theta, factor, pairing), out=X) is X
     np.testing.assert_array_equal(X, expected)
 
 

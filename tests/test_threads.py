@@ -232,13 +232,13 @@ def test_memory_that_fftw_would_miss_is_an_error_before_it_plans():
 
 INTERRUPTED = """
 import os, signal, threading
-from ropecy.engines import fft
+from ropecy.engines.fft import shared
 
 # Where the suite runs in the background, signals may have been ignored from the start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 try:
     threading.Timer(1, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
-    fft._measured(2**21)  # takes most of a minute
+    shared._measured(2**21)  # takes most of a minute
 except KeyboardInterrupt:
     print("interrupted")
 """

@@ -117,11 +117,11 @@ def test_compiled():
 
 def test_bounded_model_takes_the_polynomial_engine(monkeypatch):
     """Normalised queries and keys bound the scores, and at 8,192 tokens "auto" leaves exact attention behind."""
-    from ropecy.engines import polynomial
+    from ropecy.engines.polynomial import features
 
     engines = []
-    forward = polynomial.forward
-    monkeypatch.setattr(polynomial, "forward", lambda *x: engines.append("polynomial") or forward(*x))
+    forward = features.forward
+    monkeypatch.setattr(features, "forward", lambda *x, **how: engines.append("polynomial") or forward(*x, **how))
     register("ropecy-certified", eps=1e-3)
     torch.manual_seed(5)
     sizes = SIZES | {"max_position_embeddings": 8192, "num_hidden_layers": 1}

@@ -103,7 +103,8 @@ class BareFFTW:
         self.plan = ropecy.plan(Q, K, V, ropecy.Rotary(4), **options)
 
     def track_share(self, n):
-        block = self.plan._symbol.block
+        # A rough table allows all offsets, in blocks of a quarter of the next power of two.
+        block = min(max(1024, (1 << (n - 1).bit_length()) // 4), 32768)
         # Two monomials to a column, and four quarters to the spectrum of a block.
         columns = -(-self.plan.certificate.n_features // 2) * 5
         return bare(block // 2, 4 * -(-n // block), columns) / seconds(self.call)

@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import numpy as np
 from numpy.typing import ArrayLike
 
-from . import _validate, few
 from .certificate import Certificate, nothing_to_do
-from .engines import exact
+from .engines.base import Context
+from .engines.exact import few_queries
+from .engines.exact.engine import Exact
 from .gradients import Gradients
-from .normal import Normal, normal_form
 from .options import Options
-from .plan import make_plan
-from .problem import Call, check_forms, prepare_for
+from .planning.evaluation import Evaluation
+from .problem import checks
+from .problem.arguments import Arguments, check_entries
+from .problem.call import Call, check_forms, prepare_for
+from .problem.request import Request
 from .relative import RelativeBias, RelativeFamily
 from .rotary import Rotary
 
@@ -182,53 +185,37 @@ def attention(
     >>> O.shape, certificate.error <= 1e-3
     ((100, 8), True)
     """
-    return_certificate = _validate.check_flag("return_certificate", return_certificate)
-    return_lse = _validate.check_flag("return_lse", return_lse)
-    _validate.check_values(V)
-    arguments, how = check_forms(
-        Q,
-        K,
-        V,
-        R,
-        W=W,
-        W_Q=W_Q,
-        W_K=W_K,
-        W_V=W_V,
-        scale=scale,
-        causal=causal,
-        window=window,
-        near=near,
-        bias=bias,
-        key_mask=key_mask,
-        q_positions=q_positions,
-        k_positions=k_positions,
-        q_offset=q_offset,
-        eps=eps,
-        certify=certify,
-        method=method,
-        degree=degree,
-        seed=seed,
-        threads=threads,
+    return_certificate = checks.check_flag("return_certificate", return_certificate)
+    return_lse = checks.check_flag("return_lse", return_lse)
+    checks.check_values(V)
+    arguments, request = check_forms(
+        Q, K, V, R, W=W, W_Q=W_Q, W_K=W_K, W_V=W_V, scale=scale, causal=causal, window=window, near=near, bias=bias,
+        key_mask=key_mask, q_positions=q_positions, k_positions=k_positions, q_offset=q_offset, eps=eps,
+        certify=certify, method=method, degree=degree, seed=seed, threads=threads,
     )
-    found = few.forward(arguments, how, return_lse) if few.serves(arguments, how) else None
+    found = None
+    if few_queries.serves(arguments, request):
+        found = few_queries.forward(arguments, request, return_lse)
     if found is not None:
         O, lse = found
-        certificate = partial(_exact_certificate, arguments, how)
+        certificate = partial(_exact_certificate, arguments, request)
     else:
-        evaluation = Evaluation(Call(_validate.check_entries(arguments), how), want_lse=return_lse)
+        evaluation = Evaluation(Call(check_entries(arguments), request), want_lse=return_lse)
         O, lse = evaluation.call.to_user(evaluation.o), evaluation.lse
         certificate = partial(getattr, evaluation, "certificate")
     extra = ([certificate()] if return_certificate else []) + ([lse] if return_lse else [])
     return (O, *extra) if extra else O
 
 
-def _exact_certificate(arguments: _validate.Arguments, how: dict[str, Any]) -> Certificate:
+def _exact_certificate(arguments: Arguments, request: Request) -> Certificate:
     """Of O computed exactly, whatever computed it: what rounding costs is measured of the arguments."""
-    call = Call(_validate.check_entries(arguments), how | {"method": "exact"})
+    call = Call(check_entries(arguments), request)
     if call.problem.empty:
         return nothing_to_do()
-    made = make_plan(call.problem, **call.how, grad=False)
-    return replace(made.certificate, rows_truncation=np.zeros(call.shape[:-1])).stored(made.storing(call.dtype))
+    context = Context.of(call.problem, request)
+    exact = Exact(context.outline, context.statistics, False)
+    certificate = replace(exact.certificate, rows_truncation=np.zeros(call.shape[:-1]))
+    return certificate.stored(exact.storing(call.dtype))
 
 
 def attention_vjp(
@@ -269,7 +256,7 @@ def attention_vjp(
     >>> vjp(O).dK.shape
     (50, 4)
     """
-    _validate.check_values(V)
+    checks.check_values(V)
     evaluation = Evaluation(prepare_for("attention_vjp", Q, K, V, R, options), grad=True)
     # A copy, for gradients need O as it is and users subtract targets in place.
     return evaluation.call.to_user(evaluation.o.copy()), VJP(evaluation)
@@ -298,64 +285,12 @@ class VJP:
         TypeError, ValueError
             dO has another dtype or shape, or NaN or Inf.
         """
-        call = self._evaluation.call
-        dO = _validate.check_like("dO", dO, call.dtype, call.shape)
-        largest = _validate.check_finite("dO", dO)
-        return Gradients(**self._evaluation.gradients(dO, largest), certificate=self._evaluation.gradient_certificate)
+        evaluation = self._evaluation
+        call = evaluation.call
 
+        def checked() -> tuple[np.ndarray, float]:
+            X = checks.check_like("dO", dO, call.dtype, call.shape)
+            return X, checks.check_finite("dO", X)
 
-class Evaluation:
-    """One call's forward pass, and its backward pass as often as asked. Empty calls never reach an engine."""
-
-    def __init__(self, call: Call, *, grad: bool = False, want_lse: bool = False) -> None:
-        self.call = call
-        problem = call.problem
-        self._plan = self._forward = None
-        self._normal = Normal(problem)
-        if problem.empty:
-            self.o = np.zeros(problem.q.shape[:3] + problem.v.shape[2:], problem.q.dtype)
-            lse = np.full(problem.q.shape[:3], -np.inf) if want_lse else None
-        else:
-            self._normal = normal = normal_form(problem, grad=grad)
-            self._plan = make_plan(normal.problem, **call.how, grad=grad)
-            near = grad and problem.near is not None
-            self._forward = self._plan.forward(normal.problem, want_lse=want_lse or near or normal.needs_lse)
-            lse = self._forward.lse
-            self.o = normal.output(self._forward.o, lse)
-            lse = normal.log_sums(lse) if want_lse else None
-        self.lse = call.lse_to_user(lse) if want_lse else None
-
-    @property
-    def certificate(self) -> Certificate:
-        """Of O, with rows_truncation in the user's shape."""
-        if self._forward is None:
-            return nothing_to_do()
-        rows = self._forward.certificate.rows_truncation
-        if rows is None:
-            rows = np.full(self._forward.o.shape[:3], self._forward.certificate.truncation)
-        found = replace(self._forward.certificate, rows_truncation=self.call.lse_to_user(rows))
-        return found.stored(self._plan.storing(self.call.dtype))
-
-    @property
-    def gradient_certificate(self) -> Certificate:
-        """Of gradients, with rows_truncation in the user's shape where there is one."""
-        if self._forward is None:
-            return nothing_to_do()
-        certificate = self._forward.gradient_certificate
-        if certificate.rows_truncation is None:
-            return certificate
-        return replace(certificate, rows_truncation=self.call.lse_to_user(certificate.rows_truncation))
-
-    def gradients(self, dO: np.ndarray, largest: float) -> dict[str, np.ndarray]:
-        """{"dQ": ..., ...} for dO in the shape of O, max |dO| = largest."""
-        normal, forward = self._normal, self._forward
-        problem = normal.problem
-        near = None if problem.near is None else np.float64(0)
-        if self._plan is None:
-            zeros = (np.zeros_like(X) for X in (problem.q, problem.k, problem.v))
-            return self.call.gradients(*zeros, None, dscale_near=near)
-        do, exponent = normal.upstream(self.call.from_user(dO), largest)
-        if near is not None:
-            near = exact.near_scale_gradient(problem, forward.o, forward.lse, do)
-        found = forward.backward(problem, do)
-        return self.call.gradients(*found, dscale_near=near, exponents=normal.exponents(exponent))
+        gradients = evaluation.gradients(*evaluation.pieces.comm.together(checked))
+        return Gradients(**gradients, certificate=evaluation.gradient_certificate)

@@ -20,7 +20,7 @@ from .decoding.exclusive import all_or_nothing, one_call_at_a_time
 from .decoding.history import History
 from .decoding.rows import PIECE, Rows, flat, stored
 from .decoding.sums import Sums, slopes_of_key_heads
-from .engines import polynomial as polynomial_engine
+from .engines.polynomial import features
 from .machine.threads import default_threads
 from .relative import RelativeBias
 from .rotary import Rotary
@@ -466,7 +466,7 @@ class DecodeState:
             bounds.check_memory(o, self._polynomial.degree, heads, slopes.shape[1])
             self._slopes = np.tile(slopes, (heads // len(slopes), 1))
             self._values = bounds.Values.none(heads, o.d_v)
-            monomials = polynomial_engine.decoding_monomials(o.d, self._polynomial)
+            monomials = features.decoding_monomials(o.d, self._polynomial)
             self._sums = Sums(monomials, o.d, self._slopes, o.window or 0, self._values.first)
             if o.on_break == "exact":
                 self._history = History.empty(heads, o.d, o.d_v, bounds.computed(dtype))

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from . import _validate
-from .bounds import Alone, measure, range_elsewhere
 from .certificate import CONFIDENCE, unseen
-from .engines import exact as exact_engine
-from .engines import ring
-from .kernels import _rows
+from .certify.statistics import Statistics
+from .engines.exact.row_errors import row_errors
+from .engines.exact.rows import ExactRows
 from .options import CheckOptions
-from .problem import Call, Problem, prepare_for
+from .problem import checks
+from .problem.call import Call, prepare_for
+from .problem.input_gradients import InputGradients
+from .problem.problem import Problem
 from .relative import RelativeFamily
 from .rotary import Rotary
 
@@ -127,20 +127,20 @@ def check(
     >>> check(attention(Q, K, V, causal=True), Q, K, V, causal=True).error < 1e-3
     True
     """
-    _validate.check_values(V)
-    rows = _validate.check_count("rows", rows)
+    checks.check_values(V)
+    rows = checks.check_count("rows", rows)
     call = prepare_for("check", Q, K, V, R, {**options, "seed": seed})
     shape = call.shape
     if dO is not None:
-        dO = _validate.check_like("dO", dO, call.dtype, call.shape)
-        _validate.check_finite("dO", dO)
+        dO = checks.check_like("dO", dO, call.dtype, call.shape)
+        checks.check_finite("dO", dO)
         shape = np.shape(Q)
         if shape[:-1] != call.shape[:-1]:
             wanted = f"wants the leading axes {call.shape[:-2]} of the result where dO is given"
             raise ValueError(f"Q: got shape {shape}, {wanted}")
-    O = _validate.check_like("O", O, call.dtype, shape)
-    _validate.check_finite("O", O)
-    seed = call.how["seed"]
+    O = checks.check_like("O", O, call.dtype, shape)
+    checks.check_finite("O", O)
+    seed = call.request.seed
     seed = secrets.randbits(63) if seed is None else seed
     problem = call.problem
     total = int(np.prod(call.shape[:-1]))
@@ -153,109 +153,30 @@ def check(
         error, worst = float(found.max()), int(chosen[found.argmax()])
     elif count and call.shape[-1]:
         exact = _in_float64(problem)
-        bound = measure(exact, centre=False).plain
-        found = row_errors(exact, call.from_user(O).astype(np.float64), chosen, _unit(call.dtype), bound)
+        bound = Statistics(exact).plain.plain
+        found = row_errors(exact, call.from_user(O).astype(np.float64), chosen, _unit(call.dtype), bound=bound)
         error, worst = float(found.max()), int(chosen[found.argmax()])
     index = tuple(int(i) for i in np.unravel_index(worst, call.shape[:-1])) if total else ()
     of = _RANGE if dO is None else "the largest row of dQ"
     return Evidence(error, index, count, total, seed, CONFIDENCE, fraction, of)
 
 
-def row_errors(
-    problem: Problem, o: np.ndarray, chosen: np.ndarray, unit: float, bound: float = np.inf, ranks: Any = Alone
-) -> np.ndarray:
-    """max_c |o_ic - Attn_ic| / range_j(v_jc) of the rows `chosen`, flat indices into (H, G, n), computed exactly.
-
-    Columns without range may be off by 64 `unit` of their value. `bound` is that of the scores. Over ranks, each judges
-    its own rows.
-    """
-    H, G, n = problem.q.shape[:3]
-    marked = np.zeros(H * G * n, bool)
-    marked[chosen] = True
-    exact = np.zeros(o.shape, o.dtype)  # by calloc: most rows are never touched
-    if ranks is not Alone or not problem.empty:
-        ring.forward_rows(problem, bound, marked.reshape(H, G, n), exact, None, ranks)
-    elsewhere = range_elsewhere(problem, ranks)
-    found = np.empty(len(chosen))
-    everywhere = problem.lo is None and problem.hi is None
-    if everywhere:
-        _, lows, highs = _rows.columns(problem.v, problem.key_mask, problem.threads)
-        lows, highs = np.minimum(lows, elsewhere[0]), np.maximum(highs, elsewhere[1])
-    seen, low, high = (-1, 0, 0), None, None
-    for at, (head, group, row) in enumerate(zip(*np.unravel_index(chosen, (H, G, n)), strict=True)):
-        if everywhere:
-            low, high = lows[head], highs[head]
-        else:
-            first, last = _band(problem, row)
-            start = first
-            if seen[:2] == (head, first) and seen[2] <= last:
-                start = seen[2]  # rows come in order: only what is new is looked at
-            else:
-                low, high = (X[head] for X in elsewhere)
-            v = problem.v[head, start:last]
-            if problem.key_mask is not None:
-                v = v[problem.key_mask[head, start:last]]
-            low = np.minimum(low, v.min(axis=0, initial=np.inf))
-            high = np.maximum(high, v.max(axis=0, initial=-np.inf))
-            seen = (head, first, last)
-        off = np.abs(o[head, group, row] - exact[head, group, row])
-        constant = high <= low
-        # A row that sees no key is 0.
-        allowed = 64 * unit * np.where(np.isfinite(high[constant]), np.abs(high[constant]), 0)
-        with np.errstate(over="ignore"):
-            ratio = np.max(off[~constant] / (high - low)[~constant], initial=0.0)
-        found[at] = np.inf if np.any(off[constant] > allowed) else ratio
-    return found
-
-
 def _gradient_errors(call: Call, dQ: np.ndarray, dO: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     """||dQ_i - exact_i|| of the rows `chosen`, flat indices, by the largest ||exact_i|| among them."""
     problem = _in_float64(call.problem)
-    dq, dk, dv = (np.zeros_like(X) for X in (problem.q, problem.k, problem.v))
+    found = InputGradients(*(np.zeros_like(X) for X in (problem.q, problem.k, problem.v)))
     if not problem.empty:
         marked = np.zeros(problem.q.shape[:3], bool)
         marked.reshape(-1)[chosen] = True
         do = call.from_user(dO).astype(np.float64)
         o, lse = np.zeros_like(do), np.full(marked.shape, -np.inf)
-        exact_engine.forward_rows(problem, math.inf, marked, o, lse)
-        exact_engine.backward_rows(problem, math.inf, marked, o, lse, do, dq, dk, dv)
-    exact = call.gradients(dq, np.zeros_like(dk), np.zeros_like(dv), None)["dQ"]
+        rows = ExactRows(problem, np.inf, marked)
+        rows.forward(o, lse)
+        rows.backward(o, lse, do, found)
+    exact = call.gradients(found)["dQ"]
     exact, dQ = (X.reshape(-1, X.shape[-1])[chosen].astype(np.float64) for X in (exact, dQ))
     off, largest = np.linalg.norm(dQ - exact, axis=1), np.linalg.norm(exact, axis=1).max()
     return off / largest if largest else np.where(off > 0, np.inf, 0.0)
-
-
-def draw(risk: np.ndarray, count: int, rng: np.random.Generator, ranks: Any = Alone) -> np.ndarray:
-    """Flat indices of `count` rows in order: the half of largest `risk`, the others uniformly from all that remain.
-
-    Over ranks, `count` of all; each is given its own.
-    """
-    flat = risk.reshape(-1)
-    sizes = np.array(ranks.gather(flat.size))
-    if count >= sizes.sum():
-        return np.arange(flat.size)
-    half = count // 2
-    most = min(half, flat.size)
-    top = np.argpartition(flat, flat.size - most)[flat.size - most :] if most else np.empty(0, int)
-    top = top[np.argsort(-flat[top], kind="stable")]
-    everyone = ranks.gather(flat[top])
-    owner = np.repeat(np.arange(len(everyone)), [len(X) for X in everyone])
-    taken = np.bincount(owner[np.argsort(-np.concatenate(everyone), kind="stable")[:half]], minlength=len(everyone))
-    remain = np.ones(flat.size, bool)
-    remain[top[: taken[ranks.rank]]] = False
-    drawn = rng.choice(sizes.sum() - half, count - half, replace=False)
-    drawn = drawn - (sizes - taken)[: ranks.rank].sum()
-    rest = np.flatnonzero(remain)
-    remain[rest[drawn[(drawn >= 0) & (drawn < rest.size)]]] = False
-    return np.flatnonzero(~remain)
-
-
-def _band(problem: Problem, row: int) -> tuple[int, int]:
-    """The keys [first, last) that the band lets a row see."""
-    n_k, at = problem.k.shape[1], int(row) + problem.q_offset
-    first = 0 if problem.lo is None else min(max(at + problem.lo, 0), n_k)
-    last = n_k if problem.hi is None else min(max(at + problem.hi + 1, first), n_k)
-    return first, last
 
 
 def _unit(dtype: np.dtype) -> float:

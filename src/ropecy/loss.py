@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from . import _validate
-from .attention import Evaluation
 from .gradients import LossGradients
 from .options import Options
-from .problem import prepare_for
+from .planning.evaluation import Evaluation
+from .problem import checks
+from .problem.call import Call, prepare_for
 from .relative import RelativeFamily
 from .rotary import Rotary
 
@@ -56,8 +56,8 @@ def loss(
     >>> loss(Q, K, V, np.zeros((50, 4)), Rotary(4)) < 0.5 * float((V * V).sum())
     True
     """
-    evaluation, E = _evaluation("loss", Q, K, V, E, R, options, grad=False)
-    return _half_square(_difference(evaluation, E))
+    call, E = _checked("loss", Q, K, V, E, R, options)
+    return _half_square(Evaluation(call).difference(E)[0])
 
 
 def loss_grad(
@@ -106,31 +106,35 @@ def loss_grad(
     >>> g.dW.shape
     (4, 4)
     """
-    evaluation, E = _evaluation("loss_grad", Q, K, V, E, R, options, grad=True)
-    dO = _difference(evaluation, E)
+    call, E = _checked("loss_grad", Q, K, V, E, R, options)
+    return gradients_of(Evaluation(call, grad=True), E)
+
+
+def gradients_of(evaluation: Evaluation, E: np.ndarray) -> LossGradients:
+    """Those of the loss against E, which has been checked; of a sequence in pieces, E is this process's rows."""
+    comm = evaluation.pieces.comm
+    dO, largest = comm.together(evaluation.difference, E)
     return LossGradients(
-        loss=_half_square(dO),
+        loss=float(comm.total(np.float64(_half_square(dO)))),
         O=evaluation.call.to_user(evaluation.o),
-        **evaluation.gradients(dO, _validate.check_finite("O - E", dO)),
+        **evaluation.gradients(dO, largest),
         certificate=evaluation.gradient_certificate,
     )
 
 
-def _evaluation(
-    function: str, Q: Any, K: Any, V: Any, E: Any, R: Any, options: Mapping[str, Any], *, grad: bool
-) -> tuple[Evaluation, np.ndarray]:
-    _validate.check_values(V)
+def check_target(E: Any, call: Call) -> np.ndarray:
+    """E, of the dtype of the call and in the shape of its result."""
+    E = checks.check_like("E", E, call.dtype, call.shape, broadcast=True)
+    checks.check_finite("E", E)
+    return E
+
+
+def _checked(
+    function: str, Q: Any, K: Any, V: Any, E: Any, R: Any, options: Mapping[str, Any]
+) -> tuple[Call, np.ndarray]:
+    checks.check_values(V)
     call = prepare_for(function, Q, K, V, R, options)
-    E = _validate.check_like("E", E, call.dtype, call.shape, broadcast=True)
-    _validate.check_finite("E", E)
-    return Evaluation(call, grad=grad), E
-
-
-def _difference(evaluation: Evaluation, E: np.ndarray) -> np.ndarray:
-    """O - E in the dtype computed in."""
-    call = evaluation.call
-    with np.errstate(over="ignore"):
-        return evaluation.o[..., : call.shape[-1]].reshape(call.shape) - E.astype(evaluation.o.dtype, copy=False)
+    return call, check_target(E, call)
 
 
 def _half_square(X: np.ndarray) -> float:

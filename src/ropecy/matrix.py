@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 import numpy as np
 from numpy.typing import ArrayLike
 
-from . import _validate
 from .approximation.minimax import relative_error_for
 from .certificate import Certificate, nothing_to_do
-from .memory import require
-from .normal import normal_form
+from .engines.base import Context
+from .machine.memory import require
 from .options import MatrixOptions
-from .plan import make_plan
-from .problem import Problem, prepare_for, spread_columns
+from .planning.planner import choose_and_warn
+from .problem import checks
+from .problem.call import prepare_for, spread_columns
+from .problem.normal_form import normal_form
+from .problem.problem import Problem
 from .relative import RelativeFamily
 from .rotary import Rotary
 
@@ -64,14 +66,14 @@ class Operator(ABC):
 
     def __rmatmul__(self, X: ArrayLike) -> np.ndarray:
         """X M for X (..., m, n) or (n,), of M's dtype."""
-        X = _validate.check_factor(X, self.dtype, self.shape[:-2], self.shape[-2], axis=-1)
+        X = checks.check_factor(X, self.dtype, self.shape[:-2], self.shape[-2], axis=-1)
         return self.T @ X if X.ndim == 1 else np.swapaxes(self.T @ np.swapaxes(X, -1, -2), -1, -2)
 
     def __mul__(self, factor: float) -> AffineMatrix:
         """factor M, for a number."""
         if np.ndim(factor):
             return NotImplemented
-        return AffineMatrix(self, _validate.check_number("factor", factor), 0.0)
+        return AffineMatrix(self, checks.check_number("factor", factor), 0.0)
 
     __rmul__ = __mul__
 
@@ -83,7 +85,7 @@ class Operator(ABC):
         ValueError
             M is not square.
         """
-        return AffineMatrix(self, 1.0, _validate.check_number("shift", shift))
+        return AffineMatrix(self, 1.0, checks.check_number("shift", shift))
 
     def dot(self, X: ArrayLike) -> np.ndarray:
         """M X, as ``M @ X``."""
@@ -94,7 +96,7 @@ class Operator(ABC):
 
         Solvers choose the dtype of their vectors: real numbers of any dtype are rounded to M's.
         """
-        return self @ _validate.check_real("x", x, self.dtype)
+        return self @ checks.check_real("x", x, self.dtype)
 
     def rmatvec(self, x: ArrayLike) -> np.ndarray:
         """M^T x, as `matvec`."""
@@ -102,7 +104,7 @@ class Operator(ABC):
 
     def matmat(self, X: ArrayLike) -> np.ndarray:
         """M X for X (n_k, m), real numbers of any dtype, as `matvec`."""
-        return self @ _validate.check_real("X", X, self.dtype)
+        return self @ checks.check_real("X", X, self.dtype)
 
     def rmatmat(self, X: ArrayLike) -> np.ndarray:
         """M^T X, as `matmat`."""
@@ -228,19 +230,19 @@ class AttentionMatrix(Operator):
         TypeError, ValueError, BoundedEntryError, NotImplementedError, MemoryError
             As `attention` does.
         """
-        return_certificate = _validate.check_flag("return_certificate", return_certificate)
+        return_certificate = checks.check_flag("return_certificate", return_certificate)
         product, certificate = self._multiply(X)
         return (product, certificate) if return_certificate else product
 
     def diagonal(self) -> np.ndarray:
         """A_ii, (..., min(n, n_k)), in the dtype of Q: computed directly, hence exact but for rounding."""
         problem = self._call.problem
-        H, G = problem.q.shape[:2]
+        H, G, mask = problem.sizes.H, problem.sizes.G, problem.mask
         count = min(self.shape[-2:])
         q, k = problem.q[:, :, :count], problem.k[:, :count]
         # All of the diagonal is at this one offset.
-        t = -problem.q_offset
-        seen = (problem.lo is None or problem.lo <= t) and (problem.hi is None or t <= problem.hi)
+        t, (first, stop) = -mask.offset, mask.seen
+        seen = first <= t < stop
         diagonal = np.zeros((H, G, count))
         if count and seen:
             scale = problem.near[1] if problem.near is not None and abs(t) < problem.near[0] else problem.scale
@@ -252,14 +254,14 @@ class AttentionMatrix(Operator):
                 if problem.bias is not None:
                     scores += problem.bias[..., problem.q.shape[2] - 1, None]
                 np.exp(scores, out=diagonal)
-            if problem.key_mask is not None:
-                diagonal = np.where(problem.key_mask[:, None, :count], diagonal, 0)
+            if mask.kept is not None:
+                diagonal = np.where(mask.kept[:, None, :count], diagonal, 0)
         with np.errstate(over="ignore"):
             return diagonal.reshape(self.shape[:-2] + (count,)).astype(self.dtype)
 
     def _multiply(self, X: ArrayLike) -> tuple[np.ndarray, Certificate]:
         """A X in the dtype of Q, and its certificate."""
-        X = _validate.check_factor(X, self.dtype, self.shape[:-2], self.shape[-1])
+        X = checks.check_factor(X, self.dtype, self.shape[:-2], self.shape[-1])
         columns = X[:, None] if X.ndim == 1 else X
         shape = self.shape[:-1] + columns.shape[-1:]
         product, certificate = np.zeros(shape, self.dtype), nothing_to_do()
@@ -280,7 +282,7 @@ class AttentionMatrix(Operator):
         problem = call.problem.transposed(spread_columns(X, call, call.heads))
         product, certificate = self._evaluate(problem, problem.v)
         product = product[:, 0, ::-1]
-        mask = call.problem.key_mask
+        mask = call.problem.mask.kept
         if mask is not None:
             product = np.where(np.repeat(mask, call.problem.q.shape[1], axis=0)[..., None], product, 0)
         return product, certificate
@@ -289,16 +291,17 @@ class AttentionMatrix(Operator):
         problem = problem.with_values(v)
         if problem.empty:
             return np.zeros(problem.q.shape[:3] + v.shape[2:]), nothing_to_do()
-        normal = normal_form(problem)
-        plan = make_plan(normal.problem, **self._call.how, grad=False, each_weight=True)
-        forward = plan.forward(normal.problem, want_lse=True)
-        o = normal.output(forward.o, forward.lse)
+        normal = normal_form(problem, False)
+        request = replace(self._call.request, each_weight=True)
+        executable = choose_and_warn(Context.of(normal.problem, request)).executable
+        result = executable.forward(normal.problem, want_lse=True)
+        o = normal.output(result.o, result.lse)
         with np.errstate(over="ignore", invalid="ignore"):
             # 0 stays 0 where the sum of the row is past the largest number.
-            product = np.where(o == 0, 0, np.exp(normal.log_sums(forward.lse))[..., None] * o)
+            product = np.where(o == 0, 0, np.exp(normal.log_sums(result.lse))[..., None] * o)
         # Weights are off by e each. Rounding moves a normalised row by at most that part of range(X) <= 2 max |X|, and
         # the sum of its weights by as much.
-        of_row, planned = forward.certificate, forward.plan.certificate.truncation
+        of_row, planned = result.certificate, result.executable.certificate.truncation
         # Of a weight, which where causal may be more than what it does to a row.
         e = relative_error_for(planned) if planned else 0.0
         return product, replace(of_row, truncation=e, rounding=3 * of_row.rounding, rows_truncation=None)
@@ -342,7 +345,7 @@ class AffineMatrix(Operator):
         TypeError, ValueError, BoundedEntryError, NotImplementedError, MemoryError
             As `attention` does.
         """
-        X = _validate.check_factor(X, self.dtype, self.shape[:-2], self.shape[-1])
+        X = checks.check_factor(X, self.dtype, self.shape[:-2], self.shape[-1])
         return self._combine(self._M @ X, X)
 
     def diagonal(self) -> np.ndarray:

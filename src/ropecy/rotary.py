@@ -7,13 +7,13 @@ import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from .approximation.rotary_scaling import check_scaling, frequencies, positive
 from .kernels import _rotary
-from .rotary_scaling import check_scaling, frequencies, positive
 
 __all__ = ["Rotary", "rotate_rows"]
 
@@ -145,7 +145,7 @@ class Rotary:
         theta, factor = self._frequencies(abs(m) + 1)
         # Row k becomes a R_m e_k, which is column k of a R_m. The attention factor a multiplies queries and keys, so it
         # is in R_m twice.
-        columns = rotate_rows(np.eye(self.d), np.int64(abs(m)), theta, factor, self.pairing, adjoint=m < 0)
+        columns = rotate_rows(np.eye(self.d), np.int64(abs(m)), Planes(theta, factor, self.pairing), adjoint=m < 0)
         columns[:, : 2 * len(theta)] *= factor
         return np.ascontiguousarray(columns.T)
 
@@ -190,7 +190,7 @@ class Rotary:
         rows = X.astype(np.float32) if X.dtype.itemsize == 2 else X
         if inverse:
             factor = 1.0 / factor
-        Y = rotate_rows(rows, positions, theta, factor, self.pairing, adjoint=inverse)
+        Y = rotate_rows(rows, positions, Planes(theta, factor, self.pairing), adjoint=inverse)
         return Y.astype(X.dtype, copy=False)
 
     def _frequencies(self, length: int) -> tuple[NDArray[np.float64], float]:
@@ -213,12 +213,28 @@ def _frequencies_of(R: Rotary, length: int) -> tuple[NDArray[np.float64], float]
     return theta, factor
 
 
+class Planes(NamedTuple):
+    """The planes in which rows are rotated.
+
+    Attributes
+    ----------
+    theta : (pairs,) float64
+        Angle per position of each plane.
+    factor : float
+        Multiplies the rotated coordinates.
+    pairing : {"half", "interleaved"}
+        Planes (b, b + pairs) or (2b, 2b + 1).
+    """
+
+    theta: NDArray[np.float64]
+    factor: float
+    pairing: str
+
+
 def rotate_rows(
     X: NDArray,
     positions: NDArray[np.int64],
-    theta: NDArray[np.float64],
-    factor: float,
-    pairing: str,
+    planes: Planes,
     *,
     adjoint: bool = False,
     threads: int = 1,
@@ -229,15 +245,10 @@ def rotate_rows(
     Parameters
     ----------
     X : (..., n, d) float32 or float64
-        Any strides. d is at least 2 len(theta); coordinates past that are copied.
+        Any strides. d is at least twice the number of planes; coordinates past that are copied.
     positions : int64
         Broadcasts to (..., n).
-    theta : (pairs,) float64
-        Angle per position of each plane.
-    factor : float
-        Multiplies the rotated coordinates.
-    pairing : {"half", "interleaved"}
-        Planes (b, b + pairs) or (2b, 2b + 1).
+    planes : Planes
     adjoint : bool
         Transpose the rotations.
     threads : int
@@ -252,7 +263,7 @@ def rotate_rows(
 
     Notes
     -----
-    Time O(n d). Memory for the result, 8 n bytes where positions do not start at 0, and 16 len(theta) bytes for each
+    Time O(n d). Memory for the result, 8 n bytes where positions do not start at 0, and 16 bytes a plane for each
     block of 512 positions in which one of them lies.
     """
     if not (X.flags.aligned and X.dtype.isnative and all(s % X.itemsize == 0 for s in X.strides)):
@@ -262,7 +273,7 @@ def rotate_rows(
     if X.size == 0:
         return out
     # The transpose is the rotation by -theta, to the last bit, since cos is even and sin is odd.
-    theta = -theta if adjoint else theta
+    theta, factor = -planes.theta if adjoint else planes.theta, planes.factor
     blocks, positions = _split(np.asarray(positions, np.int64))
     if isinstance(blocks, range):
         coarse = _coarse_table(blocks, theta.tobytes(), factor)
@@ -281,7 +292,7 @@ def rotate_rows(
         coarse,
         _fine_table(theta.tobytes()),
         out,
-        pairing == "interleaved",
+        planes.pairing == "interleaved",
         # A thread that gets fewer coordinates costs more than it saves.
         max(1, min(threads, X.size // 16384)),
     )

@@ -13,12 +13,18 @@ from pathlib import Path
 import numpy as np
 
 from ..approximation import minimax as poly
-from ..bounds import measure, measure_values, polynomial_rounding
 from ..certificate import BoundedEntryError
-from ..costs import pays_from
-from ..plan import choose_plan
-from ..problem import Problem, prepare
-from ..sample import Sample
+from ..certify.rounding import polynomial_rounding
+from ..certify.sample import Sample
+from ..certify.values import measure_values
+from ..engines.base import Context
+from ..engines.exact.cost import exact_work, seconds_of
+from ..engines.polynomial.cost import pays_from
+from ..planning.planner import choose
+from ..problem.call import prepare
+from ..problem.mask import Mask
+from ..problem.problem import Problem
+from ..problem.request import Request
 
 WIDTHS = (4, 8, 16, 32, 64, 128)
 BOUNDS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
@@ -81,7 +87,8 @@ def cells(
         q, k = (X * math.sqrt(d) / np.linalg.norm(X, axis=1, keepdims=True) for X in (q, k))
         q, k, v = (X.astype(dtype) for X in (q, k, v))
         for B in BOUNDS:
-            problem = Problem(q=q[None, None], k=k[None], v=v[None], scale=B / d, hi=0 if causal else None)
+            mask = Mask(_TOKENS, _TOKENS, hi=0 if causal else None)
+            problem = Problem(q=q[None, None], k=k[None], v=v[None], scale=B / d, mask=mask)
             yield d, B, _worst_case(problem, B, eps, grad), _by_moments(problem, eps, grad, seed)
 
 
@@ -95,12 +102,11 @@ def _worst_case(problem: Problem, B: float, eps: float, grad: bool) -> Entry | N
 
 
 def _by_moments(problem: Problem, eps: float, grad: bool, seed: int) -> Entry | None:
-    how = {"eps": eps, "certify": "proof", "method": "polynomial", "degree": None, "seed": seed, "grad": grad}
     try:
-        made = choose_plan(problem, **how)
+        found = choose(Context.of(problem, Request(eps=eps, method="polynomial", seed=seed, grad=grad))).executable
     except (BoundedEntryError, MemoryError):
         return None
-    certificate, gradient = made.certificate, made.gradient_certificate
+    certificate, gradient = found.certificate, found.gradient_certificate
     if certificate.rule != "moments":
         return None
     rule = {"moments": True, "fourth": certificate.failure > 0}
@@ -108,7 +114,7 @@ def _by_moments(problem: Problem, eps: float, grad: bool, seed: int) -> Entry | 
 
 
 def _entry(problem: Problem, degree: int, grad_degree: int | None, **rule: bool) -> Entry:
-    n_features = poly.n_features(problem.q.shape[-1], degree)
+    n_features = poly.n_features(problem.sizes.d, degree)
     return Entry(degree, n_features, pays_from(problem, degree, grad_degree, **rule))
 
 
@@ -169,22 +175,21 @@ def heads(rows: dict[str, np.ndarray], *, eps: float, scale: float | None, causa
         if 0 in shape[:-1]:
             raise ValueError(f"{name}: got shape {shape}, wants at least one head of at least one token")
     call = prepare(rows["Q"], rows["K"], rows.get("V", rows["K"]), scale=scale, causal=causal, eps=eps)
-    whole, how = call.problem, call.how | {"grad": grad}
-    H, G = whole.q.shape[:2]
+    whole, request = call.problem, replace(call.request, grad=grad)
     for place, index in enumerate(np.ndindex(*call.lead)):
-        h, g = divmod(place, G)
+        h, g = divmod(place, whole.sizes.G)
         one = slice(h, h + 1)
         problem = replace(whole, q=whole.q[one, g : g + 1], k=whole.k[one], v=whole.v[one])
-        made = choose_plan(problem, **how)
-        scores = measure(problem)
-        bound, spread = scores.bound, math.inf
-        if scores.keys is not None:
-            spread = math.sqrt(float(Sample(problem, scores, made._values).second.max()))
+        context = Context.of(problem, request)
+        found, statistics = choose(context).candidate, context.statistics
+        bound, spread = statistics.scores.bound, math.inf
+        if statistics.scores.keys is not None:
+            spread = math.sqrt(float(Sample(problem, statistics.scores, statistics.values).second.max()))
         worst = None if bound > poly.MAX_BOUND else _worst_case(problem, bound, eps, grad)
-        engine = made.engine if made.certificate.degree is None else f"{made.engine}, {made.certificate.degree}"
-        yield Head(
-            index, problem.k.shape[1], bound, spread, worst, engine, made.seconds[made.engine], made.seconds["exact"]
-        )
+        degree = found.executable.certificate.degree
+        engine = found.engine if degree is None else f"{found.engine}, {degree}"
+        seconds = (seconds_of(work, problem.threads, grad) for work in (found.work, exact_work(problem, grad)))
+        yield Head(index, problem.sizes.n_k, bound, spread, worst, engine, *seconds)
 
 
 def print_heads(found: list[Head], what: str) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from .._checks import (
+from ..approximation.bias_forms import Linear
+from ..problem.checks import (
     broadcasts,
     check_array,
     check_choice,
@@ -20,7 +21,6 @@ from .._checks import (
     check_number,
     described,
 )
-from ..approximation.bias_forms import Linear
 from ..relative import RelativeBias, RelativeFamily
 from ..rotary import Rotary
 

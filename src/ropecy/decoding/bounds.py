@@ -9,10 +9,10 @@ from functools import lru_cache
 import numpy as np
 
 from ..approximation import minimax as poly
-from ..bounds import storing
 from ..certificate import BoundedEntryError
-from ..memory import available_memory, fits
-from ..rounding import sums_rounding
+from ..certify.rounding import sums_rounding
+from ..certify.values import storing
+from ..machine.memory import available_memory, fits
 from .arguments import DecodeOptions
 from .sums import BLOCK
 

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from ..memory import fits
+from ..machine.memory import fits
 from ..relative import RelativeBias
 from ..rotary import Rotary
 from .arguments import LARGEST_VALUE, DecodeOptions

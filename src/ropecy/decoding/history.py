@@ -6,9 +6,10 @@ import math
 
 import numpy as np
 
-from ..engines import exact as exact_engine
+from ..engines.exact import streaming
 from ..machine.threads import default_threads
-from ..problem import Problem
+from ..problem.mask import Mask
+from ..problem.problem import Problem
 from .bounds import Values
 
 
@@ -64,11 +65,11 @@ class History:
             k=np.ascontiguousarray(k),
             v=v,
             scale=1.0,
-            q_offset=length - 1,
+            mask=Mask(1, length, offset=length - 1),
             bias=bias,
             threads=default_threads(),
         )
-        o = exact_engine.forward(problem, math.inf, False)[0].reshape(*rows.shape[:2], -1)
+        o = streaming.forward(problem, math.inf, False)[0].reshape(*rows.shape[:2], -1)
         return first + spread * o
 
 

@@ -8,7 +8,7 @@ import math
 import numpy as np
 
 from ..machine.threads import default_threads
-from ..rotary import rotate_rows
+from ..rotary import Planes, rotate_rows
 from .arguments import DecodeOptions
 from .bounds import largest_number
 
@@ -26,7 +26,8 @@ class Rows:
         self._R, self._sign = options.R, math.copysign(1.0, options.scale)
         self._root = np.full(options.d, math.sqrt(abs(options.scale)))
         if self._R is not None:
-            self._theta, factor = self._R._frequencies(1)
+            theta, factor = self._R._frequencies(1)
+            self._planes = Planes(theta, 1.0, self._R.pairing)
             self._root[: self._R.rotary_dim] *= factor
 
     def sizes(self, X: np.ndarray) -> np.ndarray:
@@ -53,7 +54,7 @@ class Rows:
         """Rows (H, n, d) rotated to their positions, in place, where there is a Rotary."""
         if self._R is None:
             return rows
-        return rotate_rows(rows, positions, self._theta, 1.0, self._R.pairing, threads=default_threads(), out=rows)
+        return rotate_rows(rows, positions, self._planes, threads=default_threads(), out=rows)
 
 
 def flat(X: np.ndarray, lead: tuple[int, ...]) -> np.ndarray:

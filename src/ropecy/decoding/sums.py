@@ -9,8 +9,8 @@ from fractions import Fraction
 
 import numpy as np
 
-from ..engines import polynomial as polynomial_engine
-from ..engines.polynomial import Monomials
+from ..engines.polynomial import features
+from ..engines.polynomial.features import Monomials
 from ..kernels import _monomials
 
 # How many tokens leave the ring together. Their sum is added to the state at once, with compensation, which takes no
@@ -166,7 +166,7 @@ class Sums:
         """sum_j e^{phase - slope (n - 1 - j)} phi(k_j) [x_j, 1] over j < n, in the layout of `state`."""
         heads, n, d_v = x.shape
         if not self.decays:
-            return polynomial_engine.key_states(k, x, self.monomials, np.zeros((heads, d_v)), threads)
+            return features.key_states(k, x, self.monomials, np.zeros((heads, d_v)), threads)
         with np.errstate(over="ignore"):
             exponents = phase[:, None] - self.slopes[:, None] * np.arange(n - 1.0, -1.0, -1.0)[:, None]
         weights = np.exp(exponents, where=exponents > _VANISHED, out=np.zeros_like(exponents))
@@ -174,7 +174,7 @@ class Sums:
         columns = np.concatenate([x, np.ones((heads, n, 1))], axis=2)
         columns = (weights[..., None] * columns[:, :, None]).reshape(heads, n, -1)
         none = np.zeros((heads, columns.shape[2]))
-        added = polynomial_engine.key_states(k, columns, self.monomials, none, threads)
+        added = features.key_states(k, columns, self.monomials, none, threads)
         # The kernel adds a last column of its own, which has no weights.
         return added[:, :-1].reshape(-1, d_v + 1, added.shape[2])
 

@@ -1,6 +1,4 @@
-"""The engines, one file each, with the same three functions in every one.
+"""The engines, a folder each: what they can do, what it costs, and how it is run, forward and backward.
 
-``forward(problem, ..., want_lse)`` gives O, the log of the denominators where they are wanted, and what backward
-needs; ``backward(problem, saved, dO)`` gives dq, dk, dv and the gradient of the Toeplitz symbol; ``cost(problem,
-...)`` predicts seconds and bytes. They see a :class:`ropecy.problem.Problem`: rotated, projected, validated.
+May import `certify`, `problem`, `approximation` and `kernels`, and one another; `planning` and the doors import them.
 """

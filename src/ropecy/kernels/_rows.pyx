@@ -156,6 +156,14 @@ def largest_norms(x, keep, shift, int threads):
     return np.sqrt(found, out=found)
 
 
+def largest_product(q, k, keep, int threads):
+    """max_h max_i ||q_hi|| max_j ||k_hj||, of q (H, G, n, d) and the rows of k (H, n_k, d) that keep (H, n_k) has."""
+    with np.errstate(all="ignore"):
+        found = largest_norms(q.reshape(k.shape[0], -1, k.shape[2]), None, None, threads)
+        found *= largest_norms(k, keep, None, threads)
+        return float(found.max())
+
+
 cdef double scatter(const floating *x, ptrdiff_t n, ptrdiff_t d, ptrdiff_t step) noexcept nogil:
     cdef double scattered = 0, first, second, value
     cdef ptrdiff_t row, a, count = pieces(n, step)

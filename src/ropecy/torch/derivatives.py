@@ -17,7 +17,7 @@ from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import Function, forward_ad
 from torch.nn import Parameter
 
-from .._validate import band
+from ..problem.arguments import band
 from ..rotary import Rotary
 from .operators import (
     attention_operator,

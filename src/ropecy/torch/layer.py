@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import plan as make_plan
 from ..certificate import Certificate
-from ..explain import Alternative
-from ..plan import Plan
+from ..plan import Alternative, Plan
+from ..plan import plan as make_plan
 from ..rotary import Rotary
 from .function import scaled_dot_product_attention
 
@@ -252,7 +252,7 @@ class RoPEAttention(nn.Module):
             raise ValueError("bound: got None, wants the layer made with a bound, for a plan without data")
         made = self._plan(n)
         if made.engine == "exact" and self.method == "auto":
-            made.advice = tuple(self._what_would_help(n))
+            made = replace(made, advice=tuple(self._what_would_help(n)))
         return made
 
     def _plan(

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import attention, attention_vjp
+from ..attention import attention, attention_vjp
 from ..certificate import Certificate
-from ..few import MOST_QUERIES
+from ..engines.exact.few_queries import MOST_QUERIES
 from ..rotary import Rotary
 
 try:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from .. import _validate
 from ..certificate import Certificate
+from ..problem.arguments import check_method
 from ..torch import scaled_dot_product_attention
 from .described_mask import Band, DescribedMask
 from .mask_functions import describe
@@ -65,7 +65,7 @@ def register(
     >>> model(torch.ones(1, 5, dtype=torch.long)).logits.shape
     torch.Size([1, 5, 32000])
     """
-    _validate.check_method(eps=eps, certify="proof", method=method, degree=None, seed=None)
+    check_method(eps=eps, certify="proof", method=method, degree=None, seed=None)
     if on_certificate is not None and not callable(on_certificate):
         raise TypeError(f"on_certificate: got {on_certificate!r}, wants what is called with a module and a certificate")
     AttentionInterface.register(name, partial(_attention, eps=eps, method=method, on_certificate=on_certificate))

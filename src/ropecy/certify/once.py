@@ -1,0 +1,31 @@
+"""Attributes that are computed when they are first asked for, and once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class once(Generic[T]):
+    """A decorator like `functools.cached_property`, without the lock that it has up to Python 3.11.
+
+    All instances share that lock, so threads would wait for each other's measurements; and a fork while one of them
+    holds it leaves it locked in the child for good. Without it, two threads that ask at once may compute the same
+    thing twice.
+    """
+
+    def __init__(self, compute: Callable[[Any], T]) -> None:
+        self._compute = compute
+        self.__doc__ = compute.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: object, owner: type | None = None) -> T:
+        if instance is None:
+            return self
+        # What is in the instance's own dictionary is found before this descriptor, which has no __set__.
+        value = instance.__dict__[self._name] = self._compute(instance)
+        return value

@@ -1,0 +1,73 @@
+"""What is measured of a problem's numbers: each thing when it is first asked for, and once."""
+
+from __future__ import annotations
+
+import math
+
+from ..problem.communicator import SERIAL, Communicator
+from ..problem.problem import Problem
+from .family_scores import measure_family
+from .fourth_moments import Fourth, fourth_moments
+from .hidden_keys import Hidden, hidden_keys
+from .once import once
+from .sample import Sample
+from .scores import Norms, Scores, centred_scores, least_bound, measure_norms, plain_scores
+from .values import Values, measure_values
+
+
+class Statistics:
+    """Norms, bounds, ranges and samples of a problem.
+
+    Of a sequence in pieces, `problem` is this process's piece, and what is found is of the whole, the same everywhere:
+    whoever asks first must ask on all ranks.
+    """
+
+    def __init__(self, problem: Problem, comm: Communicator = SERIAL) -> None:
+        self.problem, self._comm = problem, comm
+        self._fourth: Fourth | None = None
+
+    @once
+    def _norms(self) -> Norms:
+        return measure_norms(self.problem, self._comm)
+
+    @once
+    def plain(self) -> Scores:
+        """Bounds of the scores by norms alone, for engines that need no more. Time O(n d)."""
+        if self.problem.family is not None:
+            return self.scores
+        return plain_scores(self.problem, self._norms)
+
+    @once
+    def least_bound(self) -> float:
+        """What no centre of the keys brings the bound below, from a few keys; inf where norms overflow."""
+        if not math.isfinite(self.plain.plain):
+            return math.inf
+        return least_bound(self.problem, self._norms)
+
+    @once
+    def scores(self) -> Scores:
+        """Bounds of the scores, keys centred where that helps. Time O(n_k d) beside that of `plain`."""
+        if self.problem.family is not None:
+            return measure_family(self.problem)
+        return centred_scores(self.problem, self._norms, self._comm)
+
+    @once
+    def values(self) -> Values:
+        """Where the values lie. Time O(n_k d_v)."""
+        return measure_values(self.problem, self._comm)
+
+    @once
+    def hidden(self) -> Hidden:
+        """Runs of hidden keys. Time O(n_k)."""
+        return hidden_keys(self.problem, self._comm)
+
+    @once
+    def sample(self) -> Sample:
+        """Some rows and keys. Time O(n d), and d^2 for each of these."""
+        return Sample(self.problem, self.scores, self.values, self._comm)
+
+    def fourth(self, seed: int | None) -> Fourth:
+        """Sums that stand in for fourth moments; coins are thrown once, by `seed`. Time 40 n_k d^2."""
+        if self._fourth is None:
+            self._fourth = fourth_moments(self.problem, self.scores, seed)
+        return self._fourth

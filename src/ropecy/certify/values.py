@@ -1,0 +1,138 @@
+"""Where the values of kept keys lie, and what storing a result near them costs."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..kernels import _rows
+from ..problem.communicator import SERIAL, Communicator
+from ..problem.problem import Problem
+
+# Values of a column that have a median for all.
+_MANY = 2**14
+
+
+@dataclass(slots=True)
+class Values:
+    """Where the values of kept keys lie.
+
+    Attributes
+    ----------
+    middle : (H, d_v) array
+        What is taken from v before it is summed: halfway between the least and the largest of a column, or, causal,
+        the median where nearly all lie at one end. Later outliers then cost earlier rows no digits.
+    offset : float
+        What storing O costs, in units of rounding: max |v| in units of max_c range_j(v_jc) (1 where all columns are
+        constant), of the values before their normal form; more where v itself carries rounding, or is subnormal.
+    residual : float
+        max |v| of the values as they are now, in units of max_c range_j(v_jc).
+    varied, spread : float
+        Of the values before their normal form: max |v| of the columns that are not constant, for a constant is what O
+        is there and is stored as it is; and max_c range_j(v_jc), or max |v| where all are constant.
+    low, high : (H, d_v) arrays
+        The least and the largest of a column.
+    mean : (H, d_v) float64 array
+        Of a column.
+    far : bool
+        Whether a value may be as far as the range from `middle`, and not half of it.
+    """
+
+    middle: np.ndarray
+    offset: float
+    low: np.ndarray
+    high: np.ndarray
+    mean: np.ndarray
+    far: bool = False
+    residual: float = 1.0
+    varied: float = 0.0
+    spread: float = 0.0
+
+    def storing(self, dtype: np.dtype) -> float:
+        """What it costs to store O in a dtype, in units of max_c range_j(v_jc)."""
+        return storing(dtype, self.varied) / self.spread if self.varied else 0.0
+
+    @property
+    def share(self) -> float:
+        """How far from `middle` values are about, in units of the range: a half, and as much as their mean is off."""
+        spread = (self.high - self.low).astype(np.float64)
+        off = np.abs(self.mean - self.middle)
+        return 0.5 + float(np.divide(off, spread, out=np.zeros_like(off), where=spread > 0).max(initial=0))
+
+
+def measure_values(problem: Problem, comm: Communicator = SERIAL) -> Values:
+    """Middle and offset of the values. Time O(n_k d_v)."""
+    v = problem.v
+    total, low, high = _rows.columns(v, problem.mask.kept, problem.threads)
+    total, low, high = comm.total(total), -comm.largest(-low), comm.largest(high)
+    if (empty := low > high).any():
+        low[empty], high[empty] = 0, 0
+    half_low, half_high = 0.5 * low, 0.5 * high
+    middle = half_low + half_high
+    spread = float((half_high - half_low).max())
+    largest = max(float(high.max()), -float(low.min()))
+    mean = total / kept_keys(problem, comm)[:, None]
+    far = False
+    if problem.mask.causal and not comm.distributed:
+        crowded = np.abs(mean - middle) > 0.9 * (half_high - half_low)
+        if far := bool(crowded.any()):
+            middle = np.where(crowded, medians(problem).astype(v.dtype), middle)
+    found = Values(middle, 1.0, low, high, mean, far, 0.5 * largest / spread if spread else 1.0)
+    origin, unit = problem.origin, float(np.finfo(v.dtype).eps) / 2
+    found.varied = largest
+    if origin.largest is not None:
+        largest, found.varied = origin.largest, origin.varied
+    # The range of float64 values may be past the largest number.
+    found.spread = min(2 * math.ldexp(spread, origin.exponent), sys.float_info.max) or largest
+    if found.spread:
+        found.offset = (found.storing(v.dtype) + origin.v_lost * largest / found.spread) / unit
+    return found
+
+
+def storing(dtype: np.dtype, largest: float) -> float:
+    """What rounding numbers of at most this size to a dtype does to one: half of the last place, and never less than
+    half of the smallest number there is.
+    """
+    # NumPy does not know bfloat16.
+    eps, tiny = (2.0**-7, 2.0**-133) if dtype.kind != "f" else (np.finfo(dtype).eps, np.finfo(dtype).smallest_subnormal)
+    # Half of float64's smallest number would be 0 here.
+    return max(float(eps) * largest / 2, float(tiny) / 2 or float(tiny))
+
+
+def range_elsewhere(problem: Problem, comm: Communicator = SERIAL) -> tuple[np.ndarray, np.ndarray]:
+    """The least and the largest of the columns of v that all rows here see on other ranks, (H, d_v); inf and -inf where
+    that is none.
+    """
+    if not comm.distributed:
+        none = np.full((problem.v.shape[0], problem.v.shape[2]), np.inf, problem.v.dtype)
+        return none, -none
+    _, low, high = _rows.columns(problem.v, problem.mask.kept, problem.threads)
+    largest = comm.largest_before if problem.mask.causal else comm.largest
+    return -largest(-low), largest(high)
+
+
+def medians(problem: Problem) -> np.ndarray:
+    """Of the values of kept keys, or of every so many, column by column, which a few huge ones do not move: (H, d_v)
+    float64.
+    """
+
+    def found(v):
+        # Of halves: the two in the middle are added up.
+        return 2 * np.median(0.5 * v[:: -(-len(v) // _MANY)], axis=0)
+
+    if problem.mask.kept is None:
+        return np.array([found(v) for v in problem.v], np.float64)
+    kept = zip(problem.v, problem.mask.kept, strict=True)
+    return np.array([found(v[keep] if keep.any() else v) for v, keep in kept], np.float64)
+
+
+def kept_keys(problem: Problem, comm: Communicator = SERIAL) -> np.ndarray:
+    """How many keys of a slot key_mask keeps, and at least 1: (H,)."""
+    H, n_k = problem.k.shape[:2]
+    if problem.mask.kept is None and not comm.distributed:
+        return np.full(H, max(n_k, 1))
+    kept = np.full(H, n_k) if problem.mask.kept is None else problem.mask.kept.sum(axis=1)
+    return np.maximum(comm.total(kept), 1)

@@ -1,0 +1,62 @@
+"""Exact attention of any problem, by whichever kernels its scores ask for: forward, resume and backward."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from types import ModuleType
+
+import numpy as np
+
+from ...problem.input_gradients import InputGradients
+from ...problem.problem import Outline, Problem
+from ..merge import share
+from . import family, streaming
+
+Saved = streaming.Saved | family.Saved
+
+
+def _kernels(problem: Outline) -> ModuleType:
+    return streaming if problem.family is None else family
+
+
+def forward(problem: Problem, bound: float, want_lse: bool) -> tuple[np.ndarray, np.ndarray | None, Saved]:
+    """O (H, G, n, d_v), lse float64 (H, G, n) or None, and what backward needs.
+
+    `bound` is one on the scores without a bias, or inf: where it is small, kernels keep no running maximum.
+    """
+    return _kernels(problem).forward(problem, bound, want_lse)
+
+
+def resume(problem: Problem, bound: float, o: np.ndarray, lse: np.ndarray) -> Saved:
+    """What `backward` needs of a forward pass that had more keys than `problem`, of which o and lse are the results."""
+    return _kernels(problem).resume(problem, bound, o, lse)
+
+
+def backward(problem: Problem, saved: Saved, do: np.ndarray) -> InputGradients:
+    """The gradients of ``<do, O>``, but for that of the near field's scale."""
+    return _kernels(problem).backward(problem, saved, do)
+
+
+def near_scale_gradient(problem: Problem, o: np.ndarray, lse: np.ndarray, do: np.ndarray) -> np.float64:
+    """d<do, O> / d scale_near = sum of dS_ij <q_i, k_j> over the pairs of the near field, of any engine's o and lse.
+
+    Notes
+    -----
+    sum_i <q_i, sum_j dS_ij k_j>: the near field's own backward pass, in time ``n (2 w - 1)`` pairs.
+    """
+    width, scale_near = problem.near
+    mask = problem.mask.within(1 - width, width - 1)
+    # The scale goes to q but for a power of two: so dq is the sum over keys where scale_near is 0, too.
+    mantissa, exponent = math.frexp(scale_near)
+    q = problem.q * problem.q.dtype.type(mantissa)
+    band = replace(problem, q=q, scale=math.ldexp(1.0, exponent), mask=mask, near=None)
+    if mask.lo > mask.hi or band.empty:
+        return np.float64(0)
+    # Weights come of the band's own sums: computed from lse, those of huge scores would be Inf by rounding alone.
+    _, own, saved = forward(band, math.inf, True)
+    with np.errstate(over="ignore"):
+        inverse = (saved.inverse * np.minimum(share(own, lse), 1)).astype(o.dtype)
+    dq = backward(band, replace(saved, o=o, inverse=inverse), do).dq
+    with np.errstate(over="ignore"):
+        return np.ldexp(np.einsum("hgid,hgid->", problem.q, dq, dtype=np.float64), -exponent)

@@ -1,0 +1,71 @@
+"""Work and memory of exact attention, and seconds on this machine, which are measured by it."""
+
+from __future__ import annotations
+
+import math
+import time
+from functools import lru_cache
+
+import numpy as np
+
+from ...kernels import _exact
+from ...problem.problem import Outline, Problem
+from ..cost import REFERENCE, Work, operations_work, speeds
+from . import family, streaming
+
+# Seconds of a call and of its gradient, which are Python's; and of an entry of a row of q, k, v or dO.
+_CALL, _VJP = 1.5e-4, 0.8e-4
+_ENTRY = 3.2e-9
+
+
+def seconds_of(work: Work, threads: int, grad: bool) -> float:
+    """Predicted seconds, on this machine, of a call that does this work."""
+    return (work.seconds(threads) + _CALL + grad * _VJP) * slowness()
+
+
+def exact_work(problem: Outline, grad: bool) -> Work:
+    """Of exact attention, and of its gradient where grad."""
+    if problem.family is not None:
+        return operations_work(problem, family.operations(problem, grad))
+    H, G, n, n_k, d, d_v = problem.sizes
+    s = speeds(problem.dtype)
+    tile, block, _ = _exact.blocking(problem.dtype)
+    tiles = H * G * -(-n // tile)
+    whole = tiles * tile / max(1, H * G * n)
+    forward = H * G * problem.mask.pairs(tile / 2, tile / 2 + block / 2) * whole
+    rows = H * (G * n + n_k) * (d + d_v) / 2 * _ENTRY
+    work = Work(0.0, ((forward * (s.pair + s.product * (d + d_v)) * 1e-9, tiles), (rows, tiles)))
+    if not grad:
+        return work
+    backward = H * G * problem.mask.pairs((tile + block) / 2, (tile + block) / 2) * whole
+    seconds = backward * (s.pair_grad + s.product * (3 * d + 2 * d_v)) * 1e-9
+    return work + Work(0.0, ((seconds, H * streaming.segments(problem)), (2 * rows, tiles)))
+
+
+def exact_bytes(problem: Outline, grad: bool) -> float:
+    """Bytes of exact attention beyond inputs and outputs."""
+    if problem.family is not None:
+        return family.memory(problem, grad)
+    H, G, n, n_k, d, d_v = problem.sizes
+    item = problem.dtype.itemsize
+    size = H * n_k * d * item + H * G * n * 2 * item
+    if grad:
+        # Transposed and padded copies of q and do, and a dq for each segment of keys.
+        size += (H * G * n * (2 * (d + d_v) + d * streaming.segments(problem)) + H * n_k * d_v) * item
+    return size
+
+
+@lru_cache(maxsize=1)
+def slowness() -> float:
+    """By how much this machine is slower than the table of constants says, from the exact engine's time on a small
+    problem: some 2 ms, once a process.
+    """
+    n, d = REFERENCE
+    q, k, v = np.random.default_rng(0).standard_normal((3, 1, n, d)).astype(np.float32)
+    problem, best = Problem(q=q[None], k=k, v=v, scale=1 / d, threads=1), math.inf
+    for _ in range(8):
+        start = time.perf_counter()
+        streaming.forward(problem, 1.0, False)
+        best = min(best, time.perf_counter() - start)
+    s = speeds(q.dtype)
+    return best / (n * n * (s.pair + 2 * d * s.product) * 1e-9)

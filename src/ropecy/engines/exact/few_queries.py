@@ -1,0 +1,87 @@
+"""Attention of a few queries over many keys, straight from the caller's arrays: decoding.
+
+One query reads every key and value once, and everything else that could be done to them, a copy, a cast, a look at
+their entries, costs as much as that. So this path is taken before any of these, with arguments whose forms alone have
+been checked. Whether all entries are finite shows in the scores and in the sums over values.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from ...certify.rounding import most_of_norms, sums_rounding
+from ...kernels import _few
+from ...machine.memory import require
+from ...problem.arguments import Arguments
+from ...problem.call import key_heads_of
+from ...problem.mask import Mask
+from ...problem.request import Request
+from ...problem.rows import contiguous, head_count, spread
+
+_LOG2E = 1 / math.log(2)
+# Queries of a head, and of all heads that share a key head. The exact engine computes tiles of 16 to 48 queries of one
+# head, whole or not, after it has copied the keys; this path's time grows with the number of queries.
+MOST_QUERIES, _MOST_ROWS = 8, 32
+
+
+def serves(a: Arguments, request: Request) -> bool:
+    """Whether these arguments are few queries, and no more is asked of them than scores and masks, with an eps that
+    rounding leaves room for: else "auto" has to look for another engine, or to warn.
+    """
+    if a.V is None or a.n > MOST_QUERIES or 0 in a.lead or 0 in (a.n, a.n_k, a.d_v):
+        return False
+    more = (a.R, a.family, a.bias, a.near, a.W, a.W_Q, a.W_K, a.W_V)
+    if request.degree is not None or any(part is not None for part in more):
+        return False
+    if request.method != "exact" and (request.method != "auto" or request.eps < sums_rounding(a.compute, a.n_k)):
+        return False
+    return a.n * (a.heads // key_heads_of(a)) <= _MOST_ROWS and all(X.flags.aligned for X in (a.Q, a.K, a.V))
+
+
+def forward(
+    a: Arguments, request: Request, want_lse: bool
+) -> tuple[np.ndarray, np.ndarray | None] | None:
+    """O (..., n, d_v) in the caller's dtype and lse (..., n) float64 or None; None where others have to look closer:
+    some entry is not finite, or numbers are so large that rounding would show, and their normal form is wanted; or, for
+    "auto", rounding of scores may pass eps, of which it has to warn.
+
+    Raises
+    ------
+    MemoryError
+        The result does not fit. Nothing else is as large: halves are not copied to float32.
+
+    Notes
+    -----
+    Time: one read of K and V. Memory: O of every 512 keys.
+    """
+    shape = a.lead + (a.n, a.d_v)
+    require(math.prod(shape) * a.compute.itemsize, f"the result, of shape {shape},")
+    key_heads = key_heads_of(a)
+    slots, group = math.prod(a.batch) * key_heads, a.heads // key_heads
+    q = contiguous(spread(a.Q, a.batch, a.heads)).reshape(slots, group * a.n, a.d)
+    k, v = (_by_slot(X, a.batch, key_heads, 2) for X in (a.K, a.V))
+    keep = None
+    if a.key_mask is not None:
+        keep = _by_slot(np.ascontiguousarray(a.key_mask), a.batch, key_heads, 1)
+    band = Mask(a.n, a.n_k, a.lo, a.hi, a.q_offset).band_of_indices
+    most = math.inf if request.method == "exact" else _LOG2E * most_of_norms(a.compute, a.n_k, a.d, request.eps)
+    found = _few.forward(q, a.scale * _LOG2E, most, k, v, keep, a.n, band, want_lse, a.threads)
+    if found is None:
+        return None
+    o, lse = found
+    o = o.reshape(shape)
+    if o.dtype != a.dtype:
+        with np.errstate(over="ignore"):
+            o = o.astype(a.dtype)
+    return o, None if lse is None else lse.reshape(a.lead + (a.n,))
+
+
+def _by_slot(X: np.ndarray, batch: tuple[int, ...], heads: int, inner: int) -> np.ndarray:
+    """A view of X, whose last `inner` axes follow batch and head axes, with axes that come to batch times heads."""
+    if X.shape[:-inner] == (*batch, heads):
+        return X
+    own = head_count(X, inner)
+    X = np.expand_dims(X[None] if X.ndim == inner else X, -inner - 1)
+    return np.broadcast_to(X, batch + (own, heads // own) + X.shape[-inner:])

@@ -1,0 +1,174 @@
+"""Polynomial attention where positions don't factor: ``p(s) t_{j-i} = sum_a w_a q^a T k^a`` with T = (t_{j-i}), by FFT.
+
+The algorithm of arXiv:2412.17316 and arXiv:2505.11892 proper: each monomial is a Toeplitz matrix between two diagonal
+ones. Rotations factor, so with rotated rows all monomials share one T, which holds the band and the bias, ``t_m =
+exp(b_m)`` where a row may see the offset m. The gradient of the bias, not in the papers, is a correlation. What a
+family W_{i-j} multiplies T with differs from monomial to monomial (`family`).
+
+The error of a transform is absolute, a few units times the norm of its whole input. Hence float64 for float32 data too;
+and a bias that spreads over many nats is cut into levels, so that rows which see none of the large weights are not
+drowned by what rounding makes of these. Rows for which even that is too little are computed by the exact engine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ...approximation.minimax import Polynomial
+from ...certify.scores import Scores
+from ...certify.values import medians
+from ...problem.input_gradients import InputGradients, SymbolGradient
+from ...problem.mask import Mask
+from ...problem.problem import Problem
+from ..exact import attention
+from . import family
+from .blocks import near
+from .shared import Shared, plans
+from .symbol import Symbol
+
+
+@dataclass(slots=True)
+class Saved:
+    """What backward needs of forward."""
+
+    product: Shared | family.Product
+    symbol: Symbol
+    p: Polynomial
+    scores: Scores
+    centred: np.ndarray
+    inverse: np.ndarray
+    exact: list[tuple[Problem, attention.Saved]]
+
+
+def forward(
+    problem: Problem, scores: Scores, p: Polynomial, symbol: Symbol, want_lse: bool
+) -> tuple[np.ndarray, np.ndarray | None, Saved]:
+    """O (H, G, n, d_v), lse float64 or None, and what backward needs.
+
+    Parameters
+    ----------
+    problem : Problem
+    scores : Scores
+        Centre and sizes of q and k, so that all scores are within ``[-p.B, p.B]``.
+    p : Polynomial
+    symbol : Symbol
+        `survey` of the problem.
+    want_lse : bool
+
+    Notes
+    -----
+    Time: 2 F (d_v + 1) complex transforms of n numbers, forth and back, F = C(d + g, g), in blocks. Memory: columns of
+    q, k, v in float64, the spectrum of T, and for each thread a few columns and spectra; nothing of F n.
+    """
+    H, G, n = problem.sizes[:3]
+    # Taken from v and given back to O, for the error of a transform is as large as what it is given.
+    middle = medians(problem)
+    values = _centred(problem, middle)
+    if problem.family is None:
+        product = Shared(problem, scores, values, symbol, p)
+    else:
+        work = family.operations(problem, p.degree, symbol.block, near(problem, symbol.block), False)
+        product = family.Product(problem, scores, values, symbol, plans(symbol.block, work))
+    sums = product.forward(p)
+    plain = np.broadcast_to(symbol.top < symbol.unseen, (H, G, n)).copy()
+    for first, last in symbol.exact_rows:
+        plain[..., first:last] = False
+    denominators = np.where(plain, sums[:, :, -1], 1)
+    inverse = np.where(plain, 1 / denominators, 0)
+    centred = sums[:, :, :-1] * inverse[:, :, None]
+    o = centred + middle[:, None, :, None] * plain[:, :, None]
+    o = np.ascontiguousarray(o.swapaxes(-1, -2).astype(problem.q.dtype))
+    lse = None
+    if want_lse:
+        shift = symbol.peak[..., None]
+        if scores.centre is not None:
+            shift = shift + problem.scale * np.einsum(
+                "hgna,ha->hgn", problem.q, scores.centre.astype(np.float64), dtype=np.float64
+            )
+        lse = np.where(plain, np.log(denominators) + shift, -np.inf)
+    saved = Saved(product, symbol, p, scores, centred, inverse, [])
+    for first, last in symbol.exact_rows:
+        part = _rows(problem, first, last)
+        o_part, lse_part, saved_part = attention.forward(part, scores.plain, want_lse)
+        o[:, :, first:last] = o_part
+        if want_lse:
+            lse[:, :, first:last] = lse_part
+        saved.exact.append((part, saved_part))
+    return o, lse, saved
+
+
+def backward(problem: Problem, saved: Saved, do: np.ndarray) -> InputGradients:
+    """The gradients of ``<do, O>``; the bias's is (H, 1, ...) where a group shares it.
+
+    Notes
+    -----
+    With dN = [do, -<do, o>] / den: dphi_a(q) = sum_c dN_c T (k^a v_c), dphi_a(k) = sum_c v_c T^T (q^a dN_c),
+    dv_c = sum_a w_a k^a T^T (q^a dN_c), and the gradient of b_m is t_m times what correlation finds of q^a dN_c and
+    k^a v_c at the offset m. The features of dq and dk are those of an antiderivative of p, one degree more, so that
+    pairs have the weights p(s_ij) t_{j-i} / den_i there too. Two pairs of transforms for each monomial and column.
+    """
+    H, G, n = problem.sizes[:3]
+    p, symbol = saved.p, saved.symbol
+    grad = np.zeros((H, G, problem.v.shape[2] + 1, n))
+    upstream = do.astype(np.float64).swapaxes(-1, -2)
+    grad[:, :, :-1] = upstream * saved.inverse[:, :, None]
+    grad[:, :, -1] = -(upstream * saved.centred).sum(axis=2) * saved.inverse
+    dq, dk, dv, dsymbol, *dfamily = saved.product.backward(p, grad, problem.bias is not None)
+    n_k, dtype = problem.sizes.n_k, problem.dtype
+    dq = np.ascontiguousarray((saved.scores.q_factor[:, None, None, None] * dq).swapaxes(-1, -2).astype(dtype))
+    dk = np.ascontiguousarray((saved.scores.k_factor[:, None, None] * dk).swapaxes(-1, -2).astype(dtype))
+    dv = np.ascontiguousarray(dv[:, :-1].swapaxes(-1, -2).astype(dtype))
+    if problem.mask.kept is not None:
+        dv[~problem.mask.kept] = 0
+        # Transforms leave rounding at offsets at which every key is hidden.
+        hidden = ~_kept_at(problem.mask)
+        if dsymbol is not None:
+            np.copyto(dsymbol, 0, where=hidden[:, None])
+        for total in dfamily:
+            # In order of i - j.
+            np.copyto(total, 0, where=hidden.all(axis=0)[::-1])
+    for (first, last), (part, saved_part) in zip(symbol.exact_rows, saved.exact, strict=True):
+        found = attention.backward(part, saved_part, np.ascontiguousarray(do[:, :, first:last]))
+        dq[:, :, first:last] = found.dq
+        dk += found.dk
+        dv += found.dv
+        if dsymbol is not None:
+            own = found.symbol[0].values
+            own = own if dsymbol.shape[1] > 1 else own.sum(axis=1, keepdims=True)
+            dsymbol[..., n - last : n - first + n_k - 1] += own
+        for total in dfamily:
+            total[:, first : last + n_k - 1] += found.family
+    found = InputGradients(dq, dk, dv, family=dfamily[0] if dfamily else None)
+    if dsymbol is not None:
+        found.symbol = (SymbolGradient(dsymbol, problem.mask.least),)
+    return found
+
+
+def _centred(problem: Problem, middle: np.ndarray) -> np.ndarray:
+    """[v - middle, 1] as columns, (H, d_v + 1, n_k) float64; 0 for keys that are masked."""
+    H, n_k, d_v = problem.v.shape
+    values = np.ones((H, d_v + 1, n_k))
+    np.subtract(problem.v.swapaxes(-1, -2), middle[:, :, None], out=values[:, :-1], dtype=np.float64)
+    if problem.mask.kept is not None:
+        values *= problem.mask.kept[:, None]
+    return values
+
+
+def _rows(problem: Problem, first: int, last: int) -> Problem:
+    """The problem of the query rows [first, last)."""
+    n, n_k, bias = problem.sizes.n, problem.sizes.n_k, problem.bias
+    return replace(
+        problem,
+        q=np.ascontiguousarray(problem.q[:, :, first:last]),
+        mask=problem.mask.rows(first, last),
+        bias=None if bias is None else np.ascontiguousarray(bias[..., n - last : n - first + n_k - 1]),
+    )
+
+
+def _kept_at(mask: Mask) -> np.ndarray:
+    """(H, n + n_k - 1): at which offsets, from the least on, any row meets a key that is kept."""
+    before = np.pad(np.cumsum(mask.kept, axis=1), ((0, 0), (1, 0)))
+    at = np.arange(mask.n + mask.n_k - 1)
+    return before[:, np.minimum(at + 1, mask.n_k)] > before[:, np.maximum(at - mask.n + 1, 0)]

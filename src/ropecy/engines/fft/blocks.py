@@ -1,0 +1,54 @@
+"""How T, the matrix of the weights of offsets, is cut into blocks, and its monomials into parts: by shapes alone."""
+
+from __future__ import annotations
+
+from ...approximation.minimax import n_features
+from ...problem.problem import Outline
+
+_PARTS = 8
+_PART_BYTES = 512 * 2**20
+
+
+def band(problem: Outline) -> int:
+    """How many offsets the mask allows, and at least 1."""
+    first, stop = problem.mask.seen
+    return max(1, stop - first)
+
+
+def near(problem: Outline, block: int) -> float:
+    """Which part of the blocks of T the band meets."""
+    blocks = -(-problem.sizes.n // block) - (-problem.sizes.n_k // block) - 1
+    return min(1.0, (band(problem) / block + 1) / blocks)
+
+
+def block_size(problem: Outline, allowed: int) -> int:
+    """Rows of a block of T: powers of two, so that few plans are made. A narrow band takes small ones; and where each
+    product takes a transform of its own T, fewer blocks are faster.
+    """
+    longest = max(problem.sizes.n, problem.sizes.n_k)
+    block = 1 << max(5, (longest - 1).bit_length())
+    if longest > 2048:
+        block = min(max(1024, block // (8 if problem.family is None else 4)), 32768)
+    return min(block, max(256, 1 << (4 * allowed - 1).bit_length()))
+
+
+def parts(problem: Outline, degree: int, rows: int, keys: int) -> int:
+    """Into how many parts the monomials are cut: by shapes, never by the number of threads."""
+    wanted = -(-_PARTS // problem.sizes.H)
+    room = int(_PART_BYTES / (8 * part_size(problem, rows, keys, True)))
+    return max(1, min(wanted, max(2, room), n_features(problem.sizes.d, degree) // 2))
+
+
+def part_size(problem: Outline, rows: int, keys: int, grad: bool) -> float:
+    """Numbers that the sums of a part take."""
+    H, G, _, _, d, d_v = problem.sizes
+    columns = d_v + 1
+    if not grad:
+        return float(H * G * rows * columns)
+    own = 0 if problem.bias is None else problem.bias.shape[1]
+    return float(H * (G * rows * d + keys * (d + columns) + 4 * own * (rows + keys)))
+
+
+def round_up(count: int, block: int) -> int:
+    """The next multiple of a block."""
+    return -(-count // block) * block

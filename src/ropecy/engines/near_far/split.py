@@ -1,0 +1,208 @@
+"""How a problem falls into an exact near field and decayed states for what lies beyond.
+
+Where ``exp(b_t) = sum_k exp(c_k - r_k |t|)`` for t <= -left and t >= right, each term of a side is a causal polynomial
+problem of its own, shifted so that a row sees the keys from that distance on, with weights that fall by exp(-r_k) a
+token; the right side is the left one of the reversed sequences. The pairs between are the exact engine's. The parts,
+each a softmax over its own keys, are merged by their lse. Nothing of this is in the papers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import numpy as np
+
+from ...approximation.bias_forms import Tail
+from ...certify.hidden_keys import Hidden
+from ...certify.rounding import bias_reach, exact_rounding, polynomial_rounding, score_size, seen_bias
+from ...certify.statistics import Statistics
+from ...problem.pieces import Layout
+from ...problem.problem import Outline, Problem
+from ..cost import Work
+from ..exact.cost import exact_work
+from ..polynomial import features
+from ..polynomial.cost import polynomial_work
+
+# exp of this is far from underflow in float32; a row's nearest key may fade no further.
+_FADED = 60.0
+# Seconds of an entry of O that is merged with that of another part.
+_MERGE = 4e-10
+
+Part = TypeVar("Part", bound=Outline)
+
+
+@dataclass(slots=True)
+class Far:
+    """One term of one side: keys at the distance `first` and beyond, with weights exp(log_weight - rate |t|).
+
+    Attributes
+    ----------
+    right : bool
+    term : int
+    first : int
+    log_weight : (H, G) float64 array
+    rate : (H,) float64 array or None
+        None is 0 everywhere.
+    """
+
+    right: bool
+    term: int
+    first: int
+    log_weight: np.ndarray
+    rate: np.ndarray | None
+
+
+@dataclass(slots=True)
+class Split:
+    """How a problem falls into parts.
+
+    Attributes
+    ----------
+    ungrouped : bool
+        Whether every query head has a slot of its own, those of a group having tails of their own.
+    near : (int, int) or None
+        The band between the sides.
+    far : list of Far
+    tail : Tail
+    peak : (H or 1, G or 1) float64 array or None
+        The largest bias that is seen. It is taken from both parts and given back to the lse: a bias of 1e9 that all
+        keys have would drown what the parts are merged by.
+    """
+
+    ungrouped: bool
+    near: tuple[int, int] | None
+    far: list[Far]
+    tail: Tail
+    peak: np.ndarray | None = None
+
+    def __str__(self) -> str:
+        exactly = "no near field" if self.near is None else f"an exact near field of {self.near[1] - self.near[0] + 1}"
+        decayed = sum(far.rate is not None for far in self.far)
+        states = f"{len(self.far)} state{'s' * (len(self.far) > 1)}, {decayed} of them decayed"
+        return f"{exactly}, {states}"
+
+    def whole(self, problem: Problem) -> Problem:
+        """The problem with these slots, its bias without the peak."""
+        whole = problem.ungrouped() if self.ungrouped else problem
+        return whole if whole.bias is None else replace(whole, bias=self.below_peak(whole.bias))
+
+    def outline(self, problem: Outline) -> Outline:
+        """The same without rows, nothing hidden."""
+        H, G = problem.sizes[:2]
+        sizes = problem.sizes._replace(H=H * G, G=1) if self.ungrouped else problem.sizes
+        return problem.outline(sizes=sizes, mask=replace(problem.mask, kept=None))
+
+    def near_layout(self, layout: Layout) -> Layout:
+        """Of a sequence in pieces, with that band."""
+        return replace(layout, lo=self.near[0], hi=self.near[1])
+
+    def near_part(self, whole: Part) -> Part:
+        """That of the pairs between the sides."""
+        return replace(whole, mask=replace(whole.mask, lo=self.near[0], hi=self.near[1]))
+
+    def below_peak(self, bias: np.ndarray) -> np.ndarray:
+        """A bias (H or 1, G or 1, m) without its peak."""
+        return bias - self.peak[..., None]
+
+
+def split(problem: Outline, tolerance: float, statistics: Statistics) -> tuple[Split | None, str | None]:
+    """The parts, sums of exponentials being right within `tolerance`, relatively; or None, and why there are none."""
+    H, G, mask = problem.sizes.H, problem.sizes.G, problem.mask
+    longest = max(mask.most, -mask.least, 1)
+    plain = Tail(0, 1, np.zeros((2, 1, 1)), np.zeros((2, 1, 1)))
+    tail = plain if problem.bias is None else problem.tail(longest, tolerance)
+    if tail is None:
+        return None, f"a bias whose far field no sum of exponentials fits within {tolerance:.2g}"
+    found = Split(tail.rate.shape[-1] > 1 and G > 1, None, [], tail)
+    outline = found.outline(problem)
+    repeats = G if found.ungrouped else 1
+    H, G = outline.sizes[:2]
+    left, right = tail.left, tail.right
+    if problem.near is not None:
+        left, right = max(left, problem.near[0]), max(right, problem.near[0])
+    rates = np.broadcast_to(tail.rate, (2, tail.rate.shape[1], H * G)).reshape(2, -1, H, G)[..., 0]
+    weights = np.broadcast_to(tail.log_weight, rates.shape[:2] + (H * G,)).reshape(2, -1, H, G)
+    if problem.bias is not None:
+        found.peak = seen_bias(problem).max(axis=-1)
+        if found.ungrouped:
+            found.peak = found.peak.reshape(-1, 1)
+        weights = weights - found.peak
+    for side, first in enumerate((left, right)):
+        if side == 1 and mask.causal:
+            continue
+        part = _far_outline(outline, first, side == 1)
+        if part.empty:
+            continue
+        for term in range(rates.shape[1]):
+            rate = rates[side, term]
+            if not np.isfinite(weights[side, term]).any():
+                continue
+            if rate.any():
+                gap = _longest_gap(part, statistics.hidden, side == 1)
+                if np.any(rate * np.repeat(gap, repeats) > _FADED):
+                    return None, "keys that are hidden for so long that a decayed state fades away"
+            found.far.append(Far(side == 1, term, first, weights[side, term], rate.copy() if rate.any() else None))
+    if not found.far:
+        return None, "a near field without a far one"
+    found.near = (1 - left, 0 if mask.causal else right - 1)
+    if found.near[0] > found.near[1] or found.near_part(outline).empty:
+        found.near = None
+    return found, None
+
+
+def _far_outline(outline: Outline, first: int, right: bool) -> Outline:
+    """Row i sees the keys j <= i + q_offset - first; of the reversed sequences where `right`."""
+    mask = outline.mask.reversed() if right else outline.mask
+    return replace(outline, mask=replace(mask, lo=None, hi=0, offset=mask.offset - first), bias=None, near=None)
+
+
+def _longest_gap(part: Outline, hidden: Hidden, right: bool) -> np.ndarray:
+    """No less than the tokens between a row of a causal problem and the last key it sees, by slots of `hidden`."""
+    n, n_k = part.sizes.n, part.sizes.n_k
+    start, end = (hidden.end, hidden.start) if right else (hidden.start, hidden.end)
+    gap = np.maximum(hidden.between, np.maximum(0, end + n - 1 + part.mask.offset - (n_k - 1)))
+    return np.where(start < n_k, gap, 0)
+
+
+def rounding(split: Split, problem: Outline, statistics: Statistics) -> float:
+    """Of the far parts, of the near one, and of merging them: by differences of lse, float64 numbers that are as large
+    as a row's best key is below the peak, each rounded to a side of its own.
+    """
+    unit, scores, values = problem.unit, statistics.scores, statistics.values
+    total = polynomial_rounding(problem, scores.bound, values, scores.lost)
+    total += 2 * unit * len(split.far) * (1 + values.offset)
+    merges = len(split.far) + (split.near is not None) - 1
+    if problem.bias is not None and merges:
+        reach = bias_reach(problem, score_size(problem, scores))
+        total += min(1.0, 2 * 2.0**-53 * math.sqrt(merges) * reach)
+    if split.near is None:
+        return total
+    return total + exact_rounding(split.near_part(problem), scores, values)
+
+
+def work(split: Split, problem: Outline, degree: int, grad: bool) -> Work:
+    """Of forward, and of backward where grad."""
+    outline = split.outline(problem)
+    H, G, n, _, _, d_v = outline.sizes
+    total = Work(H * G * n * (d_v + 4) * _MERGE * len(split.far))
+    for far in split.far:
+        total += polynomial_work(_far_outline(outline, far.first, far.right), degree, grad)
+    return total if split.near is None else total + exact_work(split.near_part(outline), grad)
+
+
+def memory(split: Split, problem: Outline, degree: int, grad: bool) -> float:
+    """Bytes beyond inputs and outputs."""
+    outline = split.outline(problem)
+    H, G, n, n_k, d, d_v = outline.sizes
+    item = outline.dtype.itemsize
+    rows, keys = H * G * n, H * n_k
+    size = rows * (16 + d_v * item)
+    if split.near is not None:
+        size += (keys * d + rows * (2 * item + (2 * (d + d_v) if grad else 0))) * item
+    if any(far.right for far in split.far):
+        size += (rows * (d + d_v) + keys * (d + d_v)) * item
+    each = rows * (8 + item) + (keys * (d + d_v) + rows * d) * item * grad
+    state = features.memory(replace(outline, mask=replace(outline.mask, hi=0)), degree, grad)
+    return size + state + len(split.far) * each

@@ -1,0 +1,104 @@
+"""The polynomial engine by a sample: degrees are tried in turn, and rows drawn at random say which one does."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Callable
+
+from ...approximation import minimax as poly
+from ...approximation.moment_fit import MomentPolynomial, fit_moments
+from ...certificate import Certificate
+from ...certify.moments import TILE
+from ...certify.rounding import polynomial_rounding
+from ...machine.memory import fits
+from ..base import Candidate, Context, Engine, Executable, Refusal, Search
+from ..cost import Work
+from ..exact.cost import exact_work
+from . import features
+from .by_moments import MOST
+from .cost import polynomial_work, sample_work
+from .executables import BySample
+from .features import Expansion
+from .worst_case import SUPPORTS
+
+# Rows that judge a degree by their error: tiles of the exact engine, as many for each of two or of four threads.
+_SAMPLED_ROWS = 192
+
+
+class Sampled(Engine):
+    """Degrees to be tried whose work, all together, is below that of what is proved.
+
+    `search` is of what proves every weight, for moments take longer to look at than sampled rows to compute.
+
+    Parameters
+    ----------
+    prove : callable, optional
+        Plans what runs where no degree does, where `search` is not to serve for that.
+    """
+
+    name = "polynomial"
+    SUPPORTS = SUPPORTS
+
+    def __init__(self, prove: Callable[[], Executable] | None = None) -> None:
+        self._prove = prove
+
+    def offer(self, context: Context, search: Search) -> Candidate | Refusal:
+        outline, request, statistics = context.outline, context.request, context.statistics
+        scores, rounding, limit = statistics.scores, math.inf, math.inf
+        if scores.bound <= poly.MAX_BOUND:
+            rounding = polynomial_rounding(outline, scores.bound, statistics.values, scores.lost)
+        if rounding >= request.eps:
+            return Refusal(self.name)
+        rows = min(_SAMPLED_ROWS, math.prod(outline.sizes[:3]))
+        sampling = self._work(context, rows)
+        proved = search.best
+        if proved is not None:
+            limit = proved.nominal
+        if sampling.nominal > limit:
+            return Refusal(self.name)
+        trials = self._trials(context, sampling, limit)
+        if not trials:
+            return Refusal(self.name)
+        degree, d = trials[0].degree, outline.sizes.d
+        certificate = Certificate(
+            "polynomial",
+            degree,
+            poly.n_features(d, degree),
+            scores.bound,
+            "sampled",
+            request.eps - rounding,
+            rounding,
+            seed=secrets.randbits(63) if request.seed is None else request.seed,
+            n_sampled=rows,
+        )
+        fallback = proved.executable if self._prove is None and proved is not None else None
+        expansion = Expansion(scores, statistics.values, trials[0])
+        executable = BySample(
+            certificate, None, expansion, scores.plain, trials, statistics.sample, request.eps, fallback, self._prove
+        )
+        reason = "the smallest degree whose error in sampled rows, doubled, is within eps"
+        work = polynomial_work(outline, degree, False) + sampling
+        return Candidate(executable, work, features.memory(context.piece, degree, False), reason)
+
+    @staticmethod
+    def _work(context: Context, rows: int) -> Work:
+        """Of drawing so many rows and computing them exactly: where j - i matters, each costs a tile."""
+        outline = context.outline
+        share = min(1.0, rows * (TILE if outline.mask.causal else 1) / math.prod(outline.sizes[:3]))
+        return exact_work(outline, False).times(share) + sample_work(outline, False)
+
+    @staticmethod
+    def _trials(context: Context, sampling: Work, limit: float) -> list[MomentPolynomial]:
+        """Polynomials by degree, as long as trying all of them costs less than the limit."""
+        outline, degree, sample = context.outline, context.request.degree, context.statistics.sample
+        B, trials, total = poly.B_grid(context.statistics.scores.bound), [], 0.0
+        for g in [degree] if degree else range(1, MOST + 1):
+            line = MomentPolynomial(B, 1, (1.0, 1.0), 0, (0.0, 0.0), 0.0)
+            p = line if g == 1 else fit_moments(B, g, sample.kappa() / B**2 * (g == 2))
+            total += (polynomial_work(outline, g, False) + sampling).nominal
+            if total >= limit or not fits(features.memory(context.piece, g, False)):
+                break
+            if p is not None:
+                trials.append(p)
+        return trials

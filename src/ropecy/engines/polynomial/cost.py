@@ -1,0 +1,166 @@
+"""Work of the polynomial engine, of what certifies its rows, and the length from which it pays."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+from ...approximation.minimax import n_features
+from ...certify.fourth_moments import STEPS, prefixes
+from ...certify.moments import chunk
+from ...certify.sample import SAMPLED_KEYS, SAMPLED_ROWS
+from ...problem.mask import Mask
+from ...problem.problem import Outline, Sizes
+from ..cost import Work, speeds
+from ..exact.cost import exact_work
+from . import features
+
+# Seconds, the same on all instruction sets: what a call has more than an exact one; an entry of a row of q, k, v, dO
+# that is rotated, measured, copied; an entry of a state at the end of a segment, or read and written by an update; a
+# byte of memory that is new to the process, past the bytes that are kept from call to call.
+_PASS = 3e-5
+_ENTRY = 4.7e-9
+_STATE, _STREAM, _BYTE = 0.7e-9, 0.1e-9, 0.08e-9
+_REUSED = 2**25
+# No longer sequences are looked at.
+_LONGEST = 2**40
+# The norm of a row, which is sorted, with a part that grows with d.
+_NORM = 1.6e-8, 1.2e-9
+# Of moments: a sampled row or key, with a part that grows with d^2; a certified row; a step of Lanczos beside products.
+_SAMPLE, _CERTIFIED, _LANCZOS = (1.5e-8, 5.5e-11), 1.5e-8, (1e-4, 4e-8)
+
+
+def polynomial_work(problem: Outline, degree: int, grad: bool, grad_degree: int | None = None) -> Work:
+    """Of the polynomial engine, and of its gradient where grad, without what certifies rows by moments.
+
+    `grad_degree` is that of backward's features, one more than `degree` unless weights have their own.
+
+    Notes
+    -----
+    By phases, as `engines.polynomial` has them: a state for each segment, the packed sum (or a scan of the segment's
+    chunks, pairs inside which are exact), and backward the same for queries, with derivatives of the features.
+    """
+    causal = problem.mask.causal
+    offset = problem.mask.offset if causal else 0
+    grad_degree = (grad_degree or degree + 1) if grad else 0
+    return _polynomial_work(problem.sizes, problem.dtype, offset if causal else None, degree, grad_degree)
+
+
+@lru_cache(maxsize=1024)
+def _polynomial_work(sizes: Sizes, dtype: np.dtype, offset: int | None, degree: int, grad_degree: int) -> Work:
+    """`polynomial_work` by what it depends on; `offset` is that of a causal mask, None where there is none."""
+    (H, G, n, n_k, d, d_v), causal = sizes, offset is not None
+    problem = Outline(sizes=sizes, dtype=dtype, mask=Mask(n, n_k, hi=0 if causal else None))
+    columns, item, s, offset = d_v + 1, dtype.itemsize, speeds(dtype), offset or 0
+    grad, most = grad_degree > 0, max(degree, grad_degree)
+    low, top, held = (n_features(d, g) for g in (degree, grad_degree, most))
+    size = chunk(problem)
+    chunks = max(1, -(-max(n_k, n + offset) // size))
+    segments = -(-chunks // -(-chunks // features.segments(problem, most)))
+    keys, queries = H * n_k, H * G * n
+    # Of an update (kernels/c/monomials.template.c).
+    tokens = max(16, min(96, 2**18 // item // n_features(d, most - 1) // 16 * 16))
+
+    # Of a token, seconds.
+    update = held * columns * (s.product + _STREAM * 1e9 / tokens) * 1e-9
+    evaluate = low * (columns * s.product + s.feature) * 1e-9
+    differentiate = top * (columns * s.product + s.feature) * 1e-9
+    pack_low, pack_top = low * columns * s.pack * 1e-9, top * columns * s.pack * 1e-9
+    rows = (keys + queries) * (d + columns) / 2 * _ENTRY
+    fresh = memory if (memory := features.memory(problem, degree, grad, grad_degree)) > _REUSED else 0.0
+    ends = H * segments * held * columns * _STATE
+    alone = _PASS + ends + 2 * fresh * _BYTE
+    pieces, rows_of = H * segments, H * G * -(-n // size)
+    if not causal:
+        parts = (keys * update + rows / 2, pieces), (queries * evaluate + rows / 2, rows_of)
+        work = Work(alone + H * pack_low, parts)
+        if not grad:
+            return work
+        return work + Work(
+            ends + 2 * fresh * _BYTE + H * (2 * pack_top + pack_low),
+            (
+                (queries * update + rows, pieces),
+                (queries * differentiate + rows, rows_of),
+                (keys * (differentiate + evaluate) + rows, H * chunks),
+            ),
+        )
+    first = (segments - 1) / segments  # what a pass before the scan sums up
+    inside = 1 - segments / chunks
+    far = 1 - 1 / chunks
+    near = queries * min(size + 48, n + 48) / 2 * 1e-9
+    scan = keys * inside * update + queries * far * evaluate + H * (chunks - 1) * pack_low
+    pair = s.near + 0.7 * s.product * (d + columns)
+    work = Work(alone, ((keys * first * update, max(1, pieces - H)), (scan + near * pair + rows, pieces)))
+    if not grad:
+        return work
+    pair = 2 * s.near + 0.7 * s.product * (6 * d + 5 * columns)
+    of_queries = queries * far * differentiate + keys * inside * update + H * (chunks - 1) * pack_top
+    of_keys = keys * (differentiate + evaluate) + queries * inside * update + H * chunks * (pack_low + pack_top)
+    return work + Work(
+        2 * ends + 2 * fresh * _BYTE,
+        (
+            (queries * first * update, max(1, pieces - H)),
+            (of_queries + near * pair / 2 + 1.5 * rows, pieces),
+            (of_keys + near * pair / 2 + 1.5 * rows, pieces),
+        ),
+    )
+
+
+def pays_from(
+    problem: Outline, degree: int, grad_degree: int | None, *, moments: bool = False, fourth: bool = False
+) -> int | None:
+    """About the least n, to two digits, from which a polynomial beats exact attention on n queries and n keys.
+
+    `grad_degree`, of backward's features, is None where there is no backward pass. With what certifies a polynomial by
+    moments, and by the fourth of them.
+    """
+    grad = grad_degree is not None
+
+    def pays(n: int) -> bool:
+        made = problem.resized(n, n)
+        work = polynomial_work(made, degree, grad, grad_degree)
+        work += moments_work(made) if moments else Work()
+        work += fourth_work(made) if fourth else Work()
+        return work.nominal < exact_work(made, grad).nominal
+
+    n = 16
+    while not pays(n):
+        n *= 2
+        if n > _LONGEST:
+            return None
+    step = 10 ** max(0, len(str(n)) - 2)
+    first, last = n // 2 // step, -(-n // step)
+    while last - first > 1:
+        middle = (first + last) // 2
+        first, last = (first, middle) if pays(middle * step) else (middle, last)
+    return last * step
+
+
+def sample_work(problem: Outline, grad: bool) -> Work:
+    """Of a `certify.sample.Sample`, and of what is asked of it."""
+    H, G, n, n_k, d, _ = problem.sizes
+    rows, keys = min(H * G * n, SAMPLED_ROWS), min(H * n_k, H * SAMPLED_KEYS)
+    return Work((1e-3 if grad else 6e-4) + (rows + keys) * (_SAMPLE[0] + _SAMPLE[1] * d * d))
+
+
+def norms_work(problem: Outline) -> Work:
+    """Of `outliers.Norms`, and of a look at what they offer."""
+    H, G, n, n_k, d, _ = problem.sizes
+    return Work(5e-4 + H * (G * n + n_k) * (_NORM[0] + _NORM[1] * d))
+
+
+def moments_work(problem: Outline) -> Work:
+    """Of what certifies rows by moments."""
+    H, G, n = problem.sizes[:3]
+    return Work(_PASS + H * G * n * _CERTIFIED)
+
+
+def fourth_work(problem: Outline) -> Work:
+    """Of `certify.fourth_moments`."""
+    H, d = problem.sizes.H, problem.sizes.d
+    stops, product = prefixes(problem), speeds(problem.dtype).product * 1e-9
+    keys = H * STEPS * float(stops.sum())
+    # Vectors are made orthogonal by one thread.
+    alone = H * len(stops) * STEPS * (_LANCZOS[0] + _LANCZOS[1] * d * d)
+    return Work(alone, ((keys * product * (1.5 * d * d + 12 * d), H * len(stops) * 64),))

@@ -1,0 +1,282 @@
+"""Ways to run the polynomial engine: certified before the work, or row by row after it, by moments or by a sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ...approximation.minimax import n_features
+from ...approximation.moment_fit import MomentPolynomial
+from ...certificate import BoundedEntryError, Certificate
+from ...certify import moments
+from ...certify.moments import MomentRule
+from ...certify.rounding import exact_rounding
+from ...certify.sample import Sample, draw
+from ...certify.statistics import Statistics
+from ...certify.values import Values
+from ...problem.input_gradients import InputGradients
+from ...problem.pieces import WHOLE, Pieces, RowsAtKeys
+from ...problem.problem import Outline, Problem
+from ...problem.traffic import Sender, Traffic, maxima, sums, totals
+from ..base import Executable, Result
+from ..exact.row_errors import row_errors
+from ..exact.rows import exact_rows
+from ..merge import share
+from . import features
+from .features import Expansion
+
+
+@dataclass(slots=True)
+class Saved:
+    """What backward needs of forward.
+
+    Attributes
+    ----------
+    features : features.Saved
+    at_keys : RowsAtKeys
+    o, lse : arrays
+        As they were computed, at their keys.
+    exact : (H, G, n) bool array or None
+        Which rows were computed exactly, likewise.
+    """
+
+    features: features.Saved
+    at_keys: RowsAtKeys
+    o: np.ndarray
+    lse: np.ndarray | None
+    exact: np.ndarray | None = None
+
+
+@dataclass(slots=True)
+class Polynomial(Executable):
+    """One polynomial for all scores, certified before the work.
+
+    Attributes
+    ----------
+    expansion : Expansion
+    plain : float
+        A bound of the scores as the exact engine takes it.
+    """
+
+    certificate: Certificate
+    gradient_certificate: Certificate | None
+    expansion: Expansion
+    plain: float
+
+    engine = "polynomial"
+
+    @property
+    def values(self) -> Values:
+        return self.expansion.values
+
+    def forward(self, problem: Problem, want_lse: bool, pieces: Pieces = WHOLE) -> Result:
+        at = RowsAtKeys(problem, pieces)
+        o, lse, saved = features.forward(at.problem, self.expansion, want_lse, pieces.comm)
+        result = self._result(Saved(saved, at, o, lse), want_lse)
+        if problem.mask.causal and not pieces.distributed:
+            rows = np.broadcast_to(moments.worst_case(problem, self.expansion.p), o.shape[:3])
+            result.found = replace(self.certificate, truncation=float(rows.max()), rows_truncation=rows)
+        return result
+
+    def _result(self, saved: Saved, want_lse: bool, *found: Certificate | None) -> Result:
+        """With rows, and certificates of rows, where they came from."""
+        home = saved.at_keys.home
+
+        def at_home(certificate: Certificate | None) -> Certificate | None:
+            if certificate is None or certificate.rows_truncation is None:
+                return certificate
+            return replace(certificate, rows_truncation=home(certificate.rows_truncation))
+
+        certificates = [at_home(certificate) for certificate in found]
+        return Result(home(saved.o), home(saved.lse) if want_lse else None, self, saved, *certificates)
+
+    def resume(self, problem: Problem, result: Result, o: np.ndarray, lse: np.ndarray) -> Result:
+        own = result.saved.features
+        inverse = (own.inverse * share(result.saved.lse, lse)).astype(problem.dtype)
+        saved = replace(result.saved, features=replace(own, o=o, inverse=inverse), o=o, lse=lse)
+        return replace(result, o=o, lse=lse, saved=saved)
+
+    def backward(self, problem: Problem, result: Result, do: np.ndarray, pieces: Pieces = WHOLE) -> InputGradients:
+        saved = result.saved
+        at, do = saved.at_keys, saved.at_keys.there(do)
+        found = features.backward(at.problem, saved.features, do, pieces.comm)
+        if saved.exact is not None:
+            rows = exact_rows(at.problem, self.plain, saved.exact, pieces.comm)
+            rows.backward(saved.o, saved.lse, do, found)
+        found.dq = at.home(found.dq)
+        return found
+
+    def traffic(self, sender: Sender) -> Traffic:
+        degree = self._degree_of_state()
+        return state_traffic(sender, degree, 0)
+
+    def _degree_of_state(self) -> int:
+        backward = self.gradient_certificate.degree if self.grad else 0
+        return max(self.certificate.degree, backward)
+
+
+def state_traffic(sender: Sender, degree: int, judgements: int) -> Traffic:
+    """One state each way, and rows that go to their keys, with so many numbers that certify each."""
+    outline, grad, found = sender.outline, sender.grad, Traffic()
+    summed = sums if outline.mask.causal else totals
+    for _ in range(1 + grad):
+        found += summed(features.state_size(outline, degree), sender.size)
+    if sender.rows_at_keys:
+        there = sender.rows_at_keys
+        d, d_v = (width * outline.dtype.itemsize for width in (outline.sizes.d, outline.sizes.d_v))
+        for width, cuts in ((d, there), (d_v, there[::-1]), (d_v, there), (d, there[::-1]))[: 2 + 2 * grad]:
+            found += sender.moved(cuts, width)
+        for _ in range(judgements):
+            found += sender.moved(there[::-1], 8)
+    return found
+
+
+def _range_traffic(outline: Outline, ranks: int) -> Traffic:
+    """Of the least and the largest values on lower ranks."""
+    ends = maxima(outline.sizes.H * outline.sizes.d_v * outline.dtype.itemsize, ranks)
+    return ends + ends
+
+
+@dataclass(slots=True)
+class ByMoments(Polynomial):
+    """A polynomial for each row, certified by moments of the scores once it is computed; rows that fail are exact.
+
+    Attributes
+    ----------
+    rule : MomentRule
+    eps : float
+    n_exact_rows : int
+        How many rows, all heads together, may be computed exactly where their certificate is too large.
+    fallback : Executable or None
+        What runs where more fail; None where the polynomial engine is insisted on and nothing else certifies.
+    """
+
+    rule: MomentRule
+    eps: float
+    n_exact_rows: int
+    fallback: Executable | None = None
+
+    def forward(self, problem: Problem, want_lse: bool, pieces: Pieces = WHOLE) -> Result:
+        at, comm, rule = RowsAtKeys(problem, pieces), pieces.comm, self.rule
+        piece, certificate = at.problem, self.certificate
+        fits = rule.fits(piece)
+        judged = features.Judged(
+            moments.reach(piece, self.values, comm), fits.ratio(rule.polynomial, piece.dtype)
+        )
+        o, lse, measured = features.forward(piece, self.expansion, want_lse or self.grad, comm, judged=judged)
+        rows = rule.truncation(piece, fits, measured)
+        rows[fits.sizes > self.expansion.scores.bound] = np.inf
+        allowed = self.eps - certificate.rounding
+        failed = ~(rows <= allowed)
+        of_gradient = None
+        if self.grad:
+            of_gradient = rule.gradient(piece, fits, measured)
+            failed |= ~(of_gradient <= 2 * allowed)
+        n_failed, n_rows = (sum(counts) for counts in zip(*comm.gather((int(failed.sum()), rows.size)), strict=True))
+        if n_failed > self.n_exact_rows:
+            if self.fallback is not None:
+                return self.fallback.forward(problem, want_lse, pieces)
+            raise self._too_many(n_failed, n_rows)
+        rounding = certificate.rounding
+        if n_failed:
+            exact_rows(piece, self.plain, failed, comm).forward(o, lse)
+            rows[failed] = 0.0
+            rounding = max(rounding, exact_rounding(piece, self.expansion.scores, self.values, comm))
+        found = replace(certificate, rounding=rounding, n_exact_rows=n_failed)
+        found = replace(found, truncation=max(comm.gather(float(rows.max(initial=0)))), rows_truncation=rows)
+        saved = Saved(measured, at, o, lse)
+        if not self.grad:
+            return self._result(saved, want_lse, found)
+        of_gradient[failed] = 0.0
+        # To the polynomial's backward pass these rows are not there.
+        measured.inverse[failed] = 0.0
+        saved.exact = failed if n_failed else None
+        gradient = replace(
+            self.gradient_certificate,
+            truncation=max(comm.gather(float(of_gradient.max(initial=0)))),
+            rounding=4 * rounding,
+            rows_truncation=of_gradient,
+            n_exact_rows=n_failed,
+        )
+        return self._result(saved, want_lse, found, gradient)
+
+    def measured_by(self, statistics: Statistics | None) -> ByMoments:
+        return replace(self, fallback=self.fallback and self.fallback.measured_by(statistics))
+
+    def _too_many(self, n_failed: int, n_rows: int) -> BoundedEntryError:
+        return BoundedEntryError(
+            f"degree {self.rule.polynomial.degree} does not certify eps = {self.eps:g} by moments for {n_failed:,} "
+            f"of {n_rows:,} rows, past the {self.n_exact_rows:,} planned to be exact, and by the bound "
+            f"B = {self.expansion.scores.bound:.4g} of the scores no degree does; method='exact' has no bound"
+        )
+
+    def traffic(self, sender: Sender) -> Traffic:
+        found = state_traffic(sender, self._degree_of_state(), 1 + sender.grad)
+        return found + _range_traffic(sender.outline, sender.size) if sender.outline.mask.causal else found
+
+
+@dataclass(slots=True)
+class BySample(Polynomial):
+    """The first of some degrees whose error in sampled rows, doubled, is within eps.
+
+    Attributes
+    ----------
+    trials : list of MomentPolynomial
+        By degree; `expansion` and `certificate` are those of the first.
+    sample : Sample or None
+        None while it is sent between processes, each of which has it.
+    eps : float
+    fallback : Executable or None
+        What runs where no degree does.
+    prove : callable or None
+        Plans what runs then, where that has not been planned.
+    """
+
+    trials: list[MomentPolynomial]
+    sample: Sample | None
+    eps: float
+    fallback: Executable | None = None
+    prove: Callable[[], Executable] | None = None
+
+    def forward(self, problem: Problem, want_lse: bool, pieces: Pieces = WHOLE) -> Result:
+        at, comm, certificate = RowsAtKeys(problem, pieces), pieces.comm, self.certificate
+        piece, scores = at.problem, self.expansion.scores
+        rng = np.random.default_rng(certificate.seed)
+        for p in self.trials:
+            o, lse, saved = features.forward(piece, replace(self.expansion, p=p), want_lse, comm)
+            risk = self.sample.risk(piece, scores, saved.inverse, comm)
+            chosen = draw(risk, certificate.n_sampled, rng, comm)
+            errors = row_errors(piece, o, chosen, piece.unit, bound=self.plain, comm=comm)
+            truncation = 2 * max(comm.gather(float(errors.max(initial=0))))
+            if truncation <= self.eps - certificate.rounding:
+                features_of_p = n_features(piece.sizes.d, p.degree)
+                found = replace(certificate, degree=p.degree, n_features=features_of_p, truncation=truncation)
+                return self._result(Saved(saved, at, o, lse), want_lse, found)
+        refusal = None
+        if self.fallback is not None:
+            return self.fallback.forward(problem, want_lse, pieces)
+        try:
+            if self.prove is not None:
+                return self.prove().forward(problem, want_lse, pieces)
+        except BoundedEntryError as error:
+            refusal = error
+        raise BoundedEntryError(
+            f"twice the error of {certificate.n_sampled} sampled rows is {truncation:.2g} at degree {p.degree}, past "
+            f"eps = {self.eps:g}, and no proof certifies it for scores within B = {scores.bound:.4g}; method='exact' "
+            "has no bound"
+        ) from refusal
+
+    def measured_by(self, statistics: Statistics | None) -> BySample:
+        fallback = self.fallback and self.fallback.measured_by(statistics)
+        return replace(self, sample=statistics and statistics.sample, fallback=fallback)
+
+    def traffic(self, sender: Sender) -> Traffic:
+        """That of the first degree; the sampled rows are computed exactly over all keys."""
+        outline, rows = sender.outline, self.certificate.n_sampled
+        found = state_traffic(sender, self._degree_of_state(), 0)
+        found += _range_traffic(outline, sender.size) + maxima(8 * rows, sender.size)
+        for width in (outline.sizes.d + 1, outline.sizes.d_v + 1):
+            found += totals(rows * width, sender.size)
+        return found

@@ -1,0 +1,289 @@
+"""Polynomial attention: ``exp(s) ~ p(s) = phi(q) diag(w) phi(k)^T``, so that n n_k pairs become n F features, twice.
+
+The algorithm of arXiv:2412.17316 and arXiv:2505.11892 for positions that factor, ``R_{j-i} = R_i^T R_j``: rotated rows
+meet in an inner product, and no FFT is needed. The gradient is not the papers': differentiating the features, instead
+of forming n x (d d_v) matrices, saves a factor d.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from ...approximation.minimax import Polynomial, antiderivative, n_features
+from ...approximation.moment_fit import MomentPolynomial
+from ...certify.scores import Scores
+from ...certify.values import Values
+from ...kernels import _monomials
+from ...problem.communicator import SERIAL, Communicator
+from ...problem.input_gradients import InputGradients
+from ...problem.mask import Mask
+from ...problem.problem import Outline, Problem, Sizes
+from ..kept import kept_below
+
+# What keeps many threads busy; more segments cost a causal problem up to half a pass more over the keys.
+_SEGMENTS = 16
+_STATE_BYTES = 256 * 2**20
+
+
+@dataclass(slots=True)
+class Monomials:
+    """Which monomials there are, where they stand in a state, and their weights (c/monomials.h)."""
+
+    degree: int
+    grad_degree: int
+    state_degree: int
+    offset: np.ndarray
+    count: np.ndarray
+    pitch: int
+    weights: np.ndarray
+    grad_weights: np.ndarray | None
+
+
+@dataclass(slots=True)
+class Saved:
+    """What backward needs of forward, and what certifies its rows where that was measured (c/monomials.h)."""
+
+    scan: _monomials.Scan
+    states: np.ndarray  # sums of keys, as forward used them
+    o: np.ndarray
+    inverse: np.ndarray
+    moment: np.ndarray | None
+    spread: np.ndarray | None
+    fall: np.ndarray | None = None  # what the length of each rank's keys does to a decayed state
+
+
+@dataclass(slots=True)
+class Expansion:
+    """How scores are brought into the interval of a polynomial, and which polynomial stands for exp there.
+
+    Attributes
+    ----------
+    scores : Scores
+        Centre and sizes of q and k, so that all scores are within ``[-p.B, p.B]``.
+    values : Values
+        Whose middle is taken from v and given back to O: an offset far past the range must not drown it in rounding.
+    p : Polynomial or MomentPolynomial
+    of_gradient : Polynomial or MomentPolynomial, optional
+        What backward has for weights; None where there is no backward pass.
+    """
+
+    scores: Scores
+    values: Values
+    p: Polynomial | MomentPolynomial
+    of_gradient: Polynomial | MomentPolynomial | None = None
+
+
+@dataclass(slots=True)
+class Judged:
+    """What forward measures so that rows can be certified by moments.
+
+    Attributes
+    ----------
+    reach : array
+        As `moments.reach` makes it.
+    ratio : (2, H, G, n) array or None
+        As `moments.RowFits` makes it: a polynomial for every row.
+    """
+
+    reach: np.ndarray
+    ratio: np.ndarray | None
+
+
+def forward(
+    problem: Problem,
+    expansion: Expansion,
+    want_lse: bool,
+    comm: Communicator = SERIAL,
+    *,
+    judged: Judged | None = None,
+    decay: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray | None, Saved]:
+    """O (H, G, n, d_v), lse float64 or None, and what backward needs.
+
+    Parameters
+    ----------
+    problem : Problem
+    expansion : Expansion
+    want_lse : bool
+    comm : Communicator
+        Who hold other pieces of the sequence, where this is a piece of it; one state goes between them.
+    judged : Judged, optional
+        With it, moment and spread of every row are measured too; the polynomial is a MomentPolynomial.
+    decay : (H,) float64 array, optional
+        Causal: weights are multiplied by exp(-decay (i + offset - j)).
+
+    Notes
+    -----
+    Time ``4 n F (d_v + 1)`` operations for each query head, F = C(d + g, g), grouped queries sharing the key side;
+    causal, pairs in chunks of a few hundred tokens are exact and a first pass sums up the keys of each segment.
+    Memory: some states of ``F (d_v + 1)`` float64.
+    """
+    mask, scores = problem.mask, expansion.scores
+    monomials = _monomials_for(problem, expansion.p, expansion.of_gradient)
+    scan = _monomials.Scan(
+        problem.q,
+        problem.k,
+        problem.v,
+        mask.kept,
+        mask.causal,
+        mask.offset,
+        monomials,
+        scores.centre,
+        expansion.values.middle,
+        scores.q_factor,
+        scores.k_factor,
+        segments(problem, monomials.state_degree),
+        problem.threads,
+        decay,
+    )
+    asked = want_lse, 0, None, None
+    if judged is not None:
+        asked = want_lse, expansion.p.order, judged.reach, judged.ratio
+    fall = None
+    if not comm.distributed:
+        o, inverse, lse, moment, spread, states = scan.forward(*asked)
+    else:
+        if decay is not None:
+            fall = np.array(comm.gather(np.exp(-decay * problem.sizes.n_k)))
+        states, own = comm.together(scan.key_states)
+        start = comm.before(own, fall) if mask.causal else comm.total(own)
+        o, inverse, lse, moment, spread, states = comm.together(scan.forward, *asked, states, start)
+    return o, lse, Saved(scan, states, o, inverse, moment, spread, fall)
+
+
+def backward(
+    problem: Problem,
+    saved: Saved,
+    do: np.ndarray,
+    comm: Communicator = SERIAL,
+    key_sums: np.ndarray | None = None,
+) -> InputGradients:
+    """The gradients of ``<do, O>``. `key_sums` (H, n_k), zeros, is given sum_i dS_ij.
+
+    Notes
+    -----
+    With S = phi(k)^T [v 1], dN = [do, -<do, o>] / den: dphi(q) = dN (w S)^T, dS = phi(q)^T dN,
+    dphi(k) = [v 1] (w dS)^T, dv = phi(k) dS, then the features' own derivatives. The features of dq and dk are those of
+    an antiderivative of p, one degree more, so that the pairs have the weights p(s_ij) / den_i there too: a softmax
+    gradient of positive weights; or of weights r of its own, for which dS = r / den (do v^T - <do, o>) need not add up
+    to 0 over a row. Four products of forward's size at that degree, five where causal.
+    """
+    scan, results = saved.scan, (saved.o, saved.inverse, do)
+    if not comm.distributed:
+        dq, dk, dv = scan.backward(saved.states, *results, key_sums)
+    else:
+        grad_states, own = comm.together(scan.query_states, *results)
+        start = comm.after(own, saved.fall) if problem.mask.causal else comm.total(own)
+        dq, dk, dv = comm.together(scan.backward, saved.states, *results, key_sums, grad_states, start)
+    if problem.mask.kept is not None:
+        # phi(k) dS is there for every key; a hidden one has no weight.
+        dv[~problem.mask.kept] = 0
+    return InputGradients(dq, dk, dv)
+
+
+def decoding_monomials(d: int, p: Polynomial) -> Monomials:
+    """The monomials of a state that is decoded from, which is float64 whatever the data are."""
+    return _monomials_for(_no_rows(Sizes(1, 1, 0, 0, d, d)), p, None)
+
+
+def key_states(k: np.ndarray, v: np.ndarray, monomials: Monomials, middle: np.ndarray, threads: int) -> np.ndarray:
+    """sum_j phi(k_j) [v_j - middle, 1], (H, d_v + 1, pitch), of float64 rows k (H, n, d) and v (H, n, d_v).
+
+    Notes
+    -----
+    Time ``2 n F (d_v + 1)`` operations a head.
+    """
+    q = np.empty((k.shape[0], 1, 0, k.shape[2]))
+    parts = segments(_no_rows(Sizes(k.shape[0], 1, 0, *k.shape[1:], v.shape[2])), monomials.state_degree)
+    ones = np.ones(k.shape[0])
+    scan = _monomials.Scan(q, k, v, None, False, 0, monomials, None, middle, ones, ones, parts, threads)
+    _, total = scan.key_states()
+    return total
+
+
+def _no_rows(sizes: Sizes) -> Outline:
+    """A problem of keys alone, in float64."""
+    return Outline(sizes=sizes, dtype=np.dtype(np.float64), mask=Mask(sizes.n, sizes.n_k))
+
+
+def memory(problem: Outline, degree: int, grad: bool, grad_degree: int | None = None) -> float:
+    """Bytes beyond inputs and outputs."""
+    H, G, n, _, d, d_v = problem.sizes
+    most = max(degree, grad_degree or degree + 1) if grad else degree
+    state = n_features(d, most) * (d_v + 1)
+    item = problem.dtype.itemsize
+    states = state * 8 * H * segments(problem, most) * (2 if grad else 1)
+    workspaces = problem.threads * state * (8 + (4 if grad else 3) * item)
+    return states + workspaces + (2 if grad else 1) * H * state * item + H * G * n * (8 + item)
+
+
+def state_size(problem: Outline, state_degree: int) -> int:
+    """Numbers of a state of all heads: what goes between the ranks that hold a sequence in pieces."""
+    lanes, _ = _monomials.blocking(problem.dtype)
+    _, _, pitch, _ = _layout(problem.sizes.d, state_degree, lanes)
+    return problem.sizes.H * (problem.sizes.d_v + 1) * pitch
+
+
+def segments(problem: Outline, state_degree: int) -> int:
+    """Into how many parts the sequence is cut, each with a state: by shapes, never by the number of threads."""
+    H, _, n, n_k, d, d_v = problem.sizes
+    features = n_features(d, state_degree)
+    state = 8 * H * features * (d_v + 1)
+    # A state that is added up costs little; causal, one more segment goes through its keys once more.
+    least = max(1024, features) if problem.mask.causal else max(512, features // 4)
+    return max(1, min(-(-_SEGMENTS // H), max(n, n_k) // least, _STATE_BYTES // state))
+
+
+def _monomials_for(
+    problem: Outline, p: Polynomial | MomentPolynomial, r: Polynomial | MomentPolynomial | None
+) -> Monomials:
+    """Those of a forward pass with weights p and of a backward pass with weights r, if there is one."""
+    lanes, _ = _monomials.blocking(problem.dtype)
+    degree = max(1, p.degree)
+    grad_degree = 0 if r is None else max(1, r.degree) + 1
+    state_degree = max(degree, grad_degree)
+    offset, count, pitch, multinomials = _layout(problem.sizes.d, state_degree, lanes)
+    degrees = np.repeat(np.arange(state_degree + 1), np.diff(np.append(offset, pitch)))
+
+    def weigh(coefficients):
+        padded = np.zeros(state_degree + 1)
+        padded[: len(coefficients)] = coefficients
+        return (multinomials * padded[degrees]).astype(problem.dtype)
+
+    return Monomials(
+        degree=degree,
+        grad_degree=grad_degree,
+        state_degree=state_degree,
+        offset=offset,
+        count=count,
+        pitch=pitch,
+        weights=weigh(p.coefficients),
+        grad_weights=None if r is None else weigh(antiderivative(r)),
+    )
+
+
+@kept_below(lambda d, degree, lanes: n_features(d, degree), most=2**20)
+def _layout(d: int, degree: int, lanes: int):
+    """offset [s], count [s, m], pitch, and |a|! / a! of every monomial (0 in padding) (c/monomials.h)."""
+    count = np.array([[math.comb(m - 1 + s, s) if m else int(s == 0) for m in range(d + 1)] for s in range(degree + 1)])
+    offset = np.zeros(degree + 1, np.intp)
+    offset[1:] = np.cumsum(count[:-1, d])
+    offset[degree] = -(-offset[degree] // lanes) * lanes
+    # A whole number of vectors, and an odd one, so that columns don't fall on the same cache sets.
+    vectors = -(-(offset[degree] + count[degree, d]) // lanes)
+    pitch = int(vectors | 1) * lanes
+    multinomials = np.zeros(pitch)
+    multinomials[0] = 1
+    # The power of the last variable in each monomial: x_m^k has |a|! / a! = that of x_m^(k-1) times |a| / k.
+    power, last = np.zeros(pitch, int), np.full(pitch, -1)
+    for s in range(1, degree + 1):
+        for m in range(d):
+            source = slice(offset[s - 1], offset[s - 1] + count[s - 1, m + 1])
+            target = slice(offset[s] + count[s, m], offset[s] + count[s, m] + count[s - 1, m + 1])
+            power[target] = np.where(last[source] == m, power[source] + 1, 1)
+            last[target] = m
+            multinomials[target] = multinomials[source] * s / power[target]
+    return offset.astype(np.intp), np.ascontiguousarray(count, np.intp), pitch, multinomials

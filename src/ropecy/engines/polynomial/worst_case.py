@@ -1,0 +1,162 @@
+"""The polynomial engine by its worst case: one degree that is proved for all scores within a bound."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from ...approximation import minimax as poly
+from ...approximation.minimax import Polynomial
+from ...certificate import Certificate
+from ...certify.rounding import polynomial_rounding
+from ...certify.scores import Scores
+from ...certify.values import Values
+from ...problem.problem import Outline
+from ..base import CHEAPEST, Candidate, Context, Engine, Refusal, Search
+from . import features
+from .cost import polynomial_work, sample_work
+from .executables import Polynomial as PolynomialExecutable
+from .features import Expansion
+
+# Seconds of looking for a degree that may do.
+_LOOKING = 1e-4
+# What looking at a sample may cost, as a part of what is at hand, where scores of any direction would do.
+LOOK_IF_EXPECTED = 0.1
+# What the engine handles.
+SUPPORTS = frozenset({"causal", "key_mask"})
+
+
+class WorstCase(Engine):
+    """The smallest degree (or the one that was asked for) that is proved for all scores within their bound."""
+
+    name = "polynomial"
+    SUPPORTS = SUPPORTS
+
+    def offer(self, context: Context, search: Search) -> Candidate | Refusal:
+        lacking = self.lacks(context.outline)
+        if lacking:
+            return self.unable(lacking)
+        if not worth_measuring(context, search):
+            return Refusal(self.name, "the cheapest engine, whatever the degree", hopeless=True)
+        request, statistics = context.request, context.statistics
+        p, refusal = certified(context)
+        if p is None:
+            return Refusal(self.name, refusal)
+        degree = max(1, p.degree)
+        certificate = certificate_of(context.outline, statistics.scores, statistics.values, degree, poly.tau(p.error))
+        gradient = None
+        if request.grad:
+            gradient = of_gradient(context.outline, certificate, degree + 1, p.error)
+        expansion = Expansion(statistics.scores, statistics.values, p, p if request.grad else None)
+        executable = PolynomialExecutable(certificate, gradient, expansion, statistics.scores.plain)
+        work = polynomial_work(context.outline, degree, request.grad)
+        size = features.memory(context.piece, degree, request.grad)
+        return Candidate(executable, work, size, insisted(context))
+
+
+def insisted(context: Context) -> str:
+    """Why a polynomial is taken, in words."""
+    return "method='polynomial'" if context.request.method == "polynomial" else CHEAPEST
+
+
+def worth_measuring(context: Context, search: Search) -> bool:
+    """Whether to bound the scores: method="auto" does where some degree, whatever the bound, may beat exact work by
+    more than a look costs.
+    """
+    request, statistics, outline = context.request, context.statistics, context.outline
+    if context.distributed or request.method != "auto" or request.degree is not None:
+        return True
+    if not math.isfinite(statistics.plain.plain):
+        return True
+    exact, grad = search.exact.nominal, request.grad
+
+    def hopeful(degree: int | None) -> bool:
+        return degree is not None and polynomial_work(outline, max(1, degree), grad).nominal + _LOOKING < exact
+
+    if not hopeful(1):
+        return False
+    least = statistics.least_bound
+    if not least or sample_work(outline, grad).nominal <= LOOK_IF_EXPECTED * exact:
+        return True
+    return hopeful(poly.smallest_degree(least, poly.relative_error_for(request.eps)))
+
+
+def certificate_of(
+    outline: Outline, scores: Scores, values: Values, degree: int, truncation: float, rule: str = "worst case"
+) -> Certificate:
+    """That of O by a polynomial of this degree, by so many terms of a score."""
+    rounding = polynomial_rounding(outline, scores.bound, values, scores.lost)
+    n_features = poly.n_features(outline.terms, degree)
+    return Certificate("polynomial", degree, n_features, scores.bound, rule, truncation, rounding)
+
+
+def of_gradient(outline: Outline, certificate: Certificate, degree: int, truncation: float) -> Certificate:
+    """That of gradients beside it, whose features are of another degree."""
+    n_features = poly.n_features(outline.terms, degree)
+    rounding = 4 * certificate.rounding
+    return replace(certificate, degree=degree, n_features=n_features, truncation=truncation, rounding=rounding)
+
+
+def where(scores: Scores) -> str:
+    """What a refusal begins with."""
+    return f"scores are bounded by B = {scores.bound:.4g} only (|scale| max ||q|| max ||k||)"
+
+
+def cure(outline: Outline, scores: Scores) -> str:
+    """What a refusal ends with: what would make B smaller, if it is not so already."""
+    d, scale = outline.sizes.d, abs(outline.scale)
+    found = ["scale=1/d"] if scale > 1.01 / d else []
+    # Of rows of root mean square 1 the bound is |scale| d.
+    if scores.plain > 1.01 * scale * d:
+        found.append("q and k normalised")
+    smaller = f"{', or '.join(found)}, would make B smaller; " if found else ""
+    return f"{smaller}method='exact' has no bound"
+
+
+def certified(
+    context: Context, rounding: float | None = None, eps: float | None = None
+) -> tuple[Polynomial | None, str | None]:
+    """The polynomial of the smallest degree (or of the one that was asked for) that certifies eps, and None; or None,
+    and why not. `rounding` is that of the engine, by default the polynomial engine's; `eps` by default that of the
+    request.
+    """
+    outline, scores, degree = context.outline, context.statistics.scores, context.request.degree
+    eps = context.request.eps if eps is None else eps
+    B, d = scores.bound, outline.terms
+    if rounding is None:
+        rounding = polynomial_rounding(outline, B, context.statistics.values, scores.lost)
+    begins, ends = where(scores), cure(outline, scores)
+    if rounding >= eps:
+        lost = f"rounding in {outline.dtype.name} alone is {rounding:.2g}"
+        return None, f"{begins}: no degree certifies eps = {eps:g}, {lost}; {ends}"
+    e = poly.relative_error_for(eps - rounding)
+    needed = poly.smallest_degree(B, e)
+    if degree is not None:
+        refusal = f"{begins}: degree {degree} does not certify eps = {eps:g}; {_takes(needed, d)}; {ends}"
+        return _of_degree(B, degree, e, refusal)
+    if needed is None:
+        return None, f"{begins}: no degree certifies eps = {eps:g}; {ends}"
+    if needed > 1:
+        # smallest_degree speaks of a slightly larger bound, whose polynomials are in its cache. This one takes a
+        # millisecond: only where its error, about (B / bound)^needed times that of the other, may do.
+        bound = poly.B_grid(B)
+        if poly.minimax(bound, needed - 1).error * (B / bound) ** needed <= 1.02 * e:
+            p = poly.minimax(B, needed - 1)
+            if p.error <= e:
+                return p, None
+    return poly.minimax(poly.B_grid(B), max(1, needed)), None
+
+
+def _of_degree(B: float, degree: int, e: float, refusal: str) -> tuple[Polynomial | None, str | None]:
+    if B <= poly.MAX_BOUND:
+        p = poly.minimax(max(B, poly.B_grid(0.0)), max(1, degree))
+        if p.error <= e:
+            return p, None
+    return None, refusal
+
+
+def _takes(needed: int | None, d: int) -> str:
+    """Which degree would do, in words."""
+    if needed is None:
+        return "no degree does"
+    return f"degree {max(1, needed)}, {poly.n_features(d, max(1, needed)):,} features, would do"

@@ -1,0 +1,228 @@
+"""The planner: engines are asked in turn, and the cheapest candidate that certifies eps is taken."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from ..certificate import AccuracyWarning, BoundedEntryError, warn
+from ..engines.base import Candidate, Context, Engine, Executable, Refusal, Search
+from ..engines.exact.cost import seconds_of
+from ..engines.exact.engine import Exact, ExactEngine
+from ..engines.fft.engine import FFTEngine
+from ..engines.near_far.engine import NearFarEngine
+from ..engines.outliers.engine import Outliers
+from ..engines.polynomial.by_moments import Moments, may_serve
+from ..engines.polynomial.by_sample import Sampled
+from ..engines.polynomial.worst_case import WorstCase
+from ..machine.memory import require
+from ..problem.request import METHODS
+
+_MINUTE = 60.0
+# Multiply-adds that take no minute and no memory to speak of on any machine.
+_SMALL = 2**28
+
+# Asked in this order: those that come later look only where others have left something to win.
+ENGINES: list[Engine] = []
+
+
+def register(engine: Engine) -> None:
+    """Ask this engine too, after all others; its name becomes one that ``method=`` may say."""
+    ENGINES.append(engine)
+    if engine.name not in METHODS:
+        METHODS.append(engine.name)
+
+
+_EXACT = ExactEngine()
+for _engine in (_EXACT, WorstCase(), Moments(), NearFarEngine(), FFTEngine()):
+    register(_engine)
+
+
+@dataclass(slots=True)
+class Choice:
+    """The candidate that the planner has chosen, and what engines have answered on the way."""
+
+    candidate: Candidate
+    search: Search = field(repr=False)
+
+    @property
+    def executable(self) -> Executable:
+        return self.candidate.executable
+
+    @property
+    def priced(self) -> dict[str, Candidate]:
+        """The last candidate of each engine that had one, the chosen one being its engine's."""
+        found = {a.engine: a for a in self.search.answers if isinstance(a, Candidate)}
+        return found | {self.candidate.engine: self.candidate}
+
+
+def choose(context: Context) -> Choice:
+    """The cheapest engine that certifies eps, or the one that was insisted on, for a problem in which some row sees a
+    key.
+
+    Raises
+    ------
+    BoundedEntryError, NotImplementedError
+        No engine that may run has a candidate.
+    MemoryError
+        The one that is chosen needs more than there is.
+    """
+    found = _by_sample(context) or _by_proof(context)
+    require(found.candidate.bytes, f"the {found.candidate.engine} engine, beyond inputs and outputs,")
+    if found.candidate.engine == "exact" and context.request.method == "auto":
+        if found.executable.certificate.error > context.request.eps:
+            found = _certified_by_another(context, found) or found
+    return found
+
+
+def exactly(context: Context) -> Executable | None:
+    """The exact engine for a problem so small that its time and its memory need not be looked at, where it is insisted
+    on: nothing is measured. None for others.
+    """
+    H, G, n, n_k, d, d_v = context.outline.sizes
+    if context.request.method != "exact" or H * G * n * n_k * (d + d_v) > _SMALL:
+        return None
+    if _EXACT.lacks(context.outline) is not None:
+        return None
+    return Exact(context.outline, context.statistics, context.request.grad)
+
+
+def choose_and_warn(context: Context) -> Choice:
+    """`choose`, with a `PerformanceWarning` where the work is predicted to take more than a minute, and an
+    `AccuracyWarning` where method="auto" found no engine that certifies eps.
+    """
+    found, request, outline = choose(context), context.request, context.outline
+    candidate = found.candidate
+    seconds = seconds_of(candidate.work, outline.threads, request.grad)
+    if seconds > _MINUTE:
+        certificate = candidate.executable.certificate
+        degree = certificate.degree
+        of_degree = "" if degree is None else f" of degree {degree}, {certificate.n_features:,} features,"
+        warn(f"{candidate.engine} attention{of_degree} is predicted to take {seconds:,.0f} s: {candidate.reason}")
+    if candidate.engine == "exact" and request.method == "auto" and not request.each_weight:
+        certificate = candidate.executable.certificate
+        if certificate.error > request.eps:
+            cure = "; float64 holds more" if outline.dtype.itemsize == 4 else ""
+            warn(
+                f"no engine certifies eps = {request.eps:g}: rounding in {outline.dtype} alone may be "
+                f"{certificate.rounding:.2g} of the range of the values{cure}",
+                AccuracyWarning,
+            )
+    return found
+
+
+def looks_at_a_sample(context: Context) -> bool:
+    """Whether `choose` would look at a sample of rows and keys. Those who hold the pieces of a sequence ask beforehand,
+    for they take the sample together.
+    """
+    request = context.request
+    if not request.takes("polynomial") or WorstCase().lacks(context.outline) is not None:
+        return False
+    if request.certify == "sample" and not request.grad:
+        return True
+    search = Search(request, [ExactEngine().offer(context, Search(request))])
+    search.answers.append(WorstCase().offer(context, search))
+    return may_serve(context, search.of_rule("worst case"))
+
+
+def _by_sample(context: Context) -> Choice | None:
+    """Degrees that a sample is to judge, where that was asked for and costs less than what is proved."""
+    request = context.request
+    if request.certify != "sample" or request.grad or request.each_weight or not request.takes("polynomial"):
+        return None
+    if WorstCase().lacks(context.outline) is not None:
+        return None
+    try:
+        # The price to beat. Moments take longer to look at than sampled rows to compute.
+        search = _at_once(context.asking(each_weight=True)).search
+    except BoundedEntryError:
+        search = Search(request)
+    if any(refusal.hopeless for refusal in search.refusals):
+        return None
+    prove = None if context.distributed else lambda: _by_proof(context).executable
+    return _answered(search, Sampled(prove).offer(context, search))
+
+
+def _by_proof(context: Context) -> Choice:
+    """The cheapest of the whole at once; or beside outliers, where that costs less."""
+    found = refusal = None
+    search = Search(context.request)
+    try:
+        found = _at_once(context)
+        search = found.search
+    except BoundedEntryError as error:
+        refusal = error
+    if context.request.takes("polynomial") and not any(answer.hopeless for answer in search.refusals):
+        outliers = Outliers(plan=lambda rest: _at_once(rest).candidate)
+        found = _answered(search, outliers.offer(context, search)) or found
+    if found is None:
+        raise refusal
+    return found
+
+
+def _answered(search: Search, answer: Candidate | Refusal) -> Choice | None:
+    """The choice of this answer, where it is a candidate."""
+    return Choice(answer, Search(search.request, [*search.answers, answer])) if isinstance(answer, Candidate) else None
+
+
+def _at_once(context: Context) -> Choice:
+    """Engines asked in turn, without a look at outliers."""
+    request = context.request
+    search = Search(request)
+    for engine in ENGINES:
+        if engine.needs_bound and any(refusal.hopeless for refusal in search.refusals):
+            continue
+        # Exact work is what others are compared with.
+        if engine.name == "exact" or request.takes(engine.name):
+            search.answers.append(engine.offer(context, search))
+    best, refusal = search.best, _refusal(search)
+    refused = request.degree is not None and refusal is not None and refusal.kind is BoundedEntryError
+    if best is None or refused:
+        raise _error(search, refusal)
+    if best.engine == "exact" and request.method == "auto" and refusal is not None:
+        best = replace(best, reason=_why(refusal))
+    looked = [r.looked for r in search.refusals if r.engine == best.engine]
+    return Choice(replace(best, work=sum(looked, best.work)) if looked else best, search)
+
+
+def _refusal(search: Search) -> Refusal | None:
+    """The last word of the polynomial engine, or of the one that was insisted on; None where it has a candidate."""
+    name = "polynomial" if search.request.method == "auto" else search.request.method
+    if any(isinstance(a, Candidate) and a.engine == name for a in search.answers):
+        return None
+    return next((r for r in reversed(search.refusals) if r.engine == name and r.reason is not None), None)
+
+
+def _why(refusal: Refusal) -> str:
+    """A refusal as the reason for exact work."""
+    if refusal.kind is NotImplementedError:
+        return f"the {refusal.engine} engine does not do {refusal.reason}"
+    return refusal.reason
+
+
+def _error(search: Search, refusal: Refusal | None) -> Exception:
+    """What is raised where no engine that may run has a candidate."""
+    if refusal is None:
+        refusal = next(r for r in search.refusals if r.reason is not None)
+    if refusal.kind is NotImplementedError and search.request.method in ("auto", "exact"):
+        return NotImplementedError(f"no engine does {refusal.reason}")
+    if refusal.kind is NotImplementedError:
+        return NotImplementedError(
+            f"method={search.request.method!r} does not do {refusal.reason}; method='exact' and 'auto' do"
+        )
+    return refusal.kind(refusal.reason)
+
+
+def _certified_by_another(context: Context, exact: Choice) -> Choice | None:
+    """Another engine that certifies eps where exact work rounds by more; None where none does, or it would take more
+    than exact work and a minute.
+    """
+    for method in ("polynomial", "fft"):
+        try:
+            found = choose(context.asking(method=method, degree=None, certify="proof", each_weight=True))
+        except (BoundedEntryError, NotImplementedError, MemoryError):
+            continue
+        if found.candidate.nominal <= max(exact.candidate.nominal, _MINUTE):
+            reason = f"exact work rounds by {exact.executable.certificate.rounding:.2g}, this certifies eps"
+            found.candidate = replace(found.candidate, reason=reason)
+            return found
+    return None

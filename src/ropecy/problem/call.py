@@ -1,0 +1,273 @@
+"""From a user's arguments to a problem, and from what engines find back to the user's arrays."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from ..approximation import bias_forms as forms
+from ..approximation.bias_forms import FarGradient
+from ..rotary import Planes, rotate_rows
+from .arguments import Arguments, check_arguments, check_entries, check_method
+from .communicator import SERIAL, Communicator
+from .family import Family
+from .input_gradients import AS_IT_IS, Exponents, InputGradients, SymbolGradient
+from .mask import Mask
+from .problem import Origin, Problem
+from .request import Request
+from .rows import Rows, contiguous, head_count, spread
+
+
+class Call:
+    """A call's arguments after validation: the problem, how to compute it, and the way back to the user's arrays.
+
+    Parameters
+    ----------
+    arguments : Arguments
+    request : Request
+    length, least_key_heads : int
+        Where the arguments are a piece of a longer sequence: the length that scaled rotations go by, and the number of
+        key heads, that the pieces agree upon.
+
+    Attributes
+    ----------
+    problem : Problem
+        With `key_heads` slots for each batch element, each shared by the same number of the `heads` query heads.
+    shape : tuple of int
+        That of the result.
+    dtype : numpy.dtype
+        The user's.
+    """
+
+    def __init__(
+        self, arguments: Arguments, request: Request, *, length: int = 1, least_key_heads: int = 1
+    ) -> None:
+        a = self.arguments = arguments
+        self.request = request
+        self.dtype = a.dtype
+        self.shape = a.lead + (a.n, a.d_v)
+        # What differs between the heads of a group ends the sharing.
+        self.heads = a.heads
+        self.key_heads = math.lcm(key_heads_of(a), least_key_heads)
+        rotate = None
+        if a.R is not None:
+            planes = Planes(*a.R._frequencies(max(length, length_of(a))), a.R.pairing)
+            rotate = partial(rotate_rows, planes=planes, threads=a.threads)
+        batch = a.batch
+        self._q = Rows(_given(a, "Q", "W_Q", "W"), batch, self.heads, a.q_positions, rotate)
+        self._k = Rows(_given(a, "K", "W_K"), batch, self.key_heads, a.k_positions, rotate)
+        self._v = Rows(_given(a, "V", "W_V"), batch, self.key_heads)
+        self.problem = self._problem()
+
+    def _problem(self) -> Problem:
+        a = self.arguments
+        q, k = self._q.slots(), self._k.slots()
+        slots = k.shape[0]
+        group = self.heads // max(self.key_heads, 1)
+        mask = self._mask()
+        v = None if a.V is None else self._v.slots()
+        if v is None or a.d_v == 0:
+            # Engines have a column to work on.
+            v = mask.hide(np.ones((slots, a.n_k, 1), q.dtype))
+        if a.key_mask is not None and a.key_mask.ndim > 1:
+            # Keys that several masks share are hidden by some and kept by others.
+            k, v = mask.hide(k), mask.hide(v)
+        return Problem(
+            q=q.reshape(slots, group, a.n, a.d),
+            k=k,
+            v=v,
+            scale=a.scale,
+            mask=mask,
+            near=a.near,
+            bias=None if a.bias is None or 0 in (a.n, a.n_k) else self.symbol(mask.least, mask.most),
+            tail=None if a.bias is None else self.tail,
+            family=None if a.family is None else self._family(),
+            threads=a.threads,
+            origin=Origin(self._q.lost, self._k.lost, self._v.lost),
+        )
+
+    def _mask(self) -> Mask:
+        a, kept = self.arguments, self.arguments.key_mask
+        if kept is not None:
+            kept = kept if kept.ndim > 1 else kept[None]
+            kept = np.ascontiguousarray(spread(kept[..., None], a.batch, self.key_heads)[..., 0])
+        return Mask(a.n, a.n_k, a.lo, a.hi, a.q_offset, kept).simplified()
+
+    def _family(self) -> Family:
+        values, pairs, zero = self.arguments.family._table(self.arguments.n_k)
+        return Family(values, pairs[:, 0], pairs[:, 1], zero)
+
+    def symbol(self, first: int, last: int) -> np.ndarray:
+        """The bias at offsets t from first to last, as `Problem.bias` holds it."""
+        a = self.arguments
+        symbol = a.bias._symbol(first, last)
+        if len(symbol) == 1:
+            return symbol[None]
+        symbol = np.broadcast_to(symbol, (math.prod(a.batch),) + symbol.shape)
+        return symbol.reshape(-1, a.heads // max(self.key_heads, 1), symbol.shape[-1])
+
+    def tail(self, longest: int, tolerance: float) -> forms.Tail | None:
+        """How the exponential of the bias factors far out, with all heads of the batch, or one."""
+        a = self.arguments
+        tail = a.bias._tail(longest, tolerance)
+        if tail is None or tail.rate.shape[-1] == 1:
+            return tail
+        log_weight, rate = (np.tile(X, math.prod(a.batch)) for X in (tail.log_weight, tail.rate))
+        return tail._replace(log_weight=log_weight, rate=rate)
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """The leading axes of the result."""
+        return self.arguments.lead
+
+    def to_user(self, o: np.ndarray) -> np.ndarray:
+        """(H, G, n, d_v or 1) of an engine as the user's O."""
+        return self._cast(o[..., : self.shape[-1]].reshape(self.shape))
+
+    def lse_to_user(self, lse: np.ndarray) -> np.ndarray:
+        """(H, G, n) float64 as (..., n)."""
+        return lse.reshape(self.shape[:-1])
+
+    def from_user(self, dO: np.ndarray) -> np.ndarray:
+        """What has the shape of O as (H, G, n, d_v or 1), contiguous, in the dtype computed in."""
+        problem = self.problem
+        if self.shape[-1] == 0:
+            return np.zeros(problem.q.shape[:3] + (1,), problem.q.dtype)
+        dO = np.require(dO, problem.q.dtype, ["C", "A"])
+        return dO.reshape(problem.q.shape[:3] + self.shape[-1:])
+
+    def gradients(
+        self, found: InputGradients, exponents: Exponents = AS_IT_IS, comm: Communicator = SERIAL
+    ) -> dict[str, np.ndarray]:
+        """{"dQ": ..., "dW_Q": ...}: an engine's gradients, which are overwritten, times these powers of two.
+
+        Every argument that was given has its gradient, in its shape and dtype. What pieces of a sequence share,
+        projections, a bias and scale_near, has the sum over all pieces.
+        """
+        a = self.arguments
+        H, G, n, d = found.dq.shape
+        with np.errstate(all="ignore"):
+            of_q = np.repeat(exponents.q, G) if np.ndim(exponents.q) else exponents.q
+            arrays = self._q.gradients(found.dq.reshape(H * G, n, d), of_q, comm)
+            arrays |= self._k.gradients(found.dk, exponents.k, comm)
+            arrays |= self._v.gradients(found.dv[..., : self.shape[-1]], exponents.v, comm)
+            exponent = exponents.scores
+            gradients = {"d" + name: self._cast(X) for name, X in arrays.items()}
+            if a.near is not None:
+                near = np.float64(found.scale_near or 0.0)
+                gradients["dscale_near"] = np.ldexp(np.float64(comm.total(near)), exponents.near)
+            if a.bias is not None:
+                gradients["dbias"] = self._bias_gradient(found.symbol, exponent, comm)
+            if a.family is not None:
+                gradients["dR"] = self._family_gradient(found.family, exponent)
+        return gradients
+
+    def bias_gradient(self, part: SymbolGradient | None) -> np.ndarray:
+        """The gradient of the bias from that of its symbol, or of a part of it; None is 0."""
+        a = self.arguments
+        heads = 1 if a.bias.heads in (None, 1) else a.heads
+        if part is None:
+            return a.bias._gradient(None, 0, None)
+        symbol, far = part.values, None
+        if isinstance(symbol, FarGradient):
+            far, symbol = symbol, symbol.symbol
+            flow = far.flow.reshape(*far.flow.shape[:2], -1, heads).sum(axis=2)
+            far = replace(far, flow=flow, moment=far.moment.reshape(2, -1, heads).sum(axis=1))
+        if symbol is not None:
+            symbol = symbol.reshape(-1, heads, symbol.shape[-1]).sum(axis=0)
+        return a.bias._gradient(symbol, part.first, far)
+
+    def _bias_gradient(self, parts: tuple[SymbolGradient, ...], exponent: int, comm: Communicator) -> np.ndarray:
+        """That of the bias, from the parts of all processes, times 2^exponent."""
+        nothing = self.bias_gradient(None)
+        own = nothing.astype(np.float64)
+        for place, part in enumerate(parts):
+            found = self.bias_gradient(part).astype(np.float64)
+            own = own + found if place else found
+        return np.ldexp(comm.total(own), exponent).astype(nothing.dtype)
+
+    def _family_gradient(self, entries: np.ndarray | None, exponent: int) -> np.ndarray:
+        """That of the matrices of a family, times 2^exponent; None is 0, where no query meets a key."""
+        a, family = self.arguments, self.problem.family
+        if entries is None:
+            entries = np.zeros((len(family.left), 0))
+        entries = np.ldexp(entries, exponent) if exponent else entries
+        return a.family._gradient(family.gradient(entries, -self.problem.mask.most))
+
+    def _cast(self, X: np.ndarray) -> np.ndarray:
+        if X.dtype == self.dtype:
+            return X
+        with np.errstate(over="ignore"):
+            return X.astype(self.dtype)
+
+
+_DEFAULTS = {
+    "W": None, "W_Q": None, "W_K": None, "W_V": None, "scale": None, "causal": False, "window": None, "near": None,
+    "bias": None, "key_mask": None, "q_positions": None, "k_positions": None, "q_offset": 0, "threads": None,
+}
+_HOW = {"eps": 1e-3, "certify": "proof", "method": "auto", "degree": None, "seed": None}
+
+
+def check_forms(Q: Any, K: Any, V: Any, R: Any = None, **options: Any) -> tuple[Arguments, Request]:
+    """The arguments of `attention`, checked but for the entries of arrays: what they say of the numbers, and of how to
+    compute.
+    """
+    request = Request(**check_method(**{name: options.pop(name, usual) for name, usual in _HOW.items()}))
+    return check_arguments(Q, K, V, R, **_DEFAULTS | options), request
+
+
+def check(Q: Any, K: Any, V: Any, R: Any = None, **options: Any) -> tuple[Arguments, Request]:
+    """`check_forms`, and the entries of arrays."""
+    arguments, request = check_forms(Q, K, V, R, **options)
+    return check_entries(arguments), request
+
+
+def prepare(Q: Any, K: Any, V: Any, R: Any = None, **options: Any) -> Call:
+    """Check the arguments of `attention`, project, rotate and lay out: everything before the choice of an engine."""
+    return Call(*check(Q, K, V, R, **options))
+
+
+def prepare_for(function: str, Q: Any, K: Any, V: Any, R: Any, options: Mapping[str, Any]) -> Call:
+    """`prepare` for a function that takes **options, at whose door a wrong keyword is laid."""
+    check_names(function, options)
+    return prepare(Q, K, V, R, **options)
+
+
+def check_names(function: str, options: Mapping[str, Any]) -> None:
+    """Refuse keywords that `attention` does not have."""
+    unknown = [name for name in options if name not in _DEFAULTS and name not in _HOW]
+    if unknown:
+        raise TypeError(f"{function}() got an unexpected keyword argument {unknown[0]!r}")
+
+
+def length_of(arguments: Arguments) -> int:
+    """The largest position + 1, which rules of scaling may depend on; at least 1."""
+    given = (p for p in (arguments.q_positions, arguments.k_positions) if p is not None and p.size)
+    return max(1, 1 + max((int(p.max()) for p in given), default=0))
+
+
+def key_heads_of(arguments: Arguments) -> int:
+    """How many heads differ in keys, values or masks, each of which query heads share."""
+    a = arguments
+    return math.lcm(
+        *(head_count(X, 2) for X in (a.K, a.W_K, a.V, a.W_V) if X is not None),
+        *(head_count(X, 1) for X in (a.key_mask, a.k_positions) if X is not None),
+    )
+
+
+def spread_columns(X: np.ndarray, call: Call, heads: int) -> np.ndarray:
+    """X (..., rows, m) as one contiguous (rows, m) for each slot of `heads` heads."""
+    return contiguous(spread(X, call.lead[:-1], heads))
+
+
+def _given(arguments: Arguments, *names: str) -> dict[str, np.ndarray]:
+    given = {name: X for name in names if (X := getattr(arguments, name)) is not None}
+    if len(given) < 2:
+        return given
+    # Products are then bitwise the same for every memory layout.
+    return {name: contiguous(X) for name, X in given.items()}

@@ -1,0 +1,185 @@
+"""Checks of single values that a user passes: numbers, choices and arrays, with the messages of all of them.
+
+A message names the argument, what it got and what it wants. A wrong type is a TypeError, a wrong value a ValueError.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+from typing import Any
+
+import numpy as np
+
+from ..kernels import _rows
+
+# The dtypes that are computed in, in native byte order.
+_COMPUTED = (np.dtype(np.float32), np.dtype(np.float64))
+
+
+def described(value: Any) -> str:
+    """A value as messages show it: its type, and itself where it is no array."""
+    return f"{type(value).__name__} {value!r}" if np.ndim(value) == 0 else type(value).__name__
+
+
+def check_integer(name: str, value: Any, least: int | None = None) -> int:
+    """The integer if it is one, of less than 63 bits and at least `least`; True and False are none."""
+    wants = "an integer" if least is None else f"an integer of at least {least}"
+    if isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name}: got {described(value)}, wants {wants}")
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: got {described(value)}, wants {wants}") from None
+    if least is not None and number < least:
+        raise ValueError(f"{name}: got {number}, wants {wants}")
+    if abs(number) > 2**62:
+        raise ValueError(f"{name}: got {number}, wants {wants} of less than 63 bits")
+    return number
+
+
+def check_number(name: str, value: Any) -> float:
+    """A finite real number, as a float."""
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value[()]
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (float, numbers.Real, np.floating)):
+        raise TypeError(f"{name}: got {described(value)}, wants a real number")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{name}: got {value}, wants a finite number (no NaN, no Inf)")
+    return number
+
+
+def check_eps(eps: Any) -> float:
+    """eps as a float strictly between 0 and 1."""
+    eps = check_number("eps", eps)
+    if not 0 < eps < 1:
+        raise ValueError(f"eps: got {eps}, wants a number between 0 and 1, both excluded")
+    return eps
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise unless the value is one of these strings."""
+    if not isinstance(value, str) or value not in choices:
+        error = ValueError if isinstance(value, str) else TypeError
+        raise error(f"{name}: got {described(value)}, wants one of {', '.join(map(repr, choices))}")
+
+
+def as_pair(value: Any) -> tuple[Any, Any] | None:
+    """A tuple or a list of two things as a tuple, else None."""
+    return tuple(value) if isinstance(value, (tuple, list)) and len(value) == 2 else None
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """The value if it is a bool. Others that Python takes for true or false are refused, for they are mostly slips."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name}: got {described(value)}, wants True or False")
+    return bool(value)
+
+
+def check_count(name: str, value: Any) -> int:
+    """The integer if it is one, of at least 1."""
+    return check_integer(name, value, least=1)
+
+
+def check_like(name: str, X: Any, dtype: np.dtype, shape: tuple[int, ...], *, broadcast: bool = False) -> np.ndarray:
+    """X as an array, if it has the dtype and the shape of the result.
+
+    With `broadcast` its leading axes may also be of size 1 or missing.
+    """
+    X = check_array(name, X)
+    if X.dtype != dtype:
+        raise TypeError(f"{name}: got dtype {X.dtype}, wants {dtype} as Q has")
+    wanted = X.shape[-2:] == shape[-2:] and broadcasts(X.shape, shape) if broadcast else X.shape == shape
+    if not wanted:
+        raise ValueError(f"{name}: got shape {X.shape}, wants {shape}, the shape of the result")
+    return X
+
+
+def check_values(V: Any) -> None:
+    """Raise where V is None, which `check_arguments` accepts, since plans need no V."""
+    if V is None:
+        raise TypeError("V: got None, wants an array (..., n_k, d_v)")
+
+
+def check_factor(X: Any, dtype: np.dtype, lead: tuple[int, ...], length: int, axis: int = -2) -> np.ndarray:
+    """X as an array, if it can be multiplied with matrices that have the leading axes `lead`.
+
+    X is (length,), or its axis `axis` has that length: -2 for a factor on the right of the matrices, -1 on their left.
+    """
+    X = check_array("X", X, least_axes=1)
+    if X.dtype != dtype:
+        raise TypeError(f"X: got dtype {X.dtype}, wants {dtype} as Q has")
+    leads_fit = X.ndim < 3 or broadcasts(X.shape[:-2], lead)
+    if X.shape[axis if X.ndim > 1 else 0] != length or not leads_fit:
+        rows = f"{length}, m" if axis == -2 else f"m, {length}"
+        raise ValueError(f"X: got shape {X.shape}, wants ({length},) or (..., {rows}), leading axes as in {lead}")
+    check_finite("X", X)
+    return X
+
+
+def check_real(name: str, X: Any, dtype: np.dtype) -> np.ndarray:
+    """X, real numbers of any dtype, as an array of `dtype`."""
+    X = np.asarray(X)
+    if X.dtype.kind not in "biuf" and X.dtype.name != "bfloat16":
+        raise TypeError(f"{name}: got dtype {X.dtype}, wants real numbers")
+    with np.errstate(over="ignore"):
+        return X.astype(dtype, copy=False)
+
+
+def check_finite(name: str, X: np.ndarray) -> float:
+    """max |X|, which is 0 for an empty X; ValueError where X has NaN or Inf, saying where the first one is."""
+    if X.size == 0:
+        return 0.0
+    if 0 in X.strides:
+        X = without_repeats(X)
+    if X.dtype in (np.float32, np.float64) and X.flags.forc and X.flags.aligned:
+        largest = _rows.largest(X)
+    else:
+        # Two passes without a temporary array. A NaN among the entries makes max and min NaN.
+        with np.errstate(invalid="ignore"):
+            largest = max(float(X.max()), -float(X.min()))
+    if not math.isfinite(largest):
+        index = tuple(int(a) for a in np.argwhere(~np.isfinite(X))[0])
+        got = "NaN" if np.isnan(X[index]) else "Inf" if X[index] > 0 else "-Inf"
+        raise ValueError(f"{name}: got {got} at index {index}, wants finite numbers only")
+    return largest
+
+
+def check_array(name: str, X: Any, least_axes: int = 2) -> np.ndarray:
+    """X as an array of float32, float64, float16 or bfloat16 in native byte order, with any strides."""
+    try:
+        X = np.asarray(X)
+    except ValueError as error:
+        raise ValueError(f"{name}: got what is no array ({error}), wants an array of floating-point numbers") from None
+    native = X.dtype if X.dtype in _COMPUTED else check_dtype(name, X.dtype)
+    if X.ndim < least_axes:
+        raise ValueError(f"{name}: got shape {X.shape}, wants at least {least_axes} axes (..., rows, width)")
+    return X if X.dtype == native else X.astype(native)
+
+
+def check_dtype(name: str, dtype: Any) -> np.dtype:
+    """The dtype in native byte order, if it is float32, float64, float16 or bfloat16."""
+    try:
+        native = np.dtype(dtype).newbyteorder("=")
+    except TypeError:
+        raise TypeError(
+            f"{name}: got {described(dtype)}, wants a dtype: float32, float64, float16 or bfloat16"
+        ) from None
+    if native not in (np.float16, np.float32, np.float64) and native.name != "bfloat16":
+        raise TypeError(f"{name}: got dtype {dtype}, wants float32 or float64 (or float16, bfloat16)")
+    return native
+
+
+def without_repeats(X: np.ndarray) -> np.ndarray:
+    """X with size 1 along every axis of stride 0: such an axis repeats the same entries."""
+    return X[tuple(slice(1) if stride == 0 else slice(None) for stride in X.strides)]
+
+
+def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    """Whether an array of this shape broadcasts to the other shape."""
+    return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(shape[::-1], to[::-1], strict=False))

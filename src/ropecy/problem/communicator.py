@@ -1,0 +1,98 @@
+"""Who holds the pieces of a sequence: a protocol for those who share one, and the process that has all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+T = TypeVar("T")
+
+
+class Communicator(Protocol):
+    """Processes that each hold a contiguous piece of a sequence, in the order of their ranks.
+
+    Every method is collective: all ranks call it, in the same order. `distributed` is True over MPI even for a single
+    rank, which plans as many do.
+    """
+
+    distributed: bool
+    rank: int
+    size: int
+
+    def together(self, function: Callable[..., T], *args: Any) -> T:
+        """function(...) on every rank; what one rank raises, all raise."""
+
+    def first(self, function: Callable[..., T], *args: Any) -> T:
+        """What function(...) returns or raises on rank 0, on all ranks."""
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in their order."""
+
+    def largest(self, X: np.ndarray) -> np.ndarray:
+        """The largest of every rank's X, entry by entry."""
+
+    def largest_before(self, X: np.ndarray) -> np.ndarray:
+        """The largest of all lower ranks' X, entry by entry; -inf where there are none."""
+
+    def total(self, X: np.ndarray) -> np.ndarray:
+        """The sum of every rank's X."""
+
+    def joined(self, X: np.ndarray, axis: int) -> np.ndarray:
+        """Every rank's X along an axis, in their order."""
+
+    def before(self, X: np.ndarray, fall: np.ndarray | None = None) -> np.ndarray:
+        """The sum of the X of all lower ranks, which decays by fall[r] on its way past rank r."""
+
+    def after(self, X: np.ndarray, fall: np.ndarray | None = None) -> np.ndarray:
+        """The sum of the X of all higher ranks, likewise."""
+
+    def turned(self) -> Communicator:
+        """The same ranks in the other order."""
+
+    def recut(self, X: np.ndarray, cuts: list[int], wanted: list[int]) -> np.ndarray:
+        """Rows, axis 2, cut at `cuts` among the ranks, as they are where they are cut at `wanted`."""
+
+
+class Serial:
+    """One process, which holds all of the sequence."""
+
+    distributed = False
+    rank, size = 0, 1
+
+    def together(self, function: Callable[..., T], *args: Any) -> T:
+        return function(*args)
+
+    def first(self, function: Callable[..., T], *args: Any) -> T:
+        return function(*args)
+
+    def gather(self, value: T) -> list[T]:
+        return [value]
+
+    def largest(self, X: np.ndarray) -> np.ndarray:
+        return X
+
+    def largest_before(self, X: np.ndarray) -> np.ndarray:
+        return np.full_like(X, -np.inf)
+
+    def total(self, X: np.ndarray) -> np.ndarray:
+        return X
+
+    def joined(self, X: np.ndarray, axis: int) -> np.ndarray:
+        return X
+
+    def before(self, X: np.ndarray, fall: np.ndarray | None = None) -> np.ndarray:
+        return np.zeros_like(X)
+
+    def after(self, X: np.ndarray, fall: np.ndarray | None = None) -> np.ndarray:
+        return np.zeros_like(X)
+
+    def turned(self) -> Serial:
+        return self
+
+    def recut(self, X: np.ndarray, cuts: list[int], wanted: list[int]) -> np.ndarray:
+        return X
+
+
+SERIAL = Serial()

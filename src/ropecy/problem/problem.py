@@ -1,0 +1,219 @@
+"""The numeric problem that engines solve, and its outline: all of it but the arrays.
+
+Everything that has a meaning for the user and none for an engine has ended before: projections, rotations, leading
+axes, dtypes (see `call`). An engine sees slots (a batch element and a key head), each with its keys and the G query
+heads that share them, contiguous and of one dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from ..approximation import bias_forms as forms
+from .family import Family
+from .mask import Mask
+
+
+class Sizes(NamedTuple):
+    """H slots of G query heads, n rows and n_k keys of width d, values of width d_v."""
+
+    H: int
+    G: int
+    n: int
+    n_k: int
+    d: int
+    d_v: int
+
+
+@dataclass(slots=True)
+class Origin:
+    """Where the arrays of a problem come from: what models of rounding need that the arrays no longer show.
+
+    Attributes
+    ----------
+    q_lost, k_lost, v_lost : float
+        What rounding has already done to the rows of q and k, and to the entries of v, when they were projected and
+        rotated, relative to the slot's longest row and to the largest entry. 0 for arrays that are as the user gave
+        them.
+    k_norm : (H,) array or None
+        An upper bound of ``||k_j||`` before keys were centred (`normal_form`); None where they are not.
+    largest, varied : float or None
+        max |v| before values were centred and scaled, of all columns and of those that are not constant; None where
+        they are not.
+    exponent : int
+        Values were multiplied by ``2^-exponent``.
+    hidden : bool
+        Whether keys are hidden of which the mask says nothing, being of other ranks.
+    """
+
+    q_lost: float = 0.0
+    k_lost: float = 0.0
+    v_lost: float = 0.0
+    k_norm: np.ndarray | None = None
+    largest: float | None = None
+    varied: float | None = None
+    exponent: int = 0
+    hidden: bool = False
+
+
+@dataclass(slots=True, kw_only=True)
+class Outline:
+    """A problem without its rows: what its work, memory and plan depend on beside what is measured of the rows.
+
+    Attributes
+    ----------
+    sizes : Sizes
+    dtype : numpy.dtype
+        float32 or float64.
+    scale : float
+        Multiplies the inner products.
+    mask : Mask
+    near : (int, float) or None
+        (w, scale_near): where |j - i - offset| < w the score has scale_near in the place of scale.
+    bias : (H or 1, G or 1, n + n_k - 1) float64 array or None
+        What is added to the scores at the offset t = j - i - offset, at index t - mask.least.
+    tail : callable or None
+        How exp(b_t) factors far out: ``tail(longest, tolerance)`` is a `forms.Tail` or None, its heads all H G or 1.
+    family : Family or None
+        Shared by all slots.
+    threads : int
+        How many threads may work.
+    origin : Origin
+    """
+
+    sizes: Sizes
+    dtype: np.dtype
+    scale: float = 1.0
+    mask: Mask
+    near: tuple[int, float] | None = None
+    bias: np.ndarray | None = None
+    tail: Callable[[int, float], forms.Tail | None] | None = None
+    family: Family | None = None
+    threads: int = 1
+    origin: Origin = field(default_factory=Origin)
+
+    @property
+    def features(self) -> frozenset[str]:
+        """What an engine must support to solve this: the names of what is there beside plain rows.
+
+        Every field of a problem or of its mask that is set counts, also one that no engine has heard of.
+        """
+        return self.mask.features.union([name for name in _optional(type(self)) if getattr(self, name) is not None])
+
+    @property
+    def empty(self) -> bool:
+        """Whether no row sees a key, or there are no rows: the result is 0 and engines have nothing to do."""
+        return 0 in self.sizes or self.mask.empty
+
+    @property
+    def terms(self) -> int:
+        """How many products a score is the sum of: monomials are those of so many variables."""
+        return self.sizes.d if self.family is None else max(1, len(self.family.used))
+
+    @property
+    def unit(self) -> float:
+        """The unit of rounding of the dtype."""
+        return 2.0**-24 if self.dtype == np.float32 else 2.0**-53
+
+    def outline(self, **changes: object) -> Outline:
+        """This problem without arrays of rows, with these changes."""
+        own = {f.name: getattr(self, f.name) for f in fields(Outline)}
+        return Outline(**own | changes)
+
+    def resized(self, n: int, n_k: int) -> Outline:
+        """An outline of the same kind with sequences of these lengths that begin together, nothing hidden, without
+        what depends on an offset beside the band.
+        """
+        mask = Mask(n, n_k, self.mask.lo, self.mask.hi)
+        return self.outline(sizes=self.sizes._replace(n=n, n_k=n_k), mask=mask, bias=None, tail=None, near=None)
+
+
+@dataclass(slots=True, kw_only=True)
+class Problem(Outline):
+    """O_i = sum_j A_ij V_j / sum_j A_ij with A_ij = exp(scale <q_i, k_j> + b_{j-i}) where key j is seen by row i.
+
+    With a family, q_i W_{i-j} k_j^T stands in the place of <q_i, k_j>.
+
+    Attributes
+    ----------
+    q : (H, G, n, d) float32 or float64
+        Projected, rotated queries: slot, query head that shares the slot's keys, row.
+    k : (H, n_k, d)
+        Projected, rotated keys; rows that are hidden are 0.
+    v : (H, n_k, d_v)
+        Values, likewise.
+    """
+
+    sizes: Sizes = field(init=False)
+    dtype: np.dtype = field(init=False)
+    mask: Mask = None
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+
+    def __post_init__(self) -> None:
+        H, G, n, d = self.q.shape
+        self.sizes = Sizes(H, G, n, self.k.shape[1], d, self.v.shape[2])
+        self.dtype = self.q.dtype
+        if self.mask is None:
+            self.mask = Mask(n, self.k.shape[1])
+
+    def with_values(self, v: np.ndarray) -> Problem:
+        """The same scores over other values, (H, n_k, m), which are as the user gave them."""
+        origin = replace(self.origin, v_lost=0.0, largest=None, varied=None, exponent=0)
+        return replace(self, v=self.mask.hide(v), origin=origin)
+
+    def ungrouped(self) -> Problem:
+        """The same problem with every query head in a slot of its own: keys are repeated."""
+        H, G, n, _, d, _ = self.sizes
+        if G == 1:
+            return self
+        bias = self.bias
+        if bias is not None and bias.shape[:2] != (1, 1):
+            bias = np.broadcast_to(bias, (H, G, bias.shape[-1])).reshape(H * G, 1, -1)
+        return replace(
+            self,
+            q=self.q.reshape(H * G, 1, n, d),
+            k=np.repeat(self.k, G, axis=0),
+            v=np.repeat(self.v, G, axis=0),
+            bias=bias,
+            mask=self.mask.repeated(G),
+        )
+
+    def transposed(self, v: np.ndarray) -> Problem:
+        """The problem of A^T, both sequences reversed: row n_k - 1 - j of its result belongs to key j.
+
+        `v` (H G, n, m) are the values, one row for each query, not reversed. With both sequences reversed the offset
+        t is what it was, since (n - 1 - i) - (n_k - 1 - j) = j - i + (n - n_k): band, bias and near field stay, a
+        causal matrix stays causal, and only the index of the first row moves. Rows of hidden keys are meaningless.
+        """
+        one = self.ungrouped()
+        return replace(
+            one,
+            q=np.ascontiguousarray(one.k[:, None, ::-1]),
+            k=np.ascontiguousarray(one.q[:, 0, ::-1]),
+            v=np.ascontiguousarray(v[:, ::-1]),
+            mask=self.mask.transposed(),
+            family=None if self.family is None else self.family.transposed(),
+            origin=Origin(q_lost=self.origin.k_lost, k_lost=self.origin.q_lost),
+        )
+
+    def reversed(self) -> Problem:
+        """Both sequences from their ends: j - i becomes i - j. Without a bias or a family."""
+        q, k, v = (np.ascontiguousarray(X) for X in (self.q[:, :, ::-1], self.k[:, ::-1], self.v[:, ::-1]))
+        return replace(self, q=q, k=k, v=v, mask=self.mask.reversed())
+
+
+@lru_cache
+def _optional(kind: type[Outline]) -> tuple[str, ...]:
+    """The fields that are features where they are set."""
+    return tuple(f.name for f in fields(kind) if f.name not in _PLAIN)
+
+
+# What every engine does. A tail goes with its bias.
+_PLAIN = {"sizes", "dtype", "scale", "mask", "tail", "threads", "origin", "q", "k", "v"}

@@ -1,0 +1,44 @@
+"""How a problem is to be computed: what the caller asks of planning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# What `method` may be: "auto", and the names of engines, which the planner adds when it registers them.
+METHODS = ["auto"]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is asked beside the problem itself.
+
+    Attributes
+    ----------
+    eps : float
+        The error that is allowed.
+    certify : str
+        "proof" or "sample".
+    method : str
+        "auto", or the name of the engine that is insisted on.
+    degree : int or None
+        That of the polynomial, where it is insisted on.
+    seed : int or None
+        Of coins; None where they are fresh.
+    grad : bool
+        Whether there will be a backward pass.
+    each_weight : bool
+        Whether every weight must be near exp, as products with A ask: moments and samples, which speak of sums over
+        keys, do not serve then.
+    """
+
+    eps: float = 1e-3
+    certify: str = "proof"
+    method: str = "auto"
+    degree: int | None = None
+    seed: int | None = None
+    grad: bool = False
+    each_weight: bool = False
+
+    def takes(self, engine: str) -> bool:
+        """Whether an engine of that name may run."""
+        return self.method in ("auto", engine)

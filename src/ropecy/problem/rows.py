@@ -1,0 +1,117 @@
+"""Rows of q, k or v: products of the user's arrays, rotated and laid out slot by slot; and the adjoint of all that."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from . import checks, projections
+from .communicator import Communicator
+from .projections import sum_to
+
+# What a rotation does to a row at most, in units of its norm: two products and a sum, of rounded cosines and sines.
+_ROTATED = 2.0
+
+
+@dataclass(slots=True)
+class Rows:
+    """One of q, k, v.
+
+    Attributes
+    ----------
+    factors : dict
+        The arrays whose product the rows are, by the names of the arguments: first the rows, then projections.
+    batch, heads
+        Slots are the batch elements times the heads.
+    positions : array or None
+        By which rows are rotated; None where they are not.
+    rotate : callable or None
+        ``rotate(X, positions)``, with ``adjoint=True`` its adjoint.
+    shape : tuple of int
+        That of the product, once `slots` has been called.
+    lost : float
+        What rounding has done to a row at most, relative to the longest of its head, likewise.
+    """
+
+    factors: dict[str, np.ndarray]
+    batch: tuple[int, ...]
+    heads: int
+    positions: np.ndarray | None = None
+    rotate: Callable[..., np.ndarray] | None = None
+    shape: tuple[int, ...] = field(init=False)
+    lost: float = 0.0
+
+    def slots(self) -> np.ndarray:
+        """(batch * heads, rows, width), C-contiguous; the user's own memory where nothing has to be done."""
+        X, *others = self.factors.values()
+        if others:
+            X, self.lost = projections.product([X, *others])
+            checks.check_finite(" @ ".join(self.factors), X)
+        if self.positions is not None:
+            self.lost += _ROTATED * float(np.finfo(X.dtype).eps) / 2
+        self.shape = X.shape
+        if self.positions is None:
+            X = spread(X, self.batch, self.heads)
+        elif self.positions.ndim == 1:
+            # Rotated before it is repeated for heads and batch elements.
+            X = spread(self.rotate(X, self.positions), self.batch, self.heads)
+        else:
+            X = spread(X, self.batch, self.heads)
+            X = self.rotate(X, self._slot_positions())
+        return contiguous(X)
+
+    def gradients(self, dX: np.ndarray, exponent: int | np.ndarray, comm: Communicator) -> dict[str, np.ndarray]:
+        """The gradient of each factor, times 2^exponent, from that of the slots, which is overwritten; `exponent` is
+        one number, or one for each slot.
+        """
+        if np.ndim(exponent):
+            largest = int(exponent.max())
+            dX, exponent = np.ldexp(dX.astype(np.float64), (exponent - largest)[:, None, None]), largest
+        if self.positions is not None and self.positions.ndim > 1:
+            dX = self._rotate_back(dX, self._slot_positions())
+        dX = _gather(dX, self.batch, self.heads, self.shape)
+        if self.positions is not None and self.positions.ndim == 1:
+            dX = self._rotate_back(dX, self.positions)
+        if len(self.factors) > 1:
+            return projections.gradients(self.factors, dX, exponent, comm)
+        ((name, X),) = self.factors.items()
+        dX = sum_to(dX, X.shape)
+        return {name: np.ldexp(dX, exponent) if exponent else dX}
+
+    def _rotate_back(self, dX: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        dX = np.require(dX, requirements=["C", "A", "W"])
+        return self.rotate(dX, positions, adjoint=True, out=dX)
+
+    def _slot_positions(self) -> np.ndarray:
+        return spread(self.positions[..., None], self.batch, self.heads)[..., 0]
+
+
+def head_count(X: np.ndarray, inner: int) -> int:
+    """The size of the head axis, the last but `inner`; 1 where there is none."""
+    return X.shape[-1 - inner] if X.ndim > inner else 1
+
+
+def spread(X: np.ndarray, batch: tuple[int, ...], heads: int) -> np.ndarray:
+    """(..., h, a, b) to (batch * heads, a, b): each of the h heads serves heads // h consecutive ones."""
+    tail = X.shape[-2:]
+    if X.shape[:-2] != batch + (heads,):
+        own = head_count(X, 2)
+        X = X.reshape(X.shape[:-3] + (own, 1) + tail)
+        X = np.broadcast_to(X, batch + (own, heads // max(own, 1)) + tail)
+    return X.reshape((math.prod(batch) * heads,) + tail)
+
+
+def _gather(dX: np.ndarray, batch: tuple[int, ...], heads: int, shape: tuple[int, ...]) -> np.ndarray:
+    """The adjoint of `spread` of an array of this shape."""
+    own = shape[-3] if len(shape) > 2 else 1
+    dX = dX.reshape(batch + (own, heads // max(own, 1)) + dX.shape[-2:])
+    dX = dX.sum(axis=-3) if dX.shape[-3] != 1 else dX[..., 0, :, :]
+    return sum_to(dX, shape)
+
+
+def contiguous(X: np.ndarray) -> np.ndarray:
+    """X itself where it is C-contiguous and aligned, as engines take arrays; else a copy that is."""
+    return X if X.flags.c_contiguous and X.flags.aligned else X.copy()
