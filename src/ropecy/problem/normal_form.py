@@ -161,24 +161,24 @@ def _balance(problem: Problem, comm: Communicator) -> Balance | None:
     other vanish, before projections and powers of two are undone.
     """
     far = np.finfo(problem.dtype).maxexp // 2
-    sizes = comm.largest(np.stack([_sizes(problem.q), _sizes(problem.k)]))
+    scale = math.frexp(max(abs(problem.scale), 0 if problem.near is None else abs(problem.near[1])))[1]
+    sizes = comm.largest(np.stack([_sizes(problem.q, problem.threads), _sizes(problem.k, problem.threads)]))
     of_q, of_k = np.frexp(sizes)[1]
     unlike = (sizes > 0).all(axis=0) & (np.abs(of_k - of_q) > far)
+    if abs(scale) <= far and not unlike.any():
+        return None
     q = np.where(unlike, (of_k - of_q) // 2, 0)
-    scale = math.frexp(max(abs(problem.scale), 0 if problem.near is None else abs(problem.near[1])))[1]
     # What is taken from scales is given to queries and keys, of which neither squares may overflow nor entries vanish.
     after = np.concatenate([of_q + q, of_k - q])[sizes.reshape(-1) > 0]
     room, depth = far - 8 - after.max(initial=0), far - 8 + after.min(initial=0)
     scale = int(np.clip(scale, -2 * max(depth, 0), 2 * max(room, 0))) if abs(scale) > far else 0
-    if not (scale or unlike.any()):
-        return None
     return Balance(q + scale // 2, scale - scale // 2 - q, -scale)
 
 
-def _sizes(X: np.ndarray) -> np.ndarray:
-    """The largest entry of each slot of X (H, ..., rows, d), (H,) float64."""
-    rest = tuple(range(1, X.ndim))
-    return np.maximum(X.max(axis=rest, initial=0), -X.min(axis=rest, initial=0)).astype(np.float64)
+def _sizes(X: np.ndarray, threads: int) -> np.ndarray:
+    """The largest entry of each slot of X (H, ..., rows, d), (H,) float64; 0 where there are none."""
+    _, low, high = _rows.columns(X.reshape(len(X), -1, X.shape[-1]), None, threads)
+    return np.maximum(-low, high).max(axis=1, initial=0).astype(np.float64)
 
 
 def _ends(X: np.ndarray, problem: Problem, comm: Communicator) -> tuple[np.ndarray, np.ndarray]:
