@@ -34,7 +34,7 @@ def run(problem, degree, lower, do):
     p, r = weights(poly.B_grid(scores.bound), degree, lower)
     if p is None or r is None:
         return None
-    judged = features.Judged(moments.reach(problem, values), None)
+    judged = features.Judged(moments.value_distances(problem, values), None)
     o, _, saved = features.forward(problem, features.Expansion(scores, values, p, r), False, judged=judged)
     rule = moments.MomentRule(p, 0.0, scores, weights=r)
     e = rule.gradient(problem, rule.fits(problem), saved)

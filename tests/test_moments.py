@@ -304,7 +304,7 @@ def test_reach_holds_for_every_row_of_a_causal_chunk(masked, rng):
     mask = rng.random((2, n)) < 0.5 if masked else None
     problem = problem_of(np.zeros((2, 1, n, 1)), np.zeros((2, n, 1)), v, causal=True, mask=mask)
     values = measure_values(problem)
-    table = moments.reach(problem, values)
+    table = moments.value_distances(problem, values)
     assert table.shape == (2, 4, 3, 2)
     for head in range(2):
         for row in range(CHUNK, n, 7):

@@ -1,4 +1,4 @@
-"""Bounds of scores ``scale q_i W_{i-j} k_j^T``, with a matrix for each offset."""
+"""Bounds of the scores ``scale q_i W_{i-j} k_j^T`` of a family, which has a matrix W_t for each offset t = i - j."""
 
 from __future__ import annotations
 
@@ -11,23 +11,26 @@ from ..problem.family import Family
 from ..problem.problem import Problem
 from .scores import Scores, balancing_factors, unbounded
 
-# How many offsets, or rows, are looked at together, and how wide a block of a family may be to have its powers taken.
-_OFFSETS = 1024
-_WIDE = 32
+_OFFSETS = 1024  # how many offsets, or rows of q or k, are read at a time, so that little memory is used
+_WIDE = 32  # the widest block of a family whose spectral norm is bounded by powers of X^T X
 
 
 def measure_family(problem: Problem) -> Scores:
-    """The smaller of ``max_t max|q|^T |W_t| max|k|``, entry by entry, and ``max ||q_i|| max_t ||W_t||_2 max ||k_j||``,
-    with ``|W_t|`` in the place of W_t for `plain`. Nothing is centred: q_i W_t c is not the same for all keys.
+    """Bounds of the scores of a family, slot by slot.
+
+    Each is the smaller of two: ``max_t max|q|^T |W_t| max|k|``, where max|q| and max|k| are taken entry by entry, and
+    ``max ||q_i|| max_t ||W_t||_2 max ||k_j||``. `Scores.plain` has ``|W_t|`` in the place of W_t. Keys are not centred,
+    since q_i W_t c depends on the offset t and so is not the same for all keys of a row.
 
     Notes
     -----
-    Time O(n d + M |S|), and as much for each column that a block of the support has (`_norms`).
+    Time O(n d + M |S|) for M offsets and a support of |S| entries; the second term is multiplied by the number of
+    columns of a block of the support (`_norms`).
     """
     family, scale = problem.family, abs(problem.scale)
     first, last = problem.mask.distances
     with np.errstate(all="ignore"):
-        # Rows that are hidden are 0.
+        # Keys that key_mask hides have been set to 0, so they do not count here.
         q_top, q_norm = _sizes(problem.q)
         k_top, k_norm = _sizes(problem.k)
         ends = q_top[:, family.left] * k_top[:, family.right]
@@ -49,7 +52,7 @@ def measure_family(problem: Problem) -> Scores:
     if not math.isfinite(plain):
         return unbounded(problem, math.inf)
     factors = balancing_factors(problem.scale * (largest or 1.0), q_norm, k_norm, np.dtype(np.float64))
-    # What is lost of a row may be anywhere in it, whatever the size of its entries.
+    # The rounding error of a row of q or k is bounded in norm only: it may sit in any entry, so norms multiply it.
     lost = (problem.origin.q_lost + problem.origin.k_lost) * float(by_norm.max()) * room
     how = "by the norms of its matrices"
     return Scores(plain, float(of_slots.max()), None, *factors, of_slots, how=how, products=products, lost=lost)
@@ -67,7 +70,7 @@ def largest_entries(problem: Problem) -> float:
 
 
 def _sizes(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The largest of each entry, (H, d), and of the norms of rows, (H,), float64; a block of rows at a time."""
+    """The largest absolute value in each column, (H, d), and the largest norm of a row, (H,), both in float64."""
     H, d = rows.shape[0], rows.shape[-1]
     rows = rows.reshape(H, -1, d)
     top, norm = np.zeros((H, d)), np.zeros(H)
@@ -81,10 +84,11 @@ def _sizes(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _norms(values: np.ndarray, family: Family) -> float:
-    """Upper bound of ``max_t ||W_t||_2``, of float64 values (m, |S|).
+    """An upper bound of ``max_t ||W_t||_2`` for m matrices with the entries `values`, (m, |S|) float64.
 
-    The largest of that of the blocks into which the support falls. Of a block X, with A = X^T X, it is
-    ``||A^4||_inf^(1/8)``, which for orthogonal matrices is their norm, or ``sqrt(||X||_1 ||X||_inf)`` where X is wide.
+    The norm of W_t is the largest norm of the blocks into which its support falls. The norm of a block X is bounded by
+    ``sqrt(||X||_1 ||X||_inf)`` and, where X is not wider than `_WIDE`, also by ``||A^4||_inf^(1/8)`` with A = X^T X,
+    which is exact where X is orthogonal.
     """
     found = 0.0
     for rows, columns, entries in _blocks(family):
@@ -104,7 +108,11 @@ def _norms(values: np.ndarray, family: Family) -> float:
 
 
 def _blocks(family: Family) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Row and column, counted from 0 in each block, and index of the pairs that hang together by rows and columns."""
+    """The blocks of a family's support; entries that share a row or a column are in one block.
+
+    Yields (row, column, entry) of each block, index arrays of equal length: rows and columns are numbered from 0 within
+    the block, `entry` is the index into the support.
+    """
     block = np.arange(len(family.left))
     while True:
         least = block.copy()

@@ -5,9 +5,10 @@ s^2 = a + <x x^T, y y^T - M>, hence
 
     sum_j s_j^4 = 2 a sum_j s_j^2 - m a^2 + sum_j <x x^T, y_j y_j^T - M>^2 <= (sum_j s_j^2)^2 / m + ||x||^4 Lambda,
 
-where Lambda is the largest eigenvalue of the last sum over symmetric matrices. M being the mean over a longer stretch
-of keys, and Lambda the sum over that stretch, it holds for the keys that come first as well: causal rows share a few
-prefixes. Nothing of this is in the papers.
+where x is a scaled query, y_j are scaled keys and s_j = <x, y_j> their scores. Lambda is the largest eigenvalue of the
+quadratic form X -> sum_j <X, y_j y_j^T - M>^2 over symmetric matrices X. Where M is the mean and Lambda the largest
+eigenvalue for a longer run of keys, the bound also holds for the first m keys of that run. So a few prefixes of the
+keys serve all rows of a causal problem.
 """
 
 from __future__ import annotations
@@ -23,24 +24,24 @@ from ..problem.problem import Outline, Problem
 from .moments import chunk
 from .scores import Scores
 
-# Lanczos: steps, and the probability that its bound fails, over all slots of a call.
-STEPS = 20
-FAILURE = 1e-6
+STEPS = 20  # of the Lanczos iteration
+FAILURE = 1e-6  # the probability that a bound from it does not hold, for all slots and prefixes of a call together
 _SHORTEST_PREFIX = 1536  # of causal keys that have fourth moments of their own
 
 
 @dataclass(slots=True)
 class Fourth:
-    """Sums over the first keys of a slot that stand in for fourth moments.
+    """Bounds of the fourth moments of the scores: Lambda for a few prefixes of the keys of each slot.
 
     Attributes
     ----------
     stops : (L,) int array
-        Increasing; the last is the number of keys.
+        How many keys each prefix has, increasing; the last is the number of all keys.
     largest : (H, L) array
-        Lambda of the first `stops` keys, in units of the fourth power of the largest: with B_i in the place of ||x||.
+        Lambda of each prefix, divided by the fourth power of the norm of the longest key. Multiplied by B_i^4, the
+        bound of a row's scores, it takes the place of ``||x||^4 Lambda``.
     seed : int
-        Of the coins behind it.
+        The seed of the random start of the Lanczos iteration.
     """
 
     stops: np.ndarray
@@ -48,12 +49,12 @@ class Fourth:
     seed: int
 
     def of_rows(self, far: np.ndarray) -> np.ndarray:
-        """Lambda for rows that see the first `far` keys (n,) by polynomial: (H, n)."""
+        """`largest` for rows whose first `far` keys, (n,), are seen through the polynomial: (H, n)."""
         return self.largest[:, np.searchsorted(self.stops, far)]
 
 
 def prefixes(problem: Outline) -> np.ndarray:
-    """How many keys have fourth moments together: all, and, causal, halves of halves too."""
+    """How many keys each prefix has that gets a Lambda: all keys, and, if causal, also about a half, a quarter, ..."""
     size = chunk(problem)
     stops = [problem.sizes.n_k]
     while problem.mask.causal and stops[-1] > 2 * _SHORTEST_PREFIX:
@@ -62,15 +63,15 @@ def prefixes(problem: Outline) -> np.ndarray:
 
 
 def fourth_moments(problem: Problem, scores: Scores, seed: int | None) -> Fourth:
-    """Lambda >= the sum over j of <X, y_j y_j^T - mean>^2, for all symmetric X of norm 1, of each stretch of keys.
+    """A bound Lambda of ``sum_j <X, y_j y_j^T - mean>^2`` over all symmetric X of norm 1, for each slot and prefix.
 
     Notes
     -----
-    20 steps of Lanczos for X -> sum_j (y_j^T X y_j - mean) y_j y_j^T on symmetric matrices from a Gaussian start. Its
-    largest Ritz value theta has theta >= (1 - e) Lambda for all data but with probability 1.648 sqrt(N)
-    exp(-sqrt(e) (2 k - 1)) over its own coins, N = d (d + 1) / 2 (Kuczynski and Wozniakowski 1992): e is where that is
-    1e-6, shared by the slots and stretches. Time 40 n_k d^2 in products of matrices, twice that where causal; memory
-    2 n_k d.
+    It takes 20 steps of the Lanczos iteration for X -> sum_j (y_j^T X y_j - mean) y_j y_j^T on symmetric matrices, from
+    a Gaussian start. Whatever the data, the largest Ritz value theta after k steps satisfies theta >= (1 - e) Lambda
+    except with probability 1.648 sqrt(N) exp(-sqrt(e) (2 k - 1)) over the random start, where N = d (d + 1) / 2
+    (Kuczynski and Wozniakowski 1992). Here e is chosen so that this probability, added up over all slots and prefixes,
+    is `FAILURE`. Time 40 n_k d^2 in products of matrices, twice that in a causal problem; memory 2 n_k d.
     """
     if seed is None:
         seed = secrets.randbits(63)
@@ -80,19 +81,19 @@ def fourth_moments(problem: Problem, scores: Scores, seed: int | None) -> Fourth
     rows = _quartic.Rows(problem.k, problem.mask.kept, scores.centre, scores.k_factor, problem.threads)
     steps = min(STEPS, d * (d + 1) // 2)
     theta = _largest_variance(rows, stops, problem.mask.kept_before(stops, problem.sizes.H), steps, rng)
-    # More steps than dimensions change nothing, so the statement for STEPS holds for fewer too.
+    # After as many steps as there are dimensions further ones change nothing, so fewer steps than STEPS are as good.
     room = math.log(1.648 * math.sqrt(d * (d + 1) / 2) * theta.size / FAILURE) / (2 * STEPS - 1)
     size = (scores.keys * abs(scores.k_factor))[:, None] ** 4
     largest = np.divide(theta / (1 - room * room), size, out=np.zeros_like(theta), where=size > 0)
-    # Products are in the data's precision.
+    # The products were computed in the precision of the data, so their rounding is added.
     return Fourth(stops, largest + 64 * float(np.finfo(problem.k.dtype).eps) * stops, seed)
 
 
 def _largest_variance(rows: _quartic.Rows, stops: np.ndarray, kept: np.ndarray, steps: int, rng) -> np.ndarray:
-    """The largest Ritz values after `steps` steps of Lanczos, every vector made orthogonal to all before it: (H, L)."""
+    """The largest Ritz values, (H, L), after `steps` steps of Lanczos with full reorthogonalisation."""
     products = rows.apply(stops, None)[0]
     H, L, d, _ = products.shape
-    # With einsum: products of BLAS leave threads behind that spin.
+    # Sums are written with einsum, because BLAS would start threads of its own that keep spinning afterwards.
     start = rng.standard_normal((H, L, d, d))
     X = start + start.swapaxes(2, 3)  # Gaussian in an orthonormal basis of symmetric matrices
     X /= np.linalg.norm(X, axis=(2, 3), keepdims=True)
@@ -106,7 +107,7 @@ def _largest_variance(rows: _quartic.Rows, stops: np.ndarray, kept: np.ndarray, 
             part = np.einsum("khlab,hlab->khl", basis[: k + 1], image)
             image -= np.einsum("khl,khlab->hlab", part, basis[: k + 1])
         norm = np.sqrt(np.einsum("hlab,hlab->hl", image, image))
-        # A space that is exhausted goes on with 0.
+        # Where the Krylov space is exhausted what is left is rounding: all further vectors are 0.
         norm[norm <= 1e-14 * np.abs(T[..., 0, 0])] = 0
         if k + 1 < steps:
             T[..., k, k + 1] = T[..., k + 1, k] = norm

@@ -12,7 +12,15 @@ from ..problem.problem import Outline
 
 @dataclass(slots=True)
 class Hidden:
-    """The keys that key_mask hides, by slot, (H,): the most between two kept ones, and those at the ends."""
+    """How many keys in a row key_mask hides, for each slot.
+
+    Attributes
+    ----------
+    between : (H,) int array
+        The longest run of hidden keys between two kept ones.
+    start, end : (H,) int arrays
+        How many hidden keys there are before the first kept one and after the last one.
+    """
 
     between: np.ndarray
     start: np.ndarray
@@ -20,7 +28,7 @@ class Hidden:
 
 
 def hidden_keys(problem: Outline, comm: Communicator = SERIAL) -> Hidden:
-    """Runs of hidden keys, over all ranks. Time O(n_k)."""
+    """The runs of hidden keys in the whole sequence, over all ranks. Time O(n_k)."""
     H, n_k, kept_keys = problem.sizes.H, problem.mask.n_k, problem.mask.kept
     own = Hidden(np.zeros(H, int), np.zeros(H, int), np.zeros(H, int))
     if kept_keys is not None and n_k:

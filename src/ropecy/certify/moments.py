@@ -1,22 +1,27 @@
-"""Moments of the scores: what the bulk of the keys says of a row's error, where the largest score says too much.
+"""Certificates from moments of the scores: most scores of a row are far below the largest one, which bounds them all.
 
-With weights p_i(s), ``|p_i(s) - e^s| <= radius_i(s)``, h_i the sum of radius_i over the keys of row i divided by its
-denominator, and T the row that is computed,
+Let p_i be the polynomial that row i has in the place of exp, with ``|p_i(s) - e^s| <= radius_i(s)``; h_i the sum of
+radius_i over the keys of row i, divided by the row's denominator sum_j p_i(s_ij); and T_i the row that is computed.
+Then
 
     |Attn_ic - T_ic| <= h_i / (1 - h_i) max_j |V_jc - T_ic|,
 
-since sum_j p_i(s_ij) (V_j - T_i) = 0; whole rows too, in any norm, with ||Attn_i - T_i|| and ||V_j - T_i||. The radius
-is a polynomial, so h_i takes moments of the scores: the k-th is the share of degree k in the denominator, right for
-every mask. Keys' sums do not depend on p_i, so every row has its own, for the size of its own scores, and a long query
-spoils no other row.
+since sum_j p_i(s_ij) (V_j - T_i) = 0. The same holds for whole rows in any norm, with ||Attn_i - T_i|| and
+||V_j - T_i||. The radius is a polynomial in s, so h_i needs only moments sum_j s_ij^k. The k-th moment is what the
+terms of degree k add to the denominator, divided by their coefficient: the forward pass has it for every mask. The sums
+over keys do not depend on p_i, so every row can have a polynomial for the size of its own scores, and one long query
+does not make other rows less accurate.
 
-What was tried and left out, with n = 65,536 and d = 64:
+Two things were tried with n = 65,536 and d = 64 and left out:
 
-* A degree chosen by errors of whole rows, which bound those of entries 5.7 (uniform V) and 2.1 times (Gaussian) worse.
-* A polynomial of degree 2 without the products of the d - r coordinates (eigenvectors of the keys and queries) that
-  scores have least of adds ``c_2 sum_j y_j^2`` to h, y their share of a score. At a certificate 1.25 times larger, that
-  is 2,145 features down to 93 to 254 where nothing is rotated (eigenvalues falling as 1/k to 1/k^2), to 192 to 605
-  where half of the coordinates are, and to 1,064 to 2,100 where all are: rotations average over each pair.
+* Choosing the degree by errors of whole rows. They bound the errors of entries worse: by 5.7 times where the values are
+  uniform, by 2.1 times where they are Gaussian.
+* A polynomial of degree 2 that leaves out the products of the d - r coordinates (along eigenvectors of keys and
+queries)
+  that add least to the scores. With y_j the part of a score that they make, this adds ``c_2 sum_j y_j^2`` to h. If the
+  certificate may be 1.25 times larger, 2,145 features become 93 to 254 without rotations (for eigenvalues falling as
+  1/k to 1/k^2), 192 to 605 where half of the coordinates are rotated, but 1,064 to 2,100 where all are, because
+  rotations average over the two coordinates of each pair.
 """
 
 from __future__ import annotations
@@ -39,25 +44,26 @@ from .values import Values, range_elsewhere
 if TYPE_CHECKING:
     from .fourth_moments import Fourth
 
-TILE = 48  # rows, of the exact engine
+TILE = 48  # how many rows the exact engine computes together
 
 
 class RowFits:
-    """A polynomial for every row, of one degree: `polynomial.fit_moments` at the row's own bound, rounded up.
+    """A polynomial of one degree for every row: that of `fit_moments` for the row's own bound, rounded up to a grid.
 
     Parameters
     ----------
     sizes : array
-        B_i, of any shape.
+        B_i, the bound of the scores of each row, of any shape.
     degree : int
     kappa : float
-        As in `fit_moments`, for scores in units of B_i.
+        As in `fit_moments`, but for scores in units of B_i.
     """
 
     def __init__(self, sizes: np.ndarray, degree: int, kappa: float) -> None:
         self.sizes, self._past = sizes, ~(sizes <= poly.MAX_BOUND)
         self._any_past = bool(self._past.any())
-        # Rows that are normalised are of one size: a look at both ends is ten times cheaper than one at all.
+        # Queries that were normalised have one size. That is seen from the smallest and the largest, which is ten times
+        # cheaper than placing every row on the grid.
         ends = self._steps(np.array([sizes.min(), sizes.max()])) if sizes.size and not self._any_past else (0, 1)
         if ends[0] == ends[1]:
             there, self._index = ends[:1], np.broadcast_to(np.intp(0), sizes.shape)
@@ -72,14 +78,14 @@ class RowFits:
 
     @staticmethod
     def _steps(sizes: np.ndarray) -> np.ndarray:
-        """How many steps of the grid the bounds are below the largest there is."""
+        """How many steps of the grid of bounds `sizes` lie below the largest one, MAX_BOUND, rounded down."""
         with np.errstate(divide="ignore", invalid="ignore"):
-            # Rounding of the logarithm is far below the 1e-6 of a step that it is kept away from.
+            # The 1e-6 of a step makes sure that rounding of the logarithm never gives a bound below the row's own.
             steps = poly.STEPS_PER_OCTAVE * np.log2(poly.MAX_BOUND / sizes) - 1e-6
             return np.clip(steps, 0, 45 * poly.STEPS_PER_OCTAVE).astype(np.intp)
 
     def of_rows(self, what) -> np.ndarray:
-        """what(p) by rows; inf where a row has no polynomial. Not to be written to."""
+        """what(p) for the polynomial p of each row, read-only, in the shape of `sizes`; inf for a row that has none."""
         if len(self._fits) == 1 and self._fits[0] is not None and not self._any_past:
             return np.broadcast_to(np.float64(what(self._fits[0])), self.sizes.shape)
         found = np.array([math.inf if p is None else what(p) for p in self._fits])[self._index]
@@ -87,7 +93,10 @@ class RowFits:
         return found
 
     def ratio(self, p: MomentPolynomial, dtype: np.dtype) -> np.ndarray | None:
-        """What the two top degrees of p are multiplied by to be the row's (c/monomials.h); None where all are p."""
+        """Factors that turn the two top coefficients of p into those of each row, (2, ...) (see c/monomials.h).
+
+        The second factor is relative to the first. None is returned where every row has p itself.
+        """
         if all(fit in (None, p) for fit in self._fits):
             return None
         g, ratio = p.degree, np.ones((2, *self._index.shape), dtype)
@@ -104,9 +113,9 @@ class Measured(Protocol):
     Attributes
     ----------
     moment : array
-        The share of the top even degree in the denominator.
+        What the terms of the top even degree add to the denominator, divided by the denominator.
     spread : array
-        How far the values are from the row at most, in units of their range.
+        The largest distance of a value from the computed row, column by column, in units of the range of the column.
     inverse : array
         One over the denominator; 0 where a row sees no key.
     """
@@ -118,22 +127,23 @@ class Measured(Protocol):
 
 @dataclass(slots=True)
 class MomentRule:
-    """A family of polynomials, one for a row, and what certifies rows once they are computed.
+    """The choice of a polynomial for each row, and the bound of the error of each row after it is computed.
 
     Attributes
     ----------
     polynomial : MomentPolynomial
-        That of the largest bound of a row that is kept.
+        The polynomial for the largest bound B among the rows that the polynomial engine keeps.
     kappa : float
         As in `RowFits`.
     scores : Scores
-        For rows of such bounds.
+        Bounds and factors for the rows whose bound is at most B.
     fourth : Fourth or None
+        Bounds of fourth moments, if they are used.
     n_long : int
-        How many rows are past that bound, and exact.
+        How many rows have a bound past B; they are computed exactly.
     weights : MomentPolynomial or None
-        What backward has in the place of `polynomial`, of the same order. Then all rows have `polynomial` itself, for
-        dV has its weights.
+        The polynomial that backward has for its weights, of the same order; None without gradients. If it is given,
+        all rows have `polynomial` itself in forward, because dV is made with the weights of forward.
     sizes : (H, G, n) array or None
         B_i of all rows; they are measured where it is None.
     """
@@ -147,14 +157,14 @@ class MomentRule:
     sizes: np.ndarray | None = field(default=None, repr=False)
 
     def fits(self, problem: Problem) -> RowFits:
-        """Every row's polynomial."""
+        """The polynomial of every row."""
         sizes = self.scores.of_rows(problem) if self.sizes is None else self.sizes
         if self.weights is not None:
             sizes = np.maximum(sizes, self.scores.bound)
         return RowFits(sizes, self.polynomial.degree, self.kappa)
 
     def truncation(self, problem: Problem, fits: RowFits, measured: Measured) -> np.ndarray:
-        """Bound of |T_ic - Attn_ic| / range_j(V_jc) by rows, (H, G, n) float64; inf where there is none.
+        """A bound of |T_ic - Attn_ic| / range_j(V_jc) for each row, (H, G, n) float64; inf where there is none.
 
         Parameters
         ----------
@@ -168,13 +178,14 @@ class MomentRule:
         Time O(n).
         """
         h, inverse = self._radius(problem, fits, measured), measured.inverse
-        # At least half, but where all these values are equal: those of long keys may not be.
+        # A row is at least half of the range away from some value. Less was measured only where the values seen are all
+        # equal, and then those of keys that were left out may still differ.
         share = np.clip(measured.spread * (1 + 8 * float(np.finfo(problem.dtype).eps)), 0.5, 1.0)
         with np.errstate(all="ignore"):
             return np.where(h < 1, np.where(inverse > 0, h / (1 - h) * share, 0.0), math.inf)
 
     def gradient(self, problem: Problem, fits: RowFits, measured: Measured) -> np.ndarray:
-        """What a row does to the certificate of gradients, (H, G, n) float64: see `gradient_error`."""
+        """The error of gradients that each row accounts for, (H, G, n) float64, by `gradient_error`."""
         r, mean = self.weights, self._mean(fits, measured.moment)
         unit = problem.unit
         radius = r.radius[0] * mean + 16 * unit * math.exp(r.B) * r.radius[0] * r.B**r.order
@@ -182,16 +193,16 @@ class MomentRule:
         return np.where(measured.inverse > 0, errors, 0.0)
 
     def _mean(self, fits: RowFits, moment: np.ndarray) -> np.ndarray:
-        """sum_j s^k / Z by rows."""
+        """The moment sum_j s_ij^k divided by the denominator, for each row; k is the order of the polynomials."""
         with np.errstate(all="ignore"):
             return np.maximum(moment.astype(np.float64) / fits.of_rows(lambda p: p.coefficients[p.order]), 0.0)
 
     def _radius(self, problem: Problem, fits: RowFits, measured: Measured) -> np.ndarray:
-        """The sum over keys of a row's radius by its denominator: (H, G, n)."""
+        """h_i of the module's docstring: the sum over keys of a row's radius divided by its denominator, (H, G, n)."""
         k, unit, mean = self.polynomial.order, problem.unit, self._mean(fits, measured.moment)
         inverse = measured.inverse
         with np.errstate(all="ignore"):
-            # With the rounding of the coefficient that the moment was measured with.
+            # The second term covers the rounding of the coefficient that the moment was divided by.
             h = mean * fits.of_rows(lambda p: p.alone + 8 * unit * p.coefficients[k])
             if self.fourth is not None:
                 far = far_keys(problem, np.arange(problem.sizes.n))
@@ -200,15 +211,17 @@ class MomentRule:
                 fourth += fits.sizes**4 * self.fourth.of_rows(far)[:, None] * inverse
                 both = mean * fits.of_rows(lambda p: p.radius[0] + 8 * unit * p.coefficients[k])
                 h = np.minimum(h, both + fourth * fits.of_rows(lambda p: p.radius[1]))
-            # Moments are sums that may cancel: their rounding is in units of the largest term, times m / Z.
+            # Moments are sums whose terms may cancel: their rounding is relative to the largest term, times m / Z.
             return h + fits.of_rows(
                 lambda p: 16 * unit * math.exp(p.B) * max(p.alone, p.radius[0] + p.radius[1] * p.B**2) * p.B**k
             )
 
 
 def gradient_error(h: np.ndarray, h_r: np.ndarray) -> np.ndarray:
-    """The least e that `Certificate` may say of gradients, by rows: h and h_r are the radii of p and r, their sum over
-    keys divided by the denominator.
+    """The least e that a `Certificate` can state for the gradients, for each row.
+
+    `h` and `h_r` are the radii of forward's polynomial p and backward's r, summed over the keys of the row and divided
+    by its denominator.
 
     Notes
     -----
@@ -229,25 +242,25 @@ def gradient_error(h: np.ndarray, h_r: np.ndarray) -> np.ndarray:
 
 
 def chunk(problem: Outline) -> int:
-    """Rows of a causal chunk of the polynomial engine, inside which pairs are exact."""
+    """How many rows a causal chunk of the polynomial engine has; pairs inside a chunk are computed exactly."""
     return _monomials.blocking(problem.dtype)[1]
 
 
 def far_keys(problem: Outline, rows: np.ndarray) -> np.ndarray:
-    """How many keys these rows see by polynomial: all there are, or, causal, those before their chunk's first."""
+    """How many keys these rows see through the polynomial: all keys, or, if causal, those before the row's chunk."""
     return problem.mask.stops_before_chunk(rows, chunk(problem))
 
 
 def worst_case(problem: Outline, p: Polynomial) -> np.ndarray:
-    """Bound of |T_ic - Attn_ic| / range_j(V_jc) by rows, (H, 1, n) float64, for any scores within p's bound B.
+    """A bound of |T_ic - Attn_ic| / range_j(V_jc) for each row, (H, 1, n) float64, for any scores within p's bound B.
 
     Notes
     -----
-    Weights are off by a factor within 1 +- e in far keys alone, e the error of p. Since the computed weights w^ have
-    sum_j w^_j (V_j - T) = 0, T being the computed row, ``Z (Attn - T) = -sum_far delta_j w_j (V_j - T)``. Hence the
-    error is at most e phi, phi the far keys' share of the row: no more than that of m_far keys of weight e^B beside
-    m_near keys of weight e^-B. It is 0 in the first chunk of a causal problem; where nearly all keys are far, tau(e)
-    is less. Time O(n).
+    Only the weights of far keys, those seen through p, are wrong: by a factor 1 + delta_j with |delta_j| <= e, the
+    relative error of p. The computed weights w^ and the computed row T satisfy sum_j w^_j (V_j - T) = 0, so
+    ``Z (Attn - T) = -sum_far delta_j w_j (V_j - T)``. Hence the error is at most e phi, where phi is the part of the
+    row's weight that far keys have. It is largest where each far key weighs e^B and each near key e^-B. The bound is 0
+    in the first chunk of a causal problem. Where nearly all keys are far, tau(e) is the smaller bound. Time O(n).
     """
     rows = np.arange(problem.sizes.n)
     stops = far_keys(problem, rows), problem.mask.stops(rows)
@@ -258,11 +271,12 @@ def worst_case(problem: Outline, p: Polynomial) -> np.ndarray:
     return np.minimum(poly.tau(p.error), p.error * share)[:, None]
 
 
-def reach(problem: Problem, values: Values, comm: Communicator = SERIAL) -> np.ndarray:
-    """middle - value_centre, half, 1 / range of every column, (H, 1 or chunks, 3, d_v) (kernels/c/monomials.h).
+def value_distances(problem: Problem, values: Values, comm: Communicator = SERIAL) -> np.ndarray:
+    """How far a column's values may be from a row, (H, 1 or chunks, 3, d_v), as kernels/c/monomials.h wants it.
 
-    Causal: values of the keys up to a chunk's end are within half of middle, and a row of the chunk sees at least the
-    range of the keys before it.
+    The three numbers of each column are: the middle of its values less `values.middle`; the largest distance of a value
+    from that middle; and one over the range. In a causal problem each chunk has its own: the first two are of the keys
+    up to the chunk's end, the range is that of the keys before the chunk, which every row of it sees.
     """
     v, dtype = problem.v, problem.dtype
     low, high = values.low[:, None].astype(np.float64), values.high[:, None].astype(np.float64)
@@ -281,13 +295,13 @@ def reach(problem: Problem, values: Values, comm: Communicator = SERIAL) -> np.n
         high = np.maximum.accumulate(high, axis=1).astype(np.float64)
         seen = high >= low
         low, high = np.where(seen, low, 0), np.where(seen, high, 0)
-        # What is up to a chunk's end, and what is before it.
+        # `before` is the range of the keys before each chunk; low and high are of the keys up to its end.
         before = (high - low)[:, : max(1, starts.size)]
         low, high = (X[:, -max(1, starts.size) :] for X in (low, high))
     table = np.empty((*low.shape[:2], 3, v.shape[2]), dtype)
     centre = values.middle[:, None].astype(np.float64)
     table[:, :, 0] = 0.5 * low + 0.5 * high - centre
-    # Measured from the middle as it is stored.
+    # Distances are measured from the middle as it was rounded when it was stored.
     middle = table[:, :, 0] + centre
     half = np.maximum(high - middle, middle - low)
     table[:, :, 1] = half

@@ -1,4 +1,4 @@
-"""Attributes that are computed when they are first asked for, and once."""
+"""A decorator for attributes that are computed once, when they are first asked for."""
 
 from __future__ import annotations
 
@@ -26,6 +26,6 @@ class once(Generic[T]):
     def __get__(self, instance: object, owner: type | None = None) -> T:
         if instance is None:
             return self
-        # What is in the instance's own dictionary is found before this descriptor, which has no __set__.
+        # This descriptor has no __set__, so from now on Python finds the value in the instance's dictionary first.
         value = instance.__dict__[self._name] = self._compute(instance)
         return value

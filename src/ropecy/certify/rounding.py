@@ -1,4 +1,4 @@
-"""What rounding costs: models of its size for sums over keys, exact and by monomials, measured and not proved."""
+"""Models of the rounding error of O, for exact attention and for monomials. They were measured, not proved."""
 
 from __future__ import annotations
 
@@ -11,20 +11,19 @@ from ..problem.problem import Outline
 from .scores import Scores
 from .values import Values
 
-# Keys that the exact engine adds up in the dtype it computes in, in blocks, before float64 takes over.
-_STRETCH = 1536
+_STRETCH = 1536  # how many keys the exact engine sums in its own dtype, in blocks, before it adds the sum up in float64
 
 
 def exact_rounding(problem: Outline, scores: Scores, values: Values, comm: Communicator = SERIAL) -> float:
-    """What rounding costs the exact engine at most, in units of max_c range_j(v_jc).
+    """A bound of the rounding error of O by the exact engine, in units of max_c range_j(v_jc).
 
-    Three things add up.
+    It is the sum of three errors:
 
-    * Sums over keys (`sums_rounding`).
-    * Scores. Those of size S carry ``(2 + sqrt(d) / 2) S`` units; biases two units of their size, which counts from
-      the largest bias (`bias_reach`). Weights that are off by that move O by as much of the range, and never by more
-      than the range: O stays between the least and the largest of the values.
-    * Storing O, which may lie far from 0.
+    * of sums over keys (`sums_rounding`);
+    * of scores: a score of size S is off by ``(2 + sqrt(d) / 2) S`` units of rounding, a bias by two units of its
+      distance from the largest bias (`bias_reach`). Where scores are off by e, O moves by at most e times the range of
+      the values; and never by more than the range, since O stays between the least and the largest value;
+    * of storing O, whose entries may be far larger than the range.
     """
     unit = problem.unit
     d, n_k = problem.sizes.d, sum(comm.gather(problem.sizes.n_k))
@@ -37,50 +36,53 @@ def exact_rounding(problem: Outline, scores: Scores, values: Values, comm: Commu
 
 
 def sums_rounding(dtype: np.dtype, n_k: int, stretch: int = _STRETCH) -> float:
-    """What rounding costs sums over n_k keys, in units of the largest value.
+    """The rounding error of a sum over n_k keys, in units of the largest value.
 
-    In a block of 96 keys equal terms are all rounded to the same side, by half of a unit a key; sums over blocks grow
-    with the square root of their number. The sums of so many keys, a `stretch`, are added up in float64, where equal
-    ones are again rounded to the same side.
+    Keys are summed in blocks of 96. If the terms of a block are equal, all are rounded to the same side, by half a unit
+    each. The errors of different blocks are independent, so they grow with the square root of the number of blocks.
+    After every `stretch` keys the sum is added up in float64, where equal terms are again rounded to the same side.
     """
     unit = float(np.finfo(dtype).eps) / 2
     return unit * (8 + min(40.0, n_k / 2) + math.sqrt(n_k / 96)) + 2.0**-54 * n_k / stretch
 
 
 def _of_scores(d: int) -> float:
-    """What rounding costs a sum of d products, in units of the norms of its factors."""
+    """The rounding error of an inner product of d terms, in units of rounding times the norms of both vectors."""
     return 2 + math.sqrt(d) / 2
 
 
 def most_of_norms(dtype: np.dtype, n_k: int, d: int, eps: float) -> float:
-    """The largest score, by the norms of queries and keys, of which the rounding leaves exact work within eps, n_k keys
-    with values near 0 being added up.
+    """The largest ``|scale| ||q|| ||k||`` up to which the exact engine's rounding error is below eps.
+
+    The sum is over n_k keys, and the values are assumed to lie near 0, so that storing O costs no more.
     """
     return (eps - sums_rounding(dtype, n_k)) / (_of_scores(d) * float(np.finfo(dtype).eps) / 2)
 
 
 def score_size(problem: Outline, scores: Scores) -> float:
-    """A bound of the scores without a bias, those of the near field too."""
+    """A bound of the scores without their bias, inside the near field and outside."""
     scale = _scale(problem)
     return scale * scores.products if scale else 0.0
 
 
 def _scale(problem: Outline) -> float:
-    """The larger one of the scale and that of the near field."""
+    """The larger of |scale| and |scale_near|."""
     return abs(problem.scale) if problem.near is None else max(abs(problem.scale), abs(problem.near[1]))
 
 
 def seen_bias(problem: Outline) -> np.ndarray:
-    """The bias at the offsets that the band allows, (H or 1, G or 1, _); one of -inf where it allows none."""
+    """The bias at the offsets that the band allows, (H or 1, G or 1, offsets); a single -inf if it allows none."""
     seen = problem.bias[..., problem.mask.seen_symbol]
     return seen if seen.shape[-1] else np.full((*problem.bias.shape[:2], 1), -np.inf)
 
 
 def bias_reach(problem: Outline, size: float) -> float:
-    """How far below the largest bias those of the keys are that count in a row, scores being within `size`.
+    """A bound of the weighted mean, over the keys of a row, of how far their biases lie below the largest bias.
 
-    At most all the way. And at most what the best key of a row is below it, and the mean over a row's weights P below
-    that: P maximises ``sum_j P_j (s_j + b_j) + entropy(P)``, so this is at most ``2 size + log n_k``.
+    Scores without bias are within `size`. One bound is the distance from the largest to the least bias. The other is
+    the sum of two distances: from the largest bias down to the largest that the row sees, and from there to the mean
+    over the row's weights P. As P maximises ``sum_j P_j (s_j + b_j) + entropy(P)``, the latter is at most ``2 size +
+    log n_k``.
     """
     where = problem.mask.seen_symbol
     seen = problem.bias[..., where]
@@ -89,20 +91,22 @@ def bias_reach(problem: Outline, size: float) -> float:
     with np.errstate(over="ignore", invalid="ignore"):
         top = seen.max(axis=-1, keepdims=True)
         depth = top - seen
-        reach = float(depth.max())
+        deepest = float(depth.max())
         near = 2 * size + math.log(max(problem.sizes.n_k, 1))
-        if reach <= near or problem.origin.hidden:
-            return reach
+        if deepest <= near or problem.origin.hidden:
+            return deepest
         beside = where.start, problem.bias.shape[-1] - where.stop
         depth = np.pad(depth, ((0, 0), (0, 0), beside), constant_values=np.inf)
         best = _best(problem, depth)
     best = float(best[np.isfinite(best)].max(initial=0))
-    return min(reach, best + near)
+    return min(deepest, best + near)
 
 
 def _best(problem: Outline, depth: np.ndarray) -> np.ndarray:
-    """The least of depth (H or 1, G or 1, n + n_k - 1), by offset, over the keys that a row sees, (_, _, n); inf where
-    that is none. With a key_mask that of the kept key next to the row, which is no less.
+    """An upper bound of the least depth of a key that each row sees, (H or 1, G or 1, n); inf for a row that sees none.
+
+    `depth`, (H or 1, G or 1, n + n_k - 1), is how far the bias at each offset is below the largest one. Without a
+    key_mask the result is the minimum itself; with one it is the depth at the kept key nearest to the row.
     """
     (H, G, n, n_k, *_), kept_keys = problem.sizes, problem.mask.kept
     at = np.arange(n)
@@ -129,11 +133,11 @@ def _best(problem: Outline, depth: np.ndarray) -> np.ndarray:
 
 
 def polynomial_rounding(problem: Outline, B: float, values: Values, lost: float = 0.0) -> float:
-    """What rounding costs the polynomial engine, in units of max_c range_j(v_jc), for scores within B.
+    """The rounding error of O by the polynomial engine, in units of max_c range_j(v_jc), for scores within B.
 
-    Monomial sums cancel for negative scores: a few units times e^{2B}, measured (0.3 to 4, 11 where B is small).
-    Values are centred, so that their offset costs no more than storing O does. `lost` is `Scores.lost`: scores that are
-    off by so much times the scale move O by as much of the range, and never by more than the range.
+    Sums of monomials cancel where scores are negative, which costs a few units of rounding times e^{2B}: 0.3 to 4 were
+    measured, 11 where B is small. Values are centred, so an offset of theirs costs no more than storing O does. `lost`
+    is `Scores.lost`, the error of the products <q, k> (see `moved`).
     """
     unit = problem.unit
     sums = 12 + 4 * math.exp(min(2 * B, 700))
@@ -141,7 +145,10 @@ def polynomial_rounding(problem: Outline, B: float, values: Values, lost: float 
 
 
 def moved(problem: Outline, lost: float) -> float:
-    """How far scores whose products are off by `lost` move O, in units of the range."""
+    """How far O moves, in units of the range of the values, if the products <q, k> are off by `lost`.
+
+    It is no more than the error of the scores, and never more than the whole range.
+    """
     return min(1.0, abs(problem.scale) * lost) if lost else 0.0
 
 

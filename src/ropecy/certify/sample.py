@@ -1,4 +1,4 @@
-"""Some rows and keys, and what they say of moments before the work: for choosing a degree, not for certifying one."""
+"""Estimates of the moments of the scores from some rows and keys. They choose a degree and certify nothing."""
 
 from __future__ import annotations
 
@@ -21,21 +21,20 @@ from .values import Values
 
 SAMPLED_KEYS = 4096
 SAMPLED_ROWS = 2048
-# Of the rows, or of the work, may be expected to be exact beside a polynomial.
-_FEW = 0.03
-_CUT = 0.5  # of the sampled rows, at most, are left out for their size
+_FEW = 0.03  # the part of the rows, or else of the exact work, that may be expected to be left to the exact engine
+_CUT = 0.5  # the largest part of the sampled rows that may be left out because their bounds are large
 
 
 def steps(problem: Outline, n: int, n_k: int) -> tuple[int, int]:
-    """Of so many rows and keys, each of how many is in a `Sample`."""
+    """The distances (of rows, of keys) at which a `Sample` takes one, for n rows in each head and n_k keys."""
     H, G = problem.sizes[:2]
     return max(1, n // max(16, SAMPLED_ROWS // (H * G))), max(1, n_k // SAMPLED_KEYS)
 
 
 def draw(risk: np.ndarray, count: int, rng: np.random.Generator, comm: Communicator = SERIAL) -> np.ndarray:
-    """Flat indices of `count` rows in order: the half of largest `risk`, the others uniformly from all that remain.
+    """Flat indices, in order, of `count` rows: half are those of largest `risk`, half are drawn from all others.
 
-    Of a sequence in pieces, `count` of all; each process is given its own.
+    If the sequence is in pieces, `count` rows are drawn from all pieces together, and each process gets its own.
     """
     flat = risk.reshape(-1)
     sizes = np.array(comm.gather(flat.size))
@@ -58,18 +57,25 @@ def draw(risk: np.ndarray, count: int, rng: np.random.Generator, comm: Communica
 
 
 class Sample:
-    """What some rows and some keys say of moments.
+    """Some rows and some keys of a problem, and estimates made from them.
 
-    Rows are every so many, and those that are longer than all of these; over ranks, the former alone.
+    The rows are taken at equal distances; rows that are longer than all of these are sampled separately, if the whole
+    sequence is in one process.
 
     Attributes
     ----------
-    index, weight, sizes : (R,) arrays
-        Flat indices into (H, G, n), increasing, how many rows each stands for, and the rows' bounds B_i.
+    index : (R,) int array
+        Flat indices of the sampled rows into (H, G, n), increasing.
+    weight : (R,) array
+        How many rows each sampled row stands for.
+    sizes : (R,) array
+        B_i, the bound of the scores of each sampled row.
+    second, first : (R,) arrays
+        The mean square and the mean of the scores of each row, over the sampled keys.
     n_rows : int
-        How many rows there are.
+        How many rows there are in all.
     every : (H, G, n) array or None
-        The bounds of all rows; None over comm.
+        The bounds of all rows; None if the sequence is in pieces.
     """
 
     def __init__(self, problem: Problem, scores: Scores, values: Values, comm: Communicator = SERIAL) -> None:
@@ -93,7 +99,7 @@ class Sample:
         own = np.concatenate([some, few])
         lane, row = np.divmod(own, max(1, n))
         first = sum(rows for rows, _ in lengths[: comm.rank])
-        # A sampled row: its place among all, how many it stands for, its bound.
+        # Three numbers of each sampled row: its flat index, how many rows it stands for, and its bound.
         weights = np.repeat(weights, [len(some), len(few)])
         sample = np.array([lane * total + first + row, weights, sizes.reshape(-1)[own]])
         sample, x = comm.joined(sample, 1), comm.joined(problem.q.reshape(-1, d)[own], 0)
@@ -116,7 +122,7 @@ class Sample:
 
     @staticmethod
     def _some_keys(problem: Problem, scores: Scores, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Every so many keys as they are used, and of how many a slot keeps."""
+        """Every `step`-th key, centred and scaled, (H, m, d), and how many of these each slot keeps, (H,)."""
         y = problem.k[:, ::step]
         factor = scores.k_factor.astype(problem.k.dtype)[:, None, None]
         y = (y if scores.centre is None else y - scores.centre[:, None]) * factor
@@ -131,16 +137,17 @@ class Sample:
         return ((head, slice(*ends)) for head, ends in enumerate(itertools.pairwise(cuts)))
 
     def longer(self, B: float) -> int:
-        """How many rows are past that bound: over ranks, about."""
+        """How many rows have a bound larger than B; an estimate if the sequence is in pieces."""
         if self.every is None:
             return math.ceil(self.weight[self.sizes > B].sum())
         return int(np.count_nonzero(self.every > B))
 
     def risk(self, problem: Problem, scores: Scores, inverse: np.ndarray, comm: Communicator = SERIAL) -> np.ndarray:
-        """What errors of rows grow with, about: the root of their far keys, for errors of both signs add up, times the
-        second moment by the denominator.
+        """A number for each row with which its error is expected to grow, (H, G, n).
 
-        (H, G, n). inf where the denominator is not positive though the row sees keys.
+        It is the second moment of the scores divided by the denominator, times the square root of the number of far
+        keys, because their errors have both signs. It is inf where the denominator is not positive though the row sees
+        keys.
         """
         H, G, n, d = problem.q.shape
         products = self._products * scores.q_factor[:, None, None] ** 2
@@ -162,7 +169,7 @@ class Sample:
 
     @once
     def _squares(self) -> list[np.ndarray]:
-        """Scores of a few rows and keys, squared, by the row's mean of these: an array a head."""
+        """Squared scores of a few rows and keys, divided by the mean of each row: one array for each head."""
         found = []
         for head, rows in self._by_head():
             x, y = self._x[rows], self._y[head, :: max(1, self._y.shape[1] // 1024)]
@@ -171,7 +178,7 @@ class Sample:
         return found
 
     def _tail(self, k: int) -> float:
-        """max_i m_k(i) / m_2(i)^(k/2) over a few rows and keys."""
+        """The largest ``m_k(i) / m_2(i)^(k/2)`` over a few rows i, m_k being the k-th moment of a row's scores."""
         found = 1.0
         with np.errstate(all="ignore"):
             for square in self._squares if k > 2 else []:
@@ -182,11 +189,11 @@ class Sample:
         return float(found)
 
     def fits(self, degree: int, kappa: float, least: float = 0.0) -> RowFits:
-        """The polynomials of the sampled rows, whose bounds are taken to be at least that."""
+        """The polynomials of the sampled rows; bounds smaller than `least` are raised to it."""
         return RowFits(np.maximum(self.sizes, least), degree, kappa)
 
     def mean(self, problem: Outline, order: int) -> np.ndarray:
-        """About the sum of scores to the power `order` by the denominator, of sampled rows."""
+        """An estimate of ``sum_j s_ij^order`` divided by the denominator, for each sampled row."""
         if order not in self._means:
             far, seen = self._keys_of(problem)
             with np.errstate(all="ignore"):
@@ -195,13 +202,13 @@ class Sample:
         return self._means[order]
 
     def _keys_of(self, problem: Outline) -> tuple[np.ndarray, np.ndarray]:
-        """How many keys sampled rows see by polynomial, and how many in all."""
+        """How many keys each sampled row sees through the polynomial, and how many in all."""
         if self._seen is None:
             self._seen = far_keys(problem, self._row), problem.mask.stops(self._row)
         return self._seen
 
     def radius(self, problem: Outline, fits: RowFits, order: int, fourth: Fourth | None = None) -> np.ndarray:
-        """About a sampled row's sum of radii by its denominator; fourth None stands for Gaussian scores."""
+        """An estimate of h_i (see `certify.moments`) for each sampled row; without `fourth`, as for Gaussian scores."""
         mean = self.mean(problem, order)
         with np.errstate(all="ignore"):
             h = fits.of_rows(lambda p: p.alone) * mean
@@ -216,18 +223,19 @@ class Sample:
         return h
 
     def truncation(self, h: np.ndarray) -> np.ndarray:
-        """About what `MomentRule.truncation` makes of such radii."""
+        """An estimate of what `MomentRule.truncation` will find, for rows whose h_i is `h`."""
         with np.errstate(all="ignore"):
             return np.where(h < 1, h / np.maximum(1 - h, 1e-300) * min(1.0, 1.1 * self._share), math.inf)
 
     def kept(
         self, problem: Outline, values: Values, eps: float, B: float, h: np.ndarray, h_r: np.ndarray | None = None
     ) -> tuple[float, int, float, float] | None:
-        """Where rows within B are kept: the part of all exact work that the others are, how many of these there may be,
-        and the truncation of the kept and of their gradient. None where others are too many.
+        """What to expect if the polynomial engine keeps the rows whose bound is at most B and that reach eps.
 
-        Rows fail that are past the bound, of which all are known but over ranks, and rows whose truncation is past what
-        rounding leaves of eps, for which the sample speaks, whose radii are h and in backward h_r.
+        Returns the part of the whole exact work that the other rows take, how many of these are allowed for, and the
+        largest truncation of the kept rows, of O and of gradients; None if too many rows are left to the exact engine.
+        A row is not kept if its bound is past B, or if its truncation, estimated from the radii h (and h_r in
+        backward), is more than rounding leaves of eps.
         """
         grad, total = h_r is not None, self.n_rows
         allowed = eps - polynomial_rounding(problem, B, values, self._lost)
@@ -238,7 +246,7 @@ class Sample:
         pairs = max(1.0, problem.sizes.H * problem.sizes.G * problem.mask.pairs())
         work = self.weight * self._keys_of(problem)[1] / pairs
         if problem.mask.causal:
-            # A row that fails alone costs a tile.
+            # The exact engine computes a whole tile even for a single row.
             rows, beside = long | others, np.zeros(len(long), bool)
             beside[1:] = rows[:-1]
             beside[:-1] |= rows[1:]
@@ -248,11 +256,12 @@ class Sample:
         if count > _FEW * total and share > _FEW:
             return None
         truncation = (float(np.max(errors, where=~(long | others), initial=0.0)) for errors in (expected, of_gradient))
-        # Where too many fail, all is done again: room for what a sample misses, above all the first rows where causal.
+        # If more rows fail than are allowed for, the whole problem is computed again. So there is room for rows that
+        # the sample misses, above all the first ones of a causal problem.
         return float(share), math.ceil(count + total / 256) + TILE, *truncation
 
     def cuts(self, bound: float) -> list[float]:
-        """Bounds of the rows that may be kept: `bound`, and lower ones that leave out 1, 2, 4, ... sampled rows."""
+        """Bounds B to try for the rows that are kept: `bound`, and lower ones that leave out 1, 2, 4, ... of them."""
         sizes = np.sort(self.sizes)[::-1]
         found = [bound]
         for count in 2 ** np.arange(int(_CUT * len(sizes)).bit_length()):
@@ -262,8 +271,9 @@ class Sample:
         return [B for B in found if B <= poly.MAX_BOUND]
 
     def kappa(self) -> float:
-        """B_i^2 over three times the second moment for the worst row: the ratio of the second moment and the fourth,
-        in units of B_i, were scores Gaussian; rounded to a power of 2.
+        """``B_i^2 / (3 m_2)`` of the row with the largest second moment m_2, rounded to a power of 2.
+
+        For Gaussian scores this is the ratio of the second moment to the fourth, for scores in units of B_i.
         """
         worst = int(self.second.argmax())
         second, size = float(self.second[worst]), float(self.sizes[worst])

@@ -1,6 +1,7 @@
 """Bounds of the scores: ``|scale <q_i, k_j - c>| <= |scale| max ||q_i|| max ||k_j - c||``.
 
-Softmax ignores a constant that is added to a row, so keys may be centred on any c; rotations keep norms.
+Softmax does not change when a constant is added to all scores of a row, so keys may be centred on any c. Rotations do
+not change norms, so the bounds hold with and without them.
 """
 
 from __future__ import annotations
@@ -15,37 +16,36 @@ from ..problem.communicator import SERIAL, Communicator
 from ..problem.problem import Outline, Problem
 from .values import kept_keys
 
-# Keys of a slot that say what no centre brings the bound below.
-_FEW = 64
+_FEW = 64  # how many keys of a slot `least_bound` looks at
 
 
 @dataclass(slots=True)
 class Scores:
-    """Bounds of the scores.
+    """Bounds of the scores of a problem, and the factors that bring queries and keys to one size.
 
     Attributes
     ----------
     plain : float
-        Bound of ``|scale <q_i, k_j>|``; inf where it is past the largest number. With a family, of ``sum_ab |scale q_a
-        W_t[a, b] k_b|``, the size of what is added up.
+        A bound of ``|scale <q_i, k_j>|``; inf if it overflows. With a family it bounds ``sum_ab |scale q_a W_t[a, b]
+        k_b|``, the sum of the sizes of all terms of a score.
     bound : float
-        B, bound of ``|scale <q_i, k_j - centre>|``, the smaller of that for centre 0 and for the mean of the keys; or
-        of ``|scale q_i W_t k_j^T|``.
+        B, a bound of ``|scale <q_i, k_j - centre>|``, or with a family of ``|scale q_i W_t k_j^T|``.
     centre : (H, d) array or None
-        None is 0.
+        What is subtracted from the keys of each slot: their mean where that lowers the bound, else 0; None is 0 in all.
     q_factor, k_factor : (H,) float64 arrays
-        ``scale <q, k - c> = <q_factor q, k_factor (k - c)>``. What is multiplied is of one size in every slot, the root
-        of the slot's own bound. With a family, their product is scale times the largest entry.
+        ``scale <q, k - c> = <q_factor q, k_factor (k - c)>``, where the longest query and the longest key of a slot
+        have the same norm, the square root of the slot's bound. With a family the product of both factors is the scale
+        times the largest entry of W.
     of_slots : (H,) float64 array
         The bound of each slot.
     how : str
-        How `bound` betters `plain`.
+        Why `bound` is smaller than `plain`, in words.
     keys : (H,) array or None
         The largest ``||k_j - centre||`` of each slot; None with a family.
     products : float
         `plain` without the scale.
     lost : float
-        What rounding has done to these products at most when q and k were projected and rotated.
+        A bound of the rounding error that the products <q_i, k_j> have from the projections and rotations of q and k.
     """
 
     plain: float
@@ -60,14 +60,14 @@ class Scores:
     lost: float = 0.0
 
     def of_rows(self, problem: Problem) -> np.ndarray:
-        """Of every row its own bound ``|scale| ||q_i|| max_j ||k_j - centre||``, (H, G, n) float64."""
+        """The bound B_i of each row's scores, ``|scale| ||q_i|| max_j ||k_j - centre||``, (H, G, n) float64."""
         H, G, n, _, d, _ = problem.sizes
         factor = abs(problem.scale) * room(problem) * self.keys
         with np.errstate(all="ignore"):
             return _rows.norms(problem.q.reshape(H, G * n, d), factor, problem.threads).reshape(H, G, n)
 
     def within(self, B: float) -> Scores:
-        """The same for the rows whose bound is at most B, with factors for their sizes."""
+        """The bounds and factors for those rows alone whose own bound is at most B."""
         if B >= self.bound:
             return self
         of_slots = np.minimum(self.of_slots, B)
@@ -78,7 +78,7 @@ class Scores:
 
 
 def unbounded(problem: Outline, plain: float, products: float = math.inf, lost: float = 0.0) -> Scores:
-    """Scores of which `plain`, `products` and `lost` are all that is known, for engines that need no more."""
+    """Scores of which only `plain`, `products` and `lost` are known: enough for engines that need no `bound`."""
     slots = np.ones((3, problem.sizes.H))
     slots[2] = math.inf
     return Scores(plain, math.inf, None, *slots, products=products, lost=lost)
@@ -86,14 +86,14 @@ def unbounded(problem: Outline, plain: float, products: float = math.inf, lost: 
 
 @dataclass(slots=True)
 class Norms:
-    """The largest ``||q_i||`` and ``||k_j||`` of every slot over all that hold a piece of it, (H,) float64 arrays."""
+    """The largest ``||q_i||`` and the largest ``||k_j||`` of every slot, over all ranks: (H,) float64 arrays."""
 
     q: np.ndarray
     k: np.ndarray
 
 
 def measure_norms(problem: Problem, comm: Communicator = SERIAL) -> Norms:
-    """One read of q and of kept keys. Rounding is for `room` to cover."""
+    """The norms of queries and kept keys, by one read of both. They are as computed: `room` covers their rounding."""
     H, G, n, _, d, _ = problem.sizes
     with np.errstate(all="ignore"):
         q = comm.largest(_rows.largest_norms(problem.q.reshape(H, G * n, d), None, None, problem.threads))
@@ -102,8 +102,9 @@ def measure_norms(problem: Problem, comm: Communicator = SERIAL) -> Norms:
 
 
 def largest_score(problem: Problem) -> float:
-    """A bound of the scores by the norms of the arrays as they are here, the same as that of `plain_scores`; inf with a
-    family, whose kernels ask for none.
+    """A bound of the scores in this process by the norms of queries and keys, as in `plain_scores`.
+
+    It is inf with a family, whose kernels do not use a bound.
     """
     if problem.family is not None:
         return math.inf
@@ -112,13 +113,13 @@ def largest_score(problem: Problem) -> float:
 
 
 def plain_scores(problem: Problem, norms: Norms) -> Scores:
-    """What norms alone say: no more than engines that need no bound ask for."""
+    """The bound of the scores by norms alone, `Scores.plain`; `Scores.bound` is inf."""
     with np.errstate(all="ignore"):
         products = float((norms.q * norms.k).max()) * room(problem)
         plain = products * abs(problem.scale)
         if not math.isfinite(plain):
             return unbounded(problem, math.inf)
-        # Keys were rotated and projected before they were centred.
+        # Keys were projected and rotated before they were centred, so their error is relative to their norms before.
         before = problem.origin.k_norm
         lost = problem.origin.q_lost * products
         lost += problem.origin.k_lost * (products if before is None else float((norms.q * before).max()))
@@ -126,9 +127,10 @@ def plain_scores(problem: Problem, norms: Norms) -> Scores:
 
 
 def least_bound(problem: Problem, norms: Norms) -> float:
-    """What no centre of the keys brings the bound below: 0, which is always true, where keys are hidden.
+    """A number that the bound of the scores exceeds, whatever the centre of the keys; 0 if keys are hidden.
 
-    Of a few keys, some is as far from any point as the root mean square of their distances to their mean.
+    Whatever the centre, at least one of a few keys is as far from it as the root mean square of their distances from
+    their mean.
     """
     if problem.mask.kept is not None:
         return 0.0
@@ -138,11 +140,11 @@ def least_bound(problem: Problem, norms: Norms) -> float:
 
 
 def centred_scores(problem: Problem, norms: Norms, comm: Communicator = SERIAL) -> Scores:
-    """Bounds by Cauchy-Schwarz, keys being centred on their mean in each slot where that makes them shorter.
+    """Bounds of the scores by Cauchy-Schwarz; the keys of a slot are centred on their mean if that shortens them.
 
     Notes
     -----
-    Time O(n_k d): two reads of k. Rounding of the norms is on the safe side.
+    Time O(n_k d), for two reads of k. The bounds include the rounding of the norms.
     """
     plain = plain_scores(problem, norms)
     if not math.isfinite(plain.plain):
@@ -152,7 +154,7 @@ def centred_scores(problem: Problem, norms: Norms, comm: Communicator = SERIAL) 
         total = comm.total(_rows.columns(k, kept, problem.threads)[0])
         mean = (total / kept_keys(problem, comm)[:, None]).astype(k.dtype)
         mean_norm = comm.largest(_rows.largest_norms(k, kept, mean, problem.threads))
-        # By the keys alone: gradients gain by it where queries are 0, too.
+        # This is decided by the keys alone, because gradients gain by shorter keys even where all queries are 0.
         nearer = mean_norm < norms.k
         keys = np.where(nearer, mean_norm, norms.k)
         of_slots = norms.q * keys * abs(problem.scale) * room(problem)
@@ -169,21 +171,23 @@ def centred_scores(problem: Problem, norms: Norms, comm: Communicator = SERIAL) 
 
 
 def room(problem: Outline) -> float:
-    """What products of two norms are to be multiplied with, so that their rounding is covered."""
+    """The factor, slightly above 1, by which a product of two computed norms is a bound in spite of their rounding."""
     return 1 + 8 * (problem.sizes.d + 8) * problem.unit
 
 
 def balancing_factors(
     scale: float, q_norm: np.ndarray, k_norm: np.ndarray, dtype: np.dtype
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What q and k of each slot are multiplied by, (H,): the scale is the product of both, and queries and keys come to
-    one size. Monomials of either then stay below B^(degree/2), far from overflow and underflow.
+    """The factors of q and of k in each slot, (H,) each, whose product is the scale.
+
+    After them the longest query and the longest key have the same norm, so that the monomials of both stay below
+    B^(degree/2), far from overflow and underflow.
     """
     size, largest = abs(scale), 2.0 ** (np.finfo(dtype).maxexp - 8)
     with np.errstate(all="ignore"):
         if not size:
             return np.zeros(len(k_norm)), np.where(k_norm > 0, 1 / k_norm, 1.0)
-        # What is 0 is of any size, so that the other comes to 1.
+        # If one of both is 0, its size does not matter: it is chosen so that the other comes to norm 1.
         q = np.where(q_norm > 0, q_norm, np.where(k_norm > 0, 1 / (size * k_norm), 1.0))
         k = np.where(k_norm > 0, k_norm, 1 / (size * q))
         q_factor = np.clip(math.sqrt(size) * np.sqrt(k) / np.sqrt(q), 1 / largest, largest)

@@ -1,4 +1,4 @@
-"""What is measured of a problem's numbers: each thing when it is first asked for, and once."""
+"""Measurements of a problem's numbers, each taken once, when it is first asked for."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .values import Values, measure_values
 class Statistics:
     """Norms, bounds, ranges and samples of a problem.
 
-    Of a sequence in pieces, `problem` is this process's piece, and what is found is of the whole, the same everywhere:
-    whoever asks first must ask on all ranks.
+    If the sequence is in pieces, `problem` is the piece of this process, while all measurements are of the whole
+    sequence and the same on every rank. They need messages, so all ranks must ask for them in the same order.
     """
 
     def __init__(self, problem: Problem, comm: Communicator = SERIAL) -> None:
@@ -39,7 +39,7 @@ class Statistics:
 
     @once
     def least_bound(self) -> float:
-        """What no centre of the keys brings the bound below, from a few keys; inf where norms overflow."""
+        """A number that the bound of the scores exceeds whatever the centre of the keys; inf where norms overflow."""
         if not math.isfinite(self.plain.plain):
             return math.inf
         return least_bound(self.problem, self._norms)
@@ -67,7 +67,7 @@ class Statistics:
         return Sample(self.problem, self.scores, self.values, self._comm)
 
     def fourth(self, seed: int | None) -> Fourth:
-        """Sums that stand in for fourth moments; coins are thrown once, by `seed`. Time 40 n_k d^2."""
+        """Bounds of fourth moments, by a random start drawn from `seed` at the first call. Time 40 n_k d^2."""
         if self._fourth is None:
             self._fourth = fourth_moments(self.problem, self.scores, seed)
         return self._fourth

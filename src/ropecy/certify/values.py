@@ -12,8 +12,7 @@ from ..kernels import _rows
 from ..problem.communicator import SERIAL, Communicator
 from ..problem.problem import Problem
 
-# Values of a column that have a median for all.
-_MANY = 2**14
+_MANY = 2**14  # the most values of a column that its median is taken of; of a longer column, some at equal distances
 
 
 @dataclass(slots=True)
@@ -23,22 +22,26 @@ class Values:
     Attributes
     ----------
     middle : (H, d_v) array
-        What is taken from v before it is summed: halfway between the least and the largest of a column, or, causal,
-        the median where nearly all lie at one end. Later outliers then cost earlier rows no digits.
+        What is subtracted from each column of v before it is summed: halfway between its least and largest value. In a
+        causal problem it is the median where nearly all values lie at one end, so that outliers at later keys do not
+        cost earlier rows digits.
     offset : float
-        What storing O costs, in units of rounding: max |v| in units of max_c range_j(v_jc) (1 where all columns are
-        constant), of the values before their normal form; more where v itself carries rounding, or is subnormal.
+        The error of storing O, in units of rounding times max_c range_j(v_jc): max |v| / max_c range_j(v_jc) for the
+        values before their normal form (1 where all columns are constant), and more where v itself carries rounding
+        errors or is subnormal.
     residual : float
-        max |v| of the values as they are now, in units of max_c range_j(v_jc).
-    varied, spread : float
-        Of the values before their normal form: max |v| of the columns that are not constant, for a constant is what O
-        is there and is stored as it is; and max_c range_j(v_jc), or max |v| where all are constant.
+        max |v| / max_c range_j(v_jc) for the values in their normal form.
+    varied : float
+        max |v| over the columns that are not constant, before the normal form: in a constant column O is that constant
+        and is stored without an error.
+    spread : float
+        max_c range_j(v_jc) before the normal form, or max |v| where all columns are constant.
     low, high : (H, d_v) arrays
-        The least and the largest of a column.
+        The least and the largest value of each column.
     mean : (H, d_v) float64 array
-        Of a column.
+        The mean of each column.
     far : bool
-        Whether a value may be as far as the range from `middle`, and not half of it.
+        Whether a value may be as far from `middle` as the whole range, instead of half of it.
     """
 
     middle: np.ndarray
@@ -52,19 +55,19 @@ class Values:
     spread: float = 0.0
 
     def storing(self, dtype: np.dtype) -> float:
-        """What it costs to store O in a dtype, in units of max_c range_j(v_jc)."""
+        """The error of storing O in a dtype, in units of max_c range_j(v_jc)."""
         return storing(dtype, self.varied) / self.spread if self.varied else 0.0
 
     @property
     def share(self) -> float:
-        """How far from `middle` values are about, in units of the range: a half, and as much as their mean is off."""
+        """About how far values are from `middle`, in units of the range: a half plus the distance of their mean."""
         spread = (self.high - self.low).astype(np.float64)
         off = np.abs(self.mean - self.middle)
         return 0.5 + float(np.divide(off, spread, out=np.zeros_like(off), where=spread > 0).max(initial=0))
 
 
 def measure_values(problem: Problem, comm: Communicator = SERIAL) -> Values:
-    """Middle and offset of the values. Time O(n_k d_v)."""
+    """The `Values` of a problem, over all ranks. Time O(n_k d_v)."""
     v = problem.v
     total, low, high = _rows.columns(v, problem.mask.kept, problem.threads)
     total, low, high = comm.total(total), -comm.largest(-low), comm.largest(high)
@@ -93,8 +96,9 @@ def measure_values(problem: Problem, comm: Communicator = SERIAL) -> Values:
 
 
 def storing(dtype: np.dtype, largest: float) -> float:
-    """What rounding numbers of at most this size to a dtype does to one: half of the last place, and never less than
-    half of the smallest number there is.
+    """The largest error of rounding a number of at most this size to a dtype.
+
+    It is half of a unit in the last place, and never less than half of the smallest subnormal number.
     """
     # NumPy does not know bfloat16.
     eps, tiny = (2.0**-7, 2.0**-133) if dtype.kind != "f" else (np.finfo(dtype).eps, np.finfo(dtype).smallest_subnormal)
@@ -103,8 +107,9 @@ def storing(dtype: np.dtype, largest: float) -> float:
 
 
 def range_elsewhere(problem: Problem, comm: Communicator = SERIAL) -> tuple[np.ndarray, np.ndarray]:
-    """The least and the largest of the columns of v that all rows here see on other ranks, (H, d_v); inf and -inf where
-    that is none.
+    """The least and the largest value, column by column, of the keys on other ranks that all rows of this rank see.
+
+    Two arrays (H, d_v); inf and -inf if there are no such keys.
     """
     if not comm.distributed:
         none = np.full((problem.v.shape[0], problem.v.shape[2]), np.inf, problem.v.dtype)
@@ -115,12 +120,13 @@ def range_elsewhere(problem: Problem, comm: Communicator = SERIAL) -> tuple[np.n
 
 
 def medians(problem: Problem) -> np.ndarray:
-    """Of the values of kept keys, or of every so many, column by column, which a few huge ones do not move: (H, d_v)
-    float64.
+    """The median of each column of the values of kept keys, which a few huge values do not move: (H, d_v) float64.
+
+    Of more than `_MANY` keys, some at equal distances are taken.
     """
 
     def found(v):
-        # Of halves: the two in the middle are added up.
+        # The median is taken of halved values, because adding the two in the middle might overflow.
         return 2 * np.median(0.5 * v[:: -(-len(v) // _MANY)], axis=0)
 
     if problem.mask.kept is None:
@@ -130,7 +136,7 @@ def medians(problem: Problem) -> np.ndarray:
 
 
 def kept_keys(problem: Problem, comm: Communicator = SERIAL) -> np.ndarray:
-    """How many keys of a slot key_mask keeps, and at least 1: (H,)."""
+    """How many keys key_mask keeps in each slot over all ranks, but at least 1: (H,)."""
     H, n_k = problem.k.shape[:2]
     if problem.mask.kept is None and not comm.distributed:
         return np.full(H, max(n_k, 1))

@@ -163,7 +163,7 @@ class ByMoments(Polynomial):
         piece, certificate = at.problem, self.certificate
         fits = rule.fits(piece)
         judged = features.Judged(
-            moments.reach(piece, self.values, comm), fits.ratio(rule.polynomial, piece.dtype)
+            moments.value_distances(piece, self.values, comm), fits.ratio(rule.polynomial, piece.dtype)
         )
         o, lse, measured = features.forward(piece, self.expansion, want_lse or self.grad, comm, judged=judged)
         rows = rule.truncation(piece, fits, measured)

@@ -82,13 +82,13 @@ class Judged:
 
     Attributes
     ----------
-    reach : array
-        As `moments.reach` makes it.
+    distances : array
+        As `moments.value_distances` makes it.
     ratio : (2, H, G, n) array or None
         As `moments.RowFits` makes it: a polynomial for every row.
     """
 
-    reach: np.ndarray
+    distances: np.ndarray
     ratio: np.ndarray | None
 
 
@@ -141,7 +141,7 @@ def forward(
     )
     asked = want_lse, 0, None, None
     if judged is not None:
-        asked = want_lse, expansion.p.order, judged.reach, judged.ratio
+        asked = want_lse, expansion.p.order, judged.distances, judged.ratio
     fall = None
     if not comm.distributed:
         o, inverse, lse, moment, spread, states = scan.forward(*asked)
