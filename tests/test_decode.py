@@ -270,6 +270,7 @@ def test_interrupted_extend_leaves_the_state_as_it_was(window, rng, monkeypatch)
 def test_results_do_not_depend_on_threads(rng, monkeypatch):
     Q, K, V = text(rng, 5000, lead=(3,))
     found = []
+    monkeypatch.setattr("ropecy.machine.threads.KEPT", 0.0)
     for threads in ("1", "2", "3"):
         monkeypatch.setenv("OMP_NUM_THREADS", threads)
         state = ropecy.DecodeState(6, 5, ropecy.Rotary(6), window=11)

@@ -17,8 +17,8 @@ from .gradients import Gradients
 from .options import Options
 from .planning.evaluation import Evaluation
 from .problem import checks
-from .problem.arguments import Arguments, check_entries
-from .problem.call import Call, check_forms, prepare_for
+from .problem.arguments import Arguments, check_arguments, check_entries, check_method
+from .problem.call import Call, prepare_for
 from .problem.request import Request
 from .relative import RelativeBias, RelativeFamily
 from .rotary import Rotary
@@ -132,7 +132,8 @@ def attention(
     seed : int, optional
         Of the coins, where coins are used; by default fresh ones.
     threads : int, optional
-        By default OMP_NUM_THREADS, else the CPUs that the process may use. The result does not depend on it.
+        By default OMP_NUM_THREADS, else the CPUs that the process may use, looked up once a second at most. The result
+        does not depend on it.
     return_certificate, return_lse : bool
         Return more than O, in this order.
 
@@ -188,10 +189,10 @@ def attention(
     return_certificate = checks.check_flag("return_certificate", return_certificate)
     return_lse = checks.check_flag("return_lse", return_lse)
     checks.check_values(V)
-    arguments, request = check_forms(
+    request = Request(**check_method(eps=eps, certify=certify, method=method, degree=degree, seed=seed))
+    arguments = check_arguments(
         Q, K, V, R, W=W, W_Q=W_Q, W_K=W_K, W_V=W_V, scale=scale, causal=causal, window=window, near=near, bias=bias,
-        key_mask=key_mask, q_positions=q_positions, k_positions=k_positions, q_offset=q_offset, eps=eps,
-        certify=certify, method=method, degree=degree, seed=seed, threads=threads,
+        key_mask=key_mask, q_positions=q_positions, k_positions=k_positions, q_offset=q_offset, threads=threads,
     )
     found = None
     if few_queries.serves(arguments, request):

@@ -8,7 +8,7 @@ import platform
 import numpy as np
 
 from ..kernels import _exact, _fftw
-from ..machine.threads import default_threads
+from ..machine.threads import available_threads
 
 
 class Info(dict):
@@ -45,6 +45,6 @@ def info() -> Info:
             "instruction set": ("baseline", "v3", "v4")[_exact.LEVEL],
             "machine": f"{platform.system()} {platform.machine()}",
             "cpus": os.cpu_count() or 1,
-            "threads": default_threads(),
+            "threads": available_threads(),
         }
     )

@@ -301,7 +301,9 @@ class Engine(ABC):
     def lacks(self, outline: Outline) -> str | None:
         """What of the problem this engine does not do, in words, or None."""
         missing = outline.features - self.SUPPORTS
-        return next((_WORDS.get(name, name) for name in [*_WORDS, *sorted(missing)] if name in missing), None)
+        if not missing:
+            return None
+        return next(_WORDS.get(name, name) for name in [*_WORDS, *sorted(missing)] if name in missing)
 
     def unable(self, lacking: str) -> Refusal:
         """The refusal of a problem that has what this engine does not do."""

@@ -158,10 +158,20 @@ def largest_norms(x, keep, shift, int threads):
 
 def largest_product(q, k, keep, int threads):
     """max_h max_i ||q_hi|| max_j ||k_hj||, of q (H, G, n, d) and the rows of k (H, n_k, d) that keep (H, n_k) has."""
-    with np.errstate(all="ignore"):
-        found = largest_norms(q.reshape(k.shape[0], -1, k.shape[2]), None, None, threads)
-        found *= largest_norms(k, keep, None, threads)
-        return float(found.max())
+    cdef ptrdiff_t H = k.shape[0], head
+    cdef double found = 0, product
+    of_q = largest_norms(q.reshape(H, -1, k.shape[2]), None, None, threads)
+    of_k = largest_norms(k, keep, None, threads)
+    cdef const double *q_norms = <const double *>pointer(of_q)
+    cdef const double *k_norms = <const double *>pointer(of_k)
+    for head in range(H):
+        product = q_norms[head] * k_norms[head]
+        # 0 times inf is NaN: such norms bound nothing, and neither does their product.
+        if not product <= found:
+            found = product
+            if product != product:
+                break
+    return found
 
 
 cdef double scatter(const floating *x, ptrdiff_t n, ptrdiff_t d, ptrdiff_t step) noexcept nogil:

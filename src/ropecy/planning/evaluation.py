@@ -49,7 +49,9 @@ class Planned:
 
 def planned(call: Call, pieces: Pieces, grad: bool) -> Planned:
     """The plan of a call; of a sequence in pieces, rank 0 plans by what all have measured."""
-    problem, request, comm = call.problem, replace(call.request, grad=grad), pieces.comm
+    problem, request, comm = call.problem, call.request, pieces.comm
+    if request.grad != grad:
+        request = replace(request, grad=grad)
     if not pieces.distributed:
         if problem.empty:
             return Planned(Normal(problem), problem)

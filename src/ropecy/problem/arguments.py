@@ -49,9 +49,9 @@ class Arguments:
     """Checked arguments of `attention`, with the defaults filled in.
 
     After `check_arguments` arrays are as they were given and their shapes fit together; after `check_entries` they are
-    also finite and in the dtype computed in. They keep their own leading axes, which broadcast to `lead`, that is
-    ``batch + (heads,)``, or ``()`` where no array has leading axes. The keys that `causal` and `window` let row i see
-    are those with lo <= j - (i + q_offset) <= hi, where None is no bound.
+    also finite and in the dtype computed in, `compute`. They keep their own leading axes, which broadcast to `lead`,
+    that is ``batch + (heads,)``, or ``()`` where no array has leading axes. The keys that `causal` and `window` let row
+    i see are those with lo <= j - (i + q_offset) <= hi, where None is no bound.
     """
 
     Q: np.ndarray
@@ -64,6 +64,7 @@ class Arguments:
     R: Rotary | None
     family: RelativeFamily | None
     dtype: np.dtype
+    compute: np.dtype
     lead: tuple[int, ...]
     n: int
     n_k: int
@@ -81,9 +82,14 @@ class Arguments:
     threads: int
 
     @property
-    def compute(self) -> np.dtype:
-        """The dtype computed in."""
-        return _computed(self.dtype)
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Those of Q, K, V and the projections that are given, in the order in which their entries are checked."""
+        found = {}
+        every = (self.Q, self.K, self.V, self.W, self.W_Q, self.W_K, self.W_V)
+        for name, X in zip(_ARRAYS, every, strict=True):
+            if X is not None:
+                found[name] = X
+        return found
 
     @property
     def batch(self) -> tuple[int, ...]:
@@ -131,6 +137,7 @@ def check_arguments(Q: Any, K: Any, V: Any, R: Any, **options: Any) -> Arguments
         **_NO_ARRAYS | given,
         **simple,
         dtype=dtype,
+        compute=compute,
         lead=lead,
         n=n,
         n_k=n_k,
@@ -151,7 +158,9 @@ def _check_simple(R: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     lo, hi = band(check_flag("causal", options["causal"]), options["window"])
     if near is not None:
         near = _near(near)
-    family, R = (R, None) if isinstance(R, RelativeFamily) else (None, R)
+    family = None
+    if R is not None and isinstance(R, RelativeFamily):
+        family, R = R, None
     if R is not None and not isinstance(R, Rotary):
         raise TypeError(f"R: got {described(R)}, wants a ropecy.Rotary, a ropecy.RelativeFamily or None")
     if bias is not None and not isinstance(bias, RelativeBias):
@@ -169,19 +178,24 @@ def _check_arrays(given: dict[str, Any]) -> dict[str, np.ndarray]:
     """Those of Q, K, V and the projections that are not None, as arrays of one dtype."""
     if given["V"] is None and given["W_V"] is not None:
         raise ValueError("W_V: got a projection without V, wants both or neither")
-    arrays = {name: check_array(name, X) for name, X in given.items() if name in ("Q", "K") or X is not None}
+    arrays = {}
+    for name in given:
+        if name in ("Q", "K") or given[name] is not None:
+            arrays[name] = check_array(name, given[name])
     dtype = arrays["Q"].dtype
-    for name, X in arrays.items():
-        if X.dtype != dtype:
-            raise TypeError(f"{name}: got dtype {X.dtype}, wants {dtype} as Q has")
+    for name in arrays:
+        if arrays[name].dtype != dtype:
+            raise TypeError(f"{name}: got dtype {arrays[name].dtype}, wants {dtype} as Q has")
     return arrays
 
 
 def _check_shapes(given: dict[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
     """The shapes of Q, K and V after their projections, if they fit together; (n_k, 1) for V where it is not given."""
     n_k = given["K"].shape[-2]
-    Q, K = _product_shape(given, "Q"), _product_shape(given, "K")
-    V = _product_shape(given, "V") if "V" in given else (n_k, 1)
+    shapes = _product_shapes(given)
+    if "V" not in shapes:
+        shapes["V"] = (n_k, 1)
+    Q, K, V = shapes["Q"], shapes["K"], shapes["V"]
     d = K[-1]
     if Q[-1] != d:
         raise ValueError(f"K: got rows of width {d} (after W_K), wants {Q[-1]}, the width of Q (after W_Q and W)")
@@ -189,12 +203,12 @@ def _check_shapes(given: dict[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
         raise ValueError(f"Q: got shape {given['Q'].shape}, wants rows with at least one entry to form scores from")
     if V[-2] != n_k:
         raise ValueError(f"V: got {V[-2]} rows (shape {given['V'].shape}), wants {n_k}, one for each of K")
-    return {"Q": Q, "K": K, "V": V}
+    return shapes
 
 
 def _check_memory(given: dict[str, np.ndarray], lead: tuple[int, ...], compute: np.dtype, *, turned: bool) -> None:
     """MemoryError where the result, and copies of Q, K and V in the order of memory that is computed in, don't fit."""
-    shapes = {name: _product_shape(given, name) for name in _FACTORS if name in given}
+    shapes = _product_shapes(given)
     laid_out = _laid_out(given, shapes, lead, compute, turned=turned)
     if "V" not in given:
         require(laid_out, "a copy of Q and K in the order of memory that is computed in")
@@ -207,8 +221,9 @@ def _check_memory(given: dict[str, np.ndarray], lead: tuple[int, ...], compute: 
 def _check_scale(scale: Any, near: tuple[int, float] | None, d: int, compute: np.dtype) -> float:
     """The scale of scores, 1/d by default; it and that of near offsets must be numbers of the dtype computed in."""
     scale = 1 / d if scale is None else check_number("scale", scale)
+    most = _LARGEST[compute]
     for name, number in (("scale", scale), ("near", 0.0 if near is None else near[1])):
-        if abs(number) > _LARGEST[compute]:
+        if not -most <= number <= most:
             raise ValueError(f"{name}: got {number}, wants a number that {compute} can hold")
     return scale
 
@@ -230,17 +245,15 @@ def check_entries(a: Arguments) -> Arguments:
     ValueError
         An array has NaN or Inf; the message says where the first one is.
     """
-    given = {name: X for name in _ARRAYS if (X := getattr(a, name)) is not None}
-    _check_memory(given, a.lead, a.compute, turned=a.R is not None)
+    given, compute = a.arrays, a.compute
+    _check_memory(given, a.lead, compute, turned=a.R is not None)
     if a.key_mask is not None:
         given.update({name: _hide(given[name], a.key_mask, a.lead) for name in ("K", "V") if name in given})
-    for name, X in given.items():
-        check_finite(name, X)
-    compute = a.compute
-    changed = {name: X.astype(compute, copy=False) for name, X in given.items() if X.dtype != compute}
-    if a.key_mask is not None:
-        changed = given | changed
-    return replace(a, **changed) if changed else a
+    for name in given:
+        check_finite(name, given[name])
+    if a.key_mask is None and a.dtype == compute:
+        return a
+    return replace(a, **{name: X.astype(compute, copy=False) for name, X in given.items()})
 
 
 def check_method(*, eps: Any, certify: Any, method: Any, degree: Any, seed: Any) -> dict[str, Any]:
@@ -291,25 +304,31 @@ def _near(near: Any) -> tuple[int, float]:
     return check_integer("near", pair[0], least=1), check_number("near", pair[1])
 
 
-def _product_shape(given: dict[str, np.ndarray], rows: str) -> tuple[int, ...]:
-    """The shape of Q, K or V, as `rows` says, after those of its projections that are given."""
-    shape = given[rows].shape
-    for name in _FACTORS[rows]:
-        if name not in given:
-            continue
-        factor = given[name].shape
-        if factor[-2] != shape[-1]:
-            raise ValueError(
-                f"{name}: got shape {factor}, wants ({shape[-1]}, _) to multiply {rows}, of width {shape[-1]} there"
-            )
-        try:
-            lead = np.broadcast_shapes(shape[:-2], factor[:-2])
-        except ValueError:
-            raise ValueError(
-                f"{name}: got leading axes {factor[:-2]}, wants axes that broadcast with {shape[:-2]} of {rows}"
-            ) from None
-        shape = lead + (shape[-2], factor[-1])
-    return shape
+def _product_shapes(given: dict[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
+    """The shapes of those of Q, K and V that are given, after those of their projections that are given."""
+    shapes = {}
+    for rows in ("Q", "K", "V"):
+        if rows in given:
+            shapes[rows] = given[rows].shape
+            for name in _FACTORS[rows]:
+                if name in given:
+                    shapes[rows] = _product_shape(rows, shapes[rows], name, given[name].shape)
+    return shapes
+
+
+def _product_shape(rows: str, shape: tuple[int, ...], name: str, factor: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the product of Q, K or V, as `rows` says, and a projection of this name."""
+    if factor[-2] != shape[-1]:
+        raise ValueError(
+            f"{name}: got shape {factor}, wants ({shape[-1]}, _) to multiply {rows}, of width {shape[-1]} there"
+        )
+    try:
+        lead = np.broadcast_shapes(shape[:-2], factor[:-2])
+    except ValueError:
+        raise ValueError(
+            f"{name}: got leading axes {factor[:-2]}, wants axes that broadcast with {shape[:-2]} of {rows}"
+        ) from None
+    return lead + (shape[-2], factor[-1])
 
 
 def _lead(shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
@@ -349,14 +368,13 @@ def _laid_out(
     fewer leading axes than the result.
     """
     size = 0.0
-    for name, projections in _FACTORS.items():
-        if name not in given:
-            continue
+    multiplied = {"Q": "W_Q" in given or "W" in given, "K": "W_K" in given, "V": "W_V" in given}
+    for name in projected:
         X, shape = given[name], projected[name]
         # K and V keep their own number of heads, each shared by several of Q.
         own = lead if name == "Q" or not lead else lead[:-1] + shape[:-2][-1:]
         as_it_is = X.shape[:-2] == own and X.flags.c_contiguous and X.dtype == compute
-        if not as_it_is or (turned and name != "V") or given.keys() & projections:
+        if not as_it_is or (turned and name != "V") or multiplied[name]:
             size += float(math.prod(own + shape[-2:])) * compute.itemsize
     return size
 

@@ -20,7 +20,7 @@ from .input_gradients import AS_IT_IS, Exponents, InputGradients, SymbolGradient
 from .mask import Mask
 from .problem import Origin, Problem
 from .request import Request
-from .rows import Rows, contiguous, head_count, spread
+from .rows import Rows, contiguous, spread
 
 
 class Call:
@@ -53,22 +53,22 @@ class Call:
         self.shape = a.lead + (a.n, a.d_v)
         # What differs between the heads of a group ends the sharing.
         self.heads = a.heads
-        self.key_heads = math.lcm(key_heads_of(a), least_key_heads)
+        self.key_heads = key_heads_of(a, least_key_heads)
         rotate = None
         if a.R is not None:
             planes = Planes(*a.R._frequencies(max(length, length_of(a))), a.R.pairing)
             rotate = partial(rotate_rows, planes=planes, threads=a.threads)
-        batch = a.batch
-        self._q = Rows(_given(a, "Q", "W_Q", "W"), batch, self.heads, a.q_positions, rotate)
-        self._k = Rows(_given(a, "K", "W_K"), batch, self.key_heads, a.k_positions, rotate)
-        self._v = Rows(_given(a, "V", "W_V"), batch, self.key_heads)
+        batch, given = a.batch, a.arrays
+        self._q = Rows(_factors(given, "Q", "W_Q", "W"), batch, self.heads, a.q_positions, rotate)
+        self._k = Rows(_factors(given, "K", "W_K"), batch, self.key_heads, a.k_positions, rotate)
+        self._v = Rows(_factors(given, "V", "W_V"), batch, self.key_heads)
         self.problem = self._problem()
 
     def _problem(self) -> Problem:
         a = self.arguments
         q, k = self._q.slots(), self._k.slots()
         slots = k.shape[0]
-        group = self.heads // max(self.key_heads, 1)
+        group = self.heads // (self.key_heads or 1)
         mask = self._mask()
         v = None if a.V is None else self._v.slots()
         if v is None or a.d_v == 0:
@@ -251,13 +251,13 @@ def length_of(arguments: Arguments) -> int:
     return max(1, 1 + max((int(p.max()) for p in given), default=0))
 
 
-def key_heads_of(arguments: Arguments) -> int:
-    """How many heads differ in keys, values or masks, each of which query heads share."""
-    a = arguments
-    return math.lcm(
-        *(head_count(X, 2) for X in (a.K, a.W_K, a.V, a.W_V) if X is not None),
-        *(head_count(X, 1) for X in (a.key_mask, a.k_positions) if X is not None),
-    )
+def key_heads_of(arguments: Arguments, least: int = 1) -> int:
+    """How many heads differ in keys, values or masks, each of which query heads share; a multiple of `least`."""
+    a, heads = arguments, least
+    for X, inner in ((a.K, 2), (a.W_K, 2), (a.V, 2), (a.W_V, 2), (a.key_mask, 1), (a.k_positions, 1)):
+        if X is not None and X.ndim > inner and X.shape[-1 - inner] != heads:
+            heads = math.lcm(heads, X.shape[-1 - inner])
+    return heads
 
 
 def spread_columns(X: np.ndarray, call: Call, heads: int) -> np.ndarray:
@@ -265,9 +265,10 @@ def spread_columns(X: np.ndarray, call: Call, heads: int) -> np.ndarray:
     return contiguous(spread(X, call.lead[:-1], heads))
 
 
-def _given(arguments: Arguments, *names: str) -> dict[str, np.ndarray]:
-    given = {name: X for name in names if (X := getattr(arguments, name)) is not None}
-    if len(given) < 2:
-        return given
-    # Products are then bitwise the same for every memory layout.
-    return {name: contiguous(X) for name, X in given.items()}
+def _factors(given: dict[str, np.ndarray], *names: str) -> dict[str, np.ndarray]:
+    """Those of the arrays of these names that are given."""
+    found = {}
+    for name in names:
+        if name in given:
+            found[name] = given[name]
+    return found

@@ -25,6 +25,8 @@ def described(value: Any) -> str:
 
 def check_integer(name: str, value: Any, least: int | None = None) -> int:
     """The integer if it is one, of less than 63 bits and at least `least`; True and False are none."""
+    if type(value) is int and (0 if least is None else least) <= value <= 2**62:
+        return value
     wants = "an integer" if least is None else f"an integer of at least {least}"
     if isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name}: got {described(value)}, wants {wants}")
@@ -41,6 +43,8 @@ def check_integer(name: str, value: Any, least: int | None = None) -> int:
 
 def check_number(name: str, value: Any) -> float:
     """A finite real number, as a float."""
+    if type(value) is float and math.isfinite(value):
+        return value
     if isinstance(value, np.ndarray) and value.ndim == 0:
         value = value[()]
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (float, numbers.Real, np.floating)):
@@ -76,7 +80,9 @@ def as_pair(value: Any) -> tuple[Any, Any] | None:
 
 def check_flag(name: str, value: Any) -> bool:
     """The value if it is a bool. Others that Python takes for true or false are refused, for they are mostly slips."""
-    if not isinstance(value, (bool, np.bool_)):
+    if value is True or value is False:
+        return value
+    if not isinstance(value, np.bool_):
         raise TypeError(f"{name}: got {described(value)}, wants True or False")
     return bool(value)
 
@@ -137,13 +143,13 @@ def check_finite(name: str, X: np.ndarray) -> float:
         return 0.0
     if 0 in X.strides:
         X = without_repeats(X)
-    if X.dtype in (np.float32, np.float64) and X.flags.forc and X.flags.aligned:
+    if X.dtype in _COMPUTED and X.flags.forc and X.flags.aligned:
         largest = _rows.largest(X)
     else:
         # Two passes without a temporary array. A NaN among the entries makes max and min NaN.
         with np.errstate(invalid="ignore"):
             largest = max(float(X.max()), -float(X.min()))
-    if not math.isfinite(largest):
+    if not largest < math.inf:
         index = tuple(int(a) for a in np.argwhere(~np.isfinite(X))[0])
         got = "NaN" if np.isnan(X[index]) else "Inf" if X[index] > 0 else "-Inf"
         raise ValueError(f"{name}: got {got} at index {index}, wants finite numbers only")
@@ -152,10 +158,12 @@ def check_finite(name: str, X: np.ndarray) -> float:
 
 def check_array(name: str, X: Any, least_axes: int = 2) -> np.ndarray:
     """X as an array of float32, float64, float16 or bfloat16 in native byte order, with any strides."""
-    try:
-        X = np.asarray(X)
-    except ValueError as error:
-        raise ValueError(f"{name}: got what is no array ({error}), wants an array of floating-point numbers") from None
+    if type(X) is not np.ndarray:
+        try:
+            X = np.asarray(X)
+        except ValueError as error:
+            wants = "wants an array of floating-point numbers"
+            raise ValueError(f"{name}: got what is no array ({error}), {wants}") from None
     native = X.dtype if X.dtype in _COMPUTED else check_dtype(name, X.dtype)
     if X.ndim < least_axes:
         raise ValueError(f"{name}: got shape {X.shape}, wants at least {least_axes} axes (..., rows, width)")

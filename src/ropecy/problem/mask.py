@@ -33,9 +33,12 @@ class Mask:
     @property
     def features(self) -> frozenset[str]:
         """The names of the fields that hide anything: what an engine must support."""
-        band = {"causal"} if self.hi == 0 and self.lo is None else {"window"}
-        found = band if self.banded else set()
-        return frozenset(found | ({"key_mask"} if self.kept is not None else set()))
+        found = set()
+        if self.lo is not None or self.hi is not None:
+            found |= {"causal"} if self.hi == 0 and self.lo is None else {"window"}
+        if self.kept is not None:
+            found |= {"key_mask"}
+        return frozenset(found)
 
     @property
     def banded(self) -> bool:
@@ -80,6 +83,8 @@ class Mask:
         """Whether no row sees a key, or there are no rows."""
         if self.n == 0 or self.n_k == 0 or (self.kept is not None and not self.kept.any()):
             return True
+        if self.lo is None and self.hi is None:
+            return False
         first, stop = self.seen
         return first >= stop
 

@@ -20,7 +20,7 @@ from ..kernels import _rows
 from .communicator import SERIAL, Communicator
 from .input_gradients import Exponents
 from .mask import Mask
-from .problem import Problem
+from .problem import LIMITS, Problem
 
 # Beside a bias values and gradients are brought to about 1 that are not within this power of two of it.
 _NEAR_ONE = 8
@@ -71,14 +71,16 @@ class Normal:
         The true O lies between values. Where these are close to the largest number, rounding may carry o past it: such
         entries are the largest number, and not inf.
         """
+        if not self.exponent and self.value_centre is None:
+            return o
         with np.errstate(over="ignore"):
             if self.exponent:
                 o = np.ldexp(o, self.exponent)
             if self.value_centre is not None:
                 seen = ~np.isneginf(lse)[..., None]
                 o = np.where(seen, o + self.value_centre[:, None, None], o)
-        most, largest = np.finfo(o.dtype).max, self.problem.origin.largest
-        return np.clip(o, -most, most) if largest is not None and largest > most / 2 else o
+        most = LIMITS[o.dtype].max
+        return np.clip(o, -most, most) if self.problem.origin.largest > most / 2 else o
 
     def log_sums(self, lse: np.ndarray) -> np.ndarray:
         """lse of the problem as it was, from that of the normal form, (H, G, n) float64."""
@@ -212,7 +214,7 @@ def _exponent(largest: float, keys: int, dtype: np.dtype, biased: bool) -> int:
     """
     if not largest:
         return 0
-    most, size = np.finfo(dtype).maxexp, math.frexp(largest)[1]
+    most, size = LIMITS[dtype].maxexp, math.frexp(largest)[1]
     if biased:
         return size if abs(size) > _NEAR_ONE else 0
     highest = 3 * most // 4 - math.frexp(keys)[1]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
+from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,9 @@ import numpy as np
 from ..approximation import bias_forms as forms
 from .family import Family
 from .mask import Mask
+
+# The limits of the dtypes that are computed in; to look them up here is faster than to ask NumPy for them.
+LIMITS = {np.dtype(kind): np.finfo(kind) for kind in (np.float32, np.float64)}
 
 
 class Sizes(NamedTuple):
@@ -103,7 +107,12 @@ class Outline:
 
         Every field of a problem or of its mask that is set counts, also one that no engine has heard of.
         """
-        return self.mask.features.union([name for name in _optional(type(self)) if getattr(self, name) is not None])
+        names, values_of = _optional(type(self))
+        found = set()
+        for name, value in zip(names, values_of(self), strict=True):
+            if value is not None:
+                found |= {name}
+        return self.mask.features | found
 
     @property
     def empty(self) -> bool:
@@ -210,9 +219,10 @@ class Problem(Outline):
 
 
 @lru_cache
-def _optional(kind: type[Outline]) -> tuple[str, ...]:
-    """The fields that are features where they are set."""
-    return tuple(f.name for f in fields(kind) if f.name not in _PLAIN)
+def _optional(kind: type[Outline]) -> tuple[tuple[str, ...], Callable[[Outline], tuple[object, ...]]]:
+    """The names of the fields that are features where they are set, and what takes all their values at once."""
+    names = tuple(f.name for f in fields(kind) if f.name not in _PLAIN)
+    return names, attrgetter(*names)
 
 
 # What every engine does. A tail goes with its bias.

@@ -48,6 +48,9 @@ class Rows:
         """(batch * heads, rows, width), C-contiguous; the user's own memory where nothing has to be done."""
         X, *others = self.factors.values()
         if others:
+            # Products of contiguous arrays are bitwise the same whatever the layout of what the user passed.
+            self.factors = {name: contiguous(factor) for name, factor in self.factors.items()}
+            X, *others = self.factors.values()
             X, self.lost = projections.product([X, *others])
             checks.check_finite(" @ ".join(self.factors), X)
         if self.positions is not None:
@@ -97,6 +100,8 @@ def head_count(X: np.ndarray, inner: int) -> int:
 def spread(X: np.ndarray, batch: tuple[int, ...], heads: int) -> np.ndarray:
     """(..., h, a, b) to (batch * heads, a, b): each of the h heads serves heads // h consecutive ones."""
     tail = X.shape[-2:]
+    if not batch and X.shape == (heads,) + tail:
+        return X
     if X.shape[:-2] != batch + (heads,):
         own = head_count(X, 2)
         X = X.reshape(X.shape[:-3] + (own, 1) + tail)

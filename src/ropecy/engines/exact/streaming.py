@@ -9,7 +9,7 @@ import numpy as np
 
 from ...kernels import _exact, _rows
 from ...problem.input_gradients import InputGradients, SymbolGradient
-from ...problem.problem import Outline, Problem
+from ...problem.problem import LIMITS, Outline, Problem
 from .bias_table import from_the_largest
 
 LOG2E = 1 / math.log(2)
@@ -50,8 +50,11 @@ class Sized:
         """What scores of these are to be multiplied with: a finite number of the dtype, where it has to be clipped
         weights are 0 or 1 whatever it is.
         """
-        most = np.finfo(self.q.dtype).maxexp - 4
-        return math.ldexp(1.0, min(max(self.of_q + self.of_k + self.of_scale, -most), most))
+        exponent = self.of_q + self.of_k + self.of_scale
+        if not exponent:
+            return 1.0
+        most = LIMITS[self.q.dtype].maxexp - 4
+        return math.ldexp(1.0, min(max(exponent, -most), most))
 
 
 @dataclass(slots=True)
@@ -135,8 +138,8 @@ def _sized(problem: Problem, bound: float) -> Sized:
     float32) and no scale is subnormal.
     """
     q, k, near = problem.q, problem.k, problem.near
-    info = np.finfo(q.dtype)
-    scale = max(abs(problem.scale), 0 if near is None else abs(near[1]))
+    info = LIMITS[q.dtype]
+    scale = abs(problem.scale) if near is None else max(abs(problem.scale), abs(near[1]))
     power = math.frexp(scale)[1]
     power = power if abs(power) > 3 * info.maxexp // 4 else 0
     sized = Sized(q, k)
@@ -186,10 +189,12 @@ def _tables(problem: Problem, bound: float, sized: Sized) -> Tables:
         near = np.abs(offset - mask.offset) < width
         factor = np.pad(np.where(near, scale_near, scale) * LOG2E, (block, tile)).astype(dtype)
         reach = math.inf
-    key_shift = np.full((heads, -(-n_k // block) * block), -np.inf, dtype)
-    key_shift[:, :n_k] = 0 if mask.kept is None else np.where(mask.kept, 0, -np.inf)
+    key_shift = np.zeros((heads, -(-n_k // block) * block), dtype)
+    key_shift[:, n_k:] = -np.inf
+    if mask.kept is not None:
+        key_shift[:, :n_k][~mask.kept] = -np.inf
     bounded = gain == 1 and reach * LOG2E <= BOUNDED
-    bounded = bounded and _rows.largest(problem.v) * 2**BOUNDED * max(n_k, 1) < float(np.finfo(dtype).max)
+    bounded = bounded and _rows.largest(problem.v) * 2**BOUNDED * n_k < float(LIMITS[dtype].max)
     return Tables(
         lo=lo,
         hi=hi,
