@@ -25,7 +25,7 @@ from ..problem.traffic import Sender, Traffic
 from .cost import Work
 
 CHEAPEST = "the cheapest engine that certifies eps"
-# Features in the words of a refusal; one that has no words of its own is called by its name.
+# How a refusal names a feature of a problem. A feature that is not listed here is called by its own name.
 _WORDS = {
     "bias": "a bias",
     "family": "a RelativeFamily, whose W_{i-j} does not factor",
@@ -38,19 +38,19 @@ _WORDS = {
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What engines are asked about.
+    """The problem, the request and the measurements that an engine is given when it is asked for an offer.
 
     Attributes
     ----------
     outline : Outline
-        Of the whole problem; in one process the problem itself.
+        The outline of the whole problem; in one process the problem itself.
     request : Request
     statistics : Statistics
         What has been, or can be, measured of the numbers.
     piece : Outline
-        The largest piece that one process has, by which memory is judged; in one process the problem.
+        The largest piece that one process has, by which memory is judged; in one process the problem itself.
     distributed : bool
-        Whether the sequence is in pieces: then statistics have been measured before anybody plans.
+        Whether the sequence is in pieces; then all statistics were measured before planning.
     """
 
     outline: Outline
@@ -61,7 +61,7 @@ class Context:
 
     @classmethod
     def of(cls, problem: Problem, request: Request) -> Context:
-        """That of a problem which one process has."""
+        """The context of a problem that is in one process as a whole."""
         return cls(problem, request, Statistics(problem), problem)
 
     @property
@@ -70,29 +70,30 @@ class Context:
         return self.statistics.problem
 
     def asking(self, **changes: object) -> Context:
-        """The same with another request."""
+        """The same context with these fields of the request changed."""
         return replace(self, request=replace(self.request, **changes))
 
 
 def gradient_of(certificate: Certificate) -> Certificate:
-    """What rounding does to gradients where it does so much to O."""
+    """The certificate of gradients beside one of O: their rounding error is taken to be four times that of O."""
     return replace(certificate, rounding=4 * certificate.rounding)
 
 
 class Executable(ABC):
-    """A way to run one problem, and what it promises.
+    """A way to run one problem, and the certificates that it promises.
 
-    Executables hold no results: one may be run from many threads, and is sent between processes.
+    An executable holds no results, so many threads may run it, and it can be sent between processes.
 
     Attributes
     ----------
     engine : str
+        The name of its engine.
     certificate : Certificate
-        Of O.
+        The certificate of O.
     gradient_certificate : Certificate or None
-        Of gradients, where they were asked for.
+        The certificate of gradients, if they were asked for.
     values : Values or None
-        The range of values that errors are measured in; None where there are none.
+        The ranges of the values, in units of which errors are given.
     """
 
     engine: str
@@ -107,49 +108,49 @@ class Executable(ABC):
 
     @abstractmethod
     def forward(self, problem: Problem, want_lse: bool, pieces: Pieces = WHOLE) -> Result:
-        """O, and lse where it is wanted.
+        """The forward pass: a result with O, and with lse if it is wanted.
 
         Raises
         ------
         BoundedEntryError
-            Rows are certified once they are computed, too many are not, and the engine was insisted on.
+            Too many rows turned out not to be certified after they were computed, and no other engine may run.
         """
 
     @abstractmethod
     def backward(self, problem: Problem, result: Result, do: np.ndarray, pieces: Pieces = WHOLE) -> InputGradients:
-        """The gradients of ``<do, O>``."""
+        """The gradients of ``<do, O>``, from what `forward` returned."""
 
     def resume(self, problem: Problem, result: Result, o: np.ndarray, lse: np.ndarray) -> Result:
-        """The result for `backward` where `problem` has some of the keys only and o and lse are those of all keys."""
+        """The result that `backward` needs if `problem` has only some of the keys, and o and lse are of all keys."""
         raise NotImplementedError(f"{self.engine} attention can't be resumed under a larger softmax")
 
     def measured_by(self, statistics: Statistics | None) -> Executable:
-        """The same with what this process has measured; None takes it away, so that the rest can be sent."""
+        """This executable with the measurements of this process; with None without any, to be sent to other ranks."""
         return self
 
     def traffic(self, sender: Sender) -> Traffic:
-        """What one process sends and receives in a call, no row failing its certificate."""
+        """What one process sends and receives in a call in which no row fails its certificate."""
         return Traffic()
 
     def storing(self, dtype: np.dtype) -> float:
-        """What storing O in the dtype of the call adds to its certificate: nothing but in half precision."""
+        """What storing O in the dtype of the call adds to its error, in units of the range; 0 but in half precision."""
         return self.values.storing(dtype) if dtype.itemsize == 2 and self.values is not None else 0.0
 
 
 @dataclass(slots=True)
 class Result:
-    """A forward pass, and what backward needs of it.
+    """The results of a forward pass, and what backward needs of them.
 
     Attributes
     ----------
     o : (H, G, n, d_v) array
     lse : (H, G, n) float64 array or None
     executable : Executable
-        The one that really ran.
+        The executable that really ran; it may be a fallback of the one that was asked.
     saved : object
-        What its backward pass needs.
+        What the backward pass of that executable needs.
     found, gradient_found : Certificate or None
-        Where the pass itself found more than was promised.
+        Certificates that were found in the pass itself, instead of those that were promised before it.
     """
 
     o: np.ndarray
@@ -161,12 +162,12 @@ class Result:
 
     @property
     def certificate(self) -> Certificate:
-        """Of o."""
+        """The certificate of o."""
         return self.executable.certificate if self.found is None else self.found
 
     @property
     def gradient_certificate(self) -> Certificate | None:
-        """Of gradients."""
+        """The certificate of gradients, if they were asked for."""
         return self.executable.gradient_certificate if self.gradient_found is None else self.gradient_found
 
     def backward(self, problem: Problem, do: np.ndarray, pieces: Pieces = WHOLE) -> InputGradients:
@@ -176,15 +177,15 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """An executable that certifies what is asked, and its price.
+    """An engine's offer: an executable that certifies what is asked, and its price.
 
     Attributes
     ----------
     executable : Executable
     work : Work
-        Beside which seconds of any number of threads are known.
+        The predicted work, from which the seconds for any number of threads follow.
     bytes : float
-        Beyond inputs and outputs.
+        The memory that it needs beyond inputs and outputs.
     reason : str
         Why it should be taken, in words.
     """
@@ -200,16 +201,16 @@ class Candidate:
 
     @property
     def nominal(self) -> float:
-        """Predicted seconds that choices go by, whatever the number of threads."""
+        """The predicted seconds by which candidates are compared; they do not depend on the number of threads."""
         return self.work.nominal
 
     @property
     def fits(self) -> bool:
-        """Whether there is memory for it."""
+        """Whether the machine has the memory that it needs."""
         return fits(self.bytes)
 
     def beats(self, other: Candidate) -> bool:
-        """Whether it is predicted to be faster than another, in the memory there is."""
+        """Whether it is predicted to be faster than another candidate and its memory is there."""
         return self.nominal < other.nominal and self.fits
 
 
@@ -221,13 +222,14 @@ class Refusal:
     ----------
     engine : str
     reason : str or None
-        In words; None where the engine found nothing worth a word.
+        The reason in words; None where the caller need not be told.
     kind : type or None
-        Of the error that a caller gets who insisted; None where the engine could, but not for less than another.
+        The type of the error that is raised if the caller insisted on this engine; None if the engine could compute the
+        problem, but only at a higher price than another.
     looked : Work
-        What it costs to find out, where that is part of a call's price.
+        The work of finding out, where that counts in the price of the call.
     hopeless : bool
-        Whether no bound of the scores is worth measuring, by any engine.
+        Whether measuring a bound of the scores cannot pay for any engine.
     """
 
     engine: str
@@ -239,12 +241,13 @@ class Refusal:
 
 @dataclass(slots=True)
 class Search:
-    """What engines have answered so far.
+    """The answers that engines have given so far.
 
     Attributes
     ----------
     request : Request
     answers : list of Candidate and Refusal
+        In the order in which they were given.
     """
 
     request: Request
@@ -252,7 +255,7 @@ class Search:
 
     @property
     def candidates(self) -> list[Candidate]:
-        """Those that may run."""
+        """The candidates of engines that the request lets run."""
         return [a for a in self.answers if isinstance(a, Candidate) and self.request.takes(a.engine)]
 
     @property
@@ -261,37 +264,35 @@ class Search:
 
     @property
     def exact(self) -> Candidate | None:
-        """The exact engine's, which others are compared with even where it may not run."""
+        """The candidate of the exact engine, with which others are compared even where it may not run."""
         return next((a for a in self.answers if isinstance(a, Candidate) and a.engine == "exact"), None)
 
     @property
     def best(self) -> Candidate | None:
-        """The cheapest that may run. Beside exact work, others are taken only where they are cheaper and there is
-        memory for them; of those that are insisted on, the cheapest.
-        """
-        # Of one engine, a later candidate betters an earlier one.
+        """The cheapest candidate that may run. With method="auto" one that is not exact must also fit in memory."""
+        # A later candidate of an engine is better than its earlier ones.
         found = {c.engine: c for c in self.candidates}.values()
         if self.request.method == "auto":
             found = [c for c in found if c.engine == "exact" or c.fits]
         return min(found, key=lambda c: (c.nominal, c.engine != "exact"), default=None)
 
     def of_rule(self, rule: str) -> Candidate | None:
-        """The polynomial engine's candidate by a rule of certificate."""
+        """The candidate of the polynomial engine whose certificate has this rule."""
         polynomials = (a for a in self.answers if isinstance(a, Candidate) and a.engine == "polynomial")
         return next((a for a in polynomials if a.executable.certificate.rule == rule), None)
 
 
 class Engine(ABC):
-    """A solver: it makes a candidate for a problem or says why not.
+    """A solver, which offers a candidate for a problem or says why it has none.
 
     Attributes
     ----------
     name : str
-        What ``method=`` says to insist on it; several engines may have one name.
+        The name by which ``method=`` insists on it; several engines may share one.
     SUPPORTS : frozenset of str
-        The features of problems (`Outline.features`) that it handles. Whatever is not named here is refused.
+        The features of problems (`Outline.features`) that it handles. Any other feature is refused.
     needs_bound : bool
-        Whether it needs a bound of the scores; it is not asked where none is worth measuring.
+        Whether it needs a bound of the scores; it is not asked where measuring one cannot pay.
     """
 
     name: ClassVar[str]
@@ -299,7 +300,7 @@ class Engine(ABC):
     needs_bound: ClassVar[bool] = True
 
     def lacks(self, outline: Outline) -> str | None:
-        """What of the problem this engine does not do, in words, or None."""
+        """A feature of the problem that this engine does not support, in words; None if it supports all."""
         missing = outline.features - self.SUPPORTS
         if not missing:
             return None
@@ -311,6 +312,7 @@ class Engine(ABC):
 
     @abstractmethod
     def offer(self, context: Context, search: Search) -> Candidate | Refusal:
-        """A candidate, or why there is none; to find out whether there is one that betters what others have answered
-        must cost little beside what they offer.
+        """A candidate, or why there is none.
+
+        Finding out must cost little compared with the work that other engines have already offered.
         """

@@ -1,4 +1,4 @@
-"""Predicted work: seconds by shipped constants, so that choices are the same on every machine of an instruction set."""
+"""Predicted seconds, by constants in this file, so that all machines with one instruction set make the same choices."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ import numpy as np
 from ..kernels import _exact
 from ..problem.problem import Outline
 
-# Keys and queries, and the width, of the problem that this machine is compared with the table by.
+# The problem on which this machine is compared with the table of speeds: how many queries and keys, and their width.
 REFERENCE = 384, 32
 
 
 @dataclass(frozen=True, slots=True)
 class Speeds:
-    """Nanoseconds of one thread.
+    """What each operation takes on one thread, in nanoseconds.
 
     Attributes
     ----------
     product : float
-        A multiply-add of a product of matrices, of scores, of values or of monomials with a state.
+        A multiply-add in a product of matrices: for scores, for values, or for monomials with a state.
     pair, pair_grad : float
-        What a pair of the exact engine costs beside its products, forward and backward: exp.
+        What a pair of a query and a key costs the exact engine beside its products, mostly exp; forward and backward.
     near : float
-        Likewise of a pair in a causal chunk of the polynomial engine.
+        The same for a pair inside a causal chunk of the polynomial engine.
     feature : float
-        A monomial of a token, read or differentiated.
+        Reading or differentiating one monomial of one token.
     pack : float
-        An entry of a state that is laid out for products.
+        Laying out one entry of a state for products.
     """
 
     product: float
@@ -40,9 +40,9 @@ class Speeds:
     pack: float
 
 
-# Fitted to 128 to 32,768 tokens, d = 8, 16, 64 and degrees 1 to 9, forward and with gradient, causal or not, of one
-# thread of an AMD EPYC (Zen 4): v4 in float32 from 512 tokens on within 1.2 times in 95%, the others less closely, down
-# to half (`asv run --bench Worst`).
+# Fitted to times of one thread of an AMD EPYC (Zen 4) for 128 to 32,768 tokens, d = 8, 16, 64 and degrees 1 to 9,
+# forward and with gradient, causal or not. With v4 in float32, 95% of the predictions from 512 tokens on are within a
+# factor of 1.2; others are less accurate, down to a factor of 2 (`asv run --bench Worst`).
 _SPEEDS = {
     ("baseline", "float32"): Speeds(0.059, 1.00, 1.22, 1.36, 0.36, 2.7),
     ("baseline", "float64"): Speeds(0.128, 2.85, 3.73, 3.15, 0.57, 2.9),
@@ -55,13 +55,21 @@ _LEVELS = ("baseline", "v3", "v4")
 
 
 class Work:
-    """Seconds of one thread: `alone`, and `parts` (seconds, pieces), whose pieces threads share."""
+    """Predicted work, in seconds of one thread.
+
+    Attributes
+    ----------
+    alone : float
+        Seconds of work that one thread does while the others wait.
+    parts : tuple of (float, float)
+        (seconds, pieces) of work that is cut into equal pieces, each of which any thread may take.
+    """
 
     __slots__ = ("_one", "_two", "alone", "parts")
 
     def __init__(self, alone: float = 0.0, parts: tuple[tuple[float, float], ...] = ()) -> None:
         self.alone, self.parts = alone, parts
-        # Sums of works, of which a plan compares many, are sums of these.
+        # The seconds with one thread and with two are kept, because planning adds and compares many works.
         self._one = self._two = alone
         if parts:
             self._one, self._two = self.seconds(1), self.seconds(2)
@@ -71,7 +79,7 @@ class Work:
         return self._of(self.alone + other.alone, self.parts + other.parts, one, two)
 
     def times(self, factor: float) -> Work:
-        """Work that is done `factor` times, or that share of it."""
+        """This work done `factor` times, or for a factor below 1 that share of it."""
         parts = tuple((seconds * factor, pieces) for seconds, pieces in self.parts)
         return self._of(self.alone * factor, parts, self._one * factor, self._two * factor)
 
@@ -82,7 +90,7 @@ class Work:
         return work
 
     def seconds(self, threads: int) -> float:
-        """With that many threads, each of which takes whole pieces."""
+        """The seconds that this work takes with that many threads, each of which takes whole pieces."""
         shared = 0.0
         for seconds, pieces in self.parts:
             shared += seconds * -(-pieces // threads) / pieces
@@ -90,19 +98,22 @@ class Work:
 
     @property
     def nominal(self) -> float:
-        """What choices go by, whatever the number of threads: the geometric mean of the seconds of one and of two."""
+        """The seconds by which works are compared, whatever the number of threads.
+
+        It is the geometric mean of the seconds with one thread and with two.
+        """
         return math.sqrt(self._one * self._two)
 
 
 def speeds(dtype: np.dtype) -> Speeds:
-    """Of the instruction set in use."""
+    """The speeds of the instruction set in use, for float32 or float64."""
     # The name of a dtype takes NumPy microseconds to make.
     return _SPEEDS[_LEVELS[_exact.LEVEL], "float32" if dtype.itemsize == 4 else "float64"]
 
 
 def operations_work(problem: Outline, operations: float) -> Work:
-    """Of so many multiply-adds times 2, exp counted as 60 in float32 and as 120 in float64."""
+    """The work of so many floating-point operations: a multiply-add counts 2, exp 60 in float32 and 120 in float64."""
     s, keys = speeds(problem.dtype), 60 if problem.dtype == np.float32 else 120
     rate = (4 * REFERENCE[1] + keys) / (s.pair + 2 * REFERENCE[1] * s.product) * 1e9
-    # Pieces of which any number of threads that is asked about has as many.
+    # The work can be cut evenly, so every thread gets the same number of pieces.
     return Work(0.0, ((operations / rate, 2 * problem.threads),))

@@ -1,4 +1,4 @@
-"""Results of a function that are kept for the next call with the same arguments, in bounded memory."""
+"""A decorator that keeps the latest results of a function, in bounded memory, for calls with the same arguments."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-# A look-up compares the arguments with those of each result that is kept.
-_RESULTS = 16
+_RESULTS = 16  # how many results are kept: few, because a look-up compares the arguments with those of each
 
 
 def kept_below(size: Callable[..., int], most: int = 2**16) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """A decorator that keeps the results of the latest calls, as long as they have at most `most` entries together.
 
-    `size` tells from the arguments how many entries a result has. What is larger than `most` is made again by every
-    call: it goes with work that takes far longer.
+    `size` tells from the arguments how many entries a result has. A result larger than `most` is made again by every
+    call: it is used in work that takes far longer.
     """
 
     def decorate(make: Callable[..., Any]) -> Callable[..., Any]:

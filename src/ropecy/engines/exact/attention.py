@@ -1,4 +1,4 @@
-"""Exact attention of any problem, by whichever kernels its scores ask for: forward, resume and backward."""
+"""Exact attention of any problem, with the kernels for its kind of scores: forward, resume and backward."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _kernels(problem: Outline) -> ModuleType:
 def forward(problem: Problem, bound: float, want_lse: bool) -> tuple[np.ndarray, np.ndarray | None, Saved]:
     """O (H, G, n, d_v), lse float64 (H, G, n) or None, and what backward needs.
 
-    `bound` is one on the scores without a bias, or inf: where it is small, kernels keep no running maximum.
+    `bound` is a bound of the scores without their bias, or inf. If it is small, kernels keep no running maximum.
     """
     return _kernels(problem).forward(problem, bound, want_lse)
 
@@ -34,7 +34,7 @@ def resume(problem: Problem, bound: float, o: np.ndarray, lse: np.ndarray) -> Sa
 
 
 def backward(problem: Problem, saved: Saved, do: np.ndarray) -> InputGradients:
-    """The gradients of ``<do, O>``, but for that of the near field's scale."""
+    """The gradients of ``<do, O>``, without that of the near field's scale."""
     return _kernels(problem).backward(problem, saved, do)
 
 
@@ -47,13 +47,15 @@ def near_scale_gradient(problem: Problem, o: np.ndarray, lse: np.ndarray, do: np
     """
     width, scale_near = problem.near
     mask = problem.mask.within(1 - width, width - 1)
-    # The scale goes to q but for a power of two: so dq is the sum over keys where scale_near is 0, too.
+    # q is multiplied by the mantissa of scale_near, the scale is its power of two. So dq is the sum over keys that is
+    # wanted here, even where scale_near is 0.
     mantissa, exponent = math.frexp(scale_near)
     q = problem.q * problem.q.dtype.type(mantissa)
     band = replace(problem, q=q, scale=math.ldexp(1.0, exponent), mask=mask, near=None)
     if mask.lo > mask.hi or band.empty:
         return np.float64(0)
-    # Weights come of the band's own sums: computed from lse, those of huge scores would be Inf by rounding alone.
+    # Weights are computed with the sums of the band itself. Computed from lse, those of huge scores might overflow by
+    # rounding alone.
     _, own, saved = forward(band, math.inf, True)
     with np.errstate(over="ignore"):
         inverse = (saved.inverse * np.minimum(share(own, lse), 1)).astype(o.dtype)

@@ -8,8 +8,9 @@ import numpy as np
 def from_the_largest(bias: np.ndarray, factor: float, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
     """``factor (bias - largest)`` in a dtype, and the largest, (H or 1, G or 1, 1), of bias (H or 1, G or 1, offsets).
 
-    Counted from the largest, those that count are held by float32 whatever their size. What is too low even so stays
-    finite: a row that sees nothing else is a softmax still.
+    Biases that matter are close to the largest, so float32 holds their differences from it, whatever their size.
+    Differences that are too large for the dtype are clipped to a finite number, so that a row which sees only such keys
+    still has a softmax.
     """
     if not bias.shape[-1]:
         return np.zeros(bias.shape, dtype), np.zeros((*bias.shape[:-1], 1))

@@ -1,4 +1,4 @@
-"""Work and memory of exact attention, and seconds on this machine, which are measured by it."""
+"""The work and memory of exact attention, and seconds on this machine, whose speed is measured by exact attention."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from ...problem.problem import Outline, Problem
 from ..cost import REFERENCE, Work, operations_work, speeds
 from . import family, streaming
 
-# Seconds of a call and of its gradient, which are Python's; and of an entry of a row of q, k, v or dO.
-_CALL, _VJP = 1.5e-4, 0.8e-4
-_ENTRY = 3.2e-9
+_CALL, _VJP = 1.5e-4, 0.8e-4  # seconds that Python takes for a call, and for its gradient
+_ENTRY = 3.2e-9  # seconds for an entry of a row of q, k, v or dO
 
 
 def seconds_of(work: Work, threads: int, grad: bool) -> float:
@@ -24,7 +23,7 @@ def seconds_of(work: Work, threads: int, grad: bool) -> float:
 
 
 def exact_work(problem: Outline, grad: bool) -> Work:
-    """Of exact attention, and of its gradient where grad."""
+    """The work of exact attention, and of its gradient if `grad`."""
     if problem.family is not None:
         return operations_work(problem, family.operations(problem, grad))
     H, G, n, n_k, d, d_v = problem.sizes
@@ -43,7 +42,7 @@ def exact_work(problem: Outline, grad: bool) -> Work:
 
 
 def exact_bytes(problem: Outline, grad: bool) -> float:
-    """Bytes of exact attention beyond inputs and outputs."""
+    """The bytes that exact attention needs beyond inputs and outputs."""
     if problem.family is not None:
         return family.memory(problem, grad)
     H, G, n, n_k, d, d_v = problem.sizes
@@ -57,8 +56,9 @@ def exact_bytes(problem: Outline, grad: bool) -> float:
 
 @lru_cache(maxsize=1)
 def slowness() -> float:
-    """By how much this machine is slower than the table of constants says, from the exact engine's time on a small
-    problem: some 2 ms, once a process.
+    """How many times slower this machine is than the table of speeds says.
+
+    It is measured once in a process, in some 2 ms, by exact attention of a small problem.
     """
     n, d = REFERENCE
     q, k, v = np.random.default_rng(0).standard_normal((3, 1, n, d)).astype(np.float32)

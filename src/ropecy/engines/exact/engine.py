@@ -1,4 +1,4 @@
-"""The exact engine: it takes every problem, has no bound, and is what others are compared with."""
+"""The exact engine: it takes every problem, needs no bound of the scores, and others are compared with it."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from .ring import Ring
 
 
 class Exact(Executable):
-    """All pairs that the mask allows.
+    """Exact attention over all pairs that the mask allows.
 
-    What rounding costs is measured when somebody asks for the certificate: O does not depend on it.
+    The rounding error is measured only when the certificate is asked for, since O does not depend on it.
     """
 
     engine = "exact"
@@ -68,7 +68,7 @@ class Exact(Executable):
             ring = Ring(problem, pieces, self._scores.plain)
             o, lse = ring.forward()
             return Result(o, lse, self, ring)
-        # The gradient of the near field's scale is made of the sums of rows.
+        # The gradient of the near field's scale needs the lse of the rows.
         want_lse = want_lse or (self._grad and problem.near is not None)
         o, lse, saved = attention.forward(problem, largest_score(problem), want_lse)
         return Result(o, lse, self, saved)
@@ -91,7 +91,7 @@ class Exact(Executable):
 
 
 class ExactEngine(Engine):
-    """Exact attention."""
+    """Offers exact attention of any problem."""
 
     name = "exact"
     SUPPORTS = frozenset({"bias", "family", "near", "window", "causal", "key_mask"})

@@ -1,4 +1,4 @@
-"""Exact attention with matrices W_{i-j} between queries and keys, by blocks: always right, never an n x n array.
+"""Exact attention with matrices W_{i-j} between queries and keys, computed by blocks, without an n x n array.
 
 A block of rows and one of keys, these in reverse order, see each offset along an anti-diagonal. So U_b[i, t] = sum_a
 q_ia W_t[a, b], a product of matrices for each b, is read at t = i + j by strides alone:
@@ -21,13 +21,10 @@ from ...problem.problem import Outline, Problem
 from .bias_table import from_the_largest
 from .tasks import in_order
 
-# Rows and keys of a block: a few arrays of this size stay in the cache.
-_ROWS = 64
-_KEYS = 512
-# Keys of which values are added up in their own precision: equal terms are all rounded to one side.
-_STRETCH = 96
-# Into how many parts, each with gradients of its own, backward cuts all rows.
-_PARTS = 8
+_ROWS = 64  # rows of a block: a few arrays of (64, 512) stay in the cache
+_KEYS = 512  # keys of a block
+_STRETCH = 96  # how many values are summed in their own dtype before float64: equal terms are all rounded to one side
+_PARTS = 8  # into how many parts, each with gradients of its own, backward cuts all rows
 
 
 @dataclass(slots=True)
@@ -41,9 +38,9 @@ class Saved:
 
 
 class Tiles:
-    """q, reversed k, W and what is added, each divided by a power of two, so that no product passes the largest number.
+    """q, reversed k, W and biases, each divided by a power of two so that no product overflows, and tiles of scores.
 
-    Scores are ``2^gain_exponent`` times what `tile` makes of them.
+    The scores are ``2^gain_exponent`` times the numbers that `tile` returns.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -64,7 +61,7 @@ class Tiles:
         self.v = problem.v[:, ::-1]
         self.factor = np.ldexp(self.factor, -self.exponents[3])
         self.gain_exponent = sum(self.exponents)
-        # Where this is clipped, scores are 0 or further apart than any weights, up to rounding.
+        # If this is clipped, then up to rounding all scores are 0, or they differ so much that weights are 0 or 1.
         clipped = min(max(self.gain_exponent, -64), np.finfo(dtype).maxexp - 2)
         self.gain = dtype.type(math.ldexp(1.0, clipped))
 
@@ -73,7 +70,7 @@ class Tiles:
         self.shift = self.largest_bias = None
         if problem.bias is not None or not allowed.all():
             bias = np.zeros((1, 1, len(t))) if problem.bias is None else problem.bias[..., ::-1]
-            # Those that no row may use do not say where to count from.
+            # Biases that no row may use must not be taken for the largest.
             bias = np.where(allowed, bias, bias[..., allowed].max(axis=-1, keepdims=True)) if allowed.any() else bias
             shift, self.largest_bias = from_the_largest(bias, math.ldexp(1.0, -clipped), dtype)
             self.shift = np.where(allowed, shift, dtype.type(-np.inf))
@@ -93,14 +90,14 @@ class Tiles:
             yield keys, slice(first + keys.start, last + keys.stop - 1)
 
     def entries(self, offsets: slice) -> np.ndarray:
-        """factor_t W_t, (|S|, m)."""
+        """The entries of factor_t W_t at these offsets, (|S|, m)."""
         family, dtype = self.problem.family, self.q.dtype
         values = family.values[family.rows(self.first + offsets.start, self.first + offsets.stop - 1)]
         values = np.ldexp(values, -self.exponents[2]) * self.factor[offsets, None]
         return np.ascontiguousarray(values.T, dtype)
 
     def tile(self, head: int, group: int, rows: slice, keys: slice, offsets: slice) -> tuple[np.ndarray, ...]:
-        """s (rows, keys) with -inf for what is hidden, W's entries, and U_b for every b."""
+        """Scores s (rows, keys), -inf for hidden pairs; the entries of W, (|S|, m); and U_b for every b."""
         q, k = self.q[head, group, rows], self.k[head, keys]
         W = self.entries(offsets)
         left = self.problem.family.left
@@ -174,13 +171,13 @@ def resume(problem: Problem, bound: float, o: np.ndarray, lse: np.ndarray) -> Sa
     tiles = Tiles(problem)
     lse = np.where(np.isfinite(lse), lse, np.inf) - (0 if tiles.largest_bias is None else tiles.largest_bias)
     maximum = np.where(np.isinf(lse), 0, np.ldexp(lse, -tiles.gain_exponent)).astype(o.dtype)
-    # What rounding the maximum loses, its partner keeps.
+    # `inverse` is computed with the maximum as it was rounded, so that the product of both is right.
     inverse = np.exp(np.ldexp(maximum.astype(np.float64), tiles.gain_exponent) - lse).astype(o.dtype)
     return Saved(tiles, o, maximum, inverse)
 
 
 def backward(problem: Problem, saved: Saved, do: np.ndarray) -> InputGradients:
-    """The gradients of ``<do, O>``, with the family's and, where there is one, the bias's.
+    """The gradients of ``<do, O>``, with that of the family and, if there is a bias, of the bias.
 
     Notes
     -----
@@ -247,13 +244,13 @@ def backward(problem: Problem, saved: Saved, do: np.ndarray) -> InputGradients:
 
 
 def segments(problem: Outline) -> int:
-    """Into how many parts backward cuts the rows of a head: by shapes, never by the number of threads."""
+    """Into how many parts backward cuts the rows of a head. It depends on shapes, never on the number of threads."""
     H, G, n = problem.sizes[:3]
     return max(1, min(_PARTS // (H * G), -(-n // _ROWS)))
 
 
 def operations(problem: Outline, grad: bool) -> float:
-    """Multiply-adds times 2 of all heads, with what is done entry by entry counted by its time."""
+    """Floating-point operations over all heads; what is done entry by entry counts by the time that it takes."""
     pairs = problem.sizes.H * problem.sizes.G * problem.mask.pairs()
     entries, d_v = len(problem.family.left), problem.sizes.d_v
     columns = len(np.unique(problem.family.right))
@@ -262,7 +259,7 @@ def operations(problem: Outline, grad: bool) -> float:
 
 
 def memory(problem: Outline, grad: bool) -> float:
-    """Bytes beyond inputs and outputs."""
+    """The bytes needed beyond inputs and outputs."""
     H, G, n, n_k, d, d_v = problem.sizes
     entries, item = len(problem.family.left), problem.dtype.itemsize
     arrays = len(np.unique(problem.family.right)) + (14 if grad else 10)
@@ -276,7 +273,7 @@ def memory(problem: Outline, grad: bool) -> float:
 
 
 def _skewed(u: np.ndarray, width: int, writeable: bool = False) -> np.ndarray:
-    """(rows, width): u[i, i + j] at (i, j)."""
+    """A view (rows, width) of u that has u[i, i + j] at (i, j)."""
     along, across = u.strides
     return as_strided(u, (len(u), width), (along + across, across), writeable=writeable)
 
@@ -286,5 +283,5 @@ def _cut(start: int, stop: int) -> list[slice]:
 
 
 def _exponent(X: np.ndarray) -> int:
-    """e with max |X| in [2^(e-1), 2^e); 0 for zeros."""
+    """The exponent e with max |X| in [2^(e-1), 2^e), or 0 if X is 0."""
     return math.frexp(float(max(X.max(initial=0), -X.min(initial=0))))[1]

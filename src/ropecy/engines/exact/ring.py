@@ -33,7 +33,7 @@ class Ring:
         This rank's rows and keys, with the band of the whole.
     pieces : Pieces
     bound : float
-        Of all scores, as `attention.forward` takes it.
+        A bound of all scores, as `attention.forward` takes it.
     """
 
     def __init__(self, problem: Problem, pieces: Pieces, bound: float) -> None:
@@ -74,7 +74,7 @@ class Ring:
         return self._o, lse
 
     def resume(self, o: np.ndarray, lse: np.ndarray) -> None:
-        """Take these for the results of a forward pass that had more keys."""
+        """Sets O and lse for `backward` to the results of a forward pass that had more keys."""
         self._o, self._lse, self._bound = o, lse, np.inf
 
     def backward(self, do: np.ndarray) -> InputGradients:
@@ -158,7 +158,7 @@ class Ring:
         return replace(found, scale_near=near)
 
     def _shape_at(self, rank: int, index: int, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape that what goes round at this index has on `rank`: (H, n_k, ...) of keys, (H, G, n, ...) of rows."""
+        """The shape on `rank` of the array at this index of what goes round: (H, n_k, ...) or (H, G, n, ...)."""
         if 0 < index < len(self._piece):
             return (shape[0], self._layout.n_k[rank], *shape[2:])
         return (*shape[:2], self._layout.n[rank], *shape[3:])
@@ -178,7 +178,7 @@ class Ring:
 
 
 class _Tasks:
-    """Work between messages: what fails gives an empty result, so that no rank waits for it, and tells at the end."""
+    """Work between messages. Where it fails it gives an empty result, so that no rank waits for it; `check` raises."""
 
     def __init__(self) -> None:
         self._failure: Exception | None = None

@@ -1,4 +1,4 @@
-"""How far rows of a result are from the same rows computed exactly."""
+"""The errors of some rows of a result, measured by computing the same rows exactly."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def row_errors(
     bound: float = np.inf,
     comm: Communicator = SERIAL,
 ) -> np.ndarray:
-    """max_c |o_ic - Attn_ic| / range_j(v_jc) of the rows `chosen`, flat indices into (H, G, n), computed exactly.
+    """max_c |o_ic - Attn_ic| / range_j(v_jc) for the rows `chosen`, flat indices into (H, G, n).
 
-    Columns without range may be off by 64 `unit` of their value. `bound` is that of the scores. Of a sequence in
-    pieces, each process judges its own rows.
+    A column that is constant over the keys of a row may be off by 64 `unit` of its value. `bound` is a bound of the
+    scores. If the sequence is in pieces, each process judges its own rows.
     """
     H, G, n = problem.sizes[:3]
     marked = np.zeros(H * G * n, bool)
@@ -46,7 +46,7 @@ def row_errors(
 
 
 class _Ranges:
-    """The least and the largest value of every column over the keys that a row sees, rows being asked for in order."""
+    """The least and the largest value of every column over the keys that a row sees; rows are asked for in order."""
 
     def __init__(self, problem: Problem, comm: Communicator) -> None:
         self._problem = problem
@@ -57,7 +57,7 @@ class _Ranges:
             self._lows, self._highs = np.minimum(low, self._elsewhere[0]), np.maximum(high, self._elsewhere[1])
 
     def of(self, head: int, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """(d_v,) arrays; inf and -inf where the row sees no key."""
+        """The least and the largest values, (d_v,) each; inf and -inf if the row sees no key."""
         mask = self._problem.mask
         if not mask.banded:
             return self._lows[head], self._highs[head]

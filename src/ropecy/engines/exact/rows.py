@@ -1,4 +1,4 @@
-"""Some rows of a problem, computed exactly, beside others that a polynomial has."""
+"""Exact computation of some rows of a problem, the others being computed by a polynomial."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from ...problem.input_gradients import InputGradients
 from ...problem.problem import Problem
 from . import attention
 
-# Marked rows with fewer unmarked ones between are computed together: a call costs about as much as a tile.
+# Marked rows with at most this many rows from one to the next are computed together, since a call costs as much as a
+# tile.
 _CLOSE = 16
 
 
 @dataclass(slots=True)
 class ExactRows:
-    """The rows that `marked` (H, G, n) marks.
+    """The marked rows of a problem, to be computed exactly.
 
-    Where j - i matters, rows close to each other are computed in one piece with those between, and a piece costs as
-    much as a tile of the exact engine.
+    If anything depends on j - i, rows close to each other are computed in one piece with those between, and each piece
+    costs as much as a tile of the exact engine.
 
     Attributes
     ----------
     problem : Problem
     bound : float
-        Of the scores, as `attention.forward` takes it.
+        A bound of the scores, as `attention.forward` takes it.
     marked : (H, G, n) bool array
     """
 
@@ -45,8 +46,9 @@ class ExactRows:
                 lse[head, group, piece[marked]] = exact_lse[0, 0, marked]
 
     def backward(self, o: np.ndarray, lse: np.ndarray, do: np.ndarray, into: InputGradients) -> None:
-        """Adds to dq, dk, dv what the marked rows have of them, o and lse being exact there. Two and a half times the
-        time of forward.
+        """Adds the gradients of the marked rows, where o and lse are exact, to dq, dk and dv of `into`.
+
+        It takes two and a half times as long as forward.
         """
         for head, group, piece, part in self._pieces():
             at = (slice(head, head + 1), slice(group, group + 1), piece)
@@ -59,7 +61,7 @@ class ExactRows:
             into.dv[head, :stop] += found.dv[0]
 
     def _pieces(self) -> Iterator[tuple[int, int, np.ndarray, Problem]]:
-        """Head, group and indices of rows, marked ones and some between, and their problem with all keys they see."""
+        """(slot, query head, indices of rows, problem of these rows) for all marked rows, with some between them."""
         for head, group in np.argwhere(self.marked.any(axis=2)):
             rows = np.flatnonzero(self.marked[head, group])
             pieces = [rows]
@@ -98,11 +100,11 @@ class ExactRows:
 
 
 class ExactRowsOfPieces(ExactRows):
-    """The same of a sequence in pieces, without a bias and without a band but a causal one, rows being with the last
-    keys that they see; dk and dv have what all ranks' rows give.
+    """The marked rows of a sequence in pieces, without a bias, and with no band or a causal one.
 
-    All ranks are told all rows that are marked and compute them over their own keys; then these parts are merged. Bytes
-    a rank sends: about ``16 (d + d_v)`` for each row marked on any.
+    Rows are at the ranks that hold the last keys that they see. All ranks are told all marked rows and compute them
+    over their own keys; then these parts are merged. So dk and dv have the gradients by the rows of all ranks. A rank
+    sends about ``16 (d + d_v)`` bytes for each row that is marked on any rank.
     """
 
     __slots__ = ("_comm",)
@@ -132,7 +134,7 @@ class ExactRowsOfPieces(ExactRows):
             into.dq[told.marked] += self._comm.total(part)[told.own]
 
     def _forward_told(self, told: _Told) -> tuple[np.ndarray, np.ndarray]:
-        """O and lse of all rows told of, over this rank's keys: its own as they see them, and those elsewhere."""
+        """O and lse, over the keys of this rank, of the marked rows of all ranks."""
         marked = self.marked
         part, part_lse = np.zeros((len(told.slot), self.problem.sizes.d_v)), np.full(len(told.slot), -np.inf)
         o, lse = np.zeros(marked.shape + part.shape[1:], self.problem.dtype), np.full(marked.shape, -np.inf)
@@ -146,7 +148,7 @@ class ExactRowsOfPieces(ExactRows):
     def _backward_told(
         self, told: _Told, o: np.ndarray, lse: np.ndarray, do: np.ndarray, into: InputGradients
     ) -> np.ndarray:
-        """dq of all rows told of, over this rank's keys, whose dk and dv are added to."""
+        """dq, over the keys of this rank, of the marked rows of all ranks; dk and dv of these keys are added to."""
         own = replace(into, dq=np.zeros_like(self.problem.q))
         super().backward(o, lse, do, own)
         part = np.zeros((len(told.slot), self.problem.sizes.d))
@@ -163,7 +165,21 @@ class ExactRowsOfPieces(ExactRows):
 
 @dataclass(slots=True)
 class _Told:
-    """Marked rows of all ranks: where this rank's own are, and which others see its keys, all of them."""
+    """The marked rows of all ranks.
+
+    Attributes
+    ----------
+    marked : tuple of arrays
+        The indices of this rank's marked rows.
+    own : slice
+        Where they stand among the marked rows of all ranks.
+    elsewhere : bool array
+        Which rows of other ranks see the keys of this rank; they see all of them.
+    slot : int array
+        The slot and query head of each row, as one index.
+    columns : list of arrays
+        What was told of each row.
+    """
 
     marked: tuple[np.ndarray, ...]
     own: slice
@@ -172,7 +188,7 @@ class _Told:
     columns: list[np.ndarray]
 
     def blocks(self, problem: Problem) -> Iterator[tuple[np.ndarray, slice, Problem]]:
-        """Which rows from elsewhere, which head's keys, and their problem."""
+        """(indices of rows, slot of their keys, problem) for the rows of other ranks that see keys of this rank."""
         G = problem.sizes.G
         for slot in np.unique(self.slot[self.elsewhere]):
             here = np.flatnonzero(self.elsewhere & (self.slot == slot))
@@ -184,12 +200,12 @@ class _Told:
                 yield here, head, block
 
     def column(self, index: int, here: np.ndarray, dtype: np.dtype) -> np.ndarray:
-        """Of these rows, (1, 1, rows, width)."""
+        """One of the arrays for these rows, (1, 1, rows, width)."""
         return np.ascontiguousarray(self.columns[index][here], dtype)[None, None]
 
 
 def _tell(rows: ExactRows, arrays: list[np.ndarray], comm: Communicator) -> _Told | None:
-    """What these arrays (H, G, n, width) have in the rows that are marked on any rank; None where none is."""
+    """The marked rows of all ranks with the entries of these arrays (H, G, n, width); None if no row is marked."""
     marked, mask = np.nonzero(rows.marked), rows.problem.mask
     counts = comm.gather(len(marked[0]))
     first, total = sum(counts[: comm.rank]), sum(counts)
@@ -208,5 +224,5 @@ def _tell(rows: ExactRows, arrays: list[np.ndarray], comm: Communicator) -> _Tol
 
 
 def exact_rows(problem: Problem, bound: float, marked: np.ndarray, comm: Communicator = SERIAL) -> ExactRows:
-    """The marked rows of this problem, which may be a piece of a longer sequence."""
+    """The marked rows of this problem, which over several processes is a piece of a longer sequence."""
     return ExactRowsOfPieces(problem, bound, marked, comm) if comm.distributed else ExactRows(problem, bound, marked)

@@ -1,4 +1,4 @@
-"""Tasks of NumPy work, which leaves the GIL to others, in threads: results come in the order of the tasks."""
+"""Tasks of NumPy work in threads (NumPy releases the GIL), whose results come in the order of the tasks."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 
 def in_order(work: Callable[..., Generator[None, None, Any]], tasks: Iterable[tuple], threads: int) -> Iterator[Any]:
-    """What ``work(*task)`` returns, task by task, whoever does it.
+    """The values that ``work(*task)`` returns, in the order of the tasks.
 
-    `work` is a generator that yields nothing, every fraction of a second: there it can be stopped. A few results more
-    than there are threads wait to be taken, so that memory does not grow with the number of tasks.
+    `work` is a generator that yields None every fraction of a second, so that it can be stopped there. Only about as
+    many results as there are threads wait to be taken, so that memory does not grow with the number of tasks.
     """
     stopped = threading.Event()
 

@@ -1,4 +1,4 @@
-"""An exact near field and decayed states for what lies beyond: biases and scales that factor far out.
+"""Biases and scales that factor at large distances: near pairs exactly, far ones by states that decay with distance.
 
-Made of `exact` and `polynomial`.
+It is made of `exact` and `polynomial`.
 """

@@ -1,4 +1,4 @@
-"""The polynomial engine where what is added to scores, or their scale, depends on the distance and factors far out."""
+"""The polynomial engine for a bias or a scale that depends on the distance and factors at large distances."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .split import memory, rounding, split, work
 
 
 class NearFarEngine(Engine):
-    """A near field exactly, and decayed states of one degree that is proved for all scores within their bound."""
+    """An exact near field, and far parts by a polynomial that is proved for all scores within their bound."""
 
     name = "polynomial"
     SUPPORTS = frozenset({"bias", "near", "causal", "key_mask"})
@@ -27,7 +27,7 @@ class NearFarEngine(Engine):
     def offer(self, context: Context, search: Search) -> Candidate | Refusal:
         outline, request, statistics = context.outline, context.request, context.statistics
         if WorstCase().lacks(outline) is None:
-            # One polynomial serves all pairs.
+            # One polynomial serves all pairs, so the engine `WorstCase` does this problem.
             return Refusal(self.name)
         lacking = self.lacks(outline)
         if lacking:

@@ -1,7 +1,7 @@
-"""Attention as an exact near field and decayed states: each part by its own engine, merged by their sums.
+"""Attention as an exact near field and decayed states: each part is computed by its own engine, then all are merged.
 
-Of a sequence in pieces, the states go from rank to rank, decayed by each piece's length; rows first go to the rank that
-has the last key they see, as many as a side begins further out; and the near field is the ring's.
+If the sequence is in pieces, each state goes from rank to rank and decays by the length of each piece. Rows first go to
+the rank that holds the last key of the side that they see. The near field is computed round the ring of ranks.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .split import Far, Split
 
 
 class _Side:
-    """The causal problem of one side, at this process, and how rows go there and come back."""
+    """The causal problem of one side, as this process computes it, and the way of rows there and back."""
 
     def __init__(self, whole: Problem, far: Far, pieces: Pieces) -> None:
         shift = far.first if far.right else -far.first
@@ -42,7 +42,7 @@ class _Side:
             rank = pieces.comm.rank
             self._cuts = layout.rows, layout.rows_at_keys(shift)
             q = self._sent(q, *self._cuts)
-            # Where no rows are, a state is seen from where keys end.
+            # Without rows here the offset is 0, so that the state of this rank decays to the end of its keys.
             first = layout.offset + shift + self._cuts[1][rank] - layout.k_start[rank]
             offset = first if q.shape[2] else 0
         mask = replace(mask, n=q.shape[2], lo=None, hi=0, offset=offset)
@@ -50,12 +50,12 @@ class _Side:
         self.problem = _from_their_ends(part) if far.right else part
 
     def there(self, X: np.ndarray) -> np.ndarray:
-        """Rows, axis 2, as the side's problem has them."""
+        """Rows of this process (axis 2), sent and reversed as the problem of this side has them."""
         X = self._sent(X, *self._cuts) if self._cuts else X
         return np.ascontiguousarray(X[:, :, ::-1]) if self.right else X
 
     def home(self, X: np.ndarray) -> np.ndarray:
-        """Rows of the side's problem, where they came from."""
+        """Rows of the side's problem, sent back to where they came from."""
         X = X[:, :, ::-1] if self.right else X
         return self._sent(X, *self._cuts[::-1]) if self._cuts else X
 
@@ -64,14 +64,14 @@ class _Side:
 
 
 def _from_their_ends(part: Problem) -> Problem:
-    """A causal problem of the reversed sequences: rows see the keys after them as those before."""
+    """The causal problem of both sequences reversed, in which the keys after a row come before it."""
     turned = part.reversed()
     return replace(turned, mask=replace(turned.mask, lo=None, hi=0))
 
 
 @dataclass(slots=True)
 class _Part:
-    """A far part: its side, its own pass, O and lse, and its share of each row once all parts are merged."""
+    """A far part: its side, what its forward pass saved, its O and lse, and its share of each row's weight."""
 
     far: Far
     side: _Side
@@ -88,14 +88,14 @@ class Saved:
     Attributes
     ----------
     whole : Problem
-        The problem with the split's slots.
+        The problem with the slots of the split (`Split.whole`).
     o, lse : arrays
-        Of that.
+        The merged results of that problem.
     parts : list of _Part
     ring : Ring or None
-        The near field of a sequence in pieces.
+        The near field, if the sequence is in pieces.
     near_o, near_lse : arrays or None
-        The near field's own, where keys are centred.
+        The results of the near field alone; they are kept only if keys are centred.
     """
 
     whole: Problem
@@ -114,10 +114,10 @@ class NearFar(Executable):
     Attributes
     ----------
     split : Split
-    scores, values
-        Of the whole.
+    scores, values : Scores, Values
+        The measurements of the whole problem.
     polynomial : Polynomial
-        For all states.
+        The polynomial that stands for exp in all far parts.
     """
 
     certificate: Certificate
@@ -160,7 +160,7 @@ class NearFar(Executable):
         return Result(o.reshape(shape + o.shape[3:]), lse if want_lse else None, self, saved)
 
     def _near(self, whole: Problem, pieces: Pieces) -> tuple[np.ndarray | None, np.ndarray | None, Ring | None]:
-        """O and lse of the near field, None where there is none; and the ring that a sequence in pieces goes round."""
+        """O and lse of the near field, None if it has no pairs; and the ring, if the sequence is in pieces."""
         split = self.split
         if split.near is None:
             return None, None, None
@@ -174,7 +174,7 @@ class NearFar(Executable):
         return o, lse, None
 
     def _far(self, whole: Problem, pieces: Pieces) -> Iterator[_Part]:
-        """The far parts, one after the other."""
+        """The far parts, each computed when it is asked for."""
         expansion, sides = self._expansion(whole), {}
         for far in self.split.far:
             if far.right not in sides:
@@ -187,7 +187,7 @@ class NearFar(Executable):
             yield _Part(far, side, saved, side.home(o), side.home(lse))
 
     def _expansion(self, whole: Problem) -> Expansion:
-        """That of a far part: with a slot for each query head, where the parts have that."""
+        """The expansion of the far parts, with a slot for each query head if the parts have that."""
         scores, values, p = self.scores, self.values, self.polynomial
         repeats = whole.sizes.H // values.middle.shape[0]
         if repeats > 1:
@@ -198,8 +198,10 @@ class NearFar(Executable):
         return Expansion(scores, values, p, p if self.grad else None)
 
     def backward(self, problem: Problem, result: Result, do: np.ndarray, pieces: Pieces = WHOLE) -> InputGradients:
-        """Every part's backward pass, with the whole's O and denominators: ``dS = P (do V^T - <do, O>)`` splits over
-        keys. The bias has the gradient of its symbol in the near field, and a `FarGradient`.
+        """The sum of the gradients of all parts, each with the O and the denominators of the whole.
+
+        This is right because each entry of ``dS = P (do V^T - <do, O>)`` belongs to one key. The gradient of the bias
+        is that of its symbol for the near field, and a `FarGradient` for the far parts.
         """
         saved, split = result.saved, self.split
         whole = saved.whole
@@ -234,7 +236,9 @@ class NearFar(Executable):
             near = _of_one_scale(split.near_part(whole))
             found = attention.backward(near, attention.resume(near, np.inf, saved.o, saved.lse), do)
         if saved.near_o is not None:
-            # Far keys are centred, which a row's gradient forgets where dS sums to 0: it does over near and far only.
+            # Far parts use centred keys. That does not change dq if the dS of a row sum to 0 over its far keys, but
+            # they do so only over near and far keys together. What is missing is the centre times the sum over near
+            # keys.
             near_sum = _row_sums(do, saved.near_o, saved.o, share(saved.near_lse, saved.lse))
             centre = self._expansion(whole).scores.centre
             found.dq -= (whole.scale * near_sum[..., None] * centre[:, None, None]).astype(found.dq.dtype)
@@ -243,7 +247,7 @@ class NearFar(Executable):
     def _far_backward(
         self, saved: Saved, do: np.ndarray, into: InputGradients, far_gradient: FarGradient, pieces: Pieces | None
     ) -> None:
-        """Adds what the far parts have of dq, dk and dv, and of the gradient of the bias's tail."""
+        """Adds the gradients of the far parts to dq, dk and dv of `into`, and to the gradient of the bias's tail."""
         biased, rows = saved.whole.tail is not None, {}
         for part in saved.parts:
             far, side = part.far, part.side
@@ -265,7 +269,7 @@ class NearFar(Executable):
             into.dq += side.home(total)
 
     def traffic(self, sender: Sender) -> Traffic:
-        """A near field, and states, one for each term of a side."""
+        """The traffic of the near field's ring, of the rows of each side, and of the state of each term."""
         split, layout, grad, found, sides = self.split, sender.layout, sender.grad, Traffic(), set()
         outline = split.outline(sender.outline)
         H, G, _, _, d, d_v = outline.sizes
@@ -288,14 +292,14 @@ class NearFar(Executable):
 
 
 def _of_one_scale(near: Problem) -> Problem:
-    """A band that lies in the problem's near field, with its scale."""
+    """The problem with `scale_near` as its only scale, if its whole band lies inside the range of `near`."""
     if near.near is None or max(-near.mask.lo, near.mask.hi) >= near.near[0]:
         return near
     return replace(near, scale=near.near[1], near=None)
 
 
 def _near_ring(near: Problem, split: Split, pieces: Pieces, scores: Scores) -> Ring:
-    """The near field of a sequence in pieces."""
+    """The ring that computes the near field of a sequence in pieces."""
 
     def symbol(first: int, last: int) -> np.ndarray:
         bias = pieces.symbol(first, last)
@@ -308,8 +312,10 @@ def _near_ring(near: Problem, split: Split, pieces: Pieces, scores: Scores) -> R
 def _moment(
     part: _Part, key_sums: np.ndarray, saved: Saved, do: np.ndarray, near: bool, pieces: Pieces | None
 ) -> np.ndarray:
-    """sum_ij |t_ij| dS_ij of one side, (H,): from sums over queries and sums over keys, the latter <do, own O - O>
-    times the side's share of the row. Of a sequence in pieces, keys count from the whole's first.
+    """sum_ij |t_ij| dS_ij over the pairs of one side, (H,).
+
+    It is made of the sums of dS over queries, `key_sums`, and over keys (`_row_sums`). If the sequence is in pieces,
+    keys are counted from the first of the whole sequence.
     """
     first = 0.0 if pieces is None else float(pieces.layout.k_start[pieces.comm.rank])
     total = -(key_sums @ (np.arange(key_sums.shape[1]) + first))
@@ -320,5 +326,5 @@ def _moment(
 
 
 def _row_sums(do: np.ndarray, own: np.ndarray, o: np.ndarray, own_share: np.ndarray) -> np.ndarray:
-    """sum_j dS_ij over the keys of a part, of which `own` is the O and which has that share of the row: (H, G, n)."""
+    """sum_j dS_ij over the keys of a part, (H, G, n), for its result `own` and its share of each row's weight."""
     return np.einsum("hgnc,hgnc->hgn", do, own - o, dtype=np.float64) * own_share

@@ -1,9 +1,9 @@
-"""How a problem falls into an exact near field and decayed states for what lies beyond.
+"""How a problem is split into an exact near field and polynomial problems for the far pairs.
 
-Where ``exp(b_t) = sum_k exp(c_k - r_k |t|)`` for t <= -left and t >= right, each term of a side is a causal polynomial
-problem of its own, shifted so that a row sees the keys from that distance on, with weights that fall by exp(-r_k) a
-token; the right side is the left one of the reversed sequences. The pairs between are the exact engine's. The parts,
-each a softmax over its own keys, are merged by their lse. Nothing of this is in the papers.
+Let ``exp(b_t) = sum_k exp(c_k - r_k |t|)`` for the offsets t <= -left and t >= right. Each term k of each side is then
+a causal polynomial problem: it is shifted so that a row sees the keys from that distance on, and its weights fall by a
+factor exp(-r_k) with each token. The right side is the left side of the reversed sequences. The exact engine computes
+the pairs between. Each part is a softmax over its own keys, and all parts are merged by their lse.
 """
 
 from __future__ import annotations
@@ -25,10 +25,8 @@ from ..exact.cost import exact_work
 from ..polynomial import features
 from ..polynomial.cost import polynomial_work
 
-# exp of this is far from underflow in float32; a row's nearest key may fade no further.
-_FADED = 60.0
-# Seconds of an entry of O that is merged with that of another part.
-_MERGE = 4e-10
+_FADED = 60.0  # the largest exponent by which the nearest key of a row may decay: exp(-60) is a normal float32
+_MERGE = 4e-10  # seconds to merge an entry of O with that of another part
 
 Part = TypeVar("Part", bound=Outline)
 
@@ -40,7 +38,9 @@ class Far:
     Attributes
     ----------
     right : bool
+        Whether the keys lie after the row, at t > 0.
     term : int
+        The index of the term in the sum of exponentials.
     first : int
     log_weight : (H, G) float64 array
     rate : (H,) float64 array or None
@@ -56,19 +56,20 @@ class Far:
 
 @dataclass(slots=True)
 class Split:
-    """How a problem falls into parts.
+    """How a problem is split into a near field and far parts.
 
     Attributes
     ----------
     ungrouped : bool
-        Whether every query head has a slot of its own, those of a group having tails of their own.
+        Whether every query head gets a slot of its own, because the heads of a group have different tails.
     near : (int, int) or None
-        The band between the sides.
+        The band (lo, hi) of offsets between the two sides; None if there are no pairs in it.
     far : list of Far
     tail : Tail
+        The sum of exponentials that stands for the bias at large distances.
     peak : (H or 1, G or 1) float64 array or None
-        The largest bias that is seen. It is taken from both parts and given back to the lse: a bias of 1e9 that all
-        keys have would drown what the parts are merged by.
+        The largest bias that is seen. It is subtracted in all parts and added to the lse at the end: a large bias that
+        all keys have, such as 1e9, would leave no digits for the differences of lse by which parts are merged.
     """
 
     ungrouped: bool
@@ -84,31 +85,34 @@ class Split:
         return f"{exactly}, {states}"
 
     def whole(self, problem: Problem) -> Problem:
-        """The problem with these slots, its bias without the peak."""
+        """The problem with a slot for each query head, if `ungrouped`, and with the peak subtracted from its bias."""
         whole = problem.ungrouped() if self.ungrouped else problem
         return whole if whole.bias is None else replace(whole, bias=self.below_peak(whole.bias))
 
     def outline(self, problem: Outline) -> Outline:
-        """The same without rows, nothing hidden."""
+        """The outline of `whole`, with no keys hidden."""
         H, G = problem.sizes[:2]
         sizes = problem.sizes._replace(H=H * G, G=1) if self.ungrouped else problem.sizes
         return problem.outline(sizes=sizes, mask=replace(problem.mask, kept=None))
 
     def near_layout(self, layout: Layout) -> Layout:
-        """Of a sequence in pieces, with that band."""
+        """The layout of a sequence in pieces, with the band of the near field."""
         return replace(layout, lo=self.near[0], hi=self.near[1])
 
     def near_part(self, whole: Part) -> Part:
-        """That of the pairs between the sides."""
+        """The problem of the pairs between the sides."""
         return replace(whole, mask=replace(whole.mask, lo=self.near[0], hi=self.near[1]))
 
     def below_peak(self, bias: np.ndarray) -> np.ndarray:
-        """A bias (H or 1, G or 1, m) without its peak."""
+        """A bias (H or 1, G or 1, m) less the peak."""
         return bias - self.peak[..., None]
 
 
 def split(problem: Outline, tolerance: float, statistics: Statistics) -> tuple[Split | None, str | None]:
-    """The parts, sums of exponentials being right within `tolerance`, relatively; or None, and why there are none."""
+    """The parts of a problem, and None; or None, and why it has none.
+
+    The sums of exponentials have a relative error of at most `tolerance`.
+    """
     H, G, mask = problem.sizes.H, problem.sizes.G, problem.mask
     longest = max(mask.most, -mask.least, 1)
     plain = Tail(0, 1, np.zeros((2, 1, 1)), np.zeros((2, 1, 1)))
@@ -153,13 +157,16 @@ def split(problem: Outline, tolerance: float, statistics: Statistics) -> tuple[S
 
 
 def _far_outline(outline: Outline, first: int, right: bool) -> Outline:
-    """Row i sees the keys j <= i + q_offset - first; of the reversed sequences where `right`."""
+    """The causal outline of one side, in which row i sees the keys j <= i + q_offset - first.
+
+    For the right side it is that of the reversed sequences.
+    """
     mask = outline.mask.reversed() if right else outline.mask
     return replace(outline, mask=replace(mask, lo=None, hi=0, offset=mask.offset - first), bias=None, near=None)
 
 
 def _longest_gap(part: Outline, hidden: Hidden, right: bool) -> np.ndarray:
-    """No less than the tokens between a row of a causal problem and the last key it sees, by slots of `hidden`."""
+    """An upper bound, for each slot, of the distance between a row of a side and the last key that it sees, (H,)."""
     n, n_k = part.sizes.n, part.sizes.n_k
     start, end = (hidden.end, hidden.start) if right else (hidden.start, hidden.end)
     gap = np.maximum(hidden.between, np.maximum(0, end + n - 1 + part.mask.offset - (n_k - 1)))
@@ -167,8 +174,10 @@ def _longest_gap(part: Outline, hidden: Hidden, right: bool) -> np.ndarray:
 
 
 def rounding(split: Split, problem: Outline, statistics: Statistics) -> float:
-    """Of the far parts, of the near one, and of merging them: by differences of lse, float64 numbers that are as large
-    as a row's best key is below the peak, each rounded to a side of its own.
+    """A bound of the rounding error of O: of the far parts, of the near field, and of merging them.
+
+    Parts are merged by differences of lse, which are float64 numbers as large as the distance of a row's best key from
+    the peak. Their rounding errors are independent, so they grow with the square root of the number of merges.
     """
     unit, scores, values = problem.unit, statistics.scores, statistics.values
     total = polynomial_rounding(problem, scores.bound, values, scores.lost)
@@ -183,7 +192,7 @@ def rounding(split: Split, problem: Outline, statistics: Statistics) -> float:
 
 
 def work(split: Split, problem: Outline, degree: int, grad: bool) -> Work:
-    """Of forward, and of backward where grad."""
+    """The work of forward, and of backward if `grad`."""
     outline = split.outline(problem)
     H, G, n, _, _, d_v = outline.sizes
     total = Work(H * G * n * (d_v + 4) * _MERGE * len(split.far))
@@ -193,7 +202,7 @@ def work(split: Split, problem: Outline, degree: int, grad: bool) -> Work:
 
 
 def memory(split: Split, problem: Outline, degree: int, grad: bool) -> float:
-    """Bytes beyond inputs and outputs."""
+    """The bytes that a split needs beyond inputs and outputs."""
     outline = split.outline(problem)
     H, G, n, n_k, d, d_v = outline.sizes
     item = outline.dtype.itemsize

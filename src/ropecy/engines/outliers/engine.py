@@ -1,4 +1,4 @@
-"""The polynomial engine beside a few long keys and queries, which would set the bound of everybody's scores."""
+"""The polynomial engine with a few long keys and queries taken out, because they raise the bound of all scores."""
 
 from __future__ import annotations
 
@@ -18,15 +18,13 @@ from ..polynomial.worst_case import SUPPORTS
 from .executable import BesideOutliers
 from .split import Norms, Split, memory, work
 
-# What looking for outliers may cost, as a part of what is at hand without.
-_LOOK = 0.02
-# How many ways to split them off are tried, the cheapest first.
-_OFFERS = 3
+_LOOK = 0.02  # what looking for outliers may cost, as a part of the best candidate's seconds
+_OFFERS = 3  # how many ways to split are tried, the cheapest first
 
 
 @dataclass(slots=True)
 class Outliers(Engine):
-    """Long keys and queries exactly, the rest by a polynomial.
+    """Offers to compute long keys and queries exactly and the rest by a polynomial.
 
     Parameters
     ----------
@@ -59,7 +57,7 @@ class Outliers(Engine):
         outline, request, offers = context.outline, context.request, []
 
         def cost(B: float, square: float) -> float:
-            """Of the polynomial that is expected to do for scores within B, of that mean square."""
+            """The seconds of the polynomial that is expected to suffice for scores within B and of this mean square."""
             eps = request.eps / 4 if request.grad else request.eps
             square = None if request.each_weight else square
             g = expected_degree(context, B, square, eps)
@@ -68,19 +66,19 @@ class Outliers(Engine):
             return polynomial_work(outline, request.degree or g, request.grad).nominal
 
         found = list(norms.candidates())
-        # Where the least of both is too much, nothing helps.
+        # If even the smallest bound and the smallest mean square together are too dear, no split is cheap enough.
         if cost(min(B for *_, B, _ in found), min(square for *_, square in found)) >= most:
             return []
         for n_rows, n_keys, B, square in found:
             extra = work(outline, n_rows, n_keys, request.grad)
             if (n_rows or n_keys) and extra.nominal < most and (total := extra.nominal + cost(B, square)) < most:
                 offers.append((total, (n_rows, n_keys), extra))
-        # Degrees are expected, not certified. Where nothing else is left, every offer is worth a try.
+        # Degrees are expected, not certified. If no other engine has a candidate, every offer is worth a try.
         offers.sort(key=lambda offer: offer[:2])
         return [offer[1:] for offer in offers[: _OFFERS if most < math.inf else None]]
 
     def _beside(self, context: Context, split: Split, extra: Work, most: float) -> Candidate | None:
-        """These long queries and keys exactly, which is `extra`, and the rest by a polynomial."""
+        """The candidate for this split, if there is one cheaper than `most`; `extra` is the work of the exact parts."""
         request, statistics, rest_of = context.request, context.statistics, split.rest
         rounding = exact_rounding(context.outline, statistics.scores, statistics.values)
         own = replace(context, outline=rest_of, piece=rest_of, statistics=Statistics(rest_of))

@@ -1,15 +1,15 @@
-"""Attention with a few long keys and queries: these exactly, so that they do not set the bound of everybody's scores.
+"""Attention with a few long keys and queries computed exactly, so that they do not raise the bound of all scores.
 
-Rows of q and k of the largest norms are taken out. What is left is a problem of its own, for the polynomial; the long
-keys are a second softmax for every row, merged by its lse; the rows of long queries are computed exactly. A weight
-that is exact is within any relative error, so the worst case's certificate is that of the whole. So is that of
-moments: let h be a row's sum of radii by its denominator, s the share that the kept keys have of it, D the range of
-all values and r D >= h / (1 - h) max_j |V_j - T| the certificate over the kept keys, r (1 - h) >= h / 2 whatever V
-is. With T' the merged row
+The rows of q and k with the largest norms are taken out. The rest is a problem of its own, for the polynomial engine;
+the long keys are a second softmax for every row, merged by lse; the rows of long queries are computed exactly.
+
+The certificate of the rest also holds for the whole. For the worst case this is clear, since an exact weight is within
+any relative error. For moments, let h be a row's sum of radii divided by its denominator, both over the keys of the
+rest, s the share of the row's weight that these keys have, D the range of all values, and
+r D >= h / (1 - h) max_j |V_j - T| the certificate over these keys, where r (1 - h) >= h / 2 whatever V is. With T' the
+merged row,
 
     h s / (1 - h s) max_j |V_j - T'| <= s h / (1 - h) (s max_j |V_j - T| + (1 - s) D) <= r s (2 - s) D <= r D.
-
-Nothing of this is in the papers.
 """
 
 from __future__ import annotations
@@ -32,8 +32,16 @@ from .split import Split, parts
 
 @dataclass(slots=True)
 class Saved:
-    """What backward needs of forward: the result of the rest resumed under the whole's softmax, its own results before
-    that, and those of the whole.
+    """What backward needs of forward.
+
+    Attributes
+    ----------
+    rest : Result
+        The result of the rest, resumed under the softmax of the whole.
+    own, own_lse : arrays or None
+        O and lse of the rest before that.
+    o, lse : arrays
+        The results of the whole.
     """
 
     rest: Result
@@ -45,14 +53,14 @@ class Saved:
 
 @dataclass(slots=True)
 class BesideOutliers(Executable):
-    """The rest by an executable of its own, merged with the long keys; and the long queries.
+    """Long keys and queries exactly, beside an executable for the rest.
 
     Attributes
     ----------
     split : Split
     rest : Executable
     centre : array or None
-        Of the rest's keys.
+        What is subtracted from the keys of the rest.
     plain : float
         A bound of all scores, as the exact engine takes it.
     """
@@ -84,9 +92,7 @@ class BesideOutliers(Executable):
         return Result(o, lse, self, Saved(rest, own, own_lse, o, lse), certificate, gradient)
 
     def _merge(self, problem: Problem, o: np.ndarray, lse: np.ndarray) -> None:
-        """o and lse of the rest become those of the whole, in place: n pairs for every long key, n_k for every long
-        query.
-        """
+        """Turns o and lse of the rest into those of the whole, in place, by computing long keys and queries exactly."""
         for rows, _, part in parts(problem, self.split):
             part_o, part_lse, _ = attention.forward(part, self.plain, True)
             merge(o[rows], lse[rows], part_o, part_lse)
@@ -94,14 +100,16 @@ class BesideOutliers(Executable):
             exact_rows(problem, self.plain, self.split.rows).forward(o, lse)
 
     def backward(self, problem: Problem, result: Result, do: np.ndarray, pieces: Pieces = WHOLE) -> InputGradients:
-        """Each part's backward pass, with the whole's O and denominators: ``dS = P (do V^T - <do, O>)`` splits over
-        keys and over rows.
+        """The sum of the gradients of all parts, each with the O and the denominators of the whole.
+
+        This is right because each entry of ``dS = P (do V^T - <do, O>)`` belongs to one row and one key.
         """
         split, saved = self.split, result.saved
         short = do if split.rows is None else np.where(split.rows[..., None], 0, do)
         found = saved.rest.backward(split.rest, short)
         if split.keys is not None and self.centre is not None and saved.rest.executable.engine == "polynomial":
-            # The polynomial's keys are centred, which a row's gradient forgets where dS sums to 0.
+            # The polynomial engine centres the keys of the rest. That changes dq by the centre times the sum of a row's
+            # dS over these keys, which is 0 only over all keys: it is added here.
             own_share = share(saved.own_lse, saved.lse)
             sums = np.einsum("hgnc,hgnc->hgn", short, saved.own - saved.o, dtype=np.float64) * own_share
             if saved.rest.saved.exact is not None:

@@ -1,4 +1,4 @@
-"""A problem without its few longest keys and queries, and these by themselves."""
+"""How a problem is split into its few longest keys and queries and all the rest."""
 
 from __future__ import annotations
 
@@ -16,24 +16,22 @@ from ...problem.problem import Outline, Problem
 from ..cost import Work
 from ..exact.cost import exact_work
 
-# Seconds that a call of the exact engine costs beside its pairs.
-_CALL = 8e-5
-# At most this part of the rows may be long.
-_FEW = 1 / 32
+_CALL = 8e-5  # seconds that a call of the exact engine costs beside its pairs
+_FEW = 1 / 32  # the largest part of the queries, or of the keys, that may be taken out
 
 
 @dataclass(slots=True)
 class Split:
-    """A problem in parts.
+    """A problem without its longest keys and queries, and which ones these are.
 
     Attributes
     ----------
     rest : Problem
-        Long keys hidden, long queries 0.
+        The problem with its long keys hidden and its long queries set to 0.
     keys : (H, m) intp array or None
-        The long keys of every slot, ascending.
+        The indices of the long keys of every slot, ascending.
     rows : (H, G, n) bool array or None
-        The long queries.
+        True for the long queries.
     """
 
     rest: Problem
@@ -47,7 +45,7 @@ class Split:
 
 
 class Norms:
-    """Norms of queries and of keys about their centre, as they are used, and those of the longest in order."""
+    """The norms of scaled queries and of centred, scaled keys, from which ways to split are made."""
 
     def __init__(self, problem: Problem, scores: Scores) -> None:
         H, d = problem.sizes.H, problem.sizes.d
@@ -61,21 +59,23 @@ class Norms:
 
     @once
     def _spread(self) -> np.ndarray:
-        """The largest mean square of a direction of the keys that are left when most are taken out, (H,)."""
+        """The largest eigenvalue of the mean of k k^T over the keys that are left at least, for each slot, (H,)."""
         kept = self._keys <= self._longest[1][:, -1:]
         if self._problem.mask.kept is not None:
             kept &= self._problem.mask.kept
         rows = _quartic.Rows(self._centred, kept, None, self._k_factor, self._problem.threads)
         with np.errstate(all="ignore"):
             second = rows.apply([kept.shape[1]], None)[0][:, 0]
-        # Squares of keys may be past the largest number.
+        # The squares of keys may overflow.
         finite, largest = np.isfinite(second).all(axis=(1, 2)), np.full(len(second), np.inf)
         largest[finite] = np.linalg.eigvalsh(second[finite])[:, -1]
         return largest / np.maximum(np.count_nonzero(kept, axis=1), 1)
 
     def candidates(self) -> Iterator[tuple[int, int, float, float]]:
-        """How many queries and how many keys of a slot to take out, the bound B of the other scores, and about the
-        largest mean square of a row of these.
+        """Ways to split, as (n_rows, n_keys, B, square).
+
+        `n_rows` queries and `n_keys` keys are taken out of every slot. Of the rest, B bounds the scores, and `square`
+        is about the largest mean square of the scores of a row.
         """
         queries, keys = self._longest
         least = np.inf
@@ -84,7 +84,7 @@ class Norms:
             for n_rows in _counts(queries.shape[1] - 1):
                 with np.errstate(over="ignore"):
                     B = float((queries[:, n_rows] * keys[:, n_keys]).max())
-                # A longer list must do more than a shorter one.
+                # Taking out more is worth a try only if it lowers the bound by more than 3%.
                 if B < 0.97 * min(best, least if n_rows == 0 else np.inf):
                     best = B
                     with np.errstate(all="ignore"):
@@ -93,7 +93,7 @@ class Norms:
             least = min(least, best)
 
     def split(self, n_rows: int, n_keys: int) -> Split:
-        """The problem without so many queries and keys of every slot."""
+        """The problem split so that so many queries and keys of every slot are taken out."""
         problem = self._problem
         rest, keys, rows = problem, None, None
         queries, longest = self._longest
@@ -112,13 +112,16 @@ class Norms:
 
 
 def _longest(norms: np.ndarray) -> np.ndarray:
-    """The largest in falling order, one more than may be taken out."""
+    """The largest norms of each slot in falling order: one more than may be taken out."""
     count = min(int(norms.shape[1] * _FEW) + 1, norms.shape[1])
     return np.sort(norms, axis=1)[:, : -count - 1 : -1]
 
 
 def _last(norms: np.ndarray, least: np.ndarray, count: int) -> np.ndarray:
-    """Where the largest are, (H, count) ascending, the least of them being `least` (H,); of equals the first."""
+    """The indices of the `count` largest norms of each slot, (H, count) ascending; of equal ones, the first.
+
+    `least`, (H,), is the smallest of these norms.
+    """
     found = []
     for row, bound in zip(norms, least, strict=True):
         longer, equal = np.flatnonzero(row > bound), np.flatnonzero(row == bound)
@@ -127,22 +130,22 @@ def _last(norms: np.ndarray, least: np.ndarray, count: int) -> np.ndarray:
 
 
 def _counts(most: int) -> list[int]:
-    """0 and powers of 2."""
+    """0 and the powers of 2 up to `most`."""
     return [0, *(2**k for k in range(most.bit_length()))]
 
 
 def work(problem: Outline, n_rows: int, n_keys: int, grad: bool) -> Work:
-    """Of what is exact."""
+    """The work of computing the long queries and keys exactly."""
     (H, G, n, n_k, *_), causal = problem.sizes, problem.mask.causal
     unmasked = exact_work(problem.outline(mask=problem.mask.without_band()), grad)
-    # A row of a causal problem costs a tile, and rows see the long keys before them by calls of their own.
+    # In a causal problem a single row costs a whole tile, and the rows between two long keys need a call of their own.
     rows = n_rows * (TILE if causal else 1) / (G * n)
     calls = H * ((n_keys if causal else 1) * (n_keys > 0) + (n_rows if causal else G) * (n_rows > 0))
     return unmasked.times(rows + n_keys / n_k) + Work(calls * _CALL * (3 if grad else 1))
 
 
 def memory(problem: Outline, split: Split, grad: bool) -> float:
-    """Bytes beyond those of the rest."""
+    """The bytes needed beyond those for the rest."""
     H, G, n, n_k, d, d_v = problem.sizes
     item = problem.dtype.itemsize
     copies = (split.rows is not None) * H * G * n * d + (split.keys is not None) * H * n_k * (d + d_v)
@@ -150,7 +153,11 @@ def memory(problem: Outline, split: Split, grad: bool) -> float:
 
 
 def parts(problem: Problem, split: Split) -> Iterator[tuple[tuple, tuple, Problem]]:
-    """Rows, slots with their long keys, and the problem of these without a mask: causal, rows are cut at these keys."""
+    """The problems, without a band, of rows with the long keys that they see.
+
+    Yields (index of the rows in (H, G, n), index of the keys in (H, n_k), problem). In a causal problem the rows are
+    cut at the long keys, so that all rows of a part see the same ones.
+    """
     if split.keys is None:
         return
     H, n = problem.sizes.H, problem.sizes.n

@@ -1,7 +1,7 @@
-"""The polynomial engine by moments of the scores: a degree that a sample of rows expects to do, before the work.
+"""The polynomial engine by moments of the scores: a degree is chosen by estimates from a sample of rows.
 
-Rows are certified once they are computed (`certify.moments`); those that fail are computed exactly, and where more fail
-than was planned, something else runs.
+Rows are certified after they are computed (`certify.moments`). Those that fail are computed exactly, and if more fail
+than was planned, another executable runs.
 """
 
 from __future__ import annotations
@@ -27,16 +27,13 @@ from .executables import ByMoments
 from .features import Expansion
 from .worst_case import LOOK_IF_EXPECTED, SUPPORTS, certificate_of, insisted, of_gradient
 
-# Past this degree moments are not tried where the worst case has no degree at all.
-MOST = 6
-# What looking may cost, as a part of what is at hand without.
-_LOOK = 0.03
-# How many times less than expected the error of a degree may be that is looked at.
-_LUCK = 4
+MOST = 6  # the largest degree that is tried if the worst case has no degree at all
+_LOOK = 0.03  # what looking at a sample may cost, as a part of the seconds of the best candidate
+_LUCK = 4  # a degree is tried if its expected error is at most this many times eps
 
 
 class Moments(Engine):
-    """The cheapest degree below that of the worst case that moments are expected to certify."""
+    """Offers the cheapest degree below that of the worst case that moments are expected to certify."""
 
     name = "polynomial"
     SUPPORTS = SUPPORTS
@@ -64,7 +61,7 @@ class Moments(Engine):
 
     @staticmethod
     def _fallback(context: Context, worst: Candidate | None) -> Executable | None:
-        """What runs where too many rows fail."""
+        """What runs if too many rows fail."""
         request, grad = context.request, context.request.grad
         if worst is not None and worst.fits:
             cheaper = worst.nominal < exact_work(context.outline, grad).nominal
@@ -75,17 +72,17 @@ class Moments(Engine):
 
 @dataclass(frozen=True, slots=True)
 class _Choice:
-    """A polynomial that is expected to do.
+    """A polynomial that is expected to certify eps.
 
     Attributes
     ----------
     rule : MomentRule
     truncation, gradient_truncation : float
-        Expected of the rows that are not computed exactly.
+        The expected truncation errors of O and of gradients, over the rows that are not computed exactly.
     work : Work
-        That of the rows computed exactly too.
+        The work, with that of the rows that are computed exactly.
     n_exact_rows : int
-        How many rows, all heads together, may be computed exactly where their certificate is too large.
+        How many rows, of all heads together, may be computed exactly because their certificate is too large.
     """
 
     rule: MomentRule
@@ -96,12 +93,12 @@ class _Choice:
 
     @property
     def degree(self) -> int:
-        """Of the features."""
+        """The degree of forward's features."""
         return max(1, self.rule.polynomial.degree)
 
     @property
     def backward_degree(self) -> int:
-        """Of backward's features."""
+        """The degree of backward's features."""
         weights = self.rule.weights
         return self.degree + 1 if weights is None else weights.degree + 1
 
@@ -127,7 +124,7 @@ class _Choice:
 
 
 def may_serve(context: Context, worst: Candidate | None) -> bool:
-    """Whether there is a degree below that of the worst case to look at, and a look costs little of what is at hand."""
+    """Whether there is a degree below that of the worst case to try, and trying it costs little."""
     outline, request, statistics = context.outline, context.request, context.statistics
     if _most(context, worst) < 2 or statistics.plain.plain == math.inf or (request.degree and worst):
         return False
@@ -139,7 +136,7 @@ def may_serve(context: Context, worst: Candidate | None) -> bool:
     if looking > _LOOK * at_hand:
         if looking > LOOK_IF_EXPECTED * at_hand:
             return False
-        # Rows and keys of no direction that counts more have this mean square.
+        # This is the mean square of the scores if queries and keys have no preferred direction.
         square = statistics.scores.bound**2 / outline.sizes.d
         eps = request.eps / 4 if request.grad else request.eps
         least = expected_degree(context, statistics.scores.bound, square, eps)
@@ -150,13 +147,13 @@ def may_serve(context: Context, worst: Candidate | None) -> bool:
 
 
 def _most(context: Context, worst: Candidate | None) -> int:
-    """The largest degree to look at."""
+    """The largest degree to try."""
     request = context.request
     return request.degree or (worst.executable.certificate.degree - (not request.grad) if worst else MOST)
 
 
 def _at_hand(context: Context, worst: Candidate | None) -> list[float]:
-    """Seconds of what would be done otherwise; a degree that was asked for is looked at, whatever it costs."""
+    """The seconds of what may run otherwise; empty if there is nothing, as for a degree that was asked for."""
     request, found = context.request, []
     if worst is not None:
         found.append(worst.nominal)
@@ -166,9 +163,9 @@ def _at_hand(context: Context, worst: Candidate | None) -> list[float]:
 
 
 class _Search:
-    """Degrees, bounds of the rows that are kept, and polynomials, of which the cheapest that may do is taken.
+    """The search for the cheapest degree, bound of the kept rows, and polynomial that are expected to certify eps.
 
-    Of a sequence in pieces the sample has been taken by all, and there are no fourth moments.
+    If the sequence is in pieces, all ranks have taken the sample before, and fourth moments are not used.
     """
 
     def __init__(self, context: Context, worst: Candidate | None) -> None:
@@ -181,17 +178,17 @@ class _Search:
 
     @property
     def _fourth(self) -> Fourth:
-        """Measured when some degree needs it, and once."""
+        """The bounds of fourth moments, which are measured once, when some degree first needs them."""
         return self._context.statistics.fourth(self._context.request.seed)
 
     def run(self) -> _Choice | None:
         sample, outline = self._sample, self._outline
-        # None that most rows would fail, were they lucky too.
+        # Degrees for which most rows would fail even if the estimates are too large by a factor are not tried.
         usual = (float(np.median(x)) for x in (sample.sizes, sample.mean(outline, 2)))
         eps = self._context.request.eps
         least = self._context.request.degree or expected_degree(self._context, *usual, _LUCK * eps)
         for degree in range(max(2, least or MOST + 1), self._most + 1):
-            # Nothing dearer than what is already at hand.
+            # Higher degrees cost more than what there is already.
             if (polynomial_work(outline, degree, False) + moments_work(outline)).nominal >= self._limit:
                 break
             self._try(degree, 0.0)
@@ -200,7 +197,7 @@ class _Search:
         return self._best
 
     def _try(self, degree: int, kappa: float) -> None:
-        """This degree; by fourth moments, too, where kappa is not 0."""
+        """Tries this degree, with fourth moments if kappa is not 0."""
         sample, outline, fourth = self._sample, self._outline, None
         order, extra, cuts = degree - degree % 2, moments_work(outline), sample.cuts(self._scores.bound)
         if kappa:
@@ -209,7 +206,7 @@ class _Search:
                 return
         h = sample.radius(outline, sample.fits(degree, kappa), order)
         if kappa:
-            # Gaussian scores must do, for the moments themselves take longer.
+            # Fourth moments are measured only if this degree would suffice for Gaussian scores, because they take long.
             if not any(sample.kept(outline, self._values, self._context.request.eps, B, h) for B in cuts):
                 return
             fourth = self._fourth
@@ -221,7 +218,7 @@ class _Search:
                 self._consider(MomentRule(p, kappa, self._scores.within(B), fourth, 0, r, sample.every), B, h, extra)
 
     def _consider(self, rule: MomentRule, B: float, h: np.ndarray, extra: Work) -> None:
-        """Keeps this rule where it is the cheapest so far: of radii h, rows within B, and so much more work."""
+        """Keeps this rule, for rows within B whose radii are h, if it is the cheapest so far; `extra` is added work."""
         sample, outline, r, degree = self._sample, self._outline, rule.weights, rule.polynomial.degree
         work = polynomial_work(outline, degree, self._grad, r.degree + 1 if self._grad else None) + extra
         if work.nominal >= self._limit:
@@ -242,8 +239,9 @@ class _Search:
 
 
 def expected_degree(context: Context, B: float, square: float | None, eps: float) -> int | None:
-    """About the least degree that certifies eps by the worst case, or by moments, the scores' mean square being at most
-    `square` where that counts.
+    """About the least degree that certifies eps, for scores within B: by the worst case or by moments.
+
+    Moments count only if `square`, the largest mean square of a row's scores, is given.
     """
     values = context.statistics.values
     allowed = eps - polynomial_rounding(context.outline, B, values, context.statistics.scores.lost)
@@ -265,7 +263,7 @@ def expected_degree(context: Context, B: float, square: float | None, eps: float
 def _weights(
     B: float, degree: int, kappa: float, grad: bool
 ) -> Iterator[tuple[MomentPolynomial, MomentPolynomial | None]]:
-    """What forward may have for weights at that degree, and with each what backward may have."""
+    """The pairs of polynomials (of forward, of backward) to try at that degree; without `grad` the latter is None."""
     p = fit_moments(B, degree, kappa / B**2)
     if p is None:
         return

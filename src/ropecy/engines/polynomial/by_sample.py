@@ -1,4 +1,4 @@
-"""The polynomial engine by a sample: degrees are tried in turn, and rows drawn at random say which one does."""
+"""The polynomial engine by a sample: degrees are tried in turn until rows drawn at random are within eps."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ from .executables import BySample
 from .features import Expansion
 from .worst_case import SUPPORTS
 
-# Rows that judge a degree by their error: tiles of the exact engine, as many for each of two or of four threads.
+# How many rows judge a degree by their error: four tiles of the exact engine, which two or four threads share evenly.
 _SAMPLED_ROWS = 192
 
 
 class Sampled(Engine):
-    """Degrees to be tried whose work, all together, is below that of what is proved.
+    """Offers to try some degrees whose work, all together, is less than that of the best engine with a proof.
 
-    `search` is of what proves every weight, for moments take longer to look at than sampled rows to compute.
+    The `search` that `offer` is given has asked engines that prove every weight, because looking at moments takes
+    longer than computing the sampled rows.
 
     Parameters
     ----------
     prove : callable, optional
-        Plans what runs where no degree does, where `search` is not to serve for that.
+        Plans what runs if no degree suffices. By default that is the best candidate of `search`.
     """
 
     name = "polynomial"
@@ -83,14 +84,14 @@ class Sampled(Engine):
 
     @staticmethod
     def _work(context: Context, rows: int) -> Work:
-        """Of drawing so many rows and computing them exactly: where j - i matters, each costs a tile."""
+        """The work of drawing so many rows and computing them exactly; if causal, each costs a whole tile."""
         outline = context.outline
         share = min(1.0, rows * (TILE if outline.mask.causal else 1) / math.prod(outline.sizes[:3]))
         return exact_work(outline, False).times(share) + sample_work(outline, False)
 
     @staticmethod
     def _trials(context: Context, sampling: Work, limit: float) -> list[MomentPolynomial]:
-        """Polynomials by degree, as long as trying all of them costs less than the limit."""
+        """The polynomials to try, by degree, as long as trying all of them takes less than `limit` seconds."""
         outline, degree, sample = context.outline, context.request.degree, context.statistics.sample
         B, trials, total = poly.B_grid(context.statistics.scores.bound), [], 0.0
         for g in [degree] if degree else range(1, MOST + 1):

@@ -1,4 +1,4 @@
-"""Work of the polynomial engine, of what certifies its rows, and the length from which it pays."""
+"""The work of the polynomial engine and of certifying its rows, and the length from which it beats exact attention."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from ..cost import Work, speeds
 from ..exact.cost import exact_work
 from . import features
 
-# Seconds, the same on all instruction sets: what a call has more than an exact one; an entry of a row of q, k, v, dO
-# that is rotated, measured, copied; an entry of a state at the end of a segment, or read and written by an update; a
-# byte of memory that is new to the process, past the bytes that are kept from call to call.
-_PASS = 3e-5
-_ENTRY = 4.7e-9
-_STATE, _STREAM, _BYTE = 0.7e-9, 0.1e-9, 0.08e-9
-_REUSED = 2**25
-# No longer sequences are looked at.
-_LONGEST = 2**40
-# The norm of a row, which is sorted, with a part that grows with d.
-_NORM = 1.6e-8, 1.2e-9
-# Of moments: a sampled row or key, with a part that grows with d^2; a certified row; a step of Lanczos beside products.
-_SAMPLE, _CERTIFIED, _LANCZOS = (1.5e-8, 5.5e-11), 1.5e-8, (1e-4, 4e-8)
+# Seconds, the same on all instruction sets.
+_PASS = 3e-5  # what a call costs more than an exact one
+_ENTRY = 4.7e-9  # to rotate, measure and copy an entry of a row of q, k, v or dO
+_STATE = 0.7e-9  # an entry of a state at the end of a segment
+_STREAM = 0.1e-9  # an entry of a state that an update reads and writes
+_BYTE = 0.08e-9  # a byte of memory that the process has not used before
+_REUSED = 2**25  # how many bytes of memory are reused from call to call
+_LONGEST = 2**40  # `pays_from` looks at no longer sequences
+_NORM = 1.6e-8, 1.2e-9  # to compute and sort the norm of a row: a constant, and a part for each of its d entries
+_SAMPLE = 1.5e-8, 5.5e-11  # a sampled row or key: a constant, and a part that is multiplied by d^2
+_CERTIFIED = 1.5e-8  # a row that is certified by moments
+_LANCZOS = 1e-4, 4e-8  # a step of Lanczos beside its products: a constant, and a part that is multiplied by d^2
 
 
 def polynomial_work(problem: Outline, degree: int, grad: bool, grad_degree: int | None = None) -> Work:
-    """Of the polynomial engine, and of its gradient where grad, without what certifies rows by moments.
+    """The work of the polynomial engine, and of its gradient if `grad`, without certifying rows by moments.
 
-    `grad_degree` is that of backward's features, one more than `degree` unless weights have their own.
+    `grad_degree` is the degree of backward's features, by default `degree` + 1.
 
     Notes
     -----
-    By phases, as `engines.polynomial` has them: a state for each segment, the packed sum (or a scan of the segment's
-    chunks, pairs inside which are exact), and backward the same for queries, with derivatives of the features.
+    The work is added up by phases of the engine: a state for each segment of keys; then, for queries, products with the
+    sum of the states (or, if causal, a scan over the chunks of each segment, inside which pairs are exact). Backward
+    does the same with queries and keys exchanged, and with derivatives of the features.
     """
     causal = problem.mask.causal
     offset = problem.mask.offset if causal else 0
@@ -49,7 +49,7 @@ def polynomial_work(problem: Outline, degree: int, grad: bool, grad_degree: int 
 
 @lru_cache(maxsize=1024)
 def _polynomial_work(sizes: Sizes, dtype: np.dtype, offset: int | None, degree: int, grad_degree: int) -> Work:
-    """`polynomial_work` by what it depends on; `offset` is that of a causal mask, None where there is none."""
+    """`polynomial_work` by all that it depends on, so that it can be cached; `offset` is None without a causal mask."""
     (H, G, n, n_k, d, d_v), causal = sizes, offset is not None
     problem = Outline(sizes=sizes, dtype=dtype, mask=Mask(n, n_k, hi=0 if causal else None))
     columns, item, s, offset = d_v + 1, dtype.itemsize, speeds(dtype), offset or 0
@@ -59,10 +59,10 @@ def _polynomial_work(sizes: Sizes, dtype: np.dtype, offset: int | None, degree: 
     chunks = max(1, -(-max(n_k, n + offset) // size))
     segments = -(-chunks // -(-chunks // features.segments(problem, most)))
     keys, queries = H * n_k, H * G * n
-    # Of an update (kernels/c/monomials.template.c).
+    # How many tokens an update of a state takes together (kernels/c/monomials.template.c).
     tokens = max(16, min(96, 2**18 // item // n_features(d, most - 1) // 16 * 16))
 
-    # Of a token, seconds.
+    # Seconds for each token.
     update = held * columns * (s.product + _STREAM * 1e9 / tokens) * 1e-9
     evaluate = low * (columns * s.product + s.feature) * 1e-9
     differentiate = top * (columns * s.product + s.feature) * 1e-9
@@ -85,7 +85,7 @@ def _polynomial_work(sizes: Sizes, dtype: np.dtype, offset: int | None, degree: 
                 (keys * (differentiate + evaluate) + rows, H * chunks),
             ),
         )
-    first = (segments - 1) / segments  # what a pass before the scan sums up
+    first = (segments - 1) / segments  # the part of the keys that is summed up before the scan
     inside = 1 - segments / chunks
     far = 1 - 1 / chunks
     near = queries * min(size + 48, n + 48) / 2 * 1e-9
@@ -112,8 +112,8 @@ def pays_from(
 ) -> int | None:
     """About the least n, to two digits, from which a polynomial beats exact attention on n queries and n keys.
 
-    `grad_degree`, of backward's features, is None where there is no backward pass. With what certifies a polynomial by
-    moments, and by the fourth of them.
+    It is None if there is none up to 2^40. `grad_degree` is the degree of backward's features, None if there is no
+    backward pass. `moments` and `fourth` say whether certifying by moments, and by fourth moments, counts.
     """
     grad = grad_degree is not None
 
@@ -138,29 +138,29 @@ def pays_from(
 
 
 def sample_work(problem: Outline, grad: bool) -> Work:
-    """Of a `certify.sample.Sample`, and of what is asked of it."""
+    """The work of making a `certify.sample.Sample`, and of the estimates made from it."""
     H, G, n, n_k, d, _ = problem.sizes
     rows, keys = min(H * G * n, SAMPLED_ROWS), min(H * n_k, H * SAMPLED_KEYS)
     return Work((1e-3 if grad else 6e-4) + (rows + keys) * (_SAMPLE[0] + _SAMPLE[1] * d * d))
 
 
 def norms_work(problem: Outline) -> Work:
-    """Of `outliers.Norms`, and of a look at what they offer."""
+    """The work of `outliers.split.Norms`, and of looking at the ways to split that it offers."""
     H, G, n, n_k, d, _ = problem.sizes
     return Work(5e-4 + H * (G * n + n_k) * (_NORM[0] + _NORM[1] * d))
 
 
 def moments_work(problem: Outline) -> Work:
-    """Of what certifies rows by moments."""
+    """The work of certifying rows by moments."""
     H, G, n = problem.sizes[:3]
     return Work(_PASS + H * G * n * _CERTIFIED)
 
 
 def fourth_work(problem: Outline) -> Work:
-    """Of `certify.fourth_moments`."""
+    """The work of `certify.fourth_moments`."""
     H, d = problem.sizes.H, problem.sizes.d
     stops, product = prefixes(problem), speeds(problem.dtype).product * 1e-9
     keys = H * STEPS * float(stops.sum())
-    # Vectors are made orthogonal by one thread.
+    # The reorthogonalisation runs on one thread.
     alone = H * len(stops) * STEPS * (_LANCZOS[0] + _LANCZOS[1] * d * d)
     return Work(alone, ((keys * product * (1.5 * d * d + 12 * d), H * len(stops) * 64),))

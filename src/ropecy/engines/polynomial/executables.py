@@ -37,9 +37,9 @@ class Saved:
     features : features.Saved
     at_keys : RowsAtKeys
     o, lse : arrays
-        As they were computed, at their keys.
+        The results, at the ranks where they were computed.
     exact : (H, G, n) bool array or None
-        Which rows were computed exactly, likewise.
+        Which of these rows were computed exactly.
     """
 
     features: features.Saved
@@ -51,13 +51,13 @@ class Saved:
 
 @dataclass(slots=True)
 class Polynomial(Executable):
-    """One polynomial for all scores, certified before the work.
+    """One polynomial for all scores, which is certified before the work.
 
     Attributes
     ----------
     expansion : Expansion
     plain : float
-        A bound of the scores as the exact engine takes it.
+        A bound of the scores, as the exact engine takes it.
     """
 
     certificate: Certificate
@@ -81,7 +81,7 @@ class Polynomial(Executable):
         return result
 
     def _result(self, saved: Saved, want_lse: bool, *found: Certificate | None) -> Result:
-        """With rows, and certificates of rows, where they came from."""
+        """The result, with all rows and their certificates sent back to the ranks that they came from."""
         home = saved.at_keys.home
 
         def at_home(certificate: Certificate | None) -> Certificate | None:
@@ -118,7 +118,10 @@ class Polynomial(Executable):
 
 
 def state_traffic(sender: Sender, degree: int, judgements: int) -> Traffic:
-    """One state each way, and rows that go to their keys, with so many numbers that certify each."""
+    """The traffic of one state in each direction and of rows that go to their keys.
+
+    `judgements` is how many float64 come back with each row to certify it.
+    """
     outline, grad, found = sender.outline, sender.grad, Traffic()
     summed = sums if outline.mask.causal else totals
     for _ in range(1 + grad):
@@ -134,23 +137,23 @@ def state_traffic(sender: Sender, degree: int, judgements: int) -> Traffic:
 
 
 def _range_traffic(outline: Outline, ranks: int) -> Traffic:
-    """Of the least and the largest values on lower ranks."""
+    """The traffic of finding the least and the largest values on lower ranks."""
     ends = maxima(outline.sizes.H * outline.sizes.d_v * outline.dtype.itemsize, ranks)
     return ends + ends
 
 
 @dataclass(slots=True)
 class ByMoments(Polynomial):
-    """A polynomial for each row, certified by moments of the scores once it is computed; rows that fail are exact.
+    """A polynomial for each row, certified by moments of the scores after the row is computed; the others are exact.
 
     Attributes
     ----------
     rule : MomentRule
     eps : float
     n_exact_rows : int
-        How many rows, all heads together, may be computed exactly where their certificate is too large.
+        How many rows, of all heads together, may be computed exactly because their certificate is too large.
     fallback : Executable or None
-        What runs where more fail; None where the polynomial engine is insisted on and nothing else certifies.
+        What runs if more rows fail; None if the polynomial engine is insisted on and nothing else certifies eps.
     """
 
     rule: MomentRule
@@ -190,7 +193,7 @@ class ByMoments(Polynomial):
         if not self.grad:
             return self._result(saved, want_lse, found)
         of_gradient[failed] = 0.0
-        # To the polynomial's backward pass these rows are not there.
+        # With an inverse of 0 the polynomial's backward pass leaves these rows out.
         measured.inverse[failed] = 0.0
         saved.exact = failed if n_failed else None
         gradient = replace(
@@ -219,19 +222,19 @@ class ByMoments(Polynomial):
 
 @dataclass(slots=True)
 class BySample(Polynomial):
-    """The first of some degrees whose error in sampled rows, doubled, is within eps.
+    """The first of some degrees for which twice the error of sampled rows is within eps.
 
     Attributes
     ----------
     trials : list of MomentPolynomial
-        By degree; `expansion` and `certificate` are those of the first.
+        The polynomials to try, by degree; `expansion` and `certificate` are those of the first.
     sample : Sample or None
-        None while it is sent between processes, each of which has it.
+        None while the executable is sent between processes, each of which has the sample already.
     eps : float
     fallback : Executable or None
-        What runs where no degree does.
+        What runs if no degree suffices.
     prove : callable or None
-        Plans what runs then, where that has not been planned.
+        Plans what runs then, if there is no `fallback`.
     """
 
     trials: list[MomentPolynomial]
@@ -273,7 +276,7 @@ class BySample(Polynomial):
         return replace(self, sample=statistics and statistics.sample, fallback=fallback)
 
     def traffic(self, sender: Sender) -> Traffic:
-        """That of the first degree; the sampled rows are computed exactly over all keys."""
+        """The traffic if the first degree suffices; the sampled rows are computed exactly over all ranks' keys."""
         outline, rows = sender.outline, self.certificate.n_sampled
         found = state_traffic(sender, self._degree_of_state(), 0)
         found += _range_traffic(outline, sender.size) + maxima(8 * rows, sender.size)

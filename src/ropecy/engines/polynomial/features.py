@@ -1,8 +1,8 @@
-"""Polynomial attention: ``exp(s) ~ p(s) = phi(q) diag(w) phi(k)^T``, so that n n_k pairs become n F features, twice.
+"""Polynomial attention: ``exp(s) ~ p(s) = phi(q) diag(w) phi(k)^T``, so that n n_k pairs become (n + n_k) F features.
 
-The algorithm of arXiv:2412.17316 and arXiv:2505.11892 for positions that factor, ``R_{j-i} = R_i^T R_j``: rotated rows
-meet in an inner product, and no FFT is needed. The gradient is not the papers': differentiating the features, instead
-of forming n x (d d_v) matrices, saves a factor d.
+This is the algorithm of arXiv:2412.17316 and arXiv:2505.11892 for positions that factor, ``R_{j-i} = R_i^T R_j``:
+rotated rows meet in an inner product, so no FFT is needed. The gradient is computed differently than in the papers: the
+features are differentiated and no n x (d d_v) matrices are formed, which saves a factor d.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from ...problem.mask import Mask
 from ...problem.problem import Outline, Problem, Sizes
 from ..kept import kept_below
 
-# What keeps many threads busy; more segments cost a causal problem up to half a pass more over the keys.
+# How many segments there are at most, over all slots: enough to keep many threads busy. More would cost a causal
+# problem up to half a pass more over the keys.
 _SEGMENTS = 16
-_STATE_BYTES = 256 * 2**20
+_STATE_BYTES = 256 * 2**20  # how much memory the states of all segments may take
 
 
 @dataclass(slots=True)
 class Monomials:
-    """Which monomials there are, where they stand in a state, and their weights (c/monomials.h)."""
+    """The monomials of a state: their degrees, their places and their weights (see c/monomials.h)."""
 
     degree: int
     grad_degree: int
@@ -44,7 +45,7 @@ class Monomials:
 
 @dataclass(slots=True)
 class Saved:
-    """What backward needs of forward, and what certifies its rows where that was measured (c/monomials.h)."""
+    """What backward needs of forward, and what certifies its rows if that was measured (see c/monomials.h)."""
 
     scan: _monomials.Scan
     states: np.ndarray  # sums of keys, as forward used them
@@ -62,12 +63,14 @@ class Expansion:
     Attributes
     ----------
     scores : Scores
-        Centre and sizes of q and k, so that all scores are within ``[-p.B, p.B]``.
+        The centre of the keys and the factors of q and k, by which all scores are within ``[-p.B, p.B]``.
     values : Values
-        Whose middle is taken from v and given back to O: an offset far past the range must not drown it in rounding.
+        Its `middle` is subtracted from v and added to O, so that rounding is in proportion to the range of the values,
+        however far from 0 they lie.
     p : Polynomial or MomentPolynomial
+        The weights of forward.
     of_gradient : Polynomial or MomentPolynomial, optional
-        What backward has for weights; None where there is no backward pass.
+        The weights of backward; None if there is no backward pass.
     """
 
     scores: Scores
@@ -83,9 +86,9 @@ class Judged:
     Attributes
     ----------
     distances : array
-        As `moments.value_distances` makes it.
+        What `moments.value_distances` returns.
     ratio : (2, H, G, n) array or None
-        As `moments.RowFits` makes it: a polynomial for every row.
+        What `moments.RowFits.ratio` returns: the factors by which every row has a polynomial of its own.
     """
 
     distances: np.ndarray
@@ -109,17 +112,17 @@ def forward(
     expansion : Expansion
     want_lse : bool
     comm : Communicator
-        Who hold other pieces of the sequence, where this is a piece of it; one state goes between them.
+        The processes that hold the other pieces of the sequence; one state goes between them.
     judged : Judged, optional
-        With it, moment and spread of every row are measured too; the polynomial is a MomentPolynomial.
+        If given, the moment and the spread of every row are measured too; p must be a MomentPolynomial.
     decay : (H,) float64 array, optional
-        Causal: weights are multiplied by exp(-decay (i + offset - j)).
+        If given, in a causal problem, weights are multiplied by exp(-decay (i + offset - j)).
 
     Notes
     -----
-    Time ``4 n F (d_v + 1)`` operations for each query head, F = C(d + g, g), grouped queries sharing the key side;
-    causal, pairs in chunks of a few hundred tokens are exact and a first pass sums up the keys of each segment.
-    Memory: some states of ``F (d_v + 1)`` float64.
+    Time ``4 n F (d_v + 1)`` operations for each query head, F = C(d + g, g); grouped queries share the half of it that
+    concerns keys. In a causal problem pairs inside chunks of a few hundred tokens are exact, and a first pass sums up
+    the keys of each segment. Memory: some states of ``F (d_v + 1)`` float64.
     """
     mask, scores = problem.mask, expansion.scores
     monomials = _monomials_for(problem, expansion.p, expansion.of_gradient)
@@ -161,15 +164,15 @@ def backward(
     comm: Communicator = SERIAL,
     key_sums: np.ndarray | None = None,
 ) -> InputGradients:
-    """The gradients of ``<do, O>``. `key_sums` (H, n_k), zeros, is given sum_i dS_ij.
+    """The gradients of ``<do, O>``. If `key_sums` (H, n_k) is given, sum_i dS_ij is added to it.
 
     Notes
     -----
     With S = phi(k)^T [v 1], dN = [do, -<do, o>] / den: dphi(q) = dN (w S)^T, dS = phi(q)^T dN,
-    dphi(k) = [v 1] (w dS)^T, dv = phi(k) dS, then the features' own derivatives. The features of dq and dk are those of
-    an antiderivative of p, one degree more, so that the pairs have the weights p(s_ij) / den_i there too: a softmax
-    gradient of positive weights; or of weights r of its own, for which dS = r / den (do v^T - <do, o>) need not add up
-    to 0 over a row. Four products of forward's size at that degree, five where causal.
+    dphi(k) = [v 1] (w dS)^T, dv = phi(k) dS; dq and dk follow by the derivatives of the features. For dq and dk the
+    features are those of an antiderivative of p, of one degree more, so that pairs have the weights p(s_ij) / den_i
+    there too, which are positive. With a polynomial r of its own in the place of p, dS = r / den (do v^T - <do, o>)
+    need not add up to 0 over a row. Four products of the size of forward's at that degree, five if causal.
     """
     scan, results = saved.scan, (saved.o, saved.inverse, do)
     if not comm.distributed:
@@ -179,13 +182,13 @@ def backward(
         start = comm.after(own, saved.fall) if problem.mask.causal else comm.total(own)
         dq, dk, dv = comm.together(scan.backward, saved.states, *results, key_sums, grad_states, start)
     if problem.mask.kept is not None:
-        # phi(k) dS is there for every key; a hidden one has no weight.
+        # phi(k) dS was computed for every key, but a hidden key has no weight.
         dv[~problem.mask.kept] = 0
     return InputGradients(dq, dk, dv)
 
 
 def decoding_monomials(d: int, p: Polynomial) -> Monomials:
-    """The monomials of a state that is decoded from, which is float64 whatever the data are."""
+    """The monomials of a decoding state, which is float64 whatever the dtype of the data."""
     return _monomials_for(_no_rows(Sizes(1, 1, 0, 0, d, d)), p, None)
 
 
@@ -205,7 +208,7 @@ def key_states(k: np.ndarray, v: np.ndarray, monomials: Monomials, middle: np.nd
 
 
 def _no_rows(sizes: Sizes) -> Outline:
-    """A problem of keys alone, in float64."""
+    """The outline of a problem of keys alone, in float64."""
     return Outline(sizes=sizes, dtype=np.dtype(np.float64), mask=Mask(sizes.n, sizes.n_k))
 
 
@@ -221,18 +224,18 @@ def memory(problem: Outline, degree: int, grad: bool, grad_degree: int | None = 
 
 
 def state_size(problem: Outline, state_degree: int) -> int:
-    """Numbers of a state of all heads: what goes between the ranks that hold a sequence in pieces."""
+    """How many numbers the states of all heads have, which go between the ranks that hold a sequence in pieces."""
     lanes, _ = _monomials.blocking(problem.dtype)
     _, _, pitch, _ = _layout(problem.sizes.d, state_degree, lanes)
     return problem.sizes.H * (problem.sizes.d_v + 1) * pitch
 
 
 def segments(problem: Outline, state_degree: int) -> int:
-    """Into how many parts the sequence is cut, each with a state: by shapes, never by the number of threads."""
+    """Into how many segments the sequence is cut, each with a state. It depends on shapes, never on threads."""
     H, _, n, n_k, d, d_v = problem.sizes
     features = n_features(d, state_degree)
     state = 8 * H * features * (d_v + 1)
-    # A state that is added up costs little; causal, one more segment goes through its keys once more.
+    # Adding up states costs little; but if causal, the keys of all segments but the last are read once more.
     least = max(1024, features) if problem.mask.causal else max(512, features // 4)
     return max(1, min(-(-_SEGMENTS // H), max(n, n_k) // least, _STATE_BYTES // state))
 
@@ -240,7 +243,7 @@ def segments(problem: Outline, state_degree: int) -> int:
 def _monomials_for(
     problem: Outline, p: Polynomial | MomentPolynomial, r: Polynomial | MomentPolynomial | None
 ) -> Monomials:
-    """Those of a forward pass with weights p and of a backward pass with weights r, if there is one."""
+    """The monomials of a forward pass with weights p and, unless r is None, of a backward pass with weights r."""
     lanes, _ = _monomials.blocking(problem.dtype)
     degree = max(1, p.degree)
     grad_degree = 0 if r is None else max(1, r.degree) + 1
@@ -267,7 +270,10 @@ def _monomials_for(
 
 @kept_below(lambda d, degree, lanes: n_features(d, degree), most=2**20)
 def _layout(d: int, degree: int, lanes: int):
-    """offset [s], count [s, m], pitch, and |a|! / a! of every monomial (0 in padding) (c/monomials.h)."""
+    """Where the monomials stand in a state: offset [s], count [s, m], pitch, and |a|! / a! of each (0 in padding).
+
+    s is a degree, m a number of variables; see c/monomials.h.
+    """
     count = np.array([[math.comb(m - 1 + s, s) if m else int(s == 0) for m in range(d + 1)] for s in range(degree + 1)])
     offset = np.zeros(degree + 1, np.intp)
     offset[1:] = np.cumsum(count[:-1, d])

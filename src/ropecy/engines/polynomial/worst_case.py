@@ -1,4 +1,4 @@
-"""The polynomial engine by its worst case: one degree that is proved for all scores within a bound."""
+"""The polynomial engine by its worst case: a polynomial whose error is proved for all scores within a bound."""
 
 from __future__ import annotations
 
@@ -18,16 +18,14 @@ from .cost import polynomial_work, sample_work
 from .executables import Polynomial as PolynomialExecutable
 from .features import Expansion
 
-# Seconds of looking for a degree that may do.
-_LOOKING = 1e-4
-# What looking at a sample may cost, as a part of what is at hand, where scores of any direction would do.
+_LOOKING = 1e-4  # seconds that looking for a degree takes
+# What a sample may cost, as a part of the seconds of the best candidate, if rows of no preferred direction would pay.
 LOOK_IF_EXPECTED = 0.1
-# What the engine handles.
-SUPPORTS = frozenset({"causal", "key_mask"})
+SUPPORTS = frozenset({"causal", "key_mask"})  # the features that polynomial engines support
 
 
 class WorstCase(Engine):
-    """The smallest degree (or the one that was asked for) that is proved for all scores within their bound."""
+    """Offers the smallest degree (or the one that was asked for) that is proved for all scores within their bound."""
 
     name = "polynomial"
     SUPPORTS = SUPPORTS
@@ -55,13 +53,14 @@ class WorstCase(Engine):
 
 
 def insisted(context: Context) -> str:
-    """Why a polynomial is taken, in words."""
+    """The reason for taking a polynomial, in words."""
     return "method='polynomial'" if context.request.method == "polynomial" else CHEAPEST
 
 
 def worth_measuring(context: Context, search: Search) -> bool:
-    """Whether to bound the scores: method="auto" does where some degree, whatever the bound, may beat exact work by
-    more than a look costs.
+    """Whether it may pay to measure a bound of the scores.
+
+    With method="auto" it may if some degree would beat exact attention by more than looking for it costs.
     """
     request, statistics, outline = context.request, context.statistics, context.outline
     if context.distributed or request.method != "auto" or request.degree is not None:
@@ -84,29 +83,29 @@ def worth_measuring(context: Context, search: Search) -> bool:
 def certificate_of(
     outline: Outline, scores: Scores, values: Values, degree: int, truncation: float, rule: str = "worst case"
 ) -> Certificate:
-    """That of O by a polynomial of this degree, by so many terms of a score."""
+    """The certificate of O for a polynomial of this degree and this truncation error."""
     rounding = polynomial_rounding(outline, scores.bound, values, scores.lost)
     n_features = poly.n_features(outline.terms, degree)
     return Certificate("polynomial", degree, n_features, scores.bound, rule, truncation, rounding)
 
 
 def of_gradient(outline: Outline, certificate: Certificate, degree: int, truncation: float) -> Certificate:
-    """That of gradients beside it, whose features are of another degree."""
+    """The certificate of gradients beside that of O, with features of this degree and this truncation error."""
     n_features = poly.n_features(outline.terms, degree)
     rounding = 4 * certificate.rounding
     return replace(certificate, degree=degree, n_features=n_features, truncation=truncation, rounding=rounding)
 
 
 def where(scores: Scores) -> str:
-    """What a refusal begins with."""
+    """The beginning of a refusal: how large the scores may be."""
     return f"scores are bounded by B = {scores.bound:.4g} only (|scale| max ||q|| max ||k||)"
 
 
 def cure(outline: Outline, scores: Scores) -> str:
-    """What a refusal ends with: what would make B smaller, if it is not so already."""
+    """The end of a refusal: what would make B smaller, unless it is done already."""
     d, scale = outline.sizes.d, abs(outline.scale)
     found = ["scale=1/d"] if scale > 1.01 / d else []
-    # Of rows of root mean square 1 the bound is |scale| d.
+    # Queries and keys whose entries have a root mean square of 1 have the bound |scale| d.
     if scores.plain > 1.01 * scale * d:
         found.append("q and k normalised")
     smaller = f"{', or '.join(found)}, would make B smaller; " if found else ""
@@ -117,8 +116,10 @@ def certified(
     context: Context, rounding: float | None = None, eps: float | None = None
 ) -> tuple[Polynomial | None, str | None]:
     """The polynomial of the smallest degree (or of the one that was asked for) that certifies eps, and None; or None,
-    and why not. `rounding` is that of the engine, by default the polynomial engine's; `eps` by default that of the
-    request.
+    and why there is none.
+
+    `rounding` is the rounding error of the engine, by default that of the polynomial engine. `eps` is by default that
+    of the request.
     """
     outline, scores, degree = context.outline, context.statistics.scores, context.request.degree
     eps = context.request.eps if eps is None else eps
@@ -137,8 +138,9 @@ def certified(
     if needed is None:
         return None, f"{begins}: no degree certifies eps = {eps:g}; {ends}"
     if needed > 1:
-        # smallest_degree speaks of a slightly larger bound, whose polynomials are in its cache. This one takes a
-        # millisecond: only where its error, about (B / bound)^needed times that of the other, may do.
+        # smallest_degree has rounded B up to a bound whose polynomials are cached. For B itself one degree less may be
+        # enough. That polynomial takes a millisecond to make, so it is made only if its error may suffice, which is
+        # about (B / bound)^needed times that for the larger bound.
         bound = poly.B_grid(B)
         if poly.minimax(bound, needed - 1).error * (B / bound) ** needed <= 1.02 * e:
             p = poly.minimax(B, needed - 1)
@@ -156,7 +158,7 @@ def _of_degree(B: float, degree: int, e: float, refusal: str) -> tuple[Polynomia
 
 
 def _takes(needed: int | None, d: int) -> str:
-    """Which degree would do, in words."""
+    """Which degree would certify eps, in words."""
     if needed is None:
         return "no degree does"
     return f"degree {max(1, needed)}, {poly.n_features(d, max(1, needed)):,} features, would do"
