@@ -149,12 +149,13 @@ class Kerple:
         return -r1 * np.log(1 + r2 * np.abs(t)) if self.variant == "log" else -r1 * np.abs(t) ** r2
 
     def gradient(self, dS, t):
-        def by(step, which):
-            r = {"r1": np.asarray(self.r1, float), "r2": np.asarray(self.r2, float), "variant": self.variant}
-            up, down = (Kerple(**{**r, which: r[which] + sign * step}).symbol(t) for sign in (1, -1))
-            return _sum_to((dS * (up - down) / (2 * step)).sum(axis=(-2, -1)), np.shape(self.r1))
-
-        return np.stack([by(1e-5, "r1"), by(1e-5, "r2")])
+        r1, r2 = (np.asarray(r)[..., None, None] for r in (self.r1, self.r2))
+        far = np.abs(t)
+        if self.variant == "log":
+            by = -np.log(1 + r2 * far), -r1 * far / (1 + r2 * far)
+        else:
+            by = -(far**r2), -r1 * far**r2 * np.log(np.maximum(far, 1))
+        return np.stack([_sum_to((dS * each).sum(axis=(-2, -1)), np.shape(self.r1)) for each in by])
 
 
 def sums_by_index(dS, index, count):
