@@ -224,9 +224,8 @@ def test_rounding_of_products_is_what_the_certificate_counts_with(rng):
                 padded = np.zeros((1, 1, rows))
                 padded[..., :n] = v
                 zeros = np.zeros((1, 1, rows))
-                product = Product(
-                    ComplexFFT(block // 2), zeros[None], zeros, padded, spectra, nonzero, None, *_pairs(1, 1), 1, 1
-                )
+                operands = zeros[None], zeros, padded, spectra, nonzero, None
+                product = Product(ComplexFFT(block // 2), operands, _pairs(1, 1), 1, 1)
                 got = product.forward(np.array([1.0, 0.0]))[0, 0, 0, :n]
                 length = 1 << (3 * n).bit_length()
                 factors = (np.fft.rfft(x.astype(np.longdouble), length) for x in (t[::-1], v))

@@ -4,6 +4,7 @@ What is longer today is listed here by name. A list may only shrink: an entry th
 """
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,19 @@ def test_functions_are_short():
 def test_functions_have_few_parameters():
     found = {name for name, node in ALL_FUNCTIONS if parameters(node) > MOST_PARAMETERS}
     assert_exceptions(found, DOORS | PRESCRIBED | MANY_PARAMETERS)
+
+
+CYTHON = {path.name: path.read_text() for path in SOURCES if path.suffix == ".pyx"}
+MANY_IN_CYTHON = {"_few.pyx: forward", "_exact.pyx: backward"}
+
+
+def test_cython_functions_have_few_parameters():
+    found = set()
+    for name, source in CYTHON.items():
+        for function, given in re.findall(r"^ *def (\w+)\(([^)]*)\)", source, flags=re.MULTILINE):
+            own = [each for each in given.split(",") if each.strip() not in ("", "self")]
+            found |= {f"{name}: {function}"} if len(own) > MOST_PARAMETERS else set()
+    assert_exceptions(found, MANY_IN_CYTHON)
 
 
 def test_imports_are_at_the_top():

@@ -283,14 +283,11 @@ def rotate_rows(
     strides = (0,) * len(lead) + positions.strides
     if positions.shape != X.shape[-2:-1]:
         strides = np.broadcast_to(positions, X.shape[:-1]).strides
+    offsets = _offsets(lead, strides[:-1], positions.itemsize)
     _rotary.rotate(
-        X,
-        _offsets(lead, X.strides[:-2], X.itemsize),
-        positions.reshape(-1),
-        _offsets(lead, strides[:-1], positions.itemsize),
-        strides[-1] // positions.itemsize,
-        coarse,
-        _fine_table(theta.tobytes()),
+        (X, _offsets(lead, X.strides[:-2], X.itemsize)),
+        (positions.reshape(-1), offsets, strides[-1] // positions.itemsize),
+        (coarse, _fine_table(theta.tobytes())),
         out,
         planes.pairing == "interleaved",
         # A thread that gets fewer coordinates costs more than it saves.

@@ -53,16 +53,16 @@ cdef class Product(Pairs):
         self.run(&p)
         return sums.sum(axis=0)
 
-    def backward(self, lists, parts, lanes, v, weights, grad_weights, grad, bint want_dsymbol):
+    def backward(self, lists, parts, lanes, v, weights, grad, bint want_dsymbol):
         """(dq, dk, dv, dsymbol, dW), given grad (slots, G, columns, rows), the derivative by the result.
 
-        dq (slots, G, d, rows), dk (slots, d, keys) and dW (entries, offsets) are computed with the weights
-        `grad_weights`, dv (slots, columns, keys) and dsymbol (slots, offsets) with `weights`. dsymbol is the derivative
+        dq (slots, G, d, rows), dk (slots, d, keys) and dW (entries, offsets) are computed with the second of
+        `weights`, dv (slots, columns, keys) and dsymbol (slots, offsets) with the first. dsymbol is the derivative
         by a factor of all T_ab at each offset, and None where not wanted. Tasks are dealt out to so many lanes, and
         each lane has a dW of its own, which are added up in their order.
         """
         cdef Pass p = self.pass_over(lists, parts, v)
-        p.weights, p.grad_weights = <const double *>pointer(weights), <const double *>pointer(grad_weights)
+        p.weights, p.grad_weights = <const double *>pointer(weights[0]), <const double *>pointer(weights[1])
         p.grad, p.lanes = <const double *>pointer(grad), lanes
         lead = (parts, self.slots)
         dq, dk = np.zeros(lead + (self.groups, self.d, self.rows)), np.zeros(lead + (self.d, self.keys))

@@ -29,13 +29,12 @@ cdef class Pairs:
 
     Parameters
     ----------
-    fft, real : ComplexFFT, RealFFT
+    transforms : (ComplexFFT, RealFFT)
         Of length b / 2 and of 2b, where b, the length of a block, is a multiple of 32.
-    q : (slots, G, d, rows) float64
-        Columns of queries; rows is a multiple of b. The heads of a slot share all T_ab: a slot is a key head with its G
-        query heads, or one query head where those of a key head have symbols of their own.
-    k : (H, d, keys) float64
-        Columns of keys; keys is a multiple of b.
+    rows : (q, k)
+        Columns of queries, (slots, G, d, rows) float64, and of keys, (H, d, keys); rows and keys are multiples of b.
+        The heads of a slot share all T_ab: a slot is a key head with its G query heads, or one query head where those
+        of a key head have symbols of their own.
     W : (entries, offsets) float64
         For the rows + keys offsets i - j from -keys on; 0 for offsets that do not occur.
     levels : (slots or 1, levels, offsets) float64
@@ -48,7 +47,11 @@ cdef class Pairs:
         The most that are used.
     """
 
-    def __init__(self, ComplexFFT fft, RealFFT real, q, k, W, levels, nonzero, gain, threads):
+    def __init__(self, transforms, rows, W, levels, nonzero, gain, threads):
+        cdef ComplexFFT fft
+        cdef RealFFT real
+        fft, real = transforms
+        q, k = rows
         self.fft, self.real, self.threads, self.block = fft, real, threads, 2 * fft.n
         self.pitch = pitch_of(self.block)
         self.slots, self.groups, self.d, self.rows = q.shape

@@ -141,21 +141,15 @@ cdef class Scan:
 
     Parameters
     ----------
-    q, k, v : (H, G, n, d), (H, n_k, d), (H, n_k, d_v), C-contiguous, one dtype
-    key_mask : (H, n_k) bool or None
-    causal : bool
-        Row i sees keys j <= i + q_offset; else every row sees every key that key_mask keeps.
-    q_offset : int
-    monomials : engines.polynomial.Monomials
-    centre : (H, d) of q's dtype, or None
-    value_centre : (H, d_v)
-    q_factor, k_factor : (H,) float64 arrays
-        Scores are q_factor k_factor <q, k - centre>.
+    problem : problem.problem.Problem
+        Its rows, all of one dtype, and its mask, which is causal or hides no pair by index.
+    frame : engines.polynomial.features.Frame
+        What rows are centred on and multiplied by: scores are q_factor k_factor <q, k - centre>.
+    monomials : engines.polynomial.features.Monomials
     segments : int
         Into how many parts the sequence is cut.
-    threads : int
     decay : (H,) float64 array, at least 0, optional
-        Causal: weights are multiplied by exp(-decay (i + q_offset - j)).
+        Causal: weights are multiplied by exp(-decay (i + offset - j)).
     """
 
     cdef rc_monomials_problem p
@@ -166,18 +160,19 @@ cdef class Scan:
     cdef size_t size
     cdef object arrays, decay
 
-    def __init__(self, q, k, v, key_mask, bint causal, ptrdiff_t q_offset, monomials, centre, value_centre,
-                 q_factor, k_factor, ptrdiff_t segments, int threads, decay=None):
+    def __init__(self, problem, frame, monomials, ptrdiff_t segments, decay=None):
         cdef rc_monomials_problem *p = &self.p
+        q, k, v, mask = problem.q, problem.k, problem.v, problem.mask
+        centre, value_centre, q_factor, k_factor = frame
         self.f = functions_of(q.dtype)
-        self.threads, self.causal = threads, causal
-        self.arrays = [q, k, v, key_mask, centre, value_centre, monomials, decay, q_factor, k_factor]
+        self.threads, self.causal = problem.threads, mask.causal
+        self.arrays = [q, k, v, mask, frame, monomials, decay]
         p.heads, p.groups, p.n, p.d = q.shape
         p.n_k, p.d_v = v.shape[1:]
-        p.q_offset, p.earlier = q_offset if causal else 0, False
+        p.q_offset, p.earlier = mask.offset if self.causal else 0, False
         p.q, p.k, p.v = pointer(q), pointer(k), pointer(v)
         p.centre, p.value_centre = pointer(centre), pointer(value_centre)
-        p.key_mask = <const unsigned char *>pointer(key_mask)
+        p.key_mask = <const unsigned char *>pointer(mask.kept)
         p.q_factor, p.k_factor = <const double *>pointer(q_factor), <const double *>pointer(k_factor)
         p.degree, p.grad_degree, p.state_degree = monomials.degree, monomials.grad_degree, monomials.state_degree
         p.pitch = monomials.pitch

@@ -62,17 +62,25 @@ cdef void rotate_block(void *context, ptrdiff_t task, const rc_worker *worker) n
         kernels.rows_f64(&b.r, rows, <const double *>x, positions, <double *>y)
 
 
-def rotate(
-    cnp.ndarray x, const ptrdiff_t[::1] x_offsets, const int64_t[:] positions, const ptrdiff_t[::1] position_offsets,
-    ptrdiff_t position_stride, const double[:, ::1] coarse, const double[:, ::1] fine, cnp.ndarray out,
-    bint interleaved, int threads,
-):
+def rotate(rows, places, tables, cnp.ndarray out, bint interleaved, int threads):
     """y_i = R_{p_i} x_i for all rows of x (..., n, d), float32 or float64, into C-contiguous out of the same shape.
 
-    x_offsets and position_offsets say, in elements, where each of the leading indices of x has its first row and its
-    first position. Positions are not negative and stay inside the tables. Nothing is checked here.
+    Parameters
+    ----------
+    rows : (x, offsets)
+        The offsets say, in elements, where each of the leading indices of x has its first row.
+    places : (positions, offsets, stride)
+        Likewise of its positions, int64, of which each is so many elements after the one before. They are not negative
+        and stay inside the tables. Nothing is checked here.
+    tables : (coarse, fine)
+        Cosines and sines, float64.
     """
     cdef:
+        cnp.ndarray x = rows[0]
+        const ptrdiff_t[::1] x_offsets = rows[1], position_offsets = places[1]
+        const int64_t[:] positions = places[0]
+        ptrdiff_t position_stride = places[2]
+        const double[:, ::1] coarse = tables[0], fine = tables[1]
         int axes = cnp.PyArray_NDIM(x)
         ptrdiff_t slots = x_offsets.shape[0]
         Blocks b

@@ -75,6 +75,13 @@ cdef class Product:
     ----------
     fft : ComplexFFT
         Of length b / 2, a multiple of 16.
+    operands : tuple of q, k, v, spectra, nonzero, gain
+    monomials : tuple of degrees, variables, factors
+    parts : int
+        Into how many parts the pairs are cut.
+
+    Notes
+    -----
     q : (H, G, d, rows) float64
         Columns of queries, rows a multiple of b, zeros past the last query.
     k : (H, d, keys), v : (H, columns, keys)
@@ -92,8 +99,6 @@ cdef class Product:
         The coordinates that each is the product of, in order.
     factors : (P, 2) float64
         What the columns of queries and of keys are both multiplied with; 0 for the second of a monomial that is alone.
-    parts : int
-        Into how many parts the pairs are cut.
     threads : int
     """
 
@@ -115,7 +120,9 @@ cdef class Product:
     cdef Terms adjoints
     cdef Terms correlated
 
-    def __init__(self, ComplexFFT fft, q, k, v, spectra, nonzero, gain, degrees, variables, factors, parts, threads):
+    def __init__(self, ComplexFFT fft, operands, monomials, parts, threads):
+        q, k, v, spectra, nonzero, gain = operands
+        degrees, variables, factors = monomials
         self.fft, self.parts, self.threads = fft, parts, threads
         self.block = 2 * fft.n
         self.heads, self.groups, self.d, self.rows = q.shape

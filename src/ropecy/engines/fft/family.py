@@ -159,7 +159,7 @@ class Product:
         self._support, self._used = _support(problem), tuple(problem.family.used)
         self._product_shape, self._size = (slots, groups, rows), W.size
         self._monomial_bytes = 8.0 * self._v.shape[1] * levels.shape[2] * (rows // b) * _circulant.pitch_of(b)
-        self._product = _family.Product(*transforms, q, k, W, of_levels, nonzero, by_row, problem.threads)
+        self._product = _family.Product(transforms, (q, k), W, of_levels, nonzero, by_row, problem.threads)
 
     def forward(self, p: Polynomial) -> np.ndarray:
         """(H, G, columns, n): sum_j p(s_ij) exp(b_{j-i}) v_j."""
@@ -192,7 +192,7 @@ class Product:
         v[:, :C] *= size
         lanes = min(parts * len(given), max(2, int(_LANE_BYTES / (8 * self._size))))
         dq, dk, dv, dsymbol, dW = self._product.backward(
-            lists, parts, lanes, v, weights, np.array(raised), given, want_dsymbol
+            lists, parts, lanes, v, (weights, np.array(raised)), given, want_dsymbol
         )
         dq, dk = dq.reshape(H, G, d, -1)[..., :n], dk.reshape(H, -1, *dk.shape[1:]).sum(axis=1)[..., :n_k]
         dv = dv.reshape(H, -1, *dv.shape[1:]).sum(axis=1)[:, :C, :n_k] * size

@@ -57,7 +57,7 @@ class Shared:
     def _product(self, degree: int) -> _toeplitz.Product:
         problem, operands = self._problem, self._operands
         count = parts(problem, degree, operands[0].shape[-1], operands[1].shape[-1])
-        return _toeplitz.Product(self._fft, *operands, *_pairs(problem.q.shape[-1], degree), count, problem.threads)
+        return _toeplitz.Product(self._fft, operands, _pairs(problem.sizes.d, degree), count, problem.threads)
 
 
 def _operands(problem: Problem, scores: Scores, values: np.ndarray, symbol: Symbol, fft: RealFFT) -> tuple:

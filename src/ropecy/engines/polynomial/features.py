@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -54,6 +55,24 @@ class Saved:
     moment: np.ndarray | None
     spread: np.ndarray | None
     fall: np.ndarray | None = None  # what the length of each rank's keys does to a decayed state
+
+
+class Frame(NamedTuple):
+    """What rows are centred on and multiplied by before their monomials are taken.
+
+    Attributes
+    ----------
+    centre : (H, d) array or None
+        What is taken from keys; None is 0.
+    middle : (H, d_v) array
+        What is taken from values.
+    q_factor, k_factor : (H,) float64 arrays
+    """
+
+    centre: np.ndarray | None
+    middle: np.ndarray
+    q_factor: np.ndarray
+    k_factor: np.ndarray
 
 
 @dataclass(slots=True)
@@ -126,22 +145,8 @@ def forward(
     """
     mask, scores = problem.mask, expansion.scores
     monomials = _monomials_for(problem, expansion.p, expansion.of_gradient)
-    scan = _monomials.Scan(
-        problem.q,
-        problem.k,
-        problem.v,
-        mask.kept,
-        mask.causal,
-        mask.offset,
-        monomials,
-        scores.centre,
-        expansion.values.middle,
-        scores.q_factor,
-        scores.k_factor,
-        segments(problem, monomials.state_degree),
-        problem.threads,
-        decay,
-    )
+    frame = Frame(scores.centre, expansion.values.middle, scores.q_factor, scores.k_factor)
+    scan = _monomials.Scan(problem, frame, monomials, segments(problem, monomials.state_degree), decay)
     asked = want_lse, 0, None, None
     if judged is not None:
         asked = want_lse, expansion.p.order, judged.distances, judged.ratio
@@ -200,9 +205,9 @@ def key_states(k: np.ndarray, v: np.ndarray, monomials: Monomials, middle: np.nd
     Time ``2 n F (d_v + 1)`` operations a head.
     """
     q = np.empty((k.shape[0], 1, 0, k.shape[2]))
-    parts = segments(_no_rows(Sizes(k.shape[0], 1, 0, *k.shape[1:], v.shape[2])), monomials.state_degree)
     ones = np.ones(k.shape[0])
-    scan = _monomials.Scan(q, k, v, None, False, 0, monomials, None, middle, ones, ones, parts, threads)
+    keys = Problem(q=q, k=k, v=v, threads=threads)
+    scan = _monomials.Scan(keys, Frame(None, middle, ones, ones), monomials, segments(keys, monomials.state_degree))
     _, total = scan.key_states()
     return total
 
