@@ -1,4 +1,4 @@
-"""Who holds the pieces of a sequence: a protocol for those who share one, and the process that has all of it."""
+"""The processes that hold the pieces of a sequence: the protocol by which they communicate, and the case of one."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ T = TypeVar("T")
 class Communicator(Protocol):
     """Processes that each hold a contiguous piece of a sequence, in the order of their ranks.
 
-    Every method is collective: all ranks call it, in the same order. `distributed` is True over MPI even for a single
-    rank, which plans as many do.
+    Every method is collective: all ranks call it, in the same order. `distributed` is True over MPI even if there is a
+    single rank, so that it plans in the same way as many ranks do.
     """
 
     distributed: bool
@@ -22,7 +22,7 @@ class Communicator(Protocol):
     size: int
 
     def together(self, function: Callable[..., T], *args: Any) -> T:
-        """function(...) on every rank; what one rank raises, all raise."""
+        """Calls function(...) on every rank; if it raises on one rank, all raise."""
 
     def first(self, function: Callable[..., T], *args: Any) -> T:
         """What function(...) returns or raises on rank 0, on all ranks."""
@@ -46,17 +46,17 @@ class Communicator(Protocol):
         """The sum of the X of all lower ranks, which decays by fall[r] on its way past rank r."""
 
     def after(self, X: np.ndarray, fall: np.ndarray | None = None) -> np.ndarray:
-        """The sum of the X of all higher ranks, likewise."""
+        """The sum of the X of all higher ranks, which decays in the same way."""
 
     def turned(self) -> Communicator:
         """The same ranks in the other order."""
 
     def recut(self, X: np.ndarray, cuts: list[int], wanted: list[int]) -> np.ndarray:
-        """Rows, axis 2, cut at `cuts` among the ranks, as they are where they are cut at `wanted`."""
+        """The rows (axis 2) that this rank has if they are cut among the ranks at `wanted`, given X cut at `cuts`."""
 
 
 class Serial:
-    """One process, which holds all of the sequence."""
+    """The communicator of one process, which holds the whole sequence."""
 
     distributed = False
     rank, size = 0, 1

@@ -9,7 +9,7 @@ import numpy as np
 
 @dataclass(slots=True)
 class Family:
-    """W_t between q_i and k_j in the place of the identity, t = i + offset - j.
+    """Matrices W_t, t = i + offset - j, that stand between q_i and k_j in the scores ``scale q_i W_t k_j^T``.
 
     Attributes
     ----------
@@ -36,18 +36,20 @@ class Family:
         return np.clip(np.arange(first, last + 1) + self.zero, 0, len(self.values) - 1)
 
     def matrix(self, t: int, d: int) -> np.ndarray:
-        """W_t as a (d, d) float64 array."""
+        """The matrix W_t, (d, d) float64."""
         W = np.zeros((d, d))
         np.add.at(W, (self.left, self.right), self.values[self.rows(t, t)[0]])
         return W
 
     def transposed(self) -> Family:
-        """W_t^T."""
+        """The family of the transposed matrices W_t^T."""
         return replace(self, left=self.right, right=self.left)
 
     def gradient(self, dentries: np.ndarray, first: int) -> np.ndarray:
-        """The gradient of `values`, (M, |S|) float64, from that of the entries at the offsets first, first + 1, ...,
-        (|S|, m); the gradients of offsets that are clipped to one index add up.
+        """The gradient of `values`, (M, |S|) float64.
+
+        `dentries`, (|S|, m), is the gradient of the entries at the offsets first, first + 1, ... Offsets that are
+        clipped to one index add up.
         """
         index = self.rows(first, first + dentries.shape[1] - 1)
         dvalues = np.zeros(self.values.shape)

@@ -16,7 +16,7 @@ class SymbolGradient:
     Attributes
     ----------
     values : (H, G, m) float64 array or FarGradient
-        At the offsets t = j - i from `first` on.
+        The gradient at the offsets t = j - i - offset from `first` on.
     first : int
     """
 
@@ -26,16 +26,16 @@ class SymbolGradient:
 
 @dataclass(frozen=True, slots=True)
 class Exponents:
-    """The powers of two that gradients of a normal form are to be multiplied with, for those of what it was made of.
+    """The exponents of two that turn gradients of a problem in normal form into those of the problem as it was.
 
     Attributes
     ----------
     scores : int
-        Of gradients of a bias and of a family.
+        For the gradients of a bias and of a family.
     q, k : int or (H,) int array
-        Of those of q and k, one for each slot where they are unlike.
+        For the gradients of q and of k; an array if slots differ.
     v, near : int
-        Of those of v and of a near field's scale.
+        For the gradients of v and of the near field's scale.
     """
 
     scores: int = 0
@@ -55,13 +55,13 @@ class InputGradients:
     Attributes
     ----------
     dq, dk, dv : arrays
-        In the shapes and the dtype of q, k and v.
+        The gradients of q, k and v, in their shapes and dtype.
     symbol : tuple of SymbolGradient
-        Parts of the gradient of the bias, which add up; of a sequence in pieces, those that this process has found.
+        Parts of the gradient of the bias, to be added up. If the sequence is in pieces, those that this process found.
     family : (|S|, n + n_k - 1) float64 array or None
-        That of the entries of a family at the offsets t = i + offset - j, from the least on.
+        The gradient of the entries of a family at the offsets t = i + offset - j, from the least on.
     scale_near : float or None
-        That of the near field's scale; of a sequence in pieces, the part of this process.
+        The gradient of the near field's scale. If the sequence is in pieces, the part that this process found.
     """
 
     dq: np.ndarray

@@ -1,4 +1,4 @@
-"""Who sees whom: the band of offsets that a row may see, the keys that are hidden, and all arithmetic on both."""
+"""Which keys each row sees: the band of offsets, the hidden keys, and all arithmetic on both."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Mask:
 
     @property
     def features(self) -> frozenset[str]:
-        """The names of the fields that hide anything: what an engine must support."""
+        """The names of the masks that hide anything, which an engine must support."""
         found = set()
         if self.lo is not None or self.hi is not None:
             found |= {"causal"} if self.hi == 0 and self.lo is None else {"window"}
@@ -47,22 +47,22 @@ class Mask:
 
     @property
     def causal(self) -> bool:
-        """Whether rows see no key past a distance ahead of them; of masks without a window that is the causal one."""
+        """Whether the band has an upper end, so that rows see no key farther ahead; without a window, it is causal."""
         return self.hi is not None
 
     @property
     def least(self) -> int:
-        """The least t that there is, whatever the band allows."""
+        """The least t of any row and key, whether or not the band allows it."""
         return -(self.n - 1) - self.offset
 
     @property
     def most(self) -> int:
-        """The largest t that there is, whatever the band allows."""
+        """The largest t of any row and key, whether or not the band allows it."""
         return self.n_k - 1 - self.offset
 
     @property
     def seen(self) -> tuple[int, int]:
-        """The first t that the band allows and one past the last; the first is no less where there is none."""
+        """The first t that the band allows, and one past the last; if it allows none, the first is no less."""
         first = self.least if self.lo is None else max(self.least, self.lo)
         return first, (self.most if self.hi is None else min(self.most, self.hi)) + 1
 
@@ -90,56 +90,56 @@ class Mask:
 
     @property
     def band_of_indices(self) -> tuple[int, int]:
-        """The band of j - i, without the offset; an end that is not there lies past every j - i."""
+        """The band (lo, hi) of j - i, with the offset included; an end that is None becomes one past every j - i."""
         far = self.n + self.n_k
         lo = -far if self.lo is None else max(-far, self.lo + self.offset)
         return lo, far if self.hi is None else min(far, self.hi + self.offset)
 
     def simplified(self) -> Mask:
-        """The same without ends of the band that hide nothing."""
+        """The same mask, without those ends of the band that hide nothing."""
         lo = None if self.lo is not None and self.lo <= self.least else self.lo
         hi = None if self.hi is not None and self.hi >= self.most else self.hi
         return self if (lo, hi) == (self.lo, self.hi) else replace(self, lo=lo, hi=hi)
 
     def without_band(self) -> Mask:
-        """All kept keys for every row."""
+        """The mask by which every row sees all kept keys."""
         return Mask(self.n, self.n_k, kept=self.kept)
 
     def within(self, lo: int, hi: int | None) -> Mask:
-        """The same with a band that is no wider than this one."""
+        """The same mask, with the part of its band that lies in [lo, hi]."""
         lo = lo if self.lo is None else max(self.lo, lo)
         if self.hi is not None:
             hi = self.hi if hi is None else min(self.hi, hi)
         return replace(self, lo=lo, hi=hi)
 
     def rows(self, first: int, stop: int) -> Mask:
-        """That of the rows [first, stop)."""
+        """The mask of the rows [first, stop)."""
         return replace(self, n=stop - first, offset=self.offset + first)
 
     def first_keys(self, stop: int) -> Mask:
-        """That of the keys [0, stop)."""
+        """The mask of the keys [0, stop)."""
         return replace(self, n_k=stop, kept=None if self.kept is None else self.kept[:, :stop])
 
     def slots(self, which: slice) -> Mask:
-        """That of some slots."""
+        """The mask of some of the slots."""
         return self if self.kept is None else replace(self, kept=self.kept[which])
 
     def repeated(self, times: int) -> Mask:
-        """That of slots each of which stands `times` times in a row."""
+        """The mask of slots each of which is repeated `times` times."""
         return self if self.kept is None else replace(self, kept=np.repeat(self.kept, times, axis=0))
 
     def transposed(self) -> Mask:
-        """That of keys that see rows, both sequences reversed, nothing hidden: the band stays as it is."""
+        """The mask with rows and keys exchanged and both sequences reversed, which keeps the band; no key is hidden."""
         return Mask(self.n_k, self.n, self.lo, self.hi, self.offset + self.n - self.n_k)
 
     def reversed(self) -> Mask:
-        """That of both sequences from their ends: t becomes -t."""
+        """The mask of both sequences reversed, so that t becomes -t."""
         lo, hi = (None if end is None else -end for end in (self.hi, self.lo))
         kept = None if self.kept is None else np.ascontiguousarray(self.kept[:, ::-1])
         return Mask(self.n, self.n_k, lo, hi, self.n_k - self.n - self.offset, kept)
 
     def keys_of(self, row: int) -> tuple[int, int]:
-        """The keys [first, stop) that the band lets a row see."""
+        """The keys [first, stop) that the band lets a row see, as (first, stop)."""
         at = row + self.offset
         first = 0 if self.lo is None else min(max(at + self.lo, 0), self.n_k)
         return first, self.n_k if self.hi is None else min(max(at + self.hi + 1, first), self.n_k)
@@ -151,8 +151,9 @@ class Mask:
         return np.clip(rows + self.offset + self.hi + 1, 0, self.n_k)
 
     def stops_before_chunk(self, rows: np.ndarray, chunk: int) -> np.ndarray:
-        """How many keys lie before the chunks of these rows, sequences being cut each `chunk` keys where the mask is
-        causal: those that a polynomial serves. All keys where it is not.
+        """How many keys lie before the chunk of each of these rows, if the mask is causal; else all keys.
+
+        Sequences are cut into chunks of `chunk` keys. A polynomial serves the keys before a row's chunk.
         """
         if self.hi is None:
             return np.full(len(rows), self.n_k)
@@ -169,8 +170,10 @@ class Mask:
         return X if self.kept is None else np.where(self.kept[..., None], X, X.dtype.type(0))
 
     def pairs(self, ahead: float = 0.0, behind: float = 0.0) -> float:
-        """How many pairs of a row and a key the band allows, of one head; with so many keys more for each row at the
-        upper and at the lower end of the band, which tiles look at.
+        """How many pairs of a row and a key the band allows, in one head.
+
+        For each row, `ahead` more keys are counted if the band has an upper end, and `behind` more if it has a lower
+        end: kernels compute whole tiles.
         """
         everything = float(self.n) * self.n_k
         if not self.banded:
@@ -182,6 +185,6 @@ class Mask:
 
 
 def _clipped_sum(start: int, n: int, most: int) -> int:
-    """The sum over 0 <= i < n of start + i clipped to [0, most]."""
+    """The sum over 0 <= i < n of start + i, each clipped to [0, most]."""
     rising, top = (min(max(edge, 0), n) for edge in (-start, most - start))
     return (top - rising) * (2 * start + rising + top - 1) // 2 + (n - top) * most

@@ -1,11 +1,11 @@
-"""The normal form of a problem: keys and values near 0 and of a size that sums can hold, and the way back.
+"""The normal form of a problem, with keys and values near 0 and of moderate size, and the way back.
 
-Softmax does not see what is added to every key, for it adds the same number to all scores of a row; and what is added
-to every value is added to the result. So columns of keys and of values that lie farther from 0 than twice as far as
-they spread are centred. Rounding is then in proportion to how far they spread, and not to how far away they are. A
-power of two is taken from values so large that their sums would overflow, or so small that products with weights would
-vanish; where gradients are wanted, another brings queries and keys of very unlike size to one size. Every engine
-computes with what is left, whatever parts it cuts a problem into, and only the end result is turned back.
+A vector that is added to every key adds the same number to all scores of a row, which does not change the softmax; a
+vector that is added to every value is added to the result. So columns of keys and values whose distance from 0 is more
+than twice their range are centred. Rounding errors are then in proportion to the range of a column, and not to its
+distance from 0. Values so large that their sums would overflow, or so small that products with weights would vanish,
+are multiplied by a power of two. If gradients are wanted, powers of two also bring queries and keys of very different
+sizes to one size. Every engine computes with the normal form, and only the end result is turned back.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from .input_gradients import Exponents
 from .mask import Mask
 from .problem import LIMITS, Problem
 
-# Beside a bias values and gradients are brought to about 1 that are not within this power of two of it.
+# If there is a bias, values and gradients outside [2^-8, 2^8] are brought to a size of about 1.
 _NEAR_ONE = 8
 
 
 class Balance(NamedTuple):
-    """Powers of two: of the queries and of the keys of each slot, (H,) int arrays, and of both scales."""
+    """The exponents of two that queries and keys of each slot, (H,) int arrays, and both scales are multiplied by."""
 
     q: np.ndarray
     k: np.ndarray
@@ -36,21 +36,21 @@ class Balance(NamedTuple):
 
 @dataclass(slots=True)
 class Normal:
-    """A problem in normal form, and how to turn back what an engine makes of it.
+    """A problem in normal form, and the way back from its results.
 
     Attributes
     ----------
     problem : Problem
     key_centre : (H, d) array or None
-        What was taken from keys; None is 0.
+        What was subtracted from keys; None is 0.
     value_centre : (H, d_v) array or None
-        What was taken from values; None is 0.
+        What was subtracted from values; None is 0.
     exponent : int
         Values were then multiplied by ``2^-exponent``.
     largest : float
         max |v| of the normal form.
     balance : Balance or None
-        The powers of two that queries, keys and scales were multiplied with; None is 0.
+        The powers of two that queries, keys and scales were multiplied by; None if they were not.
     """
 
     problem: Problem
@@ -62,14 +62,14 @@ class Normal:
 
     @property
     def needs_lse(self) -> bool:
-        """Whether `output` has to be told the lse: a row that sees no key gives 0, and not the centre."""
+        """Whether `output` needs the lse, to know which rows see no key: they give 0, and not the centre."""
         return self.value_centre is not None
 
     def output(self, o: np.ndarray, lse: np.ndarray | None) -> np.ndarray:
-        """O of the problem as it was, from that of the normal form, (H, G, n, d_v).
+        """O of the problem as it was, (H, G, n, d_v), from that of the normal form.
 
-        The true O lies between values. Where these are close to the largest number, rounding may carry o past it: such
-        entries are the largest number, and not inf.
+        The true O lies between the least and the largest value. If values are close to the largest number of the dtype,
+        rounding might make an entry overflow: it is then set to the largest number.
         """
         if not self.exponent and self.value_centre is None:
             return o
@@ -83,7 +83,7 @@ class Normal:
         return np.clip(o, -most, most) if self.problem.origin.largest > most / 2 else o
 
     def log_sums(self, lse: np.ndarray) -> np.ndarray:
-        """lse of the problem as it was, from that of the normal form, (H, G, n) float64."""
+        """lse of the problem as it was, (H, G, n) float64, from that of the normal form."""
         if self.key_centre is None:
             return lse
         q = self.problem.q
@@ -91,11 +91,11 @@ class Normal:
         return lse + self.problem.scale * common
 
     def upstream(self, do: np.ndarray, largest: float) -> tuple[np.ndarray, int]:
-        """``do 2^-exponent`` and that exponent, max |do| = largest.
+        """``do 2^-exponent`` and that exponent; `largest` is max |do|.
 
-        Gradients are linear in do. The power of two keeps ``<do, v>`` from overflow, where Inf - Inf would be NaN, and
-        do and ``<do, v>`` from being so small that their products with weights vanish. Beside a bias do comes to about
-        1, as values do.
+        Gradients are linear in do. The power of two keeps ``<do, v>`` from overflow, after which Inf - Inf would be
+        NaN, and keeps products of do and ``<do, v>`` with weights from vanishing. If there is a bias, do is brought to
+        a size of about 1, as values are.
         """
         if not largest:
             return do, 0
@@ -109,7 +109,7 @@ class Normal:
         return (np.ldexp(do, -exponent), exponent) if exponent else (do, 0)
 
     def exponents(self, upstream: int) -> Exponents:
-        """Of gradients for ``do 2^-upstream``, for those of the problem as it was."""
+        """The exponents by which gradients for ``do 2^-upstream`` become those of the problem as it was, for do."""
         scores = upstream + self.exponent
         if self.balance is None:
             return Exponents(scores, scores, scores, upstream, scores)
@@ -118,11 +118,10 @@ class Normal:
 
 
 def normal_form(problem: Problem, grad: bool, comm: Communicator = SERIAL) -> Normal:
-    """The normal form of a problem, the same on all ranks that hold pieces of it. Time O(n_k (d + d_v)), and O(n d)
-    where gradients are wanted.
+    """The normal form of a problem, with the same centres and exponents on all ranks that hold pieces of it.
 
-    Keys are left alone beside a `near` scale or a family, where what is added to all of them is not the same for all
-    scores of a row.
+    Keys are not centred if there is a `near` scale or a family, because a vector added to all keys does not change all
+    scores of a row alike then. Time O(n_k (d + d_v)), and O(n d) more if gradients are wanted.
     """
     balance = _balance(problem, comm) if grad else None
     if balance is not None:
@@ -149,7 +148,7 @@ def normal_form(problem: Problem, grad: bool, comm: Communicator = SERIAL) -> No
     normal.largest = math.ldexp(left, -normal.exponent)
     if normal.value_centre is not None or normal.exponent:
         v = _taken(problem.v, normal.value_centre, normal.exponent, problem.mask)
-        # A constant is stored as it is, if the user gave it in the dtype of O, and it does not come of a projection.
+        # A constant column is stored without an error, unless it is the result of a projection.
         size, varied = np.maximum(*np.abs(ends)), (ends[0] < ends[1]) | (problem.origin.v_lost > 0)
         before = {"largest": float(size.max(initial=0)), "varied": float(size.max(initial=0, where=varied))}
         origin = replace(problem.origin, **before, exponent=normal.exponent)
@@ -158,9 +157,10 @@ def normal_form(problem: Problem, grad: bool, comm: Communicator = SERIAL) -> No
 
 
 def _balance(problem: Problem, comm: Communicator) -> Balance | None:
-    """The powers of two that bring the queries and the keys of each slot to one size, and scales to about 1; None where
-    no slot's are so unlike, and no scale so far from 1, that the gradient of the one could overflow, or that of the
-    other vanish, before projections and powers of two are undone.
+    """The powers of two that bring the queries and the keys of each slot to one size, and scales to about 1.
+
+    It is None if no slot's queries and keys differ so much in size, and no scale is so far from 1, that a gradient
+    could overflow or vanish before it has been brought back to the sizes that the user gave.
     """
     far = np.finfo(problem.dtype).maxexp // 2
     scale = math.frexp(max(abs(problem.scale), 0 if problem.near is None else abs(problem.near[1])))[1]
@@ -170,7 +170,7 @@ def _balance(problem: Problem, comm: Communicator) -> Balance | None:
     if abs(scale) <= far and not unlike.any():
         return None
     q = np.where(unlike, (of_k - of_q) // 2, 0)
-    # What is taken from scales is given to queries and keys, of which neither squares may overflow nor entries vanish.
+    # The power of two of the scales goes to queries and keys, whose squares must not overflow nor their entries vanish.
     after = np.concatenate([of_q + q, of_k - q])[sizes.reshape(-1) > 0]
     room, depth = far - 8 - after.max(initial=0), far - 8 + after.min(initial=0)
     scale = int(np.clip(scale, -2 * max(depth, 0), 2 * max(room, 0))) if abs(scale) > far else 0
@@ -184,7 +184,7 @@ def _sizes(X: np.ndarray, threads: int) -> np.ndarray:
 
 
 def _ends(X: np.ndarray, problem: Problem, comm: Communicator) -> tuple[np.ndarray, np.ndarray]:
-    """The least and the largest of the columns of X (H, n_k, m) over kept keys, (H, m); 0 where there are none."""
+    """The least and the largest entry of each column of X (H, n_k, m) over kept keys, (H, m); 0 if there are none."""
     kept = problem.mask.kept
     _, low, high = _rows.columns(X, kept, problem.threads)
     if kept is None and X.shape[1] and not comm.distributed:
@@ -196,8 +196,9 @@ def _ends(X: np.ndarray, problem: Problem, comm: Communicator) -> tuple[np.ndarr
 
 
 def _centre(low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """Halfway between the ends of a column that is farther from 0 than twice the distance between them, and 0 for the
-    others. All of such a column is within a factor of two: to take the centre from it is exact.
+    """The middle of each column whose distance from 0 is more than twice its range, and 0 for the other columns.
+
+    All entries of such a column are within a factor of two of the middle, so subtracting it is exact.
     """
     half_low, half_high = 0.5 * low.astype(np.float64), 0.5 * high.astype(np.float64)
     with np.errstate(over="ignore"):
@@ -206,11 +207,12 @@ def _centre(low: np.ndarray, high: np.ndarray) -> np.ndarray:
 
 
 def _exponent(largest: float, keys: int, dtype: np.dtype, biased: bool) -> int:
-    """The power of two to be taken from values up to this size, which are summed over so many keys: 0 wherever products
-    with weights are far from underflow and sums far from overflow. Columns may differ by much: no more than is needed.
+    """The exponent e such that values of at most this size, summed over so many keys, are multiplied by 2^-e.
 
-    Beside a bias all of a row's weights may be as small as exp(-60), and what gradients divide by as large: values come
-    to about 1 there, and neither those products underflow in float32 nor these quotients overflow.
+    It is 0 wherever products with weights are far from underflow and sums far from overflow, and no larger than needed
+    otherwise, because columns may differ much in size. If there is a bias, all weights of a row may be as small as
+    exp(-60), and gradients divide by their sum. Values are then brought to a size of about 1, so that in float32
+    neither the products underflow nor the quotients overflow.
     """
     if not largest:
         return 0
@@ -224,7 +226,7 @@ def _exponent(largest: float, keys: int, dtype: np.dtype, biased: bool) -> int:
 
 
 def _taken(X: np.ndarray, centre: np.ndarray | None, exponent: int, mask: Mask) -> np.ndarray:
-    """``(X - centre) 2^-exponent`` of kept rows of X (H, n_k, m), and 0 for the others."""
+    """``(X - centre) 2^-exponent`` in the kept rows of X (H, n_k, m), and 0 in the others."""
     X = X if centre is None else X - centre[:, None]
     X = np.ldexp(X, -exponent) if exponent else X
     return mask.hide(X)

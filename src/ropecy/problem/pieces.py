@@ -1,4 +1,4 @@
-"""A sequence in pieces: which process has which rows and keys, and how it reaches the others."""
+"""A sequence in pieces: which process has which rows and keys, and how rows go from one to another."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .problem import Problem
 class Layout:
     """Where the pieces lie: rank r has rows q_start[r] + arange(n[r]) and keys k_start[r] + arange(n_k[r]).
 
-    `offset` is the index of the first row of all among the keys, and (lo, hi) the band of j - (i + offset) that
-    rows see, None where it has no end.
+    `offset` is the index of the first row of the whole sequence among all keys. Rows see the keys with
+    lo <= j - (i + offset) <= hi, where None is no bound.
     """
 
     n: list[int]
@@ -30,19 +30,20 @@ class Layout:
 
     @property
     def rows(self) -> list[int]:
-        """Where rows are cut: rank r has [rows[r], rows[r + 1])."""
+        """Where rows are cut: rank r has the rows [rows[r], rows[r + 1])."""
         return [*self.q_start, sum(self.n)]
 
     def rows_at_keys(self, shift: int = 0) -> list[int]:
-        """Where rows are cut so that row i lies with the key of index i + offset + shift; rows before the first key
-        with the first rank, those past the last with the last.
+        """Where rows are cut if row i is to be at the rank that has the key of index i + offset + shift.
+
+        Rows before the first key are at the first rank, rows past the last key at the last.
         """
         n = sum(self.n)
         return [0, *(min(max(start - self.offset - shift, 0), n) for start in self.k_start[1:]), n]
 
     @property
     def aligned(self) -> bool:
-        """Whether every row lies with the key of its index, or beyond all keys with the first or the last."""
+        """Whether every row is at the rank of the key of its index, or, beyond all keys, at the first or last key's."""
         keys = sum(self.n_k)
         for rank, (n, n_k, k_start) in enumerate(zip(self.n, self.n_k, self.k_start, strict=True)):
             offset = self.offset_between(rank, rank)
@@ -52,7 +53,7 @@ class Layout:
 
     @property
     def steps(self) -> int:
-        """How many meetings with guests there are: a band with two ends reaches the nearest ranks only."""
+        """How many steps of the ring there are; with a band that has two ends, only near ranks need to meet."""
         size, keys, farthest = len(self.n), sum(self.n_k), 0
         if self.lo is None or self.hi is None:
             return size // 2
@@ -70,7 +71,7 @@ class Layout:
         return self.offset + self.q_start[rows] - self.k_start[keys]
 
     def visible(self, rank: int, step: int) -> list[tuple[int, int, slice]]:
-        """What `rank` computes at a step: (whose rows, whose keys, which of the rows)."""
+        """What `rank` computes at a step of the ring: a list of (whose rows, whose keys, which of the rows)."""
         size = len(self.n)
         guest = (rank - step) % size
         twice = step and 2 * step == size
@@ -90,17 +91,18 @@ class Layout:
 
 @dataclass(slots=True)
 class Pieces:
-    """What this process knows of the pieces of a sequence.
+    """What a process knows of the pieces of a sequence.
 
     Attributes
     ----------
     comm : Communicator
     layout : Layout or None
-        None where one process has all of it.
+        Where the pieces lie; None if one process has the whole sequence.
     masked : bool
-        Whether any process hides keys.
+        Whether keys are hidden on any rank.
     symbol : callable or None
-        (first, last) -> the bias at these offsets, as `Problem.bias` holds it; None where there is no bias.
+        ``symbol(first, last)`` is the bias at the offsets from first to last, as `Problem.bias` holds it; None if there
+        is no bias.
     """
 
     comm: Communicator
@@ -117,13 +119,14 @@ WHOLE = Pieces(SERIAL)
 
 
 class RowsAtKeys:
-    """A process's piece of a causal problem with the rows that lie where its keys do, and how rows go there and back.
+    """A piece of a causal problem with its rows at the ranks of the keys of their indices, and the way there and back.
 
-    Of a problem without a causal mask, and where rows lie with their keys already, it is the piece itself.
+    Without a causal mask, and if rows are at their keys already, it is the piece as it was.
 
     Attributes
     ----------
     problem : Problem
+        The keys of this process, with the rows that belong to them.
     """
 
     def __init__(self, problem: Problem, pieces: Pieces) -> None:
@@ -136,9 +139,9 @@ class RowsAtKeys:
             self.problem = replace(problem, q=q, mask=replace(problem.mask, n=q.shape[2], offset=offset))
 
     def there(self, X: np.ndarray) -> np.ndarray:
-        """Rows, axis 2, of this process as they are at their keys."""
+        """Rows (axis 2) of this process, sent to the ranks of their keys."""
         return X if self._cuts is None else self._comm.recut(X, *self._cuts)
 
     def home(self, X: np.ndarray) -> np.ndarray:
-        """Rows that were computed at their keys, where they came from."""
+        """Rows (axis 2) that were computed at their keys, sent back to where they came from."""
         return X if self._cuts is None else self._comm.recut(X, *self._cuts[::-1])

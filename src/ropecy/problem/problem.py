@@ -1,8 +1,8 @@
-"""The numeric problem that engines solve, and its outline: all of it but the arrays.
+"""The numeric problem that engines solve, and its outline, which has everything but the arrays.
 
-Everything that has a meaning for the user and none for an engine has ended before: projections, rotations, leading
-axes, dtypes (see `call`). An engine sees slots (a batch element and a key head), each with its keys and the G query
-heads that share them, contiguous and of one dtype.
+Engines know nothing of projections, rotations, leading axes and half precision: `call` has applied them before. A
+problem consists of slots, one for each batch element and key head. A slot has its keys and values and the G query heads
+that share them, in contiguous arrays of one dtype.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LIMITS = {np.dtype(kind): np.finfo(kind) for kind in (np.float32, np.float64)}
 
 
 class Sizes(NamedTuple):
-    """H slots of G query heads, n rows and n_k keys of width d, values of width d_v."""
+    """The sizes of a problem: H slots of G query heads each, n rows and n_k keys of width d, values of width d_v."""
 
     H: int
     G: int
@@ -41,18 +41,18 @@ class Origin:
     Attributes
     ----------
     q_lost, k_lost, v_lost : float
-        What rounding has already done to the rows of q and k, and to the entries of v, when they were projected and
-        rotated, relative to the slot's longest row and to the largest entry. 0 for arrays that are as the user gave
+        The rounding error that projections and rotations left in the rows of q and k, relative to the norm of the
+        slot's longest row, and in the entries of v, relative to the largest. 0 for arrays that are as the user gave
         them.
     k_norm : (H,) array or None
-        An upper bound of ``||k_j||`` before keys were centred (`normal_form`); None where they are not.
+        An upper bound of ``||k_j||`` before keys were centred (`normal_form`); None if they were not.
     largest, varied : float or None
-        max |v| before values were centred and scaled, of all columns and of those that are not constant; None where
-        they are not.
+        max |v| before values were centred and scaled, over all columns and over those that are not constant; None if
+        they were not.
     exponent : int
         Values were multiplied by ``2^-exponent``.
     hidden : bool
-        Whether keys are hidden of which the mask says nothing, being of other ranks.
+        Whether other ranks hide keys, which the mask does not show.
     """
 
     q_lost: float = 0.0
@@ -67,7 +67,7 @@ class Origin:
 
 @dataclass(slots=True, kw_only=True)
 class Outline:
-    """A problem without its rows: what its work, memory and plan depend on beside what is measured of the rows.
+    """A problem without its arrays of rows: what its work and memory depend on, and, beside measurements, its plan.
 
     Attributes
     ----------
@@ -82,7 +82,8 @@ class Outline:
     bias : (H or 1, G or 1, n + n_k - 1) float64 array or None
         What is added to the scores at the offset t = j - i - offset, at index t - mask.least.
     tail : callable or None
-        How exp(b_t) factors far out: ``tail(longest, tolerance)`` is a `forms.Tail` or None, its heads all H G or 1.
+        How exp(b_t) factors at large distances: ``tail(longest, tolerance)`` is a `forms.Tail`, with H G heads or one,
+        or None if it does not factor.
     family : Family or None
         Shared by all slots.
     threads : int
@@ -103,9 +104,9 @@ class Outline:
 
     @property
     def features(self) -> frozenset[str]:
-        """What an engine must support to solve this: the names of what is there beside plain rows.
+        """The names of what an engine must support to solve this problem.
 
-        Every field of a problem or of its mask that is set counts, also one that no engine has heard of.
+        Every optional field of a problem or of its mask that is set counts, even one that no engine knows.
         """
         names, values_of = _optional(type(self))
         found = set()
@@ -121,22 +122,23 @@ class Outline:
 
     @property
     def terms(self) -> int:
-        """How many products a score is the sum of: monomials are those of so many variables."""
+        """How many products are added up in a score; monomials have so many variables."""
         return self.sizes.d if self.family is None else max(1, len(self.family.used))
 
     @property
     def unit(self) -> float:
-        """The unit of rounding of the dtype."""
+        """The unit of rounding of the dtype: the largest relative error of rounding a number."""
         return 2.0**-24 if self.dtype == np.float32 else 2.0**-53
 
     def outline(self, **changes: object) -> Outline:
-        """This problem without arrays of rows, with these changes."""
+        """The outline of this problem, with these fields changed."""
         own = {f.name: getattr(self, f.name) for f in fields(Outline)}
         return Outline(**own | changes)
 
     def resized(self, n: int, n_k: int) -> Outline:
-        """An outline of the same kind with sequences of these lengths that begin together, nothing hidden, without
-        what depends on an offset beside the band.
+        """An outline with n rows and n_k keys that begin together, and with the same band.
+
+        It has no hidden keys, no bias and no near field.
         """
         mask = Mask(n, n_k, self.mask.lo, self.mask.hi)
         return self.outline(sizes=self.sizes._replace(n=n, n_k=n_k), mask=mask, bias=None, tail=None, near=None)
@@ -153,9 +155,9 @@ class Problem(Outline):
     q : (H, G, n, d) float32 or float64
         Projected, rotated queries: slot, query head that shares the slot's keys, row.
     k : (H, n_k, d)
-        Projected, rotated keys; rows that are hidden are 0.
+        Projected, rotated keys; hidden ones are 0.
     v : (H, n_k, d_v)
-        Values, likewise.
+        Projected values; those of hidden keys are 0.
     """
 
     sizes: Sizes = field(init=False)
@@ -173,7 +175,7 @@ class Problem(Outline):
             self.mask = Mask(n, self.k.shape[1])
 
     def with_values(self, v: np.ndarray) -> Problem:
-        """The same scores over other values, (H, n_k, m), which are as the user gave them."""
+        """The problem with the same scores and other values, (H, n_k, m), which carry no rounding error."""
         origin = replace(self.origin, v_lost=0.0, largest=None, varied=None, exponent=0)
         return replace(self, v=self.mask.hide(v), origin=origin)
 
@@ -213,7 +215,7 @@ class Problem(Outline):
         )
 
     def reversed(self) -> Problem:
-        """Both sequences from their ends: j - i becomes i - j. Without a bias or a family."""
+        """The problem with both sequences reversed, so that j - i becomes i - j; it must have no bias and no family."""
         q, k, v = (np.ascontiguousarray(X) for X in (self.q[:, :, ::-1], self.k[:, ::-1], self.v[:, ::-1]))
         return replace(self, q=q, k=k, v=v, mask=self.mask.reversed())
 
@@ -225,5 +227,5 @@ def _optional(kind: type[Outline]) -> tuple[tuple[str, ...], Callable[[Outline],
     return names, attrgetter(*names)
 
 
-# What every engine does. A tail goes with its bias.
+# The fields that every engine supports. A tail belongs to its bias, which counts as the feature.
 _PLAIN = {"sizes", "dtype", "scale", "mask", "tail", "threads", "origin", "q", "k", "v"}

@@ -1,8 +1,8 @@
 """Products of the user's arrays, such as ``Q W_Q W``, and the gradients of their factors.
 
-Both are computed in float64, for float32 arrays too, a few thousand rows at a time. Gradients are computed of factors
-that a power of two has brought to about 1, and so is what comes from above: whatever their sizes are, a gradient is
-finite, and has its digits, where the dtype can hold it.
+Both are computed in float64, for float32 arrays too, a few thousand rows at a time. For gradients, powers of two first
+bring all factors and the incoming gradient to a size of about 1. So, whatever their sizes, a gradient is finite and
+accurate if the dtype can hold it.
 """
 
 from __future__ import annotations
@@ -13,19 +13,16 @@ import numpy as np
 
 from .communicator import Communicator
 
-# Rows that are multiplied together: float64 takes no more memory than this many rows do.
-_ROWS = 4096
-# Stands for the exponent of 0: less than that of any product of numbers.
-_NONE = -(2**14)
+_ROWS = 4096  # how many rows are multiplied at a time, so that float64 copies take little memory
+_NONE = -(2**14)  # stands for the exponent of 0, and is less than that of any product of numbers
 
 
 def product(factors: list[np.ndarray]) -> tuple[np.ndarray, float]:
-    """The product of matrices, and what rounding has done to a row of it at most, relative to the longest row of the
-    same head; of all heads the worst.
+    """The product of matrices, and a bound of the rounding error of its rows, for the worst head.
 
-    Sums are float64 for float32 too, where then only the rounding of the result counts, however much cancels. In
-    float64 an entry of ``x W`` is off by about a unit of ``||x||`` times the norm of the column, which is more than a
-    unit of the result where terms cancel.
+    The error is relative to the longest row of the same head. For float32 arrays sums are float64, so only the rounding
+    of the result counts, however much cancels. For float64 arrays an entry of ``x W`` is off by about a unit of
+    rounding times ``||x||`` times the norm of the column, which is much relative to the result if terms cancel.
     """
     first, *others = factors
     wide = [W.astype(np.float64, copy=False) for W in others]
@@ -50,10 +47,10 @@ def product(factors: list[np.ndarray]) -> tuple[np.ndarray, float]:
 def gradients(
     factors: dict[str, np.ndarray], dX: np.ndarray, exponent: int, comm: Communicator
 ) -> dict[str, np.ndarray]:
-    """The gradient of each factor of X, times 2^exponent, from that of X.
+    """The gradient of each factor of the product X, times 2^exponent, from the gradient dX of the product.
 
-    That of the first factor is in its dtype; those of the others are float64, and of all pieces of a
-    sequence together.
+    The gradient of the first factor has its dtype. Those of the others are float64 and summed over all pieces of the
+    sequence.
     """
     (name, first), *others = factors.items()
     powers = [_power(X) for X in factors.values()]
@@ -79,20 +76,20 @@ def gradients(
 
 
 def sum_to(X: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The adjoint of broadcasting `shape` to the shape of X."""
+    """X summed to `shape`, over all axes along which `shape` was broadcast: the adjoint of broadcasting."""
     own = (1,) * (X.ndim - len(shape)) + shape
     repeated = tuple(a for a, size in enumerate(own) if size == 1 != X.shape[a])
     return (X.sum(axis=repeated) if repeated else X).reshape(shape)
 
 
 def _power(X: np.ndarray) -> int:
-    """The exponent of the power of two that is next above the largest entry."""
+    """The least e with max |X| < 2^e; `_NONE` if X is 0."""
     largest = float(np.abs(X).max(initial=0))
     return math.frexp(largest)[1] if largest else _NONE
 
 
 def _longest(X: np.ndarray) -> np.ndarray:
-    """(...,): the largest norm of the rows of each matrix X (..., n, d), float64; neither overflows nor vanishes."""
+    """The largest norm of a row of each matrix X (..., n, d), (...,) float64, without overflow and underflow."""
     square = np.einsum("...d,...d->...", X, X).max(axis=-1, initial=0)
     if np.all((square > 1e-250) & (square < np.inf)):
         return np.sqrt(square)

@@ -1,4 +1,4 @@
-"""How a problem is to be computed: what the caller asks of planning."""
+"""What the caller asks of planning: how accurate the result must be, and how it may be computed."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class Request:
     method : str
         "auto", or the name of the engine that is insisted on.
     degree : int or None
-        That of the polynomial, where it is insisted on.
+        The degree of the polynomial, if one is insisted on.
     seed : int or None
-        Of coins; None where they are fresh.
+        The seed of random numbers; None for a fresh one.
     grad : bool
         Whether there will be a backward pass.
     each_weight : bool
-        Whether every weight must be near exp, as products with A ask: moments and samples, which speak of sums over
-        keys, do not serve then.
+        Whether every single weight must be close to exp, as products with A need. Certificates by moments and samples
+        are about sums over keys, so they do not serve then.
     """
 
     eps: float = 1e-3

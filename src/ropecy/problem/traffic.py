@@ -1,4 +1,4 @@
-"""What ranks send one another, by formula."""
+"""Formulas for the bytes and messages that ranks send to one another."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from .pieces import Layout
 from .problem import Outline
 
-# Numbers that are summed up everywhere, where each rank sends all it has to all: fewer messages, more bytes.
+# Up to so many numbers are summed by sending all of them to all ranks, which takes fewer messages and more bytes.
 FEW = 512
 
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Of one rank: bytes of arrays that it sends and receives, and messages that it sends.
+    """The bytes of arrays that one rank sends and receives, and the number of messages that it sends.
 
-    What its ranks say of their arguments is not counted: some hundred bytes from each to each.
+    The comparison of the ranks' arguments is not counted: it takes some hundred bytes between any two.
     """
 
     sent: int = 0
@@ -29,17 +29,18 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True)
 class Sender:
-    """One rank of a call.
+    """One rank of a call, whose traffic is asked for.
 
     Attributes
     ----------
     outline : Outline
-        Of this rank's piece.
+        The outline of its piece.
     layout : Layout
     rank : int
     masked : bool
         Whether any rank hides keys.
     grad : bool
+        Whether there is a backward pass.
     """
 
     outline: Outline
@@ -55,28 +56,28 @@ class Sender:
 
     @property
     def rows_at_keys(self) -> tuple[list[int], list[int]] | None:
-        """Where causal rows are cut, and where they are when they lie with their keys; None where they do."""
+        """Where causal rows are cut, and where they are cut at their keys; None if they need not move."""
         moves = self.outline.mask.causal and not self.layout.aligned
         return (self.layout.rows, self.layout.rows_at_keys()) if moves else None
 
     def moved(self, cuts: tuple[list[int], list[int]], width: int, heads: int | None = None) -> Traffic:
-        """Of rows of so many bytes a head that change place."""
+        """The traffic of rows, `width` bytes for each head, that are cut at cuts[0] and then at cuts[1]."""
         heads = heads or self.outline.sizes.H * self.outline.sizes.G
         return recut(*cuts, self.rank, heads * width)
 
 
 def sums(size: int, ranks: int) -> Traffic:
-    """Of a sum of `size` float64 over the ranks before or after, as `Ranks` makes it.
+    """The traffic of summing `size` float64 over the ranks before or after, as `MPICommunicator` does.
 
-    About ``16 size (ranks - 1) / ranks`` bytes: each rank adds up one part for all. An MPI library may send small parts
-    in fewer messages than these, and more bytes.
+    It is about ``16 size (ranks - 1) / ranks`` bytes, since each rank adds up one part for all. An MPI library may send
+    small parts in fewer messages and more bytes.
     """
     sent = 2 * 8 * -(-size // ranks) * (ranks - 1)
     return Traffic(sent, sent, 2 * (ranks - 1))
 
 
 def totals(size: int, ranks: int) -> Traffic:
-    """Of a sum of `size` float64 over all ranks."""
+    """The traffic of summing `size` float64 over all ranks."""
     if size > FEW:
         return sums(size, ranks)
     sent = 8 * size * (ranks - 1)
@@ -84,19 +85,20 @@ def totals(size: int, ranks: int) -> Traffic:
 
 
 def maxima(size: int, ranks: int) -> Traffic:
-    """Of the largest of every rank's arrays of `size` bytes."""
+    """The traffic of taking the largest, entry by entry, of an array of `size` bytes of every rank."""
     return Traffic(size, size, 2 * math.ceil(math.log2(ranks))) if ranks > 1 else Traffic()
 
 
 def joined(sizes: list[int], rank: int) -> Traffic:
-    """Of arrays that every rank tells all, of so many bytes."""
+    """The traffic of one rank when every rank sends its array to all; `sizes` are the bytes of these arrays."""
     others = len(sizes) - 1
     return Traffic(sizes[rank] * others, sum(sizes) - sizes[rank], math.ceil(math.log2(len(sizes))))
 
 
 def bounds(outline: Outline, ranks: int) -> Traffic:
-    """Of the normal form, of norms, means and ranges: what every rank knows before there is a plan. Beside a near scale
-    keys have no normal form.
+    """The traffic before planning: for the normal form, norms, means and ranges.
+
+    With a near scale, keys are not centred, which saves a part of it.
     """
     H, d, d_v, item = outline.sizes.H, outline.sizes.d, outline.sizes.d_v, outline.dtype.itemsize
     found = maxima(24, ranks)
@@ -109,7 +111,7 @@ def bounds(outline: Outline, ranks: int) -> Traffic:
 
 
 def recut(cuts: list[int], wanted: list[int], rank: int, row: int) -> Traffic:
-    """Of rows of `row` bytes, of which rank r has [cuts[r], cuts[r + 1]) before and [wanted[r], ...) after."""
+    """The traffic of moving rows of `row` bytes, cut among the ranks at `cuts`, to where they are cut at `wanted`."""
 
     def leaving(a: list[int], b: list[int]) -> list[int]:
         shared = (min(a[rank + 1], b[r + 1]) - max(a[rank], b[r]) for r in range(len(a) - 1) if r != rank)
@@ -120,9 +122,9 @@ def recut(cuts: list[int], wanted: list[int], rank: int, row: int) -> Traffic:
 
 
 def ring(sender: Sender, layout: Layout) -> Traffic:
-    """Of the exact engine: pieces go on, and what was computed for others goes home.
+    """The traffic of the exact engine's ring: pieces go on, and what was computed for other ranks goes home.
 
-    Forward alone, or forward and backward. O(ranks) steps.
+    It is that of forward, and of backward too if `sender.grad`.
     """
     H, G, _, _, d, d_v = sender.outline.sizes
     item, rank, masked, grad = sender.outline.dtype.itemsize, sender.rank, sender.masked, sender.grad
@@ -146,7 +148,7 @@ def ring(sender: Sender, layout: Layout) -> Traffic:
         for host in (rank, (rank + step) % size) if step else ():
             for rows, keys, span in layout.visible(host, step):
                 length = span.stop - span.start
-                # Of rows: O in float64 and lse, then dQ; of keys: dK and dV.
+                # For rows O in float64 and lse go home, then dQ; for keys dK and dV.
                 home = length * (8 * result + lse + grad * row) if rows != host else 0
                 messages = (2 + grad) * (rows != host)
                 if grad and keys != host:
