@@ -151,16 +151,16 @@ def test_functions_have_few_parameters():
 
 
 CYTHON = {path.name: path.read_text() for path in SOURCES if path.suffix == ".pyx"}
-MANY_IN_CYTHON = {"_few.pyx: forward", "_exact.pyx: backward"}
 
 
+@pytest.mark.skipif(not CYTHON, reason="an installed package has no Cython sources")
 def test_cython_functions_have_few_parameters():
     found = set()
     for name, source in CYTHON.items():
         for function, given in re.findall(r"^ *def (\w+)\(([^)]*)\)", source, flags=re.MULTILINE):
             own = [each for each in given.split(",") if each.strip() not in ("", "self")]
             found |= {f"{name}: {function}"} if len(own) > MOST_PARAMETERS else set()
-    assert_exceptions(found, MANY_IN_CYTHON)
+    assert not found, f"too many: {sorted(found)}"
 
 
 def test_imports_are_at_the_top():

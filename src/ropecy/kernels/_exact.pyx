@@ -173,8 +173,9 @@ def segments_of(ptrdiff_t heads, ptrdiff_t n_k, dtype):
     return max(1, min(8 // heads if heads else 1, pieces(n_k, functions_of(dtype).block)))
 
 
-def backward(q, k, v, tables, o, maximum, inverse, grad, bint want_dsymbol, int threads):
-    """dq, dk, dv and the gradient along diagonals (H, G, table length) float64, or None, for do = grad.
+def backward(saved, v, grad, bint want_dsymbol, int threads):
+    """dq, dk, dv and the gradient along diagonals (H, G, table length) float64, or None, for do = grad; `saved` is what
+    `engines.exact.streaming` keeps of a forward pass.
 
     Time 2.5 forwards (5 products); memory: transposed copies of q and grad and one dq for each segment.
     """
@@ -182,8 +183,8 @@ def backward(q, k, v, tables, o, maximum, inverse, grad, bint want_dsymbol, int 
     cdef rc_exact_problem *p = &x.p
     cdef ptrdiff_t tiles
     cdef double pairs
+    q, k, tables, dtype = saved.sized.q, saved.sized.k, saved.tables, v.dtype
     describe(p, q, k, v, tables)
-    dtype = q.dtype
     x.f = functions_of(dtype)
     x.blocks, x.tiles = pieces(p.n_k, x.f.block), pieces(p.n, x.f.tile)
     pairs = <double>p.heads * p.groups * p.n * p.n_k
@@ -204,7 +205,7 @@ def backward(q, k, v, tables, o, maximum, inverse, grad, bint want_dsymbol, int 
     p.q_rows, p.grad_rows = pointer(q_rows), pointer(grad_rows)
     p.q_tiles, p.grad_tiles, p.row_stats = line(q_tiles), line(grad_tiles), line(row_stats)
     p.dq_segments, p.dsymbol = line(dq_segments), <double *>pointer(dsymbol)
-    p.o, p.maximum, p.inverse = pointer(o), pointer(maximum), pointer(inverse)
+    p.o, p.maximum, p.inverse = pointer(saved.o), pointer(saved.maximum), pointer(saved.inverse)
     p.dq, p.dk, p.dv = pointer(dq), pointer(dk), pointer(dv)
     p.grad_scale = tables.grad_scale
     x.size = pieces(x.f.backward_workspace(p), LINE) * LINE + LINE

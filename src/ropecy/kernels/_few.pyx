@@ -99,7 +99,7 @@ cdef bint all_good(const Pass *x, ptrdiff_t tasks) noexcept nogil:
     return True
 
 
-def forward(queries, double scale, double most, k, v, keep, ptrdiff_t n, band, bint want_lse, int threads):
+def forward(queries, k, v, limits, bint want_lse, int threads):
     """o (H, rows, d_v) and lse float64 (H, rows) or None; None where something that was read is not finite, or where
     rounding would show: scores or sums overflow or are large, norms of queries and keys come to more than `most`, or
     values are far from 0 beside how far they spread, these two by a sample of keys.
@@ -108,16 +108,10 @@ def forward(queries, double scale, double most, k, v, keep, ptrdiff_t n, band, b
     ----------
     queries : (H, rows, d) float32, float64, float16 or bfloat16, C-contiguous
         Row r is query r % n of its head.
-    scale : float
-        Scores in units of log2 are scale times products of queries and keys.
-    most : float
-        In those units, of the largest product of the norms of a query and a key.
     k, v : (..., n_k, d) and (..., n_k, d_v) arrays
         Of the same dtype and any strides, their leading axes H slots.
-    keep : (..., n_k) bool or None
-        False for keys that are not read; the last axis contiguous.
-    band : (int, int)
-        Query i sees the keys j with lo <= j - i <= hi.
+    limits : engines.exact.few_queries.Limits
+        The scale, the mask and the size of scores.
 
     Notes
     -----
@@ -126,16 +120,17 @@ def forward(queries, double scale, double most, k, v, keep, ptrdiff_t n, band, b
     cdef Pass x
     cdef rc_few_problem *p = &x.p
     cdef ptrdiff_t tasks, H = queries.shape[0]
+    keep = limits.keep
     x.f = functions_of(k.dtype)
     q = np.empty(queries.shape, np.float64 if k.dtype.itemsize == 8 else np.float32)
-    if not x.f.queries(pointer(queries), q.size, scale, pointer(q)):
+    if not x.f.queries(pointer(queries), q.size, limits.scale, pointer(q)):
         return None
     o = np.empty((H, q.shape[1], v.shape[v.ndim - 1]), q.dtype)
     lse = np.empty((H, q.shape[1])) if want_lse else None
     keys, values, kept = addresses(k, 2), addresses(v, 2), None if keep is None else addresses(keep, 1)
-    p.rows, p.n, p.d, p.d_v, p.n_k = q.shape[1], n, q.shape[2], o.shape[2], k.shape[k.ndim - 2]
-    p.lo, p.hi = band
-    p.most = most
+    p.rows, p.n, p.d, p.d_v, p.n_k = q.shape[1], limits.n, q.shape[2], o.shape[2], k.shape[k.ndim - 2]
+    p.lo, p.hi = limits.band
+    p.most = limits.most
     p.k, p.v = <const void *const *>pointer(keys), <const void *const *>pointer(values)
     p.keep = <const unsigned char *const *>pointer(kept)
     p.k_row, p.k_column = k.strides[k.ndim - 2], k.strides[k.ndim - 1]

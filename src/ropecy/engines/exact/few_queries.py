@@ -8,6 +8,7 @@ been checked. Whether all entries are finite shows in the scores and in the sums
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,6 +25,30 @@ _LOG2E = 1 / math.log(2)
 # Queries of a head, and of all heads that share a key head. The exact engine computes tiles of 16 to 48 queries of one
 # head, whole or not, after it has copied the keys; this path's time grows with the number of queries.
 MOST_QUERIES, _MOST_ROWS = 8, 32
+
+
+class Limits(NamedTuple):
+    """What the kernel is told beside the arrays.
+
+    Attributes
+    ----------
+    scale : float
+        Scores in units of log2 are the scale times products of queries and keys.
+    most : float
+        In these units, the largest product of the norms of a query and a key that it may compute.
+    keep : (..., n_k) bool or None
+        False for keys that are not read; the last axis contiguous.
+    n : int
+        Queries of a head.
+    band : (int, int)
+        Query i sees the keys j with lo <= j - i <= hi.
+    """
+
+    scale: float
+    most: float
+    keep: np.ndarray | None
+    n: int
+    band: tuple[int, int]
 
 
 def serves(a: Arguments, request: Request) -> bool:
@@ -67,7 +92,7 @@ def forward(
         keep = _by_slot(np.ascontiguousarray(a.key_mask), a.batch, key_heads, 1)
     band = Mask(a.n, a.n_k, a.lo, a.hi, a.q_offset).band_of_indices
     most = math.inf if request.method == "exact" else _LOG2E * most_of_norms(a.compute, a.n_k, a.d, request.eps)
-    found = _few.forward(q, a.scale * _LOG2E, most, k, v, keep, a.n, band, want_lse, a.threads)
+    found = _few.forward(q, k, v, Limits(a.scale * _LOG2E, most, keep, a.n, band), want_lse, a.threads)
     if found is None:
         return None
     o, lse = found

@@ -99,10 +99,8 @@ def backward(problem: Problem, saved: Saved, do: np.ndarray) -> InputGradients:
     symbol's gradient sums dS along diagonals. Five products in one pass over the keys.
     """
     want = problem.bias is not None
-    sized, tables = saved.sized, saved.tables
-    dq, dk, dv, diagonals = _exact.backward(
-        sized.q, sized.k, problem.v, tables, saved.o, saved.maximum, saved.inverse, do, want, problem.threads
-    )
+    sized = saved.sized
+    dq, dk, dv, diagonals = _exact.backward(saved, problem.v, do, want, problem.threads)
     if sized.of_q or sized.of_k or sized.of_scale:
         with np.errstate(over="ignore"):
             dq = np.ldexp(dq, sized.of_scale + sized.of_k)
