@@ -248,7 +248,8 @@ def test_beside_outliers(causal, rng):
     problem = problem_for(*case.values(), causal=causal)
     choice = chosen_for(problem, **HOW)
     planned = choice.executable
-    assert "1 long keys and 1 long queries" in choice.candidate.reason and planned.centre is not None
+    assert "1 long keys and 1 long queries" in choice.candidate.reason
+    assert planned.rest.expansion.scores.centre is not None
     # So that five rows of the rest fail.
     rows = planned.forward(problem, False).gradient_certificate.rows_truncation
     eps = np.sort(rows, axis=None)[-6] / 2 + planned.rest.certificate.rounding

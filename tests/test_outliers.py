@@ -82,7 +82,8 @@ def test_gradients(shape, offset, rng, ours):
     heads = len(case["K"])
     taken = 4 * heads if "key_mask" not in case else rf"[1-{4 * heads}]"
     assert re.search(rf": {taken} long keys and [1-9]\d* long queries exactly$", plan.reason)
-    assert (chosen(**ours(case), **options, grad=True).executable.centre is not None) == bool(offset)
+    rest = chosen(**ours(case), **options, grad=True).executable.rest
+    assert (rest.expansion.scores.centre is not None) == bool(offset)
     _, vjp = ropecy.attention_vjp(**ours(case), **options)
     dense = oracle.attention(**case)
     dO = rng.standard_normal(dense.O.shape)

@@ -115,10 +115,10 @@ def check(
 
     Notes
     -----
-    Rows are computed in float64, whatever the dtype. Time ``rows n_k (d + d_v)``, two and a half of them more for a
-    gradient, several times that where a mask or
-    a bias goes by j - i. If more than a fraction b of all rows had a larger error than the sample, m rows would have
-    missed them with probability at most ``(1 - b)^m``.
+    Rows are computed in float64, whatever the dtype. The time is that of ``rows n_k (d + d_v)`` multiply-adds, two and
+    a half times as many more for a gradient, and several times that where a mask or a bias goes by j - i. If more than
+    a fraction b of all rows had a larger error than the sample, m rows would have missed them with probability at most
+    ``(1 - b)^m``.
 
     Examples
     --------

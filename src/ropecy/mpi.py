@@ -312,7 +312,9 @@ def _digest(X: np.ndarray | None) -> str | None:
 
 
 def _traffic(call: Call, pieces: Pieces, found: Planned, grad: bool) -> Traffic:
-    """What this rank sends and receives in a call so planned, no row failing by moments."""
+    """The bytes and messages that this rank sends and receives in a call that is planned like this, if no row fails its
+    certificate by moments.
+    """
     outline, size, a, total = found.normal.problem, pieces.comm.size, call.arguments, Traffic()
     if found.executable is not None:
         # The sizes of queries and of keys.
@@ -330,11 +332,11 @@ def _traffic(call: Call, pieces: Pieces, found: Planned, grad: bool) -> Traffic:
 
 
 def _sample_traffic(call: Call, pieces: Pieces) -> Traffic:
-    """Of some keys and rows, and of how many keys are kept."""
+    """The traffic of taking a sample of keys and rows together, and of counting kept keys."""
     (H, G, _, _, d, _), item, layout = call.problem.sizes, call.problem.dtype.itemsize, pieces.layout
     found = totals(H, pieces.comm.size)
     row_step, key_step = steps(call.problem, sum(layout.n), sum(layout.n_k))
-    # A row comes with three numbers in float64.
+    # Each sampled row is sent with three float64 numbers: its place, its weight and its bound.
     keys = (layout.n_k, key_step, H * d * item)
     for lengths, step, width in (keys, (layout.n, row_step, H * G * 24), (layout.n, row_step, H * G * d * item)):
         found += joined([-(-length // step) * width for length in lengths], pieces.comm.rank)

@@ -125,7 +125,9 @@ def looks_at_a_sample(context: Context) -> bool:
 
 
 def _by_sample(context: Context) -> Choice | None:
-    """Degrees that a sample is to judge, where that was asked for and costs less than what is proved."""
+    """The choice of degrees that sampled rows are to judge, where the caller asked for a sample and trying these
+    degrees costs less than what is proved; else None.
+    """
     request = context.request
     if request.certify != "sample" or request.grad or request.each_weight or not request.takes("polynomial"):
         return None
@@ -143,7 +145,9 @@ def _by_sample(context: Context) -> Choice | None:
 
 
 def _by_proof(context: Context) -> Choice:
-    """The cheapest of the whole at once; or beside outliers, where that costs less."""
+    """The choice of what is proved: the cheapest engine for the whole problem, or a polynomial beside outliers that are
+    computed exactly, where that costs less.
+    """
     found = refusal = None
     search = Search(context.request)
     try:
@@ -160,12 +164,18 @@ def _by_proof(context: Context) -> Choice:
 
 
 def _answered(search: Search, answer: Candidate | Refusal) -> Choice | None:
-    """The choice of this answer, where it is a candidate."""
+    """The answer as a choice, with all answers before it; None where it is a refusal."""
     return Choice(answer, Search(search.request, [*search.answers, answer])) if isinstance(answer, Candidate) else None
 
 
 def _at_once(context: Context) -> Choice:
-    """Engines asked in turn, without a look at outliers."""
+    """The choice among the engines in ENGINES for the whole problem, without a look at outliers.
+
+    Raises
+    ------
+    BoundedEntryError, NotImplementedError
+        No engine that may run has a candidate, or no polynomial of the degree that was asked for certifies eps.
+    """
     request = context.request
     search = Search(request)
     for engine in ENGINES:
@@ -185,7 +195,9 @@ def _at_once(context: Context) -> Choice:
 
 
 def _refusal(search: Search) -> Refusal | None:
-    """The last word of the polynomial engine, or of the one that was insisted on; None where it has a candidate."""
+    """The last refusal, of those that give a reason, by the engine that was insisted on, or else by the polynomial
+    engine; None where that engine has a candidate.
+    """
     name = "polynomial" if search.request.method == "auto" else search.request.method
     if any(isinstance(a, Candidate) and a.engine == name for a in search.answers):
         return None
@@ -193,14 +205,14 @@ def _refusal(search: Search) -> Refusal | None:
 
 
 def _why(refusal: Refusal) -> str:
-    """A refusal as the reason for exact work."""
+    """The reason for exact work where this engine refused."""
     if refusal.kind is NotImplementedError:
         return f"the {refusal.engine} engine does not do {refusal.reason}"
     return refusal.reason
 
 
 def _error(search: Search, refusal: Refusal | None) -> Exception:
-    """What is raised where no engine that may run has a candidate."""
+    """The error that is raised where no engine that may run has a candidate."""
     if refusal is None:
         refusal = next(r for r in search.refusals if r.reason is not None)
     if refusal.kind is NotImplementedError and search.request.method in ("auto", "exact"):
@@ -213,8 +225,8 @@ def _error(search: Search, refusal: Refusal | None) -> Exception:
 
 
 def _certified_by_another(context: Context, exact: Choice) -> Choice | None:
-    """Another engine that certifies eps where exact work rounds by more; None where none does, or it would take more
-    than exact work and a minute.
+    """The choice of another engine that certifies eps, where rounding of exact work passes it; None where there is none
+    that takes no longer than exact work or a minute.
     """
     for method in ("polynomial", "fft"):
         try:

@@ -2,12 +2,13 @@
 
 The algorithm of arXiv:2412.17316 and arXiv:2505.11892 proper: each monomial is a Toeplitz matrix between two diagonal
 ones. Rotations factor, so with rotated rows all monomials share one T, which holds the band and the bias, ``t_m =
-exp(b_m)`` where a row may see the offset m. The gradient of the bias, not in the papers, is a correlation. What a
-family W_{i-j} multiplies T with differs from monomial to monomial (`family`).
+exp(b_m)`` where a row may see the offset m. The gradient of the bias, which the papers do not have, is a correlation. A
+family W_{i-j} multiplies T by a factor that differs from monomial to monomial (see `family`).
 
-The error of a transform is absolute, a few units times the norm of its whole input. Hence float64 for float32 data too;
-and a bias that spreads over many nats is cut into levels, so that rows which see none of the large weights are not
-drowned by what rounding makes of these. Rows for which even that is too little are computed by the exact engine.
+The error of a transform is absolute: a few units of rounding times the norm of its whole input. So transforms are done
+in float64, for float32 data too, and a bias that spreads over many nats is cut into levels: rows that see none of the
+large weights would else be lost in the rounding of these. Rows for which even that is not enough are computed by the
+exact engine.
 """
 
 from __future__ import annotations
@@ -31,7 +32,21 @@ from .symbol import Symbol
 
 @dataclass(slots=True)
 class Saved:
-    """What backward needs of forward."""
+    """What backward needs of forward.
+
+    Attributes
+    ----------
+    product : Shared or family.Product
+        The sums over keys.
+    symbol, p, scores
+        As `forward` was given them.
+    centred : (H, G, d_v, n) float64 array
+        O without the values' middle.
+    inverse : (H, G, n) float64 array
+        One over the denominators; 0 for rows that are computed exactly or see no key.
+    exact : list of (Problem, attention.Saved)
+        For each run of rows that was computed exactly.
+    """
 
     product: Shared | family.Product
     symbol: Symbol
@@ -100,7 +115,7 @@ def forward(
 
 
 def backward(problem: Problem, saved: Saved, do: np.ndarray) -> InputGradients:
-    """The gradients of ``<do, O>``; the bias's is (H, 1, ...) where a group shares it.
+    """The gradients of ``<do, O>``. That of the bias is (H, 1, n + n_k - 1) where the heads of a group share the bias.
 
     Notes
     -----
@@ -122,12 +137,12 @@ def backward(problem: Problem, saved: Saved, do: np.ndarray) -> InputGradients:
     dv = np.ascontiguousarray(dv[:, :-1].swapaxes(-1, -2).astype(dtype))
     if problem.mask.kept is not None:
         dv[~problem.mask.kept] = 0
-        # Transforms leave rounding at offsets at which every key is hidden.
+        # At offsets at which every key is hidden transforms leave small numbers in the place of 0.
         hidden = ~_kept_at(problem.mask)
         if dsymbol is not None:
             np.copyto(dsymbol, 0, where=hidden[:, None])
         for total in dfamily:
-            # In order of i - j.
+            # The family's entries are in order of i - j, and not of j - i.
             np.copyto(total, 0, where=hidden.all(axis=0)[::-1])
     for (first, last), (part, saved_part) in zip(symbol.exact_rows, saved.exact, strict=True):
         found = attention.backward(part, saved_part, np.ascontiguousarray(do[:, :, first:last]))
@@ -147,7 +162,7 @@ def backward(problem: Problem, saved: Saved, do: np.ndarray) -> InputGradients:
 
 
 def _centred(problem: Problem, middle: np.ndarray) -> np.ndarray:
-    """[v - middle, 1] as columns, (H, d_v + 1, n_k) float64; 0 for keys that are masked."""
+    """[v - middle, 1] as columns, (H, d_v + 1, n_k) float64, with 0 for hidden keys."""
     H, n_k, d_v = problem.v.shape
     values = np.ones((H, d_v + 1, n_k))
     np.subtract(problem.v.swapaxes(-1, -2), middle[:, :, None], out=values[:, :-1], dtype=np.float64)
@@ -168,7 +183,7 @@ def _rows(problem: Problem, first: int, last: int) -> Problem:
 
 
 def _kept_at(mask: Mask) -> np.ndarray:
-    """(H, n + n_k - 1): at which offsets, from the least on, any row meets a key that is kept."""
+    """Whether any row meets a kept key at an offset, (H, n + n_k - 1) bool, from the least offset on."""
     before = np.pad(np.cumsum(mask.kept, axis=1), ((0, 0), (1, 0)))
     at = np.arange(mask.n + mask.n_k - 1)
     return before[:, np.minimum(at + 1, mask.n_k)] > before[:, np.maximum(at - mask.n + 1, 0)]

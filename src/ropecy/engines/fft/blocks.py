@@ -5,25 +5,28 @@ from __future__ import annotations
 from ...approximation.minimax import n_features
 from ...problem.problem import Outline
 
+# Into how many parts the monomials are cut, over all slots together, and how many bytes the sums of all parts may take.
 _PARTS = 8
 _PART_BYTES = 512 * 2**20
 
 
 def band(problem: Outline) -> int:
-    """How many offsets the mask allows, and at least 1."""
+    """The number of offsets that the band allows, at least 1."""
     first, stop = problem.mask.seen
     return max(1, stop - first)
 
 
 def near(problem: Outline, block: int) -> float:
-    """Which part of the blocks of T the band meets."""
+    """The share of the blocks of T that hold an offset which the band allows, from 0 to 1."""
     blocks = -(-problem.sizes.n // block) - (-problem.sizes.n_k // block) - 1
     return min(1.0, (band(problem) / block + 1) / blocks)
 
 
 def block_size(problem: Outline, allowed: int) -> int:
-    """Rows of a block of T: powers of two, so that few plans are made. A narrow band takes small ones; and where each
-    product takes a transform of its own T, fewer blocks are faster.
+    """The number of rows of a block of T, where the band allows so many offsets.
+
+    It is a power of two, so that few FFTW plans are made. A narrow band takes small blocks. With a family each product
+    takes a transform of its own T, so that larger blocks, of which there are fewer, are faster.
     """
     longest = max(problem.sizes.n, problem.sizes.n_k)
     block = 1 << max(5, (longest - 1).bit_length())
@@ -33,14 +36,14 @@ def block_size(problem: Outline, allowed: int) -> int:
 
 
 def parts(problem: Outline, degree: int, rows: int, keys: int) -> int:
-    """Into how many parts the monomials are cut: by shapes, never by the number of threads."""
+    """The number of parts that the monomials are cut into. It follows from shapes, never from the number of threads."""
     wanted = -(-_PARTS // problem.sizes.H)
     room = int(_PART_BYTES / (8 * part_size(problem, rows, keys, True)))
     return max(1, min(wanted, max(2, room), n_features(problem.sizes.d, degree) // 2))
 
 
 def part_size(problem: Outline, rows: int, keys: int, grad: bool) -> float:
-    """Numbers that the sums of a part take."""
+    """How many numbers the sums of one part take, of forward or, with `grad`, of backward."""
     H, G, _, _, d, d_v = problem.sizes
     columns = d_v + 1
     if not grad:

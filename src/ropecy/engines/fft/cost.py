@@ -9,16 +9,16 @@ from ...problem.problem import Outline
 from . import family
 from .blocks import band, block_size, near, part_size, parts, round_up
 
-# What an operation of a transform costs, in the operations of the exact engine's products; and how many of a transform
-# a row takes beside them: what is measured, centred and copied.
+# How many operations of the exact engine's products take as long as one operation of a transform.
 _SLOWNESS = {"float32": 8.0, "float64": 4.0}
-_ROW = 3000.0
 _SLOWNESS_FAMILY = {"float32": 5.5, "float64": 3.2}
+# How many operations of a transform take as long as what is measured, centred and copied of one row.
+_ROW = 3000.0
 
 
 def operations(problem: Outline, degree: int, grad: bool) -> float:
-    """Multiply-adds times 2 of forward, and of backward where grad, as the exact engine's products count them; without
-    rows that are computed exactly.
+    """The work of forward, and with `grad` of backward too, as a number of operations of the exact engine's products
+    that takes as long. Rows that are computed exactly are not counted.
     """
     block = block_size(problem, band(problem))
     if problem.family is not None:
@@ -30,7 +30,7 @@ def operations(problem: Outline, degree: int, grad: bool) -> float:
 
 
 def memory(problem: Outline, degree: int, grad: bool) -> float:
-    """Bytes beyond inputs and outputs."""
+    """The bytes that are taken beyond inputs and outputs."""
     H, G, n, n_k, d, d_v = problem.sizes
     columns = d_v + 1
     block = block_size(problem, band(problem))
@@ -49,11 +49,13 @@ def memory(problem: Outline, degree: int, grad: bool) -> float:
 
 
 def transform_operations(problem: Outline, degree: int, block: int, grad: bool) -> float:
-    """Operations of transforms, 5 N log2 N each, and of the products of spectra between them, for one level."""
+    """The number of operations in the transforms of one level, 5 N log2 N for a transform of length N, and in the
+    products of spectra between them.
+    """
     H, G, n, n_k, d, d_v = problem.sizes
     columns, met = d_v + 1, near(problem, block)
     query_blocks, key_blocks = round_up(n, block) // block, round_up(n_k, block) // block
-    # Of a column, which is half of a complex one.
+    # The transform of one column: two real columns are transformed as one complex column.
     one = 5.0 * block * math.log2(block) + 6.0 * block
     own = G if problem.bias is not None and problem.bias.shape[1] > 1 else 1
     passes = (own * query_blocks + key_blocks) * one + own * query_blocks * key_blocks * met * 6 * block

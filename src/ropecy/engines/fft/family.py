@@ -27,24 +27,34 @@ from ..kept import kept_below
 if TYPE_CHECKING:
     from .symbol import Symbol
 
-# Of spectra that belong to monomials of queries, for each thread.
+# The bytes that each thread may take for the spectra of a batch of monomials of queries.
 _BATCH_BYTES = 2**26
-# Into how many parts the monomials of queries are cut, by shapes, over all slots together.
+# Into how many parts the monomials of queries are cut, over all slots together, whatever the number of threads.
 _PARTS = 8
-# Of the sums that the gradient of W is made of.
+# The bytes that the sums may take of which the gradient of W is made.
 _LANE_BYTES = 512 * 2**20
-# Multisets of which it is counted what they share; and what it takes, in operations, to go through them.
+# Up to so many multisets their lists are made to count what they share, for which more there are bounds; and how many
+# operations take as long as to make the lists.
 _COUNTED = 2000
 _LISTS = 1.6e8
-# Of the lists, for each multiset, while they are made.
+# The bytes that the lists take for each multiset while they are made.
 _MULTISET_BYTES = 500
-# Two columns are transformed as one, whose norm is at most this times that of either: sizes are within a factor of 2.
+# Two columns of norms within a factor of 2 are transformed as one. The norm of both is at most this times that of
+# either.
 TOGETHER = math.sqrt(5)
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """What q^a and k^b share: the multisets of entries between them, each with its multinomial |m|! / m!."""
+    """A monomial q^a of queries and one k^b of keys, with all multisets of the support's entries that give these two.
+
+    Attributes
+    ----------
+    a, b : tuple of int
+        The coordinates that the monomials are the products of, in order.
+    multisets : tuple of (tuple of int, float)
+        The entries of each multiset, and its multinomial |m|! / m!.
+    """
 
     a: tuple[int, ...]
     b: tuple[int, ...]
@@ -52,27 +62,31 @@ class Pair:
 
 
 class Lists(NamedTuple):
-    """All pairs by batches of monomials of queries, as `_family.Product` goes through them.
+    """All pairs, in the order in which `_family.Product` goes through them: batch after batch of monomials of queries.
 
     Attributes
     ----------
     batch_start : (batches + 1,) intp
-        Of the monomials of queries.
+        Where each batch begins among the monomials of queries.
     key_start : (batches + 1,) intp
-        Of the monomials of keys that have partners in a batch; they come again in other batches.
+        Where each batch begins among the monomials of keys. These are listed batch by batch, those that have partners
+        in the batch, so that one may be listed several times.
     pair_start : (keys + 1,) intp
-        Of the pairs of each of these.
+        Where the pairs of each listed monomial of keys begin.
     partner : (pairs,) intp
-        The monomial of queries.
+        The monomial of queries of each pair.
     multiset_start : (pairs + 1,) intp
+        Where the multisets of each pair begin.
     multiset_end : (pairs,) intp
-        From here on, a pair's multisets have an entry that is 0 everywhere, their last one.
+        Where those of a pair's multisets begin whose last entry is 0 at all offsets.
     query_degree, key_degree : (monomials,), (keys,) intp
+        The degree of each monomial.
     query_variables, key_variables : (monomials, most), (keys, most) intp
         The coordinates that each monomial is the product of, in order.
     entries : (multisets, most) intp
-        In order, -1 past the last one.
+        The entries of each multiset in order, with -1 past the last one.
     multinomial : (multisets,) float64
+        |m|! / m! of each multiset.
     """
 
     batch_start: np.ndarray
@@ -90,13 +104,16 @@ class Lists(NamedTuple):
 
 
 def absolute_sum(problem: Problem, p: Polynomial) -> float:
-    """``sum_t |c_t| x^t``, x the sum over the support of max |q_a| max_t |W_t[a, b]| max |k_b|: of all monomials."""
+    """``sum_t |c_t| x^t`` with x the sum over the support of max |q_a| max_t |W_t[a, b]| max |k_b|: what the absolute
+    values of all monomials add up to at most.
+    """
     x = abs(problem.scale) * float(largest_entries(problem))
     return math.fsum(abs(c) * x**t for t, c in enumerate(p.coefficients))
 
 
 class Product:
-    """The sums over keys of weights times values, and their adjoint, for one problem; as `fft.Shared` with one T.
+    """The sums over keys of weights times values, and their adjoint, with a T for each pair of monomials. It has the
+    methods of `shared.Shared`, where there is one T.
 
     Parameters
     ----------
@@ -201,7 +218,9 @@ class Product:
         return dq, dk, dv, dsymbol, self._weight * dW[:, self._offsets]
 
     def _lists(self, degree: int, arrays: int) -> tuple[Lists, int]:
-        """Of monomials, and into how many parts their batches are cut: by shapes, never by the number of threads."""
+        """The lists up to a degree, and the number of parts that their batches are cut into. Both follow from shapes,
+        never from the number of threads.
+        """
         pairs = _pairs(self._support, self._used, degree, arrays > 1)
         monomials, slots = len(pairs), self._product_shape[0]
         parts = min(-(-_PARTS // slots), monomials)
@@ -219,15 +238,15 @@ def _of_one_size(columns: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, 
     """
     weighted = columns * weights
     powers = np.frexp(np.abs(weighted).max(axis=-1, keepdims=True))[1] - 1
-    # Lest squares overflow.
+    # Powers of two are taken first, so that squares do not overflow.
     norms = np.linalg.norm(np.ldexp(weighted, -powers), axis=-1, keepdims=True)
     powers += np.frexp(norms)[1] - 1
     return np.ldexp(columns, -powers), np.where(norms > 0, np.ldexp(1.0, powers), 0)
 
 
 def operations(problem: Outline, degree: int, b: int, near: float, grad: bool) -> float:
-    """Of transforms, 5 N log2 N each, and what takes as long as so many; for one level, of whose blocks `near`, from 0
-    to 1, are not 0.
+    """The number of operations of transforms, 5 N log2 N for a length of N, that take as long as all work on one level,
+    of whose blocks the share `near` is not 0.
     """
     H, G, n, n_k, d, d_v = problem.sizes
     query_blocks, key_blocks, slots = -(-n // b), -(-n_k // b), _slots(problem)
@@ -250,7 +269,7 @@ def operations(problem: Outline, degree: int, b: int, near: float, grad: bool) -
 
 
 def memory(problem: Outline, degree: int, b: int, grad: bool) -> float:
-    """Bytes beyond inputs and outputs, for one level."""
+    """The bytes that one level takes beyond inputs and outputs."""
     H, G, n, n_k, d, d_v = problem.sizes
     columns = d_v + 2
     rows, keys, entries = -(-n // b) * b, -(-n_k // b) * b, len(problem.family.left)
@@ -273,12 +292,14 @@ def memory(problem: Outline, degree: int, b: int, grad: bool) -> float:
 
 
 def _slots(problem: Outline) -> int:
-    """How many T there are of each pair: heads of a group that have biases of their own do not share it."""
+    """How many T there are for each pair of monomials: heads of a group that have biases of their own do not share one.
+    """
     H, G = problem.sizes[:2]
     return H * (G if problem.bias is not None and problem.bias.shape[1] > 1 else 1)
 
 
 def _support(problem: Outline) -> tuple[tuple[int, int], ...]:
+    """The pairs (a, b) of the family's support."""
     return tuple(zip(problem.family.left.tolist(), problem.family.right.tolist(), strict=True))
 
 
@@ -286,8 +307,8 @@ def _support(problem: Outline) -> tuple[tuple[int, int], ...]:
 def _counts(
     support: tuple[tuple[int, int], ...], entries: tuple[int, ...], degree: int, beside: bool
 ) -> tuple[int, int, int, int]:
-    """Of monomials of queries, of pairs, of those that have only multisets with an entry that is 0 everywhere, and of
-    multisets, in `_pairs`; or bounds on these, where they are many.
+    """How many of each there are in `_pairs`: monomials of queries; pairs with a multiset whose entries are all used;
+    other pairs; and multisets. Where there are many multisets, these are upper bounds.
     """
     multisets, others = _multisets(support, entries, degree, beside)
     if multisets + others <= _COUNTED:
@@ -304,7 +325,9 @@ def _counts(
 def _multisets(
     support: tuple[tuple[int, int], ...], entries: tuple[int, ...], degree: int, beside: bool
 ) -> tuple[int, int]:
-    """How many of entries that are used, and how many with one that is 0 everywhere beside them."""
+    """The number of multisets of used entries, and with `beside` of those that have one more entry, which is 0
+    everywhere.
+    """
     others = (len(support) - len(entries)) * n_features(len(entries), degree - 1) if beside and degree else 0
     return n_features(len(entries), degree), others
 
@@ -312,7 +335,7 @@ def _multisets(
 def _lists(
     pairs: list[list[Pair]], support: tuple[tuple[int, int], ...], entries: tuple[int, ...], degree: int, batches: int
 ) -> Lists:
-    """The monomials of `_pairs` in so many batches."""
+    """The pairs of `_pairs` as lists, their monomials of queries cut into so many batches."""
     unused = set(range(len(support))) - set(entries)
     starts = len(pairs) * np.arange(batches + 1) // batches
     key_start, pair_start, multiset_start, multiset_end = [0], [0], [0], []
@@ -354,7 +377,9 @@ def _lists(
 def _pairs(
     support: tuple[tuple[int, int], ...], entries: tuple[int, ...], degree: int, beside: bool
 ) -> list[list[Pair]]:
-    """All multisets of at most `degree` entries, by (a, b); `beside`: and those with one entry of the support more."""
+    """All pairs of monomials that multisets of at most `degree` used entries give, grouped by the monomial of queries.
+    With `beside` those multisets too in which one entry of the support is 0 everywhere.
+    """
     found: dict[tuple, list[tuple[tuple[int, ...], float]]] = {}
 
     def add(multiset: tuple[int, ...], multinomial: float) -> None:
@@ -363,7 +388,7 @@ def _pairs(
         found.setdefault((a, b), []).append((multiset, multinomial))
 
     others = [entry for entry in range(len(support)) if entry not in set(entries)] if beside else []
-    # multiset, where its last entry stands in `entries`, |m|! / m!
+    # A multiset that may grow, the place of its last entry in `entries`, and its multinomial |m|! / m!.
     open_ends: list[tuple[tuple[int, ...], int, float]] = [((), 0, 1.0)]
     while open_ends:
         multiset, last, multinomial = open_ends.pop()
@@ -377,7 +402,7 @@ def _pairs(
             larger = (*multiset, entries[place])
             open_ends.append((larger, place, multinomial * len(larger) / count))
     grouped: dict[tuple[int, ...], list[Pair]] = {}
-    # By degrees, for only monomials of one degree are partners; the largest work first.
+    # Sorted by degree, since only monomials of one degree are partners; the largest degree, with the most work, first.
     for (a, b), multisets in sorted(found.items(), key=lambda pair: (-len(pair[0][0]), pair[0])):
         grouped.setdefault(a, []).append(Pair(a, b, tuple(multisets)))
     return list(grouped.values())

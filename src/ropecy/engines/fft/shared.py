@@ -20,13 +20,14 @@ from .blocks import parts, round_up
 from .cost import transform_operations
 from .symbol import Symbol
 
-# Operations of a pass, for each row of a block, from which plans are measured. That takes 0.2 s at a length of 2^10 and
-# 0.7 s at 2^13, once a process, and makes transforms of these 1.2 and 2.2 times as fast.
+# FFTW measures its plans where a pass does at least so many operations for each row of a block. Measuring takes 0.2 s
+# for a length of 2^10 and 0.7 s for 2^13, once a process, and makes transforms of these lengths 1.2 and 2.2 times as
+# fast.
 _WORTH_MEASURING = 4e5
 
 
 class Shared:
-    """The sums over keys of weights times values, and their adjoint: one T for all monomials."""
+    """The sums over keys of weights times values, and their adjoint, with one T for all monomials."""
 
     def __init__(self, problem: Problem, scores: Scores, values: np.ndarray, symbol: Symbol, p: Polynomial) -> None:
         self._problem, self._symbol = problem, symbol
@@ -35,13 +36,15 @@ class Shared:
         self._operands = _operands(problem, scores, values, symbol, self._symbol_fft)
 
     def forward(self, p: Polynomial) -> np.ndarray:
-        """(H, G, columns, n): sum_j p(s_ij) t_{j-i} v_j."""
+        """sum_j p(s_ij) t_{j-i} v_j for every column of values, (H, G, columns, n)."""
         degree = max(1, p.degree)
         weights = _padded(p.coefficients, degree)
         return self._product(degree).forward(weights)[..., : self._problem.q.shape[2]]
 
     def backward(self, p: Polynomial, grad: np.ndarray, want_dsymbol: bool) -> tuple[np.ndarray | None, ...]:
-        """The adjoint for grad (H, G, columns, n): dq (H, G, d, n), dk (H, d, n_k), dv (H, columns, n_k), dsymbol."""
+        """The gradients of ``<grad, sums>`` for grad (H, G, columns, n): dq (H, G, d, n), dk (H, d, n_k), dv (H,
+        columns, n_k), and where it is wanted that of the bias, (H, G or 1, n + n_k - 1), else None.
+        """
         n, n_k, degree = self._problem.q.shape[2], self._problem.k.shape[1], max(1, p.degree) + 1
         padded = np.zeros((*grad.shape[:-1], self._operands[0].shape[-1]))
         padded[..., :n] = grad
@@ -61,7 +64,9 @@ class Shared:
 
 
 def _operands(problem: Problem, scores: Scores, values: np.ndarray, symbol: Symbol, fft: RealFFT) -> tuple:
-    """q, k, v as columns, the spectra of T with their mask, and the gain of levels: what `_toeplitz.Product` takes."""
+    """The operands of `_toeplitz.Product`: q, k and v as columns, the spectra of T, which of its blocks are not 0, and
+    the factors of levels.
+    """
     H, G, n, d = problem.q.shape
     n_k = problem.k.shape[1]
     rows, keys = round_up(n, symbol.block), round_up(n_k, symbol.block)
@@ -84,7 +89,8 @@ def _operands(problem: Problem, scores: Scores, values: np.ndarray, symbol: Symb
 
 
 def _spectra(symbol: Symbol, fft: RealFFT, n: int, n_k: int, threads: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which blocks of T are not 0, and the spectra of all as `_toeplitz.Product` takes them."""
+    """Which blocks of T have an entry that is not 0, and the spectra of all blocks as `_toeplitz.Product` takes them.
+    """
     *lead, levels, _ = symbol.levels.shape
     t = np.zeros((math.prod(lead), levels, round_up(n, symbol.block) + round_up(n_k, symbol.block)))
     t.reshape(*lead, levels, -1)[..., _offsets(symbol, n, n_k)] = symbol.levels[..., ::-1]
@@ -93,7 +99,7 @@ def _spectra(symbol: Symbol, fft: RealFFT, n: int, n_k: int, threads: int) -> tu
 
 
 def _offsets(symbol: Symbol, n: int, n_k: int) -> slice:
-    """Where those that occur stand, in order of i - j, from whole blocks of keys below 0 on."""
+    """Where the offsets that occur stand in an array over i - j that begins with whole blocks of keys."""
     first = round_up(n_k, symbol.block) - (n_k - 1)
     return slice(first, first + n + n_k - 1)
 
@@ -101,13 +107,16 @@ def _offsets(symbol: Symbol, n: int, n_k: int) -> slice:
 def _symbol_gradient(
     symbol: Symbol, fft: RealFFT, nonzero: np.ndarray, correlations: np.ndarray, n: int, n_k: int, threads: int
 ) -> np.ndarray:
-    """t_m times the correlations at m, levels and blocks added: (H, G, n + n_k - 1)."""
+    """The gradient of the bias: t_m times the correlations at the offset m, summed over levels and blocks, (H, G, n +
+    n_k - 1).
+    """
     H, G, levels = correlations.shape[:3]
     t = _circulant.spectra_adjoint(fft, nonzero, correlations.reshape(H * G, *correlations.shape[2:]), threads)
     return (symbol.levels * t.reshape(H, G, levels, -1)[..., _offsets(symbol, n, n_k)][..., ::-1]).sum(axis=2)
 
 
 def _padded(coefficients: tuple[float, ...], degree: int) -> np.ndarray:
+    """The coefficients as an array of degree + 1 numbers, with zeros for those that are missing."""
     padded = np.zeros(degree + 1)
     padded[: len(coefficients)] = coefficients
     return padded
@@ -115,10 +124,12 @@ def _padded(coefficients: tuple[float, ...], degree: int) -> np.ndarray:
 
 @kept_below(lambda d, degree: n_features(d, degree) * (degree + 2))
 def _pairs(d: int, degree: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All monomials by degree, two at a time: degrees, variables and sqrt(|a|! / a!), as `_toeplitz.Product` has them.
+    """All monomials by degree, in pairs: their degrees, variables and factors sqrt(|a|! / a!) as `_toeplitz.Product`
+    takes them.
 
-    With half of |a|! / a! on either side, what rounding mixes of two monomials obeys the bound of each by itself: both
-    the columns of queries and those of keys have sums of squares ||q||^{2s} and ||k||^{2s} over the degree s.
+    Two monomials share a transform, so rounding mixes them. Queries and keys each take the root of |a|! / a!, for then
+    the sums of squares over the monomials of degree s are ||q||^{2s} and ||k||^{2s}, and the bound on the rounding of
+    one monomial holds for a pair too.
     """
     degrees, variables, factors = [], [], []
     for s in range(degree + 1):
@@ -138,21 +149,23 @@ def _pairs(d: int, degree: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def plans(block: int, operations: float) -> tuple[ComplexFFT, RealFFT]:
-    """Transforms of the quarters that spectra of columns are cut into, and of the blocks of T; measured ones where a
-    pass does so many operations that it pays.
+    """The transforms of the quarters that the spectra of columns are cut into, and of the blocks of T. FFTW measures
+    the former where a pass does so many operations that it pays.
     """
     return _transforms(block, operations > _WORTH_MEASURING * block)
 
 
 @lru_cache(maxsize=32)
 def _transforms(block: int, measured: bool) -> tuple[ComplexFFT, RealFFT]:
-    """Of the quarters that spectra of columns are cut into, and of the blocks of T."""
+    """As `plans`, kept for the next call of the same block size."""
     return _measured(block // 2) if measured else ComplexFFT(block // 2), RealFFT(2 * block)
 
 
 def _measured(n: int) -> ComplexFFT:
-    """A measured plan. FFTW cannot be stopped while it measures, which takes seconds, and more on a busy machine; so a
-    thread that nobody need wait for does it, and Ctrl-C ends the wait.
+    """A transform whose plan FFTW has measured.
+
+    FFTW cannot be stopped while it measures, which takes seconds, and more on a busy machine. So a daemon thread does
+    it, and Ctrl-C ends the wait for that thread.
     """
     found: Future[ComplexFFT] = Future()
 

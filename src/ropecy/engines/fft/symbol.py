@@ -1,4 +1,4 @@
-"""T, the weights of offsets, cut into levels, and which of its rows transforms compute well enough."""
+"""T, the matrix of the weights of offsets, cut into levels; and which of its rows transforms compute well enough."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from ...problem.problem import Problem
 from . import family
 from .blocks import block_size
 
-# A bias of this spread, in nats, is one level; else a level spans LEVEL, and there are at most MOST_LEVELS.
+# A bias that spreads over no more nats than _SPREAD is one level. Else each level spans _LEVEL nats, and there are at
+# most _MOST_LEVELS of them.
 _SPREAD = 14.0
 _LEVEL = 12.0
 _MOST_LEVELS = 6
-# |error| <= _NOISE u log2(length) ||t||_2 ||x||_2 of a product by transforms; 0.33 was the largest seen.
+# A product of T and x by transforms is off by at most _NOISE u log2(length) ||t||_2 ||x||_2: measured, not proved; the
+# largest factor that was seen is 0.33.
 _NOISE = 0.5
 _UNIT = 2.0**-53
 
@@ -28,17 +30,17 @@ class Symbol:
     Attributes
     ----------
     peak : (H or 1, G or 1) array
-        max_m b_m; T is exp(b - peak).
+        The largest bias, max_m b_m; T has the entries exp(b_m - peak).
     levels : (H or 1, G or 1, levels, n + n_k - 1) array
-        t_m exp(12 l) at index m + n - 1, where level l holds m, else 0.
+        t_m exp(12 l) at the index of the offset m where level l holds it, and 0 elsewhere.
     top : (H or 1, G or 1, n) int array
-        The first level of which a row sees an entry; `unseen` where there is no key.
+        The first level of which a row sees an entry; `unseen` for a row that sees no key.
     exact_rows : list of (int, int)
         Runs of rows that the exact engine computes.
     rounding : float
-        What transforms do to all other rows at most, in units of range(V).
+        By how much transforms may be off in all other rows, in units of the range of the values.
     block : int
-        b: T is applied in blocks of b x b.
+        T is applied in blocks of this many rows and columns.
     """
 
     peak: np.ndarray
@@ -50,12 +52,12 @@ class Symbol:
 
     @property
     def unseen(self) -> int:
-        """What `top` has where a row sees no key."""
+        """The value of `top` for a row that sees no key: the number of levels."""
         return self.levels.shape[2]
 
     @property
     def gain(self) -> np.ndarray | None:
-        """What each level is multiplied with in each row, (H or 1, G or 1, levels, n); None for ones."""
+        """The factor of each level in each row, (H or 1, G or 1, levels, n); None where all are 1."""
         if self.unseen == 1:
             return None
         levels = np.arange(self.unseen)[:, None]

@@ -23,7 +23,7 @@ from ...problem.traffic import Sender, Traffic, ring, sums
 from ..base import Executable, Result
 from ..exact import attention
 from ..exact.ring import Ring
-from ..merge import merge, share
+from ..merge import merge, row_sums, share
 from ..polynomial import features
 from ..polynomial.features import Expansion
 from .split import Far, Split
@@ -239,7 +239,7 @@ class NearFar(Executable):
             # Far parts use centred keys. That does not change dq if the dS of a row sum to 0 over its far keys, but
             # they do so only over near and far keys together. What is missing is the centre times the sum over near
             # keys.
-            near_sum = _row_sums(do, saved.near_o, saved.o, share(saved.near_lse, saved.lse))
+            near_sum = row_sums(do, saved.near_o, saved.o, share(saved.near_lse, saved.lse))
             centre = self._expansion(whole).scores.centre
             found.dq -= (whole.scale * near_sum[..., None] * centre[:, None, None]).astype(found.dq.dtype)
         return found
@@ -320,11 +320,6 @@ def _moment(
     first = 0.0 if pieces is None else float(pieces.layout.k_start[pieces.comm.rank])
     total = -(key_sums @ (np.arange(key_sums.shape[1]) + first))
     if len(saved.parts) > 1 or near:
-        rows = _row_sums(do, part.o, saved.o, part.share).sum(axis=1)
+        rows = row_sums(do, part.o, saved.o, part.share).sum(axis=1)
         total += rows @ (np.arange(rows.shape[1]) + float(saved.whole.mask.offset) + first)
     return -total if part.far.right else total
-
-
-def _row_sums(do: np.ndarray, own: np.ndarray, o: np.ndarray, own_share: np.ndarray) -> np.ndarray:
-    """sum_j dS_ij over the keys of a part, (H, G, n), for its result `own` and its share of each row's weight."""
-    return np.einsum("hgnc,hgnc->hgn", do, own - o, dtype=np.float64) * own_share

@@ -107,7 +107,6 @@ class Outliers(Engine):
             statistics.values,
             split,
             rest.executable,
-            own.statistics.scores.centre,
             statistics.scores.plain,
         )
         size = rest.bytes + memory(context.outline, split, request.grad)

@@ -26,7 +26,7 @@ from ...problem.problem import Problem
 from ..base import Executable, Result
 from ..exact import attention
 from ..exact.rows import exact_rows
-from ..merge import merge, share
+from ..merge import merge
 from .split import Split, parts
 
 
@@ -38,15 +38,11 @@ class Saved:
     ----------
     rest : Result
         The result of the rest, resumed under the softmax of the whole.
-    own, own_lse : arrays or None
-        O and lse of the rest before that.
     o, lse : arrays
         The results of the whole.
     """
 
     rest: Result
-    own: np.ndarray | None
-    own_lse: np.ndarray | None
     o: np.ndarray
     lse: np.ndarray
 
@@ -59,8 +55,6 @@ class BesideOutliers(Executable):
     ----------
     split : Split
     rest : Executable
-    centre : array or None
-        What is subtracted from the keys of the rest.
     plain : float
         A bound of all scores, as the exact engine takes it.
     """
@@ -70,7 +64,6 @@ class BesideOutliers(Executable):
     values: Values
     split: Split
     rest: Executable
-    centre: np.ndarray | None
     plain: float
 
     engine = "polynomial"
@@ -78,18 +71,18 @@ class BesideOutliers(Executable):
     def forward(self, problem: Problem, want_lse: bool, pieces: Pieces = WHOLE) -> Result:
         split, grad = self.split, self.grad
         rest = self.rest.forward(split.rest, True)
-        own, own_lse = (rest.o.copy(), rest.lse.copy()) if grad else (None, None)
-        o, lse = rest.o, rest.lse.copy()
+        o, lse = rest.o.copy() if grad else rest.o, rest.lse.copy()
         self._merge(problem, o, lse)
         gradient = rest.gradient_certificate
         if grad:
-            rest = rest.executable.resume(split.rest, rest, o, lse)
+            if split.keys is not None:
+                rest = rest.executable.resume(split.rest, rest, o, lse)
             gradient = replace(gradient, rounding=max(gradient.rounding, self.gradient_certificate.rounding))
         certificate = replace(rest.certificate, rounding=max(rest.certificate.rounding, self.certificate.rounding))
         if split.rows is not None:
             count = certificate.n_exact_rows + int(np.count_nonzero(split.rows))
             certificate = replace(certificate, n_exact_rows=count)
-        return Result(o, lse, self, Saved(rest, own, own_lse, o, lse), certificate, gradient)
+        return Result(o, lse, self, Saved(rest, o, lse), certificate, gradient)
 
     def _merge(self, problem: Problem, o: np.ndarray, lse: np.ndarray) -> None:
         """Turns o and lse of the rest into those of the whole, in place, by computing long keys and queries exactly."""
@@ -107,14 +100,6 @@ class BesideOutliers(Executable):
         split, saved = self.split, result.saved
         short = do if split.rows is None else np.where(split.rows[..., None], 0, do)
         found = saved.rest.backward(split.rest, short)
-        if split.keys is not None and self.centre is not None and saved.rest.executable.engine == "polynomial":
-            # The polynomial engine centres the keys of the rest. That changes dq by the centre times the sum of a row's
-            # dS over these keys, which is 0 only over all keys: it is added here.
-            own_share = share(saved.own_lse, saved.lse)
-            sums = np.einsum("hgnc,hgnc->hgn", short, saved.own - saved.o, dtype=np.float64) * own_share
-            if saved.rest.saved.exact is not None:
-                sums[saved.rest.saved.exact] = 0
-            found.dq += (problem.scale * sums[..., None] * self.centre[:, None, None]).astype(found.dq.dtype)
         for rows, (head, keys), part in parts(problem, split):
             o, lse, part_do = (np.ascontiguousarray(X[rows]) for X in (saved.o, saved.lse, short))
             own = attention.backward(part, attention.resume(part, np.inf, o, lse), part_do)

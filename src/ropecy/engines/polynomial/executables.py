@@ -23,7 +23,7 @@ from ...problem.traffic import Sender, Traffic, maxima, sums, totals
 from ..base import Executable, Result
 from ..exact.row_errors import row_errors
 from ..exact.rows import exact_rows
-from ..merge import share
+from ..merge import row_sums, share
 from . import features
 from .features import Expansion
 
@@ -40,6 +40,9 @@ class Saved:
         The results, at the ranks where they were computed.
     exact : (H, G, n) bool array or None
         Which of these rows were computed exactly.
+    own, own_share : arrays or None
+        Where the problem has been resumed under the softmax of more keys, so that o and lse are those of all keys: O of
+        its own keys, and what they have of the weight of each row.
     """
 
     features: features.Saved
@@ -47,6 +50,8 @@ class Saved:
     o: np.ndarray
     lse: np.ndarray | None
     exact: np.ndarray | None = None
+    own: np.ndarray | None = None
+    own_share: np.ndarray | None = None
 
 
 @dataclass(slots=True)
@@ -93,9 +98,10 @@ class Polynomial(Executable):
         return Result(home(saved.o), home(saved.lse) if want_lse else None, self, saved, *certificates)
 
     def resume(self, problem: Problem, result: Result, o: np.ndarray, lse: np.ndarray) -> Result:
-        own = result.saved.features
-        inverse = (own.inverse * share(result.saved.lse, lse)).astype(problem.dtype)
-        saved = replace(result.saved, features=replace(own, o=o, inverse=inverse), o=o, lse=lse)
+        own, own_share = result.saved, share(result.saved.lse, lse)
+        inverse = (own.features.inverse * own_share).astype(problem.dtype)
+        resumed = replace(own.features, o=o, inverse=inverse)
+        saved = replace(own, features=resumed, o=o, lse=lse, own=own.o, own_share=own_share)
         return replace(result, o=o, lse=lse, saved=saved)
 
     def backward(self, problem: Problem, result: Result, do: np.ndarray, pieces: Pieces = WHOLE) -> InputGradients:
@@ -105,6 +111,14 @@ class Polynomial(Executable):
         if saved.exact is not None:
             rows = exact_rows(at.problem, self.plain, saved.exact, pieces.comm)
             rows.backward(saved.o, saved.lse, do, found)
+        centre = self.expansion.scores.centre
+        if saved.own is not None and centre is not None:
+            # Keys are centred. That changes dq by the centre times the sum of a row's dS over them, which is 0 over all
+            # keys only. Rows that are exact have keys as they are.
+            sums = row_sums(do, saved.own, saved.o, saved.own_share)
+            if saved.exact is not None:
+                sums[saved.exact] = 0
+            found.dq += (problem.scale * sums[..., None] * centre[:, None, None]).astype(found.dq.dtype)
         found.dq = at.home(found.dq)
         return found
 
