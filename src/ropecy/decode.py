@@ -25,7 +25,7 @@ from .machine.threads import default_threads
 from .relative import RelativeBias
 from .rotary import Rotary
 
-# How many tokens `extend` works on at a time, at most; what `decoding.bounds.rounding` says of a sum counts on it.
+# The largest number of tokens that `extend` works on at a time; `decoding.bounds.rounding` assumes blocks of that size.
 _TOKENS = 2**16
 
 
@@ -44,54 +44,54 @@ class DecodeState:
         The rotations; the position of a token is the number of tokens before it. A scaling rule whose angles depend
         on the length of the text needs ``Rotary(..., length=)``.
     eps : float
-        Every entry of a result is within eps * (max_j v_jc - min_j v_jc).
+        Every entry o_c of a result is within eps * (max_j v_jc - min_j v_jc) of the exact one.
     bound : float
-        B: each key and each query must have \|scale\| \|\|x\|\|^2 <= B (after R, where an attention factor lengthens
-        it), so that every score is within [-B, B]. Past it by rounding is allowed.
+        B: each key and each query x must have \|scale\| \|\|x\|\|^2 <= B (after R, where an attention factor lengthens
+        it), so that every score is within [-B, B]. It may exceed B by the rounding of x.
     scale : float, optional
         By default 1/d.
     dtype : dtype, optional
-        Of what is passed and returned: float32, float64, float16 or bfloat16. By default that of the first keys.
-        The state itself is float64.
+        The dtype of arrays that are passed and returned: float32, float64, float16 or bfloat16. By default that of the
+        first keys. The state itself is float64.
     window : int, optional
-        How many of the last tokens, the newest among them, are exact: one softmax with the others.
+        How many of the last tokens, the newest included, have exact weights, in one softmax with all other tokens.
     bias : RelativeBias, optional
-        ``RelativeBias.alibi(slope)``, slopes of at least 0: one, or one for each query head.
+        ``RelativeBias.alibi(slope)`` with one slope of at least 0, or one for each query head.
     on_break : {"raise", "exact"}
         What happens to a key or a query past `bound`. "raise": BoundedEntryError, and the state is as it was.
-        "exact": keys and values are kept from the start, so a query past `bound` is answered from them, and so is
-        every query once a key was past it. It costs what the state is there to save: memory of d + d_v numbers a
-        token, and, where it answers, time in proportion to the text.
+        "exact": keys and values are kept from the start. A query past `bound` is answered from them, and so is every
+        query once a key was past it. This costs what the state is there to save: memory of d + d_v numbers for each
+        token, and time in proportion to the length of the text for each query that is answered so.
 
     Raises
     ------
     TypeError, ValueError
         Arguments of the wrong kind or out of range.
     NotImplementedError
-        A bias by another rule, or a family in the place of R: no state of fixed size holds them.
+        The bias is of another kind, or R is a RelativeFamily: no state of fixed size represents them.
     BoundedEntryError
         No degree certifies eps for this bound; a ValueError.
     MemoryError
-        The state is larger than what the machine has left; with the first tokens, if for their heads alone.
+        The state is larger than the memory that is left. The first tokens raise it if their number of heads causes it.
 
     Notes
     -----
     With F = C(d + g, g) monomials for degree g, a token takes 2 F (d_v + 1) operations for a key head and as many for
     a query head, and 16 F (d_v + 1) bytes are kept for a key head, whatever the length of the text: sums in float64,
-    and what rounding took from them. The last tokens, `window` of them and at most 64 more, are kept as they are and
-    are exact, which takes 8 (window + 64) (d + d_v + 1) bytes; 64 of them enter the sums together, so a step in 64
-    takes longer than the others. Where the query heads of a key head have different slopes, each has sums of its own,
-    and this counts for query heads. Weights stay positive under a bias, so it changes nothing in the proof. The method
-    is that of arXiv:2412.17316 and arXiv:2505.11892 for a running sum; Features
-    and sums are float64 for float32 data too, and larger bounds can be certified. Blocks are added with compensation
-    and decays are exact: ten million tokens lose no digit.
+    and their rounding errors. The last tokens, `window` of them and at most 64 more, are kept as they are and are
+    exact, which takes 8 (window + 64) (d + d_v + 1) bytes; 64 of them enter the sums together, so one step in 64 takes
+    longer than the others. Where the query heads of a key head have different slopes, each query head has sums of its
+    own, and these numbers hold for each query head. Weights stay positive under a bias, so the proof of the error holds
+    as without one. The method is that of arXiv:2412.17316 and arXiv:2505.11892 for a running sum. Features and sums are
+    float64 for float32 data too, so that larger bounds can be certified. Blocks are added with compensation and decays
+    are exact: ten million tokens lose no digit.
 
-    Values may be of any size in float32 and narrower dtypes; in float64 they are refused past 2^900, for their sums
-    would overflow. Results are off by a share of the range of values, and by what storing them in their dtype costs.
+    Values may be of any size in float32 and narrower dtypes. In float64 they are refused past 2^900, since their sums
+    would overflow. The error of a result is a fraction of the range of values, plus that of storing it in its dtype.
 
-    One state serves one call at a time: what is called while another thread's call works on the same state raises
-    RuntimeError, but for `length`, `nbytes` and `repr`. A call that is interrupted, as by Ctrl-C, has changed the state
-    wholly or not at all; `length` tells which. States can be pickled.
+    One state serves one call at a time: a call while another thread's call works on the same state raises RuntimeError,
+    except `length`, `nbytes` and `repr`. A call that is interrupted, as by Ctrl-C, has changed the state wholly or not
+    at all; `length` tells which. States can be pickled.
 
     Examples
     --------
@@ -134,16 +134,16 @@ class DecodeState:
         )
         self._in_use = threading.Lock()
         self._length = 0
-        # |scale| ||x||^2: the largest of all keys, and that of the last query, if it was answered from the history.
+        # |scale| ||x||^2: the largest of all keys, and that of the last query if it was answered from the history.
         self._largest = self._asked = 0.0
         self._dtype = o.dtype
         self._lead: tuple[int, ...] | None = None
         self._values: bounds.Values | None = None
-        # None before the first token, and once a key was past the bound: then only the history can answer.
+        # None before the first token, and from the first key past the bound on, when only the history can answer.
         self._sums: Sums | None = None
-        # With on_break="exact", from the first token on.
+        # None before the first token, and always unless on_break="exact".
         self._history: History | None = None
-        # Slopes of the heads of a bias, later those of the states of each key head, (H, 1 or queries a key head).
+        # The bias's slopes for each head; from the first token on those of each key head's sums, (H, S) as in `Sums`.
         self._slopes = np.zeros(1) if o.bias is None else np.atleast_1d(o.bias._values)
         # A bound or a size that is impossible for every dtype and number of heads is refused here; what depends on them
         # is refused with the first tokens.
@@ -160,7 +160,7 @@ class DecodeState:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the state: 0 before the first token, then the same for ever, unless on_break="exact"."""
+        """Bytes of the state: 0 before the first token, afterwards constant, unless on_break="exact"."""
         return sum(array.nbytes for array in self._arrays.values())
 
     @property
@@ -168,12 +168,12 @@ class DecodeState:
     def certificate(self) -> Certificate:
         """What is promised of the last result, in units of max_c range_j(v_jc) over all tokens and heads.
 
-        It is the exact engine's where a key was past `bound`, or the query of that result. `rounding` counts what
-        storing a result in its dtype costs, from the size of values beside their range; `eps` is judged before that.
+        Where a key or the query of that result was past `bound`, it is the exact engine's certificate. `rounding`
+        includes the error of storing a result in its dtype; `eps` is compared with the error before storing.
         """
         dtype, half, stored = self._dtype or np.dtype(np.float64), 0.0, 0.0
         if self._length:
-            # The first value is given back in float64, and the sum is rounded.
+            # The first value is added to the result in float64, and that sum is rounded.
             stored = 2 * self._values.storing(np.dtype(np.float64))
             if dtype.itemsize == 4:
                 stored += self._values.storing(dtype)
@@ -213,24 +213,24 @@ class DecodeState:
     @one_call_at_a_time
     @all_or_nothing
     def extend(self, K: ArrayLike, V: ArrayLike) -> None:
-        """Append n tokens at once (prefill): what n steps would leave, up to rounding.
+        """Append n tokens at once (prefill): the state becomes what n steps would make it, up to rounding.
 
         Parameters
         ----------
         K, V : (..., n, d), (..., n, d_v) arrays
-            Leading axes broadcast, the last of them being that of key heads; the first call says which there are.
+            Leading axes broadcast, the last of them being that of key heads. The first call fixes those of the state.
 
         Raises
         ------
         TypeError, ValueError
-            Another dtype, other shapes, NaN or Inf. Later tokens must together have the leading axes of the first:
-            those of one text are not written to several.
+            The dtype or the shapes don't fit, or there is NaN or Inf. K and V, broadcast together, must have the
+            leading axes of the first tokens: tokens of one text are not appended to several texts.
         BoundedEntryError
             A key is past `bound`. The state is then as it was.
 
         Notes
         -----
-        Time 2 n F (d_v + 1) operations for each key head.
+        The time is that of 2 n F (d_v + 1) operations for each key head.
         """
         o = self._options
         K, V, lead = check_tokens({"K": K, "V": V}, (o.d, o.d_v), self._dtype, self._lead, o.bias, single=False)
@@ -257,10 +257,10 @@ class DecodeState:
         Parameters
         ----------
         q : (..., d) array
-            Its last leading axis may have a multiple of the key heads (grouped queries): head h uses key head
-            h // (heads / key heads).
+            Its last leading axis may be a multiple of the number of key heads (grouped queries): query head h then uses
+            key head h // (heads / key heads).
         k, v : (..., d), (..., d_v) arrays
-            Leading axes broadcast.
+            The key and the value of the token. Leading axes broadcast.
 
         Returns
         -------
@@ -270,7 +270,7 @@ class DecodeState:
         Raises
         ------
         TypeError, ValueError
-            Another dtype, other shapes, NaN or Inf.
+            The dtype or the shapes don't fit, or there is NaN or Inf.
         BoundedEntryError
             The key or the query is past `bound`. The state is then as it was.
         """
@@ -300,7 +300,7 @@ class DecodeState:
     @one_call_at_a_time
     @all_or_nothing
     def attend(self, q: ArrayLike) -> np.ndarray:
-        """Attend with q (..., d) at the position of the last token, without appending one; as in `step`.
+        """Attend with q (..., d), as in `step`, at the position of the last token, without appending a token.
 
         Returns
         -------
@@ -319,7 +319,7 @@ class DecodeState:
 
     @one_call_at_a_time
     def copy(self) -> DecodeState:
-        """The same state, independent from here on."""
+        """A second state with the same contents; later calls on one don't change the other."""
         other = self._draft()
         other._in_use = threading.Lock()
         if self._history is not None:
@@ -342,14 +342,14 @@ class DecodeState:
 
     @one_call_at_a_time
     def save(self, path: str | os.PathLike[str] | IO[bytes]) -> None:
-        """Write the state to an npz file; `load` on any machine goes on from it.
+        """Write the state to an npz file, which `load` can read on any machine.
 
         Parameters
         ----------
         path : path or binary file object
-            A file's name is `path` as it stands. A new file is written beside the old one and takes its place when it
-            is complete and on the disk, so that what is interrupted leaves the old one. A file object is written to
-            from where it stands.
+            A path is used as it is, without adding a suffix. A new file is written beside the old one and takes its
+            place when it is complete and on the disk, so that an interrupted call leaves the old one. A file object is
+            written to from its current position.
         """
         arrays = {}
         if self._length:
@@ -368,7 +368,7 @@ class DecodeState:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str] | IO[bytes]) -> DecodeState:
-        """The state that `save` wrote, in this version or an earlier one.
+        """The state in a file that `save` wrote, in this version of the package or an earlier one.
 
         Parameters
         ----------
@@ -381,7 +381,7 @@ class DecodeState:
             The file is not one that `save` wrote: every array and every number in it is checked against the options
             before a state is made of them. The message says what is wrong.
         MemoryError
-            The state of such options is larger than what the machine has left.
+            A state of the size that the file says is larger than the memory that is left.
         OSError
             The file is not there or cannot be read.
         """
@@ -409,7 +409,7 @@ class DecodeState:
     # ---- inside ----
 
     def _draft(self) -> DecodeState:
-        """The same state under an object of its own, with the same arrays, for a call that may be interrupted."""
+        """A second object with the same arrays, on which a call that may be interrupted works."""
         other = object.__new__(DecodeState)
         other.__dict__.update(self.__dict__)
         if self._lead is not None:
@@ -419,17 +419,17 @@ class DecodeState:
         return other
 
     def _exactly(self, rows: np.ndarray) -> np.ndarray:
-        """Exact attention of rotated queries (H, G, d) over the history."""
+        """Exact attention (H, G, d_v) of rotated, scaled queries (H, G, d) over the history."""
         return self._history.attend(rows, self._length, self._values, self._slopes)
 
     @property
     def _exact(self) -> bool:
-        """Whether a key was past the bound, and only the history can answer."""
+        """Whether a key was past the bound, so that only the history can answer."""
         return self._lead is not None and self._sums is None
 
     @property
     def _arrays(self) -> dict[str, np.ndarray]:
-        """All that is kept, by name."""
+        """All arrays that the state keeps, by name."""
         kept = (self._history, self._values, self._sums)
         return {name: array for part in kept if part is not None for name, array in part.arrays().items()}
 
@@ -437,7 +437,7 @@ class DecodeState:
         return bounds.limit(self._options.bound, self._options.d, dtype)
 
     def _enforce(self, name: str, X: np.ndarray) -> float:
-        """The largest |scale| ||x||^2; BoundedEntryError where it is past the bound and that is to be an error."""
+        """The largest |scale| ||x||^2 of rows x of X; BoundedEntryError where on_break does not allow one so large."""
         sizes = self._rows.sizes(X)
         largest = float(sizes.max(initial=0.0))
         exact = self._options.on_break == "exact"
@@ -454,9 +454,9 @@ class DecodeState:
         return largest
 
     def _begin(self, lead: tuple[int, ...], dtype: np.dtype, largest: float, degree: int | None = None) -> None:
-        """Make room when the first tokens come; when the first key past the bound does, drop the sums for ever.
+        """Allocate arrays when the first tokens come, and drop the sums for good at the first key past the bound.
 
-        `largest` is that of the new keys.
+        `largest` is the largest |scale| ||k||^2 of the new keys.
         """
         o = self._options
         if self._lead is None:
@@ -477,7 +477,7 @@ class DecodeState:
     def _pieces(self, K: np.ndarray, V: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Rotated keys (H, n, d) and values (H, n, d_v), piece by piece.
 
-        Each piece is also written into the history, if there is one, and its values are taken note of.
+        Each piece is also written into the history, if there is one, and its values update the ranges of columns.
         """
         o, n = self._options, K.shape[-2]
         rows = PIECE // (math.prod(self._lead) * o.d + self._slopes.size * o.d_v)

@@ -1,4 +1,4 @@
-"""The inside of `ropecy.DecodeState`: its checked arguments, sums of monomials, history, promises and files.
+"""What `ropecy.DecodeState` is made of: checked arguments, sums of monomials, a history, error bounds and files.
 
-`ropecy.decode` is the door to this room, and the only module that imports it.
+The public module `ropecy.decode` is the only one that imports this folder.
 """

@@ -30,7 +30,7 @@ LARGEST_VALUE = 2.0**900
 
 @dataclass(frozen=True, slots=True)
 class DecodeOptions:
-    """Checked arguments of `DecodeState`; `dtype` is None where the first keys are to say it."""
+    """Checked arguments of `DecodeState`; `dtype` is None where the dtype of the first keys is to be taken."""
 
     d: int
     d_v: int
@@ -66,7 +66,7 @@ def check_decode(d: Any, d_v: Any, R: Any, options: Mapping[str, Any]) -> Decode
 
 
 def _decaying(bias: Any) -> RelativeBias:
-    """The bias in float64, if exp of it is a product of one decay for each token since the key."""
+    """The bias in float64, if exp(b_t) decays by one constant factor for each token that came after the key."""
     wants = "RelativeBias.alibi(slope) with slopes of at least 0, by which a state decays"
     if not isinstance(bias, RelativeBias):
         raise TypeError(f"bias: got {described(bias)}, wants {wants}, or None")
@@ -79,7 +79,10 @@ def _decaying(bias: Any) -> RelativeBias:
 
 
 def _rotary_of_any_length(R: Any, d: int) -> None:
-    """Refuse what is no Rotary, and one whose angles depend on how long the text becomes: keys are rotated once."""
+    """Refuse an R that is no Rotary, and a Rotary whose angles depend on the length of the text.
+
+    A key is rotated once, when its token comes, and the final length of the text is not known then.
+    """
     if isinstance(R, RelativeFamily):
         raise NotImplementedError("R: a RelativeFamily does not factor, so no state of fixed size holds it")
     if not isinstance(R, Rotary):
@@ -108,13 +111,14 @@ def check_tokens(
     Parameters
     ----------
     given : dict
-        Keys and values, in this order, by the names they have for the user: (..., n, width), or (..., width) where
-        they are those of a `single` token.
+        Keys and values, in this order, by the names that the caller's method has for them. Their shape is
+        (..., n, width), or (..., width) for a `single` token.
     widths : (int, int)
         d and d_v.
     dtype, lead, bias
-        Those of the state. The first two are None before the first token.
+        The dtype, the leading axes and the bias of the state. `dtype` and `lead` are None before the first token.
     single : bool
+        Whether the arrays hold one token and have no axis of tokens.
     """
     axes = 1 if single else 2
     arrays = []
@@ -133,8 +137,8 @@ def check_tokens(
         raise ValueError(f"{names}: got leading axes {leads[0]} and {leads[1]}, wants axes that broadcast") from None
     if 0 in together:
         raise ValueError(f"{names}: got leading axes {together}, wants at least one of each")
-    # Tokens for a state of several texts must be there for each of them. Those of a step may broadcast, for its query
-    # has all leading axes.
+    # A state of several texts needs tokens for each of them. Those of a single step may broadcast, since the query of
+    # that step has all leading axes.
     if lead is not None and not (broadcasts(together, lead) if single else together == lead):
         raise ValueError(f"{names}: got leading axes {together}, wants {lead} as the state has")
     if bias is not None and bias.heads not in (None, 1) and together and bias.heads % (lead or together)[-1]:
@@ -150,7 +154,7 @@ def check_tokens(
 def check_query(
     q: Any, width: int, dtype: np.dtype | None, lead: tuple[int, ...], bias: RelativeBias | None
 ) -> np.ndarray:
-    """A checked query (..., width): its leading axes are those of keys, its heads a multiple of theirs.
+    """A checked query (..., width). It has the leading axes of the keys, but may have a multiple of their heads.
 
     A bias with slopes for several heads says how many heads it must have.
     """
@@ -167,7 +171,7 @@ def check_query(
 
 
 def _rows(name: str, X: Any, width: int, dtype: np.dtype | None, axes: int) -> np.ndarray:
-    """X as an array of at least so many axes, if its rows have this width and, where it is given, this dtype."""
+    """X as an array of at least `axes` axes, if its rows have this width and, where `dtype` is given, that dtype."""
     X = check_array(name, X, least_axes=axes)
     if dtype is not None and X.dtype != dtype:
         raise TypeError(f"{name}: got dtype {X.dtype}, wants {dtype} as the keys have")

@@ -18,18 +18,20 @@ from .sums import BLOCK
 
 
 def computed(dtype: np.dtype) -> np.dtype:
-    """What exact attention computes in for data of this dtype: float64 for float64, float32 for all others."""
+    """The dtype that exact attention computes in for data of this dtype: float64 for float64, float32 for others."""
     return np.dtype(np.float64 if dtype == np.float64 else np.float32)
 
 
 @lru_cache(maxsize=16)
 def limit(bound: float, d: int, dtype: np.dtype) -> float:
-    """The largest |scale| ||x||^2 that is accepted: `bound`, and what rounding may add to rows scaled to that size.
+    """The largest |scale| ||x||^2 that is accepted: `bound`, and what rounding may add to it.
 
-    Such rows are rounded when their norm is computed, and once more when they are stored in their dtype.
+    A row that the user has scaled to the bound was rounded when its norm was computed, and once more when it was stored
+    in its dtype.
     """
     unit = float(np.finfo(computed(dtype)).eps)
-    # Storing changes an entry by half an epsilon of its dtype, and its square by one; twice that is allowed.
+    # Storing changes an entry by half an epsilon of its dtype, relatively, and its square by one epsilon. Two are
+    # allowed.
     stored = {2: 2.0**-7 if dtype.name == "bfloat16" else 2.0**-10}.get(dtype.itemsize, unit)
     return max(bound * (1 + 2 * stored + 4 * (d + 8) * unit), poly.B_grid(0.0))
 
@@ -37,10 +39,11 @@ def limit(bound: float, d: int, dtype: np.dtype) -> float:
 def rounding(B: float) -> float:
     """The rounding error of results by sums in float64, in units of the range of values, for scores within [-B, B].
 
-    It is the model of the polynomial engine, for values that differ by at most their range from the one that is
-    subtracted of them. A sum is made of blocks of at most 2^16 tokens. In the worst case all terms are equal and each
-    addition rounds to the same side, by half a unit: 96 terms are added up first, then 32 of their sums, then 22 sums
-    of those. Blocks are added with compensation and decays are exact, so that the length of the text doesn't matter.
+    This is the model of rounding of the polynomial engine. The first value is subtracted from all values, so that each
+    is at most their range in size. A sum is made of blocks of at most 2^16 tokens. In the worst case all terms of a
+    block are equal and each addition rounds to the same side, by half a unit: 96 terms are added up first, then 32 of
+    these sums, then 22 of the sums of sums. Blocks are added with compensation and decays are exact, so that the length
+    of the text doesn't matter.
     """
     unit = float(np.finfo(np.float64).eps) / 2
     return unit * (12 + (8 + 75) * math.exp(min(2 * B, 700)))
@@ -49,10 +52,11 @@ def rounding(B: float) -> float:
 def exact_rounding(d: int, dtype: np.dtype, slopes: np.ndarray, length: int, largest: float) -> float:
     """The rounding error of exact attention over a text, in units of the range of values.
 
-    Scores without their bias are within `largest`. A score is off in proportion to its size, and the result by the mean
-    of that over the weights P. The mean of |b_j| over P is at most 2 `largest` + log n, since P maximises
-    sum_j P_j (s_j + b_j) + entropy(P), which is at least s_m for m the last token, whose bias is 0. Wrong weights
-    change the result by no more than the range. The sums are those of the exact engine.
+    Scores s_j without their bias b_j are within [-largest, largest], and n = `length`. Rounding changes a score in
+    proportion to its size, and the result by the mean of these changes over the softmax weights P. The mean of |b_j|
+    over P is at most 2 `largest` + log n, since P maximises sum_j P_j (s_j + b_j) + entropy(P), which is at least s_m
+    for the last token m, whose bias is 0. However wrong the weights are, the result changes by no more than the range.
+    What summation adds is that of the exact engine.
     """
     unit = float(np.finfo(computed(dtype)).eps) / 2
     bias = min(float(slopes.max()) * length, 2 * largest + math.log(max(1, length)))
@@ -66,6 +70,7 @@ class Values:
     Attributes
     ----------
     first, least, most : (H, d_v) float64 arrays
+        H is the product of all leading axes of the state.
     """
 
     first: np.ndarray
@@ -74,11 +79,11 @@ class Values:
 
     @classmethod
     def none(cls, heads: int, d_v: int) -> Values:
-        """Before the first token."""
+        """The object before the first token."""
         return cls(np.zeros((heads, d_v)), np.full((heads, d_v), math.inf), np.full((heads, d_v), -math.inf))
 
     def see(self, v: np.ndarray) -> None:
-        """Count the values (H, n, d_v) of new tokens in."""
+        """Take the values (H, n, d_v) of new tokens into account."""
         low, high = (v[:, 0], v[:, 0]) if v.shape[1] == 1 else (v.min(axis=1), v.max(axis=1))
         self.least, self.most = np.minimum(self.least, low), np.maximum(self.most, high)
 
@@ -87,7 +92,7 @@ class Values:
         return {"first": self.first, "least": self.least, "most": self.most}
 
     def draft(self) -> Values:
-        """The same arrays under an object of its own: what is seen next leaves this one as it is."""
+        """A second object with the same arrays: when it sees further values, this one does not change."""
         return Values(self.first, self.least, self.most)
 
     def copy(self) -> Values:
@@ -99,10 +104,10 @@ class Values:
         return np.where(self.most > self.least, self.most - self.least, 1.0)
 
     def storing(self, dtype: np.dtype) -> float:
-        """The error of storing a result in `dtype`, in units of the largest range; of max |v| if all are constant.
+        """The error of storing a result in `dtype`, in units of the largest range of a column.
 
-        A column that is constant loses nothing, since its results are its first value. In the others results lie
-        between the least and the largest value.
+        Where all columns are constant, the unit is max |v|. A constant column loses nothing, since its results are its
+        first value. In other columns results lie between the least and the largest value, which bounds their rounding.
         """
         spread, size = self.most - self.least, np.maximum(np.abs(self.least), np.abs(self.most))
         unit = float(spread.max(initial=0.0)) or float(size.max(initial=0.0)) or 1.0
@@ -116,14 +121,14 @@ def largest_number(dtype: np.dtype) -> float:
 
 
 def largest_score(dtype: np.dtype) -> float:
-    """The largest |scale| ||x||^2 that exact attention accepts: what makes up a score is far from overflow then."""
+    """The largest |scale| ||x||^2 that exact attention accepts: no part of a score comes near overflow below it."""
     return largest_number(computed(dtype)) * 2.0**-20
 
 
 def polynomial(o: DecodeOptions, dtype: np.dtype, degree: int | None = None) -> poly.Polynomial:
     """The polynomial of the smallest degree that certifies eps within the bound, or of `degree` if that certifies it.
 
-    Rounding results to a dtype narrower than float32 is not counted against eps, for it alone can be larger than eps.
+    Rounding results to float16 or bfloat16 is not counted against eps, since it alone can be larger than eps.
     """
     B = limit(o.bound, o.d, dtype)
     lost = rounding(B) + float(np.finfo(computed(dtype)).eps)
@@ -149,13 +154,13 @@ def check_memory(o: DecodeOptions, degree: int, heads: int, states: int, remembe
     ----------
     o : DecodeOptions
     degree : int
-        Of the polynomial.
+        The degree of the polynomial.
     heads : int
         H, the product of all leading axes.
     states : int
-        Sums for each head: as many as there are different slopes, or 1.
+        The number of sums for each head: as many as there are different slopes, or 1.
     remembered : int
-        Tokens of a history that is kept beside them.
+        The number of tokens in the history that is kept beside the sums; 0 without a history.
     """
     features = poly.n_features(o.d, degree)
     ring = ((o.window or 0) + BLOCK) * (o.d + o.d_v + 1)

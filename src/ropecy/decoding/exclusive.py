@@ -1,6 +1,6 @@
-"""One call at a time on one state, and a call that changes it does so wholly or not at all.
+"""Decorators for methods of a state: one call works on it at a time, and a call changes it wholly or not at all.
 
-What calls it meanwhile from another thread is refused.
+While a call works on a state, calls from other threads on the same state are refused.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 def one_call_at_a_time(method: _Method) -> _Method:
-    """The method, which raises RuntimeError while another call of such a method works on the same object.
+    """The method, made to raise RuntimeError while another call of a method decorated like this uses the same object.
 
     The object holds a `threading.Lock` in its attribute ``_in_use``.
     """
 
     @functools.wraps(method)
     def guarded(self: _Guarded, *args: Any, **kwargs: Any) -> Any:
-        # Two threads that both find it free take turns. Only a `with` gives the lock back whenever a Ctrl-C comes.
+        # Two threads that both find the lock free here take turns at the `with` below. A `with` is used because only it
+        # gives the lock back no matter when a Ctrl-C comes.
         if self._in_use.locked():
             raise RuntimeError(
                 f"{method.__name__}: got a state that another call is working on, wants one call at a time; "
@@ -41,10 +42,11 @@ def one_call_at_a_time(method: _Method) -> _Method:
 
 
 def all_or_nothing(method: _Method) -> _Method:
-    """The method, after which the object is changed as a whole, or as it was if an exception came, as by Ctrl-C.
+    """The method, made to leave the object as it was if an exception ends it, such as KeyboardInterrupt by Ctrl-C.
 
-    The method works on what ``_draft`` gives, a second object with the same contents. Its attributes then become those
-    of the first in one step of the interpreter, and signals are handled between two steps.
+    The method works on a second object with the same contents, which ``_draft`` makes. When it has returned, all
+    attributes of the second object are given to the first in one step of the interpreter. Python handles signals
+    between such steps only, so a Ctrl-C can't come in the middle.
     """
 
     @functools.wraps(method)

@@ -1,6 +1,6 @@
-"""Files of a `DecodeState`: npz files of its arrays and a header in JSON.
+"""Files of a `DecodeState`: npz files that hold its arrays, and a header in JSON.
 
-What is read is not trusted: everything is checked before a state is made of it.
+Files are not trusted: everything that is read is checked before a state is made of it.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ VERSION = 3
 _OPTIONS = ("d", "d_v", "eps", "bound", "scale", "window", "on_break")
 _ROTARY = ("base", "pairing", "rotary_dim", "scaling", "length")
 _HEADER = {"version", "options", "R", "slopes", "dtype", "lead", "length", "degree", "largest", "folded", "asked"}
-# The header's entries that earlier versions lack. Version 1 had no bias; version 2 no compensation, and it added each
-# token to the sums as soon as it left the window.
+# For each version of the format, the entries of the header that it lacks. Version 1 had no bias. Version 2 had no
+# compensation, and added each token to the sums as soon as it left the window.
 _LATER = {1: {"slopes", "folded", "asked"}, 2: {"folded", "asked"}, 3: set()}
 # Up to here float64 holds every position and count exactly.
 _LONGEST = 2**53
@@ -43,7 +43,7 @@ _LARGEST_HEADER = 2**24
 def write(
     path: str | os.PathLike[str] | IO[bytes], o: DecodeOptions, header: dict[str, Any], arrays: dict[str, np.ndarray]
 ) -> None:
-    """Write a state's header and arrays to a file, whole or not at all, or to a file object."""
+    """Write a state's header and arrays to a file object, or to the file at a path, which is written whole or not."""
     R = o.R and {name: getattr(o.R, name) for name in _ROTARY}
     if R and R["scaling"] is not None:
         R["scaling"] = dict(R["scaling"])
@@ -63,8 +63,8 @@ def write(
 
 @contextlib.contextmanager
 def _replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """A file that replaces the one at `path`, with its permissions, once it is complete and on the disk."""
-    # A symbolic link stays one: the file that it points to is replaced.
+    """A new file that replaces the one at `path`, and takes its permissions, once it is complete and on the disk."""
+    # Where `path` is a symbolic link, the file that it points to is replaced, and the link stays.
     target = os.path.realpath(path)
     try:
         mode = os.stat(target).st_mode
@@ -98,8 +98,8 @@ def _replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 def reading(path: str | os.PathLike[str] | IO[bytes]) -> Iterator[SavedState]:
     """The state in a file, for a with statement.
 
-    Errors in here and in the body of the statement become a ValueError that names the file, except MemoryError and
-    those of the operating system.
+    Errors in this function and in the body of the statement become a ValueError that names the file. MemoryError and
+    errors of the operating system are raised as they are.
     """
     with contextlib.ExitStack() as stack:
         if hasattr(path, "read"):
@@ -112,8 +112,8 @@ def reading(path: str | os.PathLike[str] | IO[bytes]) -> Iterator[SavedState]:
         except MemoryError:
             raise
         except Exception as error:
-            # Seeking to a negative offset that the file gives is EINVAL, and the file's fault. Other errors of the
-            # operating system are not.
+            # A file that gives a negative offset to seek to causes EINVAL, so this error says that the file is broken.
+            # Other errors of the operating system do not.
             if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
                 raise
             reason = f"{type(error).__name__}: {error}"
@@ -128,6 +128,7 @@ class SavedState:
     Attributes
     ----------
     header : dict
+        The checked header, with the entries that the file's version of the format lacks.
     names : set of str
         The names of the arrays in the file.
     """
@@ -141,7 +142,7 @@ class SavedState:
         self.header = self._header()
 
     def _header(self) -> dict[str, Any]:
-        """The header, checked, with the entries that earlier versions lack."""
+        """The checked header, with the entries filled in that the file's version of the format lacks."""
         entry, size, shape, dtype, _ = self._array_header("header")
         with entry:
             if shape != () or dtype.kind != "U" or size > _LARGEST_HEADER:
@@ -160,17 +161,17 @@ class SavedState:
         return header
 
     def options(self) -> dict[str, Any]:
-        """The arguments of `DecodeState`."""
+        """The arguments of `DecodeState` that the saved state was made with."""
         options, R, slopes = self.header["options"], self.header["R"], self.header["slopes"]
         d, d_v = options["d"], options["d_v"]
-        # The smallest degree, 1, has d + 1 features. Nothing as wide as that is allocated before this check.
+        # A state of degree 1, the smallest, has d + 1 features. Nothing of that width is allocated before this check.
         if not fits(16.0 * (d + 1) * (d_v + 1)):
             raise MemoryError(f"path: the file is of a state with d = {d} and d_v = {d_v}, too large for this machine")
         bias = None if slopes is None else RelativeBias.alibi(np.array(slopes, np.float64))
         return options | {"R": R and Rotary(d, **R), "bias": bias, "dtype": self.header["dtype"]}
 
     def check_arrays(self, wants: Mapping[str, Any]) -> None:
-        """Raise ValueError unless these arrays are there, and no others."""
+        """Raise ValueError unless the file holds exactly the arrays that are named in `wants`."""
         if self.names != set(wants):
             raise ValueError(f"arrays: got {sorted(self.names)}, wants {sorted(wants)}")
 
@@ -183,11 +184,12 @@ class SavedState:
         ----------
         o : DecodeOptions
         heads, states : int
-            H, and the number of sums: H, or H times the different slopes of the queries of a key head.
+            H, the product of all leading axes, and the number of sums: H, or H times the number of query heads of a key
+            head where their slopes differ.
         exact : bool
             Whether there are no sums, because a key was past the bound.
         remembered : dtype
-            Of the history.
+            The dtype of the history.
         """
         header = self.header
         length, folded, old = header["length"], header["folded"], header["version"] < 3
@@ -215,7 +217,7 @@ class SavedState:
         return {name: self._read(name) for name in wants}
 
     def _check_array(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
-        """Raise ValueError unless the array has this shape and dtype and the bytes for them."""
+        """Raise ValueError unless the array has this shape and dtype and as many bytes as they need."""
         entry, size, got_shape, got_dtype, _ = self._array_header(name)
         entry.close()
         if got_shape != shape or got_dtype.newbyteorder("=") != dtype:
@@ -224,7 +226,7 @@ class SavedState:
             raise ValueError(f"{name}: got {size} bytes for shape {shape} and dtype {dtype}")
 
     def _read(self, name: str) -> np.ndarray:
-        """The array, in native byte order and C order; ValueError where it has NaN or Inf."""
+        """The array, in native byte order and C order. A ValueError is raised where it has NaN or Inf."""
         entry, size, shape, dtype, fortran = self._array_header(name)
         with entry:
             content = _rest(entry, size)
@@ -236,9 +238,9 @@ class SavedState:
         return array
 
     def _array_header(self, name: str) -> tuple[IO[bytes], int, tuple[int, ...], np.dtype, bool]:
-        """(entry, bytes, shape, dtype, Fortran order): an array's npy header, and its entry behind that header.
+        """(entry, bytes, shape, dtype, Fortran order): the array's entry in the archive, and what its npy header says.
 
-        `bytes` is how many bytes the entry still has.
+        The entry stands behind that header, where the array's data begin. `bytes` is how many bytes it still has.
         """
         try:
             info = self._archive.getinfo(f"{name}.npy")
@@ -258,7 +260,7 @@ class SavedState:
 
 
 def _rest(entry: IO[bytes], size: int) -> bytearray:
-    """The `size` bytes that are left of an entry. At its end zipfile checks its checksum."""
+    """The `size` bytes that are left of an entry. It is read to its end, where zipfile verifies the checksum."""
     content = bytearray(size)
     view, done = memoryview(content), 0
     while done < size and (count := entry.readinto(view[done : done + 2**20])):
@@ -271,7 +273,7 @@ def _rest(entry: IO[bytes], size: int) -> bytearray:
 def _check_header(header: dict[str, Any]) -> None:
     """Raise ValueError unless the header's entries have the right types and are in range.
 
-    The options among them are checked later, when a state is made of them.
+    The arguments of `DecodeState` among the entries are checked later, when a state is made with them.
     """
     options, R, slopes, lead = header["options"], header["R"], header.get("slopes"), header["lead"]
     if not isinstance(options, dict) or set(options) != set(_OPTIONS):
@@ -340,7 +342,7 @@ def restore(
             raise ValueError("values: got a value that is not between `least` and `most`")
     if sums is None:
         return
-    # Files of earlier versions don't say between which ends values were.
+    # Files of earlier versions don't say between which least and largest value the values were.
     spread = values.spread if header["version"] == VERSION else np.full_like(values.first, 2 * LARGEST_VALUE)
     _check_sums(arrays, values, spread, sums, folded, limit)
     sums.restore(arrays, length, folded)
@@ -355,7 +357,7 @@ def _sizes(keys: np.ndarray) -> np.ndarray:
 def _check_sums(
     arrays: dict[str, np.ndarray], values: Values, spread: np.ndarray, sums: Sums, folded: int, limit: float
 ) -> None:
-    """Raise ValueError where keys within the limit and values of these ranges can't have left such sums."""
+    """Raise ValueError where no keys within `limit` and no values within range `spread` can have left these sums."""
     room = 1 + 1e-6
     if (_sizes(arrays["ring_keys"].swapaxes(1, 2)) > limit * room).any():
         raise ValueError("ring_keys: got a key that is past the bound")
@@ -364,8 +366,8 @@ def _check_sums(
     if (x < values.least[..., None] - first - slack).any() or (x > values.most[..., None] - first + slack).any():
         raise ValueError("ring: got a value that is not between `least` and `most`")
     state = arrays["state"]
-    # The first monomial is 1, so its sum is that of all weights. The sums of other monomials are at most that times a
-    # power of the size of keys.
+    # The first monomial is 1, so its sum is the sum of all weights. The sum of another monomial is at most as large as
+    # the sum of all weights times a power of the size of keys.
     count = sums.weight(folded)
     if (np.abs(state[:, -1, 0] - count) > 1e-6 * count).any():
         raise ValueError(f"state: got sums of weights that are not those of {folded} tokens")
@@ -378,11 +380,11 @@ def _check_sums(
 
 
 def _of_version_3(header: dict[str, Any], arrays: dict[str, np.ndarray], sums: Sums | None) -> dict[str, np.ndarray]:
-    """The arrays of a file of an earlier version in the form of version 3.
+    """The arrays of a file of version 1 or 2, in the form that version 3 has.
 
-    Earlier sums are decayed to the last of their tokens and have no compensation, and their ring is as long as the
-    window. The least and the largest value were not kept: they are taken from the values that are still known, which
-    are the means in the sums, the ring and the history.
+    In the earlier versions the last token in the sums has weight 1, sums have no compensation, and the ring is as long
+    as the window. The least and the largest value were not kept: they are taken from the values that are still known,
+    which are the means in the sums, the ring and the history.
     """
     history = {name: arrays[name] for name in ("keys", "values") if name in arrays}
     if sums is None:

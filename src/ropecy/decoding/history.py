@@ -1,4 +1,4 @@
-"""All keys and values of a text, by which queries past the bound are answered where on_break is "exact"."""
+"""All keys and values of a text, kept where on_break is "exact", to answer queries when the bound is exceeded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ class History:
     Attributes
     ----------
     keys, values : (H, capacity, d), (H, capacity, d_v) arrays
-        Of the dtype that exact attention computes in. How many tokens there are, the caller knows.
+        In the dtype that exact attention computes in. H is the product of all leading axes. The number of tokens in the
+        arrays is not kept here; the caller passes it to the methods.
     """
 
     def __init__(self, keys: np.ndarray, values: np.ndarray) -> None:
@@ -27,31 +28,31 @@ class History:
 
     @classmethod
     def empty(cls, heads: int, d: int, d_v: int, dtype: np.dtype) -> History:
-        """Before the first token."""
+        """A history without tokens."""
         return cls(np.empty((heads, 0, d), dtype), np.empty((heads, 0, d_v), dtype))
 
     def draft(self) -> History:
-        """The same arrays under an object of its own: what is written past the end leaves this one right."""
+        """A second object with the same arrays. Tokens that it appends leave this object's tokens as they are."""
         return History(self.keys, self.values)
 
     def copy(self) -> History:
-        """The same in arrays of its own."""
+        """A second history with copies of the arrays."""
         return History(self.keys.copy(), self.values.copy())
 
     def arrays(self, length: int | None = None) -> dict[str, np.ndarray]:
-        """The arrays by name: whole, or without the room past `length` tokens."""
+        """The arrays by name, at full capacity, or cut to the first `length` tokens if `length` is given."""
         return {"keys": self.keys[:, :length], "values": self.values[:, :length]}
 
     def write(self, position: int, k: np.ndarray, v: np.ndarray) -> None:
-        """Write keys (H, n, d) and values (H, n, d_v) of the tokens from `position` on; capacity doubles when full."""
+        """Write keys (H, n, d) and values (H, n, d_v) as the tokens from `position` on. Capacity doubles when full."""
         self.keys, self.values = _written(self.keys, position, k), _written(self.values, position, v)
 
     def attend(self, rows: np.ndarray, length: int, seen: Values, slopes: np.ndarray) -> np.ndarray:
-        """Exact attention (H, G, d_v) of rotated, scaled queries (H, G, d) over `length` tokens, the last at the query.
+        """Exact attention (H, G, d_v) of rotated, scaled queries (H, G, d) over the first `length` tokens.
 
-        Before attention values are shifted and scaled by the ends of their columns, and afterwards the result is scaled
-        and shifted back, so that neither an offset nor the size of values costs digits. Slopes (H, 1 or G) are those
-        of the decay.
+        The queries are at the position of the last of these tokens. Before attention each column of values is shifted
+        and scaled by the least and the largest value in it, which `seen` holds, and the result is scaled and shifted
+        back, so that neither an offset nor the size of values costs digits. The bias decays by `slopes`, (H, 1 or G).
         """
         k, values = self.keys[:, :length], self.values[:, :length]
         first, spread = seen.first[:, None], seen.spread[:, None]
@@ -74,7 +75,7 @@ class History:
 
 
 def _written(array: np.ndarray, position: int, rows: np.ndarray) -> np.ndarray:
-    """`array`, or one with room for more that holds the same up to `position`, with these rows from there on."""
+    """`array` with these rows written from `position` on; a larger copy of it where they don't fit."""
     end = position + rows.shape[1]
     if end > array.shape[1]:
         larger = np.empty((array.shape[0], max(end, 2 * position), array.shape[2]), array.dtype)

@@ -1,5 +1,4 @@
-"""Keys, queries and values as users pass them become rows of float64, so that a score is a product of two rows; and
-results become what users get."""
+"""The user's keys, queries and values as float64 rows whose products are the scores, and results as users get them."""
 
 from __future__ import annotations
 
@@ -12,14 +11,15 @@ from ..rotary import Planes, rotate_rows
 from .arguments import DecodeOptions
 from .bounds import largest_number
 
-# Elements of arrays that are worked on at a time.
+# The number of elements of an array that are worked on at a time.
 PIECE = 2**21
 
 
 class Rows:
-    """What multiplies keys and queries: sqrt(|scale|), the attention factor of a Rotary, and its rotations.
+    """What keys and queries are multiplied by: sqrt(|scale|), the attention factor of a Rotary, and its rotations.
 
-    Both factors of a score are multiplied by sqrt(|scale|). H is the product of all leading axes of a state.
+    The key and the query of a score are each multiplied by sqrt(|scale|). H is the product of all leading axes of a
+    state, G the number of query heads for each key head.
     """
 
     def __init__(self, options: DecodeOptions) -> None:
@@ -31,7 +31,7 @@ class Rows:
             self._root[: self._R.rotary_dim] *= factor
 
     def sizes(self, X: np.ndarray) -> np.ndarray:
-        """|scale| ||x||^2 of every row x of X (..., d), lengthened by an attention factor where there is one: (...)."""
+        """|scale| ||x||^2 of each row x of X (..., d), of shape (...), after multiplying x by the attention factor."""
         rows = X.reshape(-1, X.shape[-1])
         sizes = np.empty(len(rows))
         step = max(1, PIECE // X.shape[-1])
@@ -42,32 +42,33 @@ class Rows:
         return sizes.reshape(X.shape[:-1])
 
     def keys(self, K: np.ndarray, lead: tuple[int, ...]) -> np.ndarray:
-        """Keys (..., n, d) as scaled rows (H, n, d) that are still to be rotated."""
+        """Keys (..., n, d) as scaled rows (H, n, d), not yet rotated."""
         return flat(K, lead) * self._root
 
     def queries(self, q: np.ndarray, lead: tuple[int, ...]) -> np.ndarray:
-        """Queries (..., d) as scaled rows (H, G, d), times the sign of the scale, that are still to be rotated."""
+        """Queries (..., d) as scaled rows (H, G, d), multiplied by the sign of the scale too, not yet rotated."""
         rows = q.reshape(math.prod(lead), -1, q.shape[-1])
         return rows * self._sign * self._root
 
     def rotated(self, rows: np.ndarray, positions: np.ndarray | np.int64) -> np.ndarray:
-        """Rows (H, n, d) rotated to their positions, in place, where there is a Rotary."""
+        """Rows (H, n, d), rotated in place by the angles of their positions; without a Rotary they stay as they are."""
         if self._R is None:
             return rows
         return rotate_rows(rows, positions, self._planes, threads=default_threads(), out=rows)
 
 
 def flat(X: np.ndarray, lead: tuple[int, ...]) -> np.ndarray:
-    """(..., n, width), whose leading axes broadcast to `lead`, as contiguous float64 (H, n, width)."""
+    """X (..., n, width), with its leading axes broadcast to `lead`, as a contiguous float64 array (H, n, width)."""
     if X.shape[:-2] != lead:
         X = np.broadcast_to(X, lead + X.shape[-2:])
     return np.ascontiguousarray(X.reshape((-1,) + X.shape[-2:]), np.float64)
 
 
 def stored(o: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """Results (H, G, d_v) with the leading axes and the dtype of their queries.
+    """Results o (H, G, d_v) with the leading axes and the dtype of their queries q.
 
-    The true result lies between values of that dtype; rounding may take it past the largest one, so it is clipped.
+    The true result lies between values that are finite in that dtype. Rounding may take the computed one past the
+    largest finite number, so it is clipped there.
     """
     o = o.reshape(q.shape[:-1] + o.shape[-1:])
     if q.dtype == np.float64:

@@ -1,4 +1,4 @@
-"""The state of fixed size that a text leaves: its last tokens, kept as they are, and sums over all earlier ones."""
+"""The state of fixed size that is kept of a text: its last tokens, as they are, and sums over all earlier tokens."""
 
 from __future__ import annotations
 
@@ -14,26 +14,27 @@ from ..engines.polynomial.features import Monomials
 from ..kernels import _monomials
 
 # How many tokens leave the ring together. Their sum is added to the state at once, with compensation, which takes no
-# longer than adding each of them without. The ring has room for as many more tokens, which costs a step little beside
-# reading the state.
+# longer than adding each token without compensation. The ring has room for BLOCK tokens beside the window. The time
+# that a step takes for these is small beside that of reading the state.
 BLOCK = 64
 # Weights below e^-650 are taken as 0: they can't change a result, and products with them are subnormal, hence slow.
 _VANISHED = -650.0
-# ln 2 to 40 digits, so that splitting a power of two off a weight costs far less than rounding it to float64.
+# ln 2 to 40 digits: splitting a power of two off a weight then changes it far less than rounding it to float64 does.
 _LN2 = Fraction(decimal.Context(prec=40).ln(2))
 
 
 class Sums:
     """sum_j e^{-slope age_j} phi(k_j) [v_j - centre, 1] over all tokens j but the last ones, which are kept in a ring.
 
-    phi(k) are the monomials of a key, age_j is how many tokens came after j. The ring holds at least the last `window`
-    tokens and has room for BLOCK more. When it is full, the oldest BLOCK leave it together, so which tokens are exact
-    depends on the length of the text only, and not on how it was divided into calls.
+    phi(k) are the monomials of a key, and age_j is the number of tokens that came after token j. The ring holds at
+    least the last `window` tokens and has room for BLOCK more. When it is full, its oldest BLOCK tokens leave it
+    together, so that which tokens are exact depends only on the length of the text, not on how it was cut into calls.
 
-    A bias makes the sums decay. Multiplying them by e^-slope for every token would round each time to the same side.
-    Instead token j keeps its weight e^{slope j} for ever, and as these grow, all are divided by a power of two, which
-    is exact. For S different slopes, slope (folded - 1) = shift ln 2 + phase with 0 <= phase < ln 2; all weights are
-    divided by 2^shift, so that the newest token in the sums has a weight e^phase between 1 and 2.
+    A bias makes the sums decay. Multiplying them by e^-slope for every token would add a rounding error for each, all
+    to the same side. Instead token j has the constant weight e^{slope j}, and since these weights grow with j, all are
+    divided by a power of two, which is exact: with slope (folded - 1) = shift ln 2 + phase, 0 <= phase < ln 2, they are
+    divided by 2^shift, so that the newest token in the sums has the weight e^phase between 1 and 2. There are S
+    different slopes for each key head, and sums for each slope.
 
     Parameters
     ----------
@@ -41,15 +42,17 @@ class Sums:
     slopes : (H, S) array
         The rate of decay of each sum. S is 1, or the number of query heads of a key head where their slopes differ.
     window : int
+        The number of last tokens that are exact.
     centre : (H, d_v) array
         What is subtracted from values: the first value of each column.
 
     Attributes
     ----------
     state, low : (H S, d_v + 1, pitch) arrays
-        The sums, and what rounding has taken from them.
-    ring_keys, ring : (H, d, capacity in whole vectors), (H, d_v + 1, same) arrays
-        Rotated keys; values without the centre, and 1 below them, or zeros where there is no token.
+        The sums, and the rounding errors of adding to them. `pitch` is the padded number of monomials.
+    ring_keys, ring : (H, d, capacity), (H, d_v + 1, capacity) arrays
+        Rotated keys, and [v - centre, 1] of each token, one token a column; zeros where there is no token. The capacity
+        is a whole number of vectors.
     length, folded : int
         The number of tokens, and how many of them are in the sums and no longer in the ring.
     """
@@ -67,27 +70,27 @@ class Sums:
         self._has(self.state, self.low, 0)
 
     def _has(self, state: np.ndarray, low: np.ndarray, folded: int) -> None:
-        """Take these arrays for the sums, which are over so many tokens."""
+        """Let `state` and `low` be the arrays of the sums, which are over `folded` tokens."""
         self.state, self.low, self.folded = state, low, folded
         self.shift, self.phase = self.frame(folded)
         rings = self.ring_keys, self.ring
         self._decoder = _monomials.Decoder(self.monomials, state, *rings, self.centre, self.slopes, self.window + BLOCK)
 
     def draft(self) -> Sums:
-        """The same arrays under an object of its own: what `step` and `extend` do to it leaves this one right."""
+        """A second object with the same arrays. After `step` or `extend` of that object this one is still valid."""
         other = object.__new__(Sums)
         other.__dict__.update(self.__dict__)
         return other
 
     def copy(self, centre: np.ndarray) -> Sums:
-        """The same in arrays of its own; `centre` is the copy of its centre."""
+        """A second object with copies of the arrays; `centre` is the copy of the centre that it is to use."""
         other = self.draft()
         other.centre, other.ring_keys, other.ring = centre, self.ring_keys.copy(), self.ring.copy()
         other._has(self.state.copy(), self.low.copy(), self.folded)
         return other
 
     def step(self, rows: np.ndarray, v: np.ndarray | None, threads: int) -> np.ndarray:
-        """Append a token, unless v is None, and attend: o (H, G, d_v).
+        """Append a token, unless v is None, and return the results of attention, (H, G, d_v).
 
         Parameters
         ----------
@@ -99,7 +102,7 @@ class Sums:
 
         Notes
         -----
-        Arrays that another object shares are written to in one place only, where the next token comes.
+        Of the arrays that a draft shares with its original, only the slot of the ring for the next token is written.
         """
         full = self.length - self.folded == self.window + BLOCK
         if v is not None and full:
@@ -107,7 +110,7 @@ class Sums:
             state, low = self._folded(self.state, self.low, self.folded, k[:, :BLOCK], x[:, :BLOCK], threads)
             self._replace(state, low, self.folded + BLOCK, k[:, BLOCK:], x[:, BLOCK:], self.length)
         elif v is None and not full:
-            # A step that was interrupted may have written its token there.
+            # The slot for the next token must be empty. A step that was interrupted may have written its token there.
             self.ring[..., self._slots(1, self.length + 1)] = 0
         length = self.length + (v is not None)
         far = self._ones
@@ -119,7 +122,10 @@ class Sums:
         return o
 
     def extend(self, pieces: Iterable[tuple[np.ndarray, np.ndarray]], threads: int) -> None:
-        """Append the tokens of all pieces, rotated keys (H, n, d) and values (H, n, d_v); no array is written to."""
+        """Append the tokens of all pieces, each of rotated keys (H, n, d) and values (H, n, d_v).
+
+        The arrays that this object has are not written to, but replaced by new ones.
+        """
         k, x = self._recent()
         state, low, folded, length = self.state, self.low, self.folded, self.length
         for new_k, new_v in pieces:
@@ -135,18 +141,21 @@ class Sums:
     def _folded(
         self, state: np.ndarray, low: np.ndarray, folded: int, k: np.ndarray, x: np.ndarray, threads: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Sums over `folded` tokens and over keys (H, n, d) and values minus the centre (H, n, d_v), in new arrays."""
+        """The sums `state` and `low` over `folded` tokens with n more added to them, in new arrays.
+
+        The new tokens have rotated keys k (H, n, d) and values minus the centre x (H, n, d_v).
+        """
         (old, _), (new, phase) = self.frame(folded), self.frame(folded + k.shape[1])
         added = self._weighted_states(np.ascontiguousarray(k), np.ascontiguousarray(x), phase, threads)
         added = np.ascontiguousarray(added)
-        # A number that is divided by 2^1100 becomes 0, as it does for every larger power.
+        # Every float64 that occurs becomes 0 when divided by 2^1100, so larger powers of two need not be distinguished.
         falls = [math.ldexp(1.0, max(-1100, before - after)) for before, after in zip(old, new, strict=True)]
         return added, _monomials.add_block(state, low, added, np.array(falls), threads)
 
     def frame(self, folded: int) -> tuple[list[int], np.ndarray]:
-        """The shift of each sum, a list of H S integers, and the phase (H, S), for so many tokens in the sums.
+        """The shift of each sum, a list of H S integers, and its phase, (H, S), when the sums hold `folded` tokens.
 
-        Computed with exact fractions.
+        They are computed with exact fractions.
         """
         if folded == 0 or not self.decays:
             return [0] * self.slopes.size, np.zeros_like(self.slopes)
@@ -156,7 +165,7 @@ class Sums:
         return [int(whole) for whole, _ in each], phase
 
     def weight(self, folded: int) -> np.ndarray:
-        """The sum of the weights of so many tokens in each sum, (H S,)."""
+        """The sum of the weights of all tokens in each sum, (H S,), when the sums hold `folded` tokens."""
         slopes, phase = self.slopes.ravel(), self.frame(folded)[1].ravel()
         with np.errstate(invalid="ignore", over="ignore"):
             sums = np.exp(phase) * np.expm1(-slopes * folded) / np.expm1(-slopes)
@@ -170,16 +179,16 @@ class Sums:
         with np.errstate(over="ignore"):
             exponents = phase[:, None] - self.slopes[:, None] * np.arange(n - 1.0, -1.0, -1.0)[:, None]
         weights = np.exp(exponents, where=exponents > _VANISHED, out=np.zeros_like(exponents))
-        # The sums of different slopes are computed as more columns of values, so that monomials are computed once.
+        # Each slope has columns of values of its own, weighted by its decay, so that monomials are computed only once.
         columns = np.concatenate([x, np.ones((heads, n, 1))], axis=2)
         columns = (weights[..., None] * columns[:, :, None]).reshape(heads, n, -1)
         none = np.zeros((heads, columns.shape[2]))
         added = features.key_states(k, columns, self.monomials, none, threads)
-        # The kernel adds a last column of its own, which has no weights.
+        # The kernel appends a column of ones without weights, which is left out.
         return added[:, :-1].reshape(-1, d_v + 1, added.shape[2])
 
     def _slots(self, count: int, length: int) -> np.ndarray:
-        """The places in the ring of the last `count` of `length` tokens."""
+        """The indices of the slots in the ring where the last `count` of `length` tokens are."""
         return np.arange(length - count, length) % (self.window + BLOCK)
 
     def _recent(self) -> tuple[np.ndarray, np.ndarray]:
@@ -190,7 +199,10 @@ class Sums:
     def _replace(
         self, state: np.ndarray, low: np.ndarray, folded: int, k: np.ndarray, x: np.ndarray, length: int
     ) -> None:
-        """Take these arrays for the sums over `folded` of `length` tokens, and a new ring with the others."""
+        """Let `state` and `low` be the sums over the first `folded` of `length` tokens, and fill a new ring.
+
+        The ring receives the other tokens: rotated keys k (H, m, d) and values minus the centre x (H, m, d_v).
+        """
         slots = self._slots(k.shape[1], length)
         self.ring_keys, self.ring = np.zeros_like(self.ring_keys), np.zeros_like(self.ring)
         self.ring_keys[..., slots] = k.swapaxes(1, 2)
@@ -200,10 +212,10 @@ class Sums:
         self._has(state, low, folded)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """All arrays that are kept, by name."""
+        """All arrays that the object keeps, by name."""
         return {"state": self.state, "low": self.low, "ring_keys": self.ring_keys, "ring": self.ring}
 
-    # ---- the form that they have in files ----
+    # ---- the form of the arrays in files ----
 
     def saved(self) -> dict[str, np.ndarray]:
         """The arrays without their padding, which depends on the instruction set; the ring from its oldest token on."""
@@ -216,7 +228,7 @@ class Sums:
         }
 
     def restore(self, saved: dict[str, np.ndarray], length: int, folded: int) -> None:
-        """Go on from the arrays that `saved` gave."""
+        """Put back the arrays that `saved` returned, for a text of `length` tokens, `folded` of them in the sums."""
         filled, slots = self._filled(), self._slots(length - folded, length)
         self.state[..., filled], self.low[..., filled] = saved["state"], saved["low"]
         self.ring_keys[..., slots] = saved["ring_keys"]
@@ -226,7 +238,7 @@ class Sums:
         self._has(self.state, self.low, folded)
 
     def _filled(self) -> np.ndarray:
-        """The places of all monomials in a column of the state, in the order of the monomials."""
+        """The indices in a row of the state where the monomials are, in the order of the monomials."""
         m = self.monomials
         sizes = m.count[:, -1]
         return np.concatenate([start + np.arange(size) for start, size in zip(m.offset, sizes, strict=True)])
@@ -235,7 +247,7 @@ class Sums:
 def slopes_of_key_heads(slopes: np.ndarray, key_heads: int) -> np.ndarray:
     """The slopes of a bias, one or one for each query head, as (1 or key heads, S).
 
-    S is 1 where all query heads of a key head have the same slope, else their number.
+    S is 1 where all query heads of a key head have the same slope, and else the number of query heads of a key head.
     """
     each = slopes.reshape(1 if slopes.size == 1 else key_heads, -1)
     return np.ascontiguousarray(each[:, :1] if (each == each[:, :1]).all() else each)
