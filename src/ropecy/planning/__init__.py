@@ -1,4 +1,4 @@
-"""Which engine runs: asks engines, takes the cheapest that certifies eps, and says what it has found.
+"""The choice of an engine: engines are asked, the cheapest that certifies eps is taken, and a report says why.
 
-May import `engines` and the rooms below it. Doors import it.
+It may import `engines` and what that may import. The package's public modules import it.
 """

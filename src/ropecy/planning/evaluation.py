@@ -1,5 +1,6 @@
-"""One call from its plan to its results: forward, and backward as often as wanted, of a sequence in one process or
-many.
+"""One call from its plan to its results: a forward pass, and backward passes as often as wanted.
+
+The sequence is held by one process, or in pieces by several.
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ class Planned:
     Attributes
     ----------
     normal : Normal
-        Of this process's piece.
+        The problem of this process's piece of the sequence, in normal form.
     whole : Outline
-        Of the sequence.
+        The outline of the problem of the whole sequence.
     context : Context or None
-        What engines were asked about; None where no query sees a key, and there is nothing to run.
+        What engines were asked about; None where no query sees a key, so that there is nothing to run.
     executable : Executable or None
-        The same on all ranks.
+        What runs, the same on all ranks; None where there is nothing to run.
     choice : Choice or None
-        Where a search was made: over ranks, on the first.
+        The planner's choice, where it made a search. Of several ranks only rank 0 has it.
     """
 
     normal: Normal
@@ -48,7 +49,7 @@ class Planned:
 
 
 def planned(call: Call, pieces: Pieces, grad: bool) -> Planned:
-    """The plan of a call; of a sequence in pieces, rank 0 plans by what all have measured."""
+    """The plan of a call. For a sequence in pieces, rank 0 makes the plan from what all ranks have measured."""
     problem, request, comm = call.problem, call.request, pieces.comm
     if request.grad != grad:
         request = replace(request, grad=grad)
@@ -66,7 +67,7 @@ def planned(call: Call, pieces: Pieces, grad: bool) -> Planned:
     problem = replace(problem, mask=replace(problem.mask, lo=whole.mask.lo, hi=whole.mask.hi))
     if whole.empty:
         return Planned(Normal(problem), whole)
-    # Rounding before the normal form is that of the worst rank.
+    # What rounding changed before the normal form counts as much as on the rank where it is largest.
     own = problem.origin
     lost = comm.largest(np.array([own.q_lost, own.k_lost, own.v_lost])).tolist()
     normal = normal_form(replace(problem, origin=Origin(*lost)), grad, comm)
@@ -85,7 +86,10 @@ def planned(call: Call, pieces: Pieces, grad: bool) -> Planned:
 def _measured_together(
     whole: Outline, piece: Outline, request: Request, statistics: Statistics, pieces: Pieces
 ) -> Context:
-    """What engines are asked about, everything that they may ask of statistics having been measured by all."""
+    """What engines are asked about, after all ranks have measured every statistic that an engine may ask for.
+
+    Measuring is collective, but only rank 0 asks the engines.
+    """
     assert statistics.scores and statistics.values and statistics.hidden
     context = Context(whole, request, statistics, piece, True)
     if pieces.comm.first(looks_at_a_sample, context):
@@ -95,7 +99,7 @@ def _measured_together(
 
 
 def _outlines(call: Call, pieces: Pieces) -> tuple[Outline, Outline]:
-    """The problem of all ranks and the largest piece of it, without rows."""
+    """The outlines, which hold no rows, of the problem of the whole sequence and of the largest piece of it."""
     own, layout, a, comm = call.problem, pieces.layout, call.arguments, pieces.comm
     everyone = comm.gather((own.threads, own.mask.kept is None or bool(own.mask.kept.any())))
     threads, kept = zip(*everyone, strict=True)
@@ -114,7 +118,8 @@ def _outlines(call: Call, pieces: Pieces) -> tuple[Outline, Outline]:
         )
 
     whole = outline(sum(layout.n), sum(layout.n_k), sum(threads))
-    # Causal rows that the polynomial engine moves to their keys count where they are most.
+    # The polynomial engine moves rows of causal problems to the ranks of their keys. The piece is as large as on the
+    # rank that then has the most rows.
     moved = whole.mask.causal and not layout.aligned
     rows = np.diff(layout.rows_at_keys()).tolist() if moved else []
     piece = outline(max(layout.n + rows), max(layout.n_k), max(threads))
@@ -131,8 +136,9 @@ class Evaluation:
     call : Call
     pieces : Pieces
     o : (H, G, n, d_v) array
+        The result, for H key heads of G query heads each.
     lse : array or None
-        In the user's shape.
+        The logarithm of the sum of each row's weights, in the user's shape, where it was wanted.
     """
 
     def __init__(self, call: Call, *, grad: bool = False, want_lse: bool = False, pieces: Pieces = WHOLE) -> None:
@@ -152,7 +158,7 @@ class Evaluation:
 
     @property
     def certificate(self) -> Certificate:
-        """Of O, with rows_truncation in the user's shape."""
+        """The certificate of O, with rows_truncation in the user's shape."""
         if self._result is None:
             return nothing_to_do()
         found = self._result.certificate
@@ -164,7 +170,7 @@ class Evaluation:
 
     @property
     def gradient_certificate(self) -> Certificate:
-        """Of gradients, with rows_truncation in the user's shape where there is one."""
+        """The certificate of gradients, with rows_truncation in the user's shape where it is not None."""
         if self._result is None:
             return nothing_to_do()
         found = self._result.gradient_certificate
@@ -173,7 +179,7 @@ class Evaluation:
         return replace(found, rows_truncation=self.call.lse_to_user(found.rows_truncation))
 
     def gradients(self, dO: np.ndarray, largest: float) -> dict[str, np.ndarray]:
-        """{"dQ": ..., ...} for dO in the shape of O, max |dO| = largest."""
+        """The gradients by name, {"dQ": ..., ...}, for dO in the shape of O with max |dO| = `largest`."""
         normal, comm = self._normal, self.pieces.comm
         problem = normal.problem
         if self._result is None:
@@ -185,12 +191,12 @@ class Evaluation:
         return self.call.gradients(found, normal.exponents(exponent), comm)
 
     def difference(self, E: np.ndarray) -> tuple[np.ndarray, float]:
-        """O - E in the dtype computed in, for E in the shape of O, and its largest entry.
+        """O - E in the dtype computed in, for E in the shape of O, and max |O - E|.
 
         Raises
         ------
         ValueError
-            Some entry is past the largest number.
+            Some entry of O - E overflows.
         """
         call = self.call
         with np.errstate(over="ignore"):

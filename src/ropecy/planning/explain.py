@@ -1,4 +1,4 @@
-"""A choice in words: what each engine would promise and cost, and what would bring the data into the regime."""
+"""A choice in words: what each engine would promise and cost, and which changes would let a polynomial certify eps."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from ..problem.request import METHODS, Request
 from .plan import Alternative, Plan
 from .planner import Choice, choose, choose_and_warn
 
-# Advice to one whose call is served by a polynomial must make it this many times faster.
+# A change is advised only if it makes a call that a polynomial serves already at least this many times faster.
 _WORTH_CHANGING = 2.0
-# No advice is given to those who would need longer sequences.
+# A change is not advised if it pays only for sequences longer than this.
 _LONGEST = 10**7
 
 
 def plan_of(context: Context, choice: Choice, dtype: np.dtype, scores: Scores | None = None) -> Plan:
-    """The report of a choice, for a call of this dtype; `scores` are what is said of the scores."""
+    """The report of a choice, for a call of this dtype; `scores` hold the bounds of scores that it mentions."""
     executable, grad = choice.executable, context.request.grad
     priced = choice.priced
     return Plan(
@@ -56,8 +56,8 @@ def explained(problem: Problem, request: Request, dtype: np.dtype) -> Plan:
 
     Notes
     -----
-    What is measured of the problem is measured once. Each piece of advice is about another problem: time O(n d), and
-    where fourth moments count, 80 n d^2.
+    The problem is measured once. Each piece of advice is about a changed problem, which is measured too: this takes
+    time O(n d), and 80 n d^2 where fourth moments are used.
     """
     if problem.empty:
         return plan_of_nothing(problem, request)
@@ -94,14 +94,14 @@ class _Others:
         return _tried("exact", self._context.asking(method="exact", degree=None))
 
     def polynomials(self) -> Iterator[Alternative]:
-        """By its worst case, and by the rule it would go by where that is another one."""
+        """The polynomial engine by the worst case, and by the rule that it would use, where that is another one."""
         yield _tried("polynomial, worst case", self._context.asking(method="polynomial", each_weight=True))
         best = self._insisted("polynomial")
         if best.certificate is not None and best.certificate.rule != "worst case":
             yield replace(best, name=f"polynomial, {best.certificate.rule}")
 
     def by_name(self) -> Iterator[Alternative]:
-        """Each engine of another name."""
+        """Each engine other than the exact and the polynomial one."""
         for name in METHODS:
             if name not in ("auto", "exact", "polynomial"):
                 yield self._insisted(name)
@@ -131,8 +131,9 @@ def _alternative(name: str, context: Context, choice: Choice) -> Alternative:
 
 
 def _why_exact(made: Plan, found: tuple[Alternative, ...], passed: str) -> str:
-    """Why method="auto" takes exact work, beside what engines that were insisted on certify; `passed` says which eps
-    exact work passes, and by what, and is empty where it does not.
+    """Why method="auto" takes the exact engine although others, where ``method=`` asks for them, certify eps.
+
+    Where the exact engine's own rounding exceeds eps, `passed` names eps and that rounding; else it is empty.
     """
     others = [other for other in found[1:] if other.certificate is not None]
     if not others:
@@ -145,12 +146,12 @@ def _why_exact(made: Plan, found: tuple[Alternative, ...], passed: str) -> str:
             "no cheaper engine is found by a look that takes next to nothing beside exact work; a longer one, which "
             f"method={best.certificate.engine!r} takes, finds {best.name} in {best.seconds:.3g} s"
         )
-    # A refusal is the polynomial engine's, and stands in its row.
+    # This reason is the polynomial engine's refusal, which the table has in that engine's row already.
     return CHEAPEST if made.reason.startswith("scores are bounded") else made.reason
 
 
 def _changes(context: Context) -> Iterator[tuple[str, Context]]:
-    """What may be changed, in words, and what engines are to be asked about then."""
+    """Each change that may help, in words, and the context of the changed call, which engines are asked about."""
     problem, request, B = context.problem, context.request, context.statistics.scores.bound
     d, eps = problem.sizes.d, request.eps
     asking = replace(request, method="polynomial")
@@ -172,18 +173,18 @@ def _changes(context: Context) -> Iterator[tuple[str, Context]]:
 
 
 def _normalised(X: np.ndarray) -> np.ndarray:
-    """Rows of root mean square 1; rows of 0 stay."""
+    """X with rows scaled to root mean square 1; rows of zeros stay zeros."""
     size = np.sqrt(np.einsum("...d,...d->...", X, X, dtype=np.float64) / X.shape[-1])
     return (X / np.where(size > 0, size, 1)[..., None]).astype(X.dtype)
 
 
 def _alike(X: np.ndarray, Y: np.ndarray) -> bool:
-    """Whether entries differ by a hundredth of the largest at most."""
+    """Whether X and Y differ in no entry by more than a hundredth of max |Y|."""
     return bool(np.abs(X - Y).max() <= 0.01 * np.abs(Y).max())
 
 
 def _helps(alternative: Alternative, made: Plan) -> bool:
-    """Whether a change lets in a polynomial, or makes the one there is much cheaper."""
+    """Whether a change allows a polynomial where there was none, or one that is much cheaper."""
     if alternative.certificate is None or alternative.pays_from is None:
         return False
     if made.engine != "exact":

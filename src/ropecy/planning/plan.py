@@ -20,13 +20,13 @@ class Alternative:
     Attributes
     ----------
     name : str
-        The engine and its rule, or what would have to change.
+        The engine and its rule, or what would have to change in the call.
     certificate : Certificate or None
     seconds, bytes : float
-        inf where there is no certificate.
+        Predicted time, and memory beyond inputs and outputs; inf where there is no certificate.
     pays_from : int or None
-        The n from which it is predicted to beat exact attention, both sequences being of that length; None where that
-        is never, or for the exact engine.
+        The n from which it is predicted to be faster than exact attention, for n queries and n keys. None where it
+        never is, and for the exact engine.
     refusal : str or None
         Why there is no certificate.
     """
@@ -48,19 +48,19 @@ class Plan:
     engine : str
         "exact", "polynomial" or "fft".
     certificate : Certificate
-        Of O.
+        The certificate of O.
     gradient_certificate : Certificate or None
-        Of gradients, where they were asked for.
+        The certificate of gradients, where they were asked for.
     reason : str
-        Why this engine.
+        Why this engine was chosen.
     seconds, bytes : dict
-        By engine: predicted time on this machine, and memory beyond inputs and outputs. Over MPI ranks: that of all
-        threads together, and the most of a rank.
+        By engine: predicted time on this machine, and memory beyond inputs and outputs. Over MPI ranks: the time with
+        all their threads together, and the memory of the rank that needs most.
     alternatives : tuple of Alternative
-        What `plan` found of each engine, with its ``name``, ``certificate`` (None where it has none, and why as
-        ``refusal``), ``seconds``, ``bytes``, and ``pays_from``, the n from which it beats exact attention.
+        What `plan` found of each engine: its ``name``, ``certificate`` (None where it certifies nothing; ``refusal``
+        then says why), ``seconds``, ``bytes``, and ``pays_from``, the n from which it is faster than exact attention.
     advice : tuple of Alternative
-        What would let a polynomial in, or a cheaper one, and what that comes to.
+        Changes of the call that would allow a polynomial, or a cheaper one, with the same predictions for each.
     exchange : Exchange or None
         Over MPI ranks: bytes that this rank (`exchange.own`) and the worst one (`exchange.worst`) send and receive, and
         the seconds that this takes by `exchange.network`.
@@ -75,7 +75,7 @@ class Plan:
     alternatives: tuple[Alternative, ...] = ()
     advice: tuple[Alternative, ...] = ()
     exchange: Exchange | None = None
-    _of: tuple[str, ...] = field(default=(), repr=False)  # what the problem is, in lines
+    _of: tuple[str, ...] = field(default=(), repr=False)  # lines of text that describe the problem
 
     def __str__(self) -> str:
         lines = [

@@ -18,15 +18,15 @@ from ..machine.memory import require
 from ..problem.request import METHODS
 
 _MINUTE = 60.0
-# Multiply-adds that take no minute and no memory to speak of on any machine.
+# So many multiply-adds take far less than a minute, and little memory, on any machine.
 _SMALL = 2**28
 
-# Asked in this order: those that come later look only where others have left something to win.
+# Engines are asked in this order. Each sees the earlier answers, and looks closer only where it can still be cheaper.
 ENGINES: list[Engine] = []
 
 
 def register(engine: Engine) -> None:
-    """Ask this engine too, after all others; its name becomes one that ``method=`` may say."""
+    """Let the planner ask this engine too, after all others; ``method=`` then accepts the engine's name."""
     ENGINES.append(engine)
     if engine.name not in METHODS:
         METHODS.append(engine.name)
@@ -50,21 +50,22 @@ class Choice:
 
     @property
     def priced(self) -> dict[str, Candidate]:
-        """The last candidate of each engine that had one, the chosen one being its engine's."""
+        """By name of the engine, the last candidate of each that had one; for the chosen engine, the chosen one."""
         found = {a.engine: a for a in self.search.answers if isinstance(a, Candidate)}
         return found | {self.candidate.engine: self.candidate}
 
 
 def choose(context: Context) -> Choice:
-    """The cheapest engine that certifies eps, or the one that was insisted on, for a problem in which some row sees a
-    key.
+    """The cheapest engine that certifies eps, or the one that ``method=`` asks for.
+
+    In the problem some row must see a key.
 
     Raises
     ------
     BoundedEntryError, NotImplementedError
         No engine that may run has a candidate.
     MemoryError
-        The one that is chosen needs more than there is.
+        The engine that is chosen needs more memory than there is.
     """
     found = _by_sample(context) or _by_proof(context)
     require(found.candidate.bytes, f"the {found.candidate.engine} engine, beyond inputs and outputs,")
@@ -75,8 +76,9 @@ def choose(context: Context) -> Choice:
 
 
 def exactly(context: Context) -> Executable | None:
-    """The exact engine for a problem so small that its time and its memory need not be looked at, where it is insisted
-    on: nothing is measured. None for others.
+    """The exact engine, where method="exact" asks for it and the problem is small; else None.
+
+    For a small problem time and memory need not be predicted, so nothing is measured.
     """
     H, G, n, n_k, d, d_v = context.outline.sizes
     if context.request.method != "exact" or H * G * n * n_k * (d + d_v) > _SMALL:
@@ -111,8 +113,9 @@ def choose_and_warn(context: Context) -> Choice:
 
 
 def looks_at_a_sample(context: Context) -> bool:
-    """Whether `choose` would look at a sample of rows and keys. Those who hold the pieces of a sequence ask beforehand,
-    for they take the sample together.
+    """Whether `choose` would look at a sample of rows and keys.
+
+    Ranks that hold the pieces of a sequence need to know this beforehand, since taking the sample is collective.
     """
     request = context.request
     if not request.takes("polynomial") or WorstCase().lacks(context.outline) is not None:
@@ -125,8 +128,10 @@ def looks_at_a_sample(context: Context) -> bool:
 
 
 def _by_sample(context: Context) -> Choice | None:
-    """The choice of degrees that sampled rows are to judge, where the caller asked for a sample and trying these
-    degrees costs less than what is proved; else None.
+    """The choice of a polynomial whose error is judged by sampled rows, or None.
+
+    It is made where the caller asked for certify="sample" and trying degrees in this way costs less than the cheapest
+    engine with a proved error.
     """
     request = context.request
     if request.certify != "sample" or request.grad or request.each_weight or not request.takes("polynomial"):
@@ -134,7 +139,8 @@ def _by_sample(context: Context) -> Choice | None:
     if WorstCase().lacks(context.outline) is not None:
         return None
     try:
-        # The price to beat. Moments take longer to look at than sampled rows to compute.
+        # The cost to beat is that of engines that need no moments: to measure moments takes longer than to compute
+        # sampled rows.
         search = _at_once(context.asking(each_weight=True)).search
     except BoundedEntryError:
         search = Search(request)
@@ -145,8 +151,10 @@ def _by_sample(context: Context) -> Choice | None:
 
 
 def _by_proof(context: Context) -> Choice:
-    """The choice of what is proved: the cheapest engine for the whole problem, or a polynomial beside outliers that are
-    computed exactly, where that costs less.
+    """The choice among engines with a proved error.
+
+    It is the cheapest engine for the whole problem, or, where that costs less, a polynomial for most rows and keys with
+    the outliers among them computed exactly.
     """
     found = refusal = None
     search = Search(context.request)
@@ -164,12 +172,12 @@ def _by_proof(context: Context) -> Choice:
 
 
 def _answered(search: Search, answer: Candidate | Refusal) -> Choice | None:
-    """The answer as a choice, with all answers before it; None where it is a refusal."""
+    """The answer as a choice that also holds all answers before it; None where the answer is a refusal."""
     return Choice(answer, Search(search.request, [*search.answers, answer])) if isinstance(answer, Candidate) else None
 
 
 def _at_once(context: Context) -> Choice:
-    """The choice among the engines in ENGINES for the whole problem, without a look at outliers.
+    """The choice among the engines in ENGINES for the whole problem, without treating outliers separately.
 
     Raises
     ------
@@ -181,7 +189,7 @@ def _at_once(context: Context) -> Choice:
     for engine in ENGINES:
         if engine.needs_bound and any(refusal.hopeless for refusal in search.refusals):
             continue
-        # Exact work is what others are compared with.
+        # The exact engine is always asked, since the costs of others are compared with its cost.
         if engine.name == "exact" or request.takes(engine.name):
             search.answers.append(engine.offer(context, search))
     best, refusal = search.best, _refusal(search)
@@ -195,8 +203,9 @@ def _at_once(context: Context) -> Choice:
 
 
 def _refusal(search: Search) -> Refusal | None:
-    """The last refusal, of those that give a reason, by the engine that was insisted on, or else by the polynomial
-    engine; None where that engine has a candidate.
+    """The last refusal with a reason by the engine that ``method=`` asks for, or by the polynomial engine for "auto".
+
+    None where that engine has a candidate.
     """
     name = "polynomial" if search.request.method == "auto" else search.request.method
     if any(isinstance(a, Candidate) and a.engine == name for a in search.answers):
@@ -205,7 +214,7 @@ def _refusal(search: Search) -> Refusal | None:
 
 
 def _why(refusal: Refusal) -> str:
-    """The reason for exact work where this engine refused."""
+    """The reason that the plan gives for taking the exact engine where another engine refused with this refusal."""
     if refusal.kind is NotImplementedError:
         return f"the {refusal.engine} engine does not do {refusal.reason}"
     return refusal.reason
@@ -225,8 +234,9 @@ def _error(search: Search, refusal: Refusal | None) -> Exception:
 
 
 def _certified_by_another(context: Context, exact: Choice) -> Choice | None:
-    """The choice of another engine that certifies eps, where rounding of exact work passes it; None where there is none
-    that takes no longer than exact work or a minute.
+    """The choice of another engine that certifies eps, for problems where the exact engine's rounding exceeds eps.
+
+    None where no such engine takes at most as long as the exact engine, or at most a minute.
     """
     for method in ("polynomial", "fft"):
         try:
