@@ -1,8 +1,8 @@
-"""What users pass to `attention` and its siblings: every check of it, with a message for each fault.
+"""Every check of the arguments of `attention` and of functions that take the same ones, with a message for each fault.
 
-Checks come before any work, the cheap ones first: options, then types and shapes and the memory that these need, then
-the entries of arrays. What passes is returned as `Arguments`, in forms that nothing has to check again: arrays of the
-dtype computed in, and a band of offsets for the masks by index.
+Checks come before any work, the cheap ones first: options, then types, shapes and the memory that these need, then the
+entries of arrays. Checked arguments are returned as `Arguments`, in forms that need no further checks: arrays of the
+dtype that is computed in, and a band of offsets for `causal` and `window`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from .request import METHODS
 _ARRAYS = ("Q", "K", "V", "W", "W_Q", "W_K", "W_V")
 _NO_ARRAYS = dict.fromkeys(_ARRAYS)
 
-# The largest number of each dtype that is computed in.
+# For each dtype that is computed in, its largest finite number.
 _LARGEST = {np.dtype(kind): float(np.finfo(kind).max) for kind in (np.float32, np.float64)}
 
 # What each of Q, K and V is multiplied by, from the right and in this order.
@@ -51,7 +51,7 @@ class Arguments:
     After `check_arguments` arrays are as they were given and their shapes fit together; after `check_entries` they are
     also finite and in the dtype computed in, `compute`. They keep their own leading axes, which broadcast to `lead`,
     that is ``batch + (heads,)``, or ``()`` where no array has leading axes. The keys that `causal` and `window` let row
-    i see are those with lo <= j - (i + q_offset) <= hi, where None is no bound.
+    i see are those with lo <= j - (i + q_offset) <= hi, where lo or hi is None if there is no bound on that side.
     """
 
     Q: np.ndarray
@@ -83,7 +83,7 @@ class Arguments:
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
-        """Those of Q, K, V and the projections that are given, in the order in which their entries are checked."""
+        """The given ones of Q, K, V and the projections, by name, in the order in which their entries are checked."""
         found = {}
         every = (self.Q, self.K, self.V, self.W, self.W_Q, self.W_K, self.W_V)
         for name, X in zip(_ARRAYS, every, strict=True):
@@ -101,7 +101,7 @@ class Arguments:
 
 
 def check_arguments(Q: Any, K: Any, V: Any, R: Any, **options: Any) -> Arguments:
-    """The arguments of `attention`, checked but for the entries of arrays, which `check_entries` looks at.
+    """The arguments of `attention`, checked except for the entries of arrays, which `check_entries` checks.
 
     Parameters
     ----------
@@ -175,7 +175,7 @@ def _check_simple(R: Any, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_arrays(given: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Those of Q, K, V and the projections that are not None, as arrays of one dtype."""
+    """The arrays among Q, K, V and the projections that are not None, by name, checked to be of one dtype."""
     if given["V"] is None and given["W_V"] is not None:
         raise ValueError("W_V: got a projection without V, wants both or neither")
     arrays = {}
@@ -207,7 +207,7 @@ def _check_shapes(given: dict[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
 
 
 def _check_memory(given: dict[str, np.ndarray], lead: tuple[int, ...], compute: np.dtype, *, turned: bool) -> None:
-    """MemoryError where the result, and copies of Q, K and V in the order of memory that is computed in, don't fit."""
+    """MemoryError where the result, and the copies of Q, K and V that `_laid_out` counts, don't fit into memory."""
     shapes = _product_shapes(given)
     laid_out = _laid_out(given, shapes, lead, compute, turned=turned)
     if "V" not in given:
@@ -219,7 +219,7 @@ def _check_memory(given: dict[str, np.ndarray], lead: tuple[int, ...], compute: 
 
 
 def _check_scale(scale: Any, near: tuple[int, float] | None, d: int, compute: np.dtype) -> float:
-    """The scale of scores, 1/d by default; it and that of near offsets must be numbers of the dtype computed in."""
+    """The scale of scores, 1/d by default. It and the scale of near offsets must be finite in the dtype `compute`."""
     scale = 1 / d if scale is None else check_number("scale", scale)
     most = _LARGEST[compute]
     for name, number in (("scale", scale), ("near", 0.0 if near is None else near[1])):
@@ -229,7 +229,7 @@ def _check_scale(scale: Any, near: tuple[int, float] | None, d: int, compute: np
 
 
 def _computed(dtype: np.dtype) -> np.dtype:
-    """The dtype that arrays of this one are computed in."""
+    """The dtype that is computed in for arrays of the dtype `dtype`."""
     return np.dtype(np.float64 if dtype == np.float64 else np.float32)
 
 
@@ -241,7 +241,7 @@ def check_entries(a: Arguments) -> Arguments:
     Raises
     ------
     MemoryError
-        The result, and what has to be copied for it, don't fit.
+        The result, and the copies of arrays that it needs, don't fit into memory.
     ValueError
         An array has NaN or Inf; the message says where the first one is.
     """
@@ -283,7 +283,10 @@ def band(causal: bool, window: Any) -> tuple[int | None, int | None]:
 
 
 def _check_family(family: RelativeFamily, d: int, n: int, n_k: int) -> None:
-    """Raise unless the family fits rows of width d, and n queries and n_k keys where it doesn't say where W_0 is."""
+    """Raise unless the family fits rows of width d, and n queries and n_k keys.
+
+    A family that was made with n_k of its own says which matrix is W_0, and fits any number of queries and keys.
+    """
     if family._width > d or (family._dense and family._width < d):
         got = f"width {family._width}" if family._dense else f"a support with the index {family._width - 1}"
         wants = f"{d}" if family._dense else f"indices below {d}"
@@ -305,7 +308,7 @@ def _near(near: Any) -> tuple[int, float]:
 
 
 def _product_shapes(given: dict[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
-    """The shapes of those of Q, K and V that are given, after those of their projections that are given."""
+    """By name, the shapes that the given ones of Q, K and V have after multiplying them by their given projections."""
     shapes = {}
     for rows in ("Q", "K", "V"):
         if rows in given:
@@ -317,7 +320,7 @@ def _product_shapes(given: dict[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
 
 
 def _product_shape(rows: str, shape: tuple[int, ...], name: str, factor: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of the product of Q, K or V, as `rows` says, and a projection of this name."""
+    """The shape of the product of the array named `rows` (Q, K or V) and the projection named `name`."""
     if factor[-2] != shape[-1]:
         raise ValueError(
             f"{name}: got shape {factor}, wants ({shape[-1]}, _) to multiply {rows}, of width {shape[-1]} there"
@@ -332,7 +335,7 @@ def _product_shape(rows: str, shape: tuple[int, ...], name: str, factor: tuple[i
 
 
 def _lead(shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
-    """The leading axes of the result: those of Q, K and V broadcast, but the heads of K and V may divide those of Q."""
+    """The leading axes of the result: those of Q, K and V, broadcast. The heads of K and V may divide those of Q."""
     if shapes["Q"][:-2] == shapes["K"][:-2] == shapes["V"][:-2]:
         return shapes["Q"][:-2]
     leads = {name: shape[:-2] for name, shape in shapes.items()}
@@ -362,10 +365,10 @@ def _laid_out(
     *,
     turned: bool,
 ) -> float:
-    """Bytes of the copies of Q, K and V that are made: contiguous rows for each head, in the dtype computed in.
+    """Bytes of the copies of Q, K and V that are made: contiguous rows for each head, in the dtype `compute`.
 
-    An array is copied where it is projected, rotated (`turned`), of another dtype, in another order of memory, or has
-    fewer leading axes than the result.
+    An array is copied where it is projected, rotated (`turned`), of another dtype, not contiguous, or has fewer leading
+    axes than the result.
     """
     size = 0.0
     multiplied = {"Q": "W_Q" in given or "W" in given, "K": "W_K" in given, "V": "W_V" in given}
@@ -380,9 +383,9 @@ def _laid_out(
 
 
 def _row_shape(name: str, shape: tuple[int, ...], lead: tuple[int, ...], length: int) -> None:
-    """Raise unless an array that has a number for each row is (length,) or has all leading axes beside that.
+    """Raise unless an array with a number for each row has the shape (length,) or all leading axes before `length`.
 
-    With some of the leading axes only it would not be clear which ones are meant.
+    If it had only some of the leading axes, it would not be clear which ones are meant.
     """
     if shape == (length,):
         return
@@ -420,11 +423,11 @@ def _positions(name: str, positions: Any, lead: tuple[int, ...], length: int, st
 
 
 def _hide(X: np.ndarray, key_mask: np.ndarray, lead: tuple[int, ...]) -> np.ndarray:
-    """A copy of X, which is K or V before projection, with 0 in the rows that are kept for no head that reads them."""
+    """A copy of X, which is K or V before projection, with 0 in the rows that are hidden from every head using them."""
     kept = np.broadcast_to(key_mask, lead + key_mask.shape[-1:])
     own = X.shape[:-2]
     if lead:
-        # A row of X is kept if one of the query heads that share it keeps it, and likewise for batch elements.
+        # A row of X is kept if it is kept for any of the query heads and batch elements that share it.
         heads = own[-1] if own else 1
         kept = kept.reshape(lead[:-1] + (heads, lead[-1] // max(heads, 1)) + kept.shape[-1:]).any(axis=-2)
         own = (1,) * (len(lead) - len(own)) + own

@@ -1,4 +1,4 @@
-"""From a user's arguments to a problem, and from what engines find back to the user's arrays."""
+"""From a user's arguments to the problem that engines solve, and from their results back to the user's arrays."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ class Call:
     arguments : Arguments
     request : Request
     length, least_key_heads : int
-        Where the arguments are a piece of a longer sequence: the length that scaled rotations go by, and the number of
-        key heads, that the pieces agree upon.
+        Where the arguments are a piece of a longer sequence: the length of the whole sequence, which scaled rotations
+        depend on, and a number that the number of key heads must be a multiple of. All pieces have the same two.
 
     Attributes
     ----------
     problem : Problem
-        With `key_heads` slots for each batch element, each shared by the same number of the `heads` query heads.
+        It has `key_heads` slots for each batch element, each shared by the same number of the `heads` query heads.
     shape : tuple of int
-        That of the result.
+        The shape of the result.
     dtype : numpy.dtype
-        The user's.
+        The dtype of the user's arrays.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Call:
         self.request = request
         self.dtype = a.dtype
         self.shape = a.lead + (a.n, a.d_v)
-        # What differs between the heads of a group ends the sharing.
+        # Query heads share a key head only where their keys, values and masks are the same.
         self.heads = a.heads
         self.key_heads = key_heads_of(a, least_key_heads)
         rotate = None
@@ -72,10 +72,10 @@ class Call:
         mask = self._mask()
         v = None if a.V is None else self._v.slots()
         if v is None or a.d_v == 0:
-            # Engines have a column to work on.
+            # Without V, a column of ones stands for it, since engines need a column of values.
             v = mask.hide(np.ones((slots, a.n_k, 1), q.dtype))
         if a.key_mask is not None and a.key_mask.ndim > 1:
-            # Keys that several masks share are hidden by some and kept by others.
+            # Where several masks apply to a key, some may hide it and others keep it, so each slot is hidden by itself.
             k, v = mask.hide(k), mask.hide(v)
         return Problem(
             q=q.reshape(slots, group, a.n, a.d),
@@ -112,7 +112,7 @@ class Call:
         return symbol.reshape(-1, a.heads // max(self.key_heads, 1), symbol.shape[-1])
 
     def tail(self, longest: int, tolerance: float) -> forms.Tail | None:
-        """How the exponential of the bias factors far out, with all heads of the batch, or one."""
+        """How exp of the bias factors at large offsets, for all heads of all batch elements, or one for all of them."""
         a = self.arguments
         tail = a.bias._tail(longest, tolerance)
         if tail is None or tail.rate.shape[-1] == 1:
@@ -126,15 +126,15 @@ class Call:
         return self.arguments.lead
 
     def to_user(self, o: np.ndarray) -> np.ndarray:
-        """(H, G, n, d_v or 1) of an engine as the user's O."""
+        """An engine's result (H, G, n, d_v or 1) in the shape and dtype of the user's O."""
         return self._cast(o[..., : self.shape[-1]].reshape(self.shape))
 
     def lse_to_user(self, lse: np.ndarray) -> np.ndarray:
-        """(H, G, n) float64 as (..., n)."""
+        """An engine's lse, (H, G, n) float64, in the user's shape (..., n)."""
         return lse.reshape(self.shape[:-1])
 
     def from_user(self, dO: np.ndarray) -> np.ndarray:
-        """What has the shape of O as (H, G, n, d_v or 1), contiguous, in the dtype computed in."""
+        """An array of the shape of O, such as dO, as a contiguous (H, G, n, d_v or 1) in the dtype computed in."""
         problem = self.problem
         if self.shape[-1] == 0:
             return np.zeros(problem.q.shape[:3] + (1,), problem.q.dtype)
@@ -144,10 +144,10 @@ class Call:
     def gradients(
         self, found: InputGradients, exponents: Exponents = AS_IT_IS, comm: Communicator = SERIAL
     ) -> dict[str, np.ndarray]:
-        """{"dQ": ..., "dW_Q": ...}: an engine's gradients, which are overwritten, times these powers of two.
+        """The user's gradients, {"dQ": ..., "dW_Q": ...}, from an engine's, times the powers of two in `exponents`.
 
-        Every argument that was given has its gradient, in its shape and dtype. What pieces of a sequence share,
-        projections, a bias and scale_near, has the sum over all pieces.
+        The engine's arrays are overwritten. Every argument that was given has its gradient, in its shape and dtype.
+        Gradients of what the pieces of a sequence share (projections, a bias, scale_near) are summed over all pieces.
         """
         a = self.arguments
         H, G, n, d = found.dq.shape
@@ -168,7 +168,7 @@ class Call:
         return gradients
 
     def bias_gradient(self, part: SymbolGradient | None) -> np.ndarray:
-        """The gradient of the bias from that of its symbol, or of a part of it; None is 0."""
+        """The gradient by the bias's parameters, from the gradient by its symbol or a part of it; None means 0."""
         a = self.arguments
         heads = 1 if a.bias.heads in (None, 1) else a.heads
         if part is None:
@@ -183,7 +183,7 @@ class Call:
         return a.bias._gradient(symbol, part.first, far)
 
     def _bias_gradient(self, parts: tuple[SymbolGradient, ...], exponent: int, comm: Communicator) -> np.ndarray:
-        """That of the bias, from the parts of all processes, times 2^exponent."""
+        """The gradient by the bias's parameters, summed over the parts of all processes, times 2^exponent."""
         nothing = self.bias_gradient(None)
         own = nothing.astype(np.float64)
         for place, part in enumerate(parts):
@@ -192,7 +192,7 @@ class Call:
         return np.ldexp(comm.total(own), exponent).astype(nothing.dtype)
 
     def _family_gradient(self, entries: np.ndarray | None, exponent: int) -> np.ndarray:
-        """That of the matrices of a family, times 2^exponent; None is 0, where no query meets a key."""
+        """The gradient by the matrices of a family, times 2^exponent; `entries` None means 0: no query sees a key."""
         a, family = self.arguments, self.problem.family
         if entries is None:
             entries = np.zeros((len(family.left), 0))
@@ -214,15 +214,16 @@ _HOW = {"eps": 1e-3, "certify": "proof", "method": "auto", "degree": None, "seed
 
 
 def check_forms(Q: Any, K: Any, V: Any, R: Any = None, **options: Any) -> tuple[Arguments, Request]:
-    """The arguments of `attention`, checked but for the entries of arrays: what they say of the numbers, and of how to
-    compute.
+    """The arguments of `attention`, checked except for the entries of arrays.
+
+    Returns those that say what to compute, as `Arguments`, and those that say how to compute it, as `Request`.
     """
     request = Request(**check_method(**{name: options.pop(name, usual) for name, usual in _HOW.items()}))
     return check_arguments(Q, K, V, R, **_DEFAULTS | options), request
 
 
 def check(Q: Any, K: Any, V: Any, R: Any = None, **options: Any) -> tuple[Arguments, Request]:
-    """`check_forms`, and the entries of arrays."""
+    """As `check_forms`, with the entries of arrays checked too."""
     arguments, request = check_forms(Q, K, V, R, **options)
     return check_entries(arguments), request
 
@@ -233,26 +234,26 @@ def prepare(Q: Any, K: Any, V: Any, R: Any = None, **options: Any) -> Call:
 
 
 def prepare_for(function: str, Q: Any, K: Any, V: Any, R: Any, options: Mapping[str, Any]) -> Call:
-    """`prepare` for a function that takes **options, at whose door a wrong keyword is laid."""
+    """`prepare` for a function that takes **options; a TypeError for a wrong keyword names that function."""
     check_names(function, options)
     return prepare(Q, K, V, R, **options)
 
 
 def check_names(function: str, options: Mapping[str, Any]) -> None:
-    """Refuse keywords that `attention` does not have."""
+    """Raise TypeError, naming `function`, where there is a keyword that `attention` does not have."""
     unknown = [name for name in options if name not in _DEFAULTS and name not in _HOW]
     if unknown:
         raise TypeError(f"{function}() got an unexpected keyword argument {unknown[0]!r}")
 
 
 def length_of(arguments: Arguments) -> int:
-    """The largest position + 1, which rules of scaling may depend on; at least 1."""
+    """The largest position plus 1, at least 1: the length of text that rules of rotary scaling may depend on."""
     given = (p for p in (arguments.q_positions, arguments.k_positions) if p is not None and p.size)
     return max(1, 1 + max((int(p.max()) for p in given), default=0))
 
 
 def key_heads_of(arguments: Arguments, least: int = 1) -> int:
-    """How many heads differ in keys, values or masks, each of which query heads share; a multiple of `least`."""
+    """The number of heads that may differ in keys, values or masks; query heads share them. A multiple of `least`."""
     a, heads = arguments, least
     for X, inner in ((a.K, 2), (a.W_K, 2), (a.V, 2), (a.W_V, 2), (a.key_mask, 1), (a.k_positions, 1)):
         if X is not None and X.ndim > inner and X.shape[-1 - inner] != heads:
@@ -261,12 +262,12 @@ def key_heads_of(arguments: Arguments, least: int = 1) -> int:
 
 
 def spread_columns(X: np.ndarray, call: Call, heads: int) -> np.ndarray:
-    """X (..., rows, m) as one contiguous (rows, m) for each slot of `heads` heads."""
+    """X (..., rows, m) as a contiguous (slots, rows, m), with `heads` slots for each batch element."""
     return contiguous(spread(X, call.lead[:-1], heads))
 
 
 def _factors(given: dict[str, np.ndarray], *names: str) -> dict[str, np.ndarray]:
-    """Those of the arrays of these names that are given."""
+    """The arrays in `given` that have one of these names, in the order of `names`."""
     found = {}
     for name in names:
         if name in given:

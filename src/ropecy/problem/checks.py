@@ -1,4 +1,4 @@
-"""Checks of single values that a user passes: numbers, choices and arrays, with the messages of all of them.
+"""Checks of single values that a user passes: numbers, choices and arrays, with the messages of their errors.
 
 A message names the argument, what it got and what it wants. A wrong type is a TypeError, a wrong value a ValueError.
 """
@@ -14,17 +14,17 @@ import numpy as np
 
 from ..kernels import _rows
 
-# The dtypes that are computed in, in native byte order.
+# The dtypes that computations are done in, in native byte order.
 _COMPUTED = (np.dtype(np.float32), np.dtype(np.float64))
 
 
 def described(value: Any) -> str:
-    """A value as messages show it: its type, and itself where it is no array."""
+    """A value as messages show it: its type, and the value itself unless it is an array."""
     return f"{type(value).__name__} {value!r}" if np.ndim(value) == 0 else type(value).__name__
 
 
 def check_integer(name: str, value: Any, least: int | None = None) -> int:
-    """The integer if it is one, of less than 63 bits and at least `least`; True and False are none."""
+    """The value as an int, if it is an integer of less than 63 bits and at least `least`; a bool is refused."""
     if type(value) is int and (0 if least is None else least) <= value <= 2**62:
         return value
     wants = "an integer" if least is None else f"an integer of at least {least}"
@@ -74,12 +74,12 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 
 
 def as_pair(value: Any) -> tuple[Any, Any] | None:
-    """A tuple or a list of two things as a tuple, else None."""
+    """A tuple or a list of two items as a tuple; None for any other value."""
     return tuple(value) if isinstance(value, (tuple, list)) and len(value) == 2 else None
 
 
 def check_flag(name: str, value: Any) -> bool:
-    """The value if it is a bool. Others that Python takes for true or false are refused, for they are mostly slips."""
+    """The value if it is a bool. Other values that Python takes for true or false are refused: most are mistakes."""
     if value is True or value is False:
         return value
     if not isinstance(value, np.bool_):
@@ -88,14 +88,14 @@ def check_flag(name: str, value: Any) -> bool:
 
 
 def check_count(name: str, value: Any) -> int:
-    """The integer if it is one, of at least 1."""
+    """The value as an int, if it is an integer of at least 1."""
     return check_integer(name, value, least=1)
 
 
 def check_like(name: str, X: Any, dtype: np.dtype, shape: tuple[int, ...], *, broadcast: bool = False) -> np.ndarray:
-    """X as an array, if it has the dtype and the shape of the result.
+    """X as an array, if it has this dtype and this shape, which are those of the result.
 
-    With `broadcast` its leading axes may also be of size 1 or missing.
+    With `broadcast` the leading axes of X may also be of size 1 or missing.
     """
     X = check_array(name, X)
     if X.dtype != dtype:
@@ -107,7 +107,7 @@ def check_like(name: str, X: Any, dtype: np.dtype, shape: tuple[int, ...], *, br
 
 
 def check_values(V: Any) -> None:
-    """Raise where V is None, which `check_arguments` accepts, since plans need no V."""
+    """Raise where V is None. `check_arguments` accepts None, since a plan needs no V."""
     if V is None:
         raise TypeError("V: got None, wants an array (..., n_k, d_v)")
 
@@ -115,7 +115,8 @@ def check_values(V: Any) -> None:
 def check_factor(X: Any, dtype: np.dtype, lead: tuple[int, ...], length: int, axis: int = -2) -> np.ndarray:
     """X as an array, if it can be multiplied with matrices that have the leading axes `lead`.
 
-    X is (length,), or its axis `axis` has that length: -2 for a factor on the right of the matrices, -1 on their left.
+    X has the shape (length,), or its axis `axis` has this length. The axis is -2 where X is multiplied from the right
+    of the matrices, and -1 where it is multiplied from their left.
     """
     X = check_array("X", X, least_axes=1)
     if X.dtype != dtype:
@@ -146,7 +147,7 @@ def check_finite(name: str, X: np.ndarray) -> float:
     if X.dtype in _COMPUTED and X.flags.forc and X.flags.aligned:
         largest = _rows.largest(X)
     else:
-        # Two passes without a temporary array. A NaN among the entries makes max and min NaN.
+        # max and min take two passes but no temporary array. Where an entry is NaN, both are NaN.
         with np.errstate(invalid="ignore"):
             largest = max(float(X.max()), -float(X.min()))
     if not largest < math.inf:

@@ -1,4 +1,7 @@
-"""Rows of q, k or v: products of the user's arrays, rotated and laid out slot by slot; and the adjoint of all that."""
+"""The rows of q, k or v: products of the user's arrays, rotated and laid out slot by slot.
+
+The adjoint of these steps takes gradients back to the user's arrays.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,8 @@ from . import checks, projections
 from .communicator import Communicator
 from .projections import sum_to
 
-# What a rotation does to a row at most, in units of its norm: two products and a sum, of rounded cosines and sines.
+# How many unit roundoffs, relative to its norm, a rotation changes a row by at most. Cosines and sines are rounded, and
+# each entry is a sum of two products.
 _ROTATED = 2.0
 
 
@@ -25,15 +29,16 @@ class Rows:
     factors : dict
         The arrays whose product the rows are, by the names of the arguments: first the rows, then projections.
     batch, heads
-        Slots are the batch elements times the heads.
+        The axes of the batch, and the number of heads. There is a slot for each head of each batch element.
     positions : array or None
-        By which rows are rotated; None where they are not.
+        The positions by which rows are rotated; None where they are not rotated.
     rotate : callable or None
-        ``rotate(X, positions)``, with ``adjoint=True`` its adjoint.
+        ``rotate(X, positions)`` rotates rows; with ``adjoint=True`` it is the adjoint of that.
     shape : tuple of int
-        That of the product, once `slots` has been called.
+        The shape of the product of the factors; `slots` sets it.
     lost : float
-        What rounding has done to a row at most, relative to the longest of its head, likewise.
+        By how much rounding has changed a row at most, relative to the norm of the longest row of its head; `slots`
+        sets it.
     """
 
     factors: dict[str, np.ndarray]
@@ -45,7 +50,7 @@ class Rows:
     lost: float = 0.0
 
     def slots(self) -> np.ndarray:
-        """(batch * heads, rows, width), C-contiguous; the user's own memory where nothing has to be done."""
+        """The rows, C-contiguous, as (batch * heads, rows, width); the user's own memory where nothing has to be done."""
         X, *others = self.factors.values()
         if others:
             # Products of contiguous arrays are bitwise the same whatever the layout of what the user passed.
@@ -59,7 +64,7 @@ class Rows:
         if self.positions is None:
             X = spread(X, self.batch, self.heads)
         elif self.positions.ndim == 1:
-            # Rotated before it is repeated for heads and batch elements.
+            # X is rotated before it is repeated for heads and batch elements, so that each row is rotated once.
             X = spread(self.rotate(X, self.positions), self.batch, self.heads)
         else:
             X = spread(X, self.batch, self.heads)
@@ -67,8 +72,9 @@ class Rows:
         return contiguous(X)
 
     def gradients(self, dX: np.ndarray, exponent: int | np.ndarray, comm: Communicator) -> dict[str, np.ndarray]:
-        """The gradient of each factor, times 2^exponent, from that of the slots, which is overwritten; `exponent` is
-        one number, or one for each slot.
+        """The gradient of each factor, by name, times 2^exponent, from dX, the gradient of the slots.
+
+        dX is overwritten. `exponent` is one number, or one for each slot.
         """
         if np.ndim(exponent):
             largest = int(exponent.max())
@@ -93,12 +99,12 @@ class Rows:
 
 
 def head_count(X: np.ndarray, inner: int) -> int:
-    """The size of the head axis, the last but `inner`; 1 where there is none."""
+    """The size of the axis of heads, which is followed by `inner` other axes; 1 where X has no axis of heads."""
     return X.shape[-1 - inner] if X.ndim > inner else 1
 
 
 def spread(X: np.ndarray, batch: tuple[int, ...], heads: int) -> np.ndarray:
-    """(..., h, a, b) to (batch * heads, a, b): each of the h heads serves heads // h consecutive ones."""
+    """X (..., h, a, b) as (batch * heads, a, b), each of its h heads repeated for heads // h consecutive heads."""
     tail = X.shape[-2:]
     if not batch and X.shape == (heads,) + tail:
         return X
@@ -110,7 +116,7 @@ def spread(X: np.ndarray, batch: tuple[int, ...], heads: int) -> np.ndarray:
 
 
 def _gather(dX: np.ndarray, batch: tuple[int, ...], heads: int, shape: tuple[int, ...]) -> np.ndarray:
-    """The adjoint of `spread` of an array of this shape."""
+    """The adjoint of `spread` for an array of this shape: dX summed over the copies that `spread` made."""
     own = shape[-3] if len(shape) > 2 else 1
     dX = dX.reshape(batch + (own, heads // max(own, 1)) + dX.shape[-2:])
     dX = dX.sum(axis=-3) if dX.shape[-3] != 1 else dX[..., 0, :, :]
@@ -118,5 +124,5 @@ def _gather(dX: np.ndarray, batch: tuple[int, ...], heads: int, shape: tuple[int
 
 
 def contiguous(X: np.ndarray) -> np.ndarray:
-    """X itself where it is C-contiguous and aligned, as engines take arrays; else a copy that is."""
+    """X itself where it is C-contiguous and aligned, which engines require; else a copy of X that is."""
     return X if X.flags.c_contiguous and X.flags.aligned else X.copy()
