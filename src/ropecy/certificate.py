@@ -1,4 +1,4 @@
-"""What is promised of a result, and what stands in the way of a promise."""
+"""What is promised of a result, and the errors and warnings where no such promise can be made."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 
 
 class BoundedEntryError(ValueError):
-    """A method or a degree that was insisted on can't certify eps for scores of this size."""
+    """The ``method=`` or ``degree=`` that was asked for can't certify eps for scores of this size."""
 
 
 class PerformanceWarning(UserWarning):
-    """Work that is predicted to take more than a minute."""
+    """The call is predicted to take more than a minute."""
 
 
 class AccuracyWarning(UserWarning):
@@ -25,14 +25,15 @@ CONFIDENCE = 0.99
 
 
 def unseen(n_rows: int, trials: int = 1) -> float:
-    """The part of all rows that may be worse than the worst of n_rows drawn at random, with that confidence, where each
-    of so many trials draws its own.
+    """The fraction of all rows that may, at the given confidence, be worse than the worst of n_rows drawn at random.
+
+    Each of the `trials` draws rows of its own, and the confidence is that of all trials together.
     """
     return 1 - ((1 - CONFIDENCE) / trials) ** (1 / n_rows)
 
 
 def warn(message: str, category: type[Warning] = PerformanceWarning) -> None:
-    """A warning at the line that called the package."""
+    """Issue a warning that points at the line of the user's code that called the package."""
     frame, level = sys._getframe(), 1
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
         frame, level = frame.f_back, level + 1
@@ -48,58 +49,59 @@ class Certificate:
     engine : str
         "exact", "polynomial" or "fft".
     degree, n_features : int or None
-        Of the polynomial.
+        The degree of the polynomial, and its number of monomials; None without a polynomial.
     bound : float
-        B, a bound of every (centred) score of a row that is not computed exactly.
+        B, a bound of the size of every (centred) score of a row that is not computed exactly.
     rule : str
-        What the bound of the truncation rests on: "exact" (there is none), "worst case" (every score may be B),
-        "moments" (of the scores of each row; proved once the row is computed), or "sampled": not proved, but twice the
-        largest error of `n_sampled` rows, half of them those that have most to fear, half drawn from the others. m of
-        these say, with a probability of 1 - degree (1 - b)^m, that at most a part b of the others is past half of it:
-        every degree that is tried has rows of its own.
+        What `truncation` is derived from: "exact" (there is no truncation), "worst case" (every score may be B),
+        "moments" (those of the scores of each row; proved once the row is computed), or "sampled". The last is not
+        proved: it is twice the largest error of `n_sampled` rows, of which half are those where the largest errors are
+        expected, and the other m are drawn at random from all other rows. With a probability of 1 - degree (1 - b)^m at
+        most a fraction b of these other rows has an error above half of `truncation`. The factor `degree` is there
+        since every degree that is tried draws rows of its own.
     truncation : float
         Error of the polynomial, in units of range_j(V_jc), column by column.
     rounding : float
-        Of floating point, in units of the largest range_j(V_jc) of all columns and heads (of ``max |V|`` where
-        all are constant): a model of its size, not a proof. It includes `storing`.
+        Error of floating-point arithmetic, in units of the largest range_j(V_jc) of all columns and heads (of
+        ``max |V|`` where all columns are constant). It is a model of its size, not a proof, and includes `storing`.
     rows_truncation : (..., n) float64 array or None
-        `truncation` row by row, in units of the range over the keys that the row sees; None in a plan. By the worst
-        case without a causal mask, and where it is "sampled", all rows that are not exact have the same; under a causal
-        mask rows with few keys far behind them have less.
+        `truncation` row by row, in units of the range over the keys that the row sees; None in a plan. All rows that
+        are not exact have the same where the rule is "sampled", and where it is "worst case" without a causal mask.
+        Under a causal mask rows with few keys far behind them have less.
     n_exact_rows : int
-        How many rows were computed exactly, the polynomial's certificate being too large there.
+        How many rows were computed exactly because the polynomial's certificate would be too large for them.
     seed, failure : int or None, float
-        Of the coins behind the rule, where coins were used ("sampled", and the fourth moments of degrees 2 and 3), and
-        the probability that they make a proved rule wrong.
+        The seed of the random numbers, where the rule uses any ("sampled", and the fourth moments of degrees 2 and 3),
+        and the probability that they make a proved rule wrong.
     n_sampled : int
-        How many rows were computed exactly to be compared.
+        How many rows were computed exactly for comparison with the polynomial's.
     storing : float
-        The part of `rounding` that comes of storing a result, which is computed in float32, as float16 or bfloat16; 0
-        for float32 and float64. eps is asked of the result before it is stored: ``error - storing`` is within eps where
-        an engine certifies it.
+        The part of `rounding` that is due to storing a result, which is computed in float32, as float16 or bfloat16; 0
+        for float32 and float64. eps bounds the result before it is stored: where an engine certifies eps,
+        ``error - storing`` is at most eps.
 
     Notes
     -----
     Of a result O, ``|O_ic - Attn_ic| <= truncation range_j(V_jc) + rounding max_c range_j(V_jc)``, the maximum over
-    all heads too. Of a whole row, but for rounding and where it is proved,
+    all heads too. For a whole row, apart from rounding and where the rule is proved,
     ``||O_i - Attn_i|| <= 2 rows_truncation_i max_j ||V_j - O_i||`` over the keys that the row sees, in any norm: in
-    the 2-norm 1.4 (uniform values) to 3 times (Gaussian) sharper than its entries' bounds added up, d_v = 64. Of
-    gradients, with e = error, omega_i the range over j of <dO_i, V_j>, P the softmax weights,
+    the 2-norm this is 1.4 (uniform values) to 3 times (Gaussian) sharper than its entries' bounds added up, d_v = 64.
+    For gradients, with e = error, omega_i the range over j of <dO_i, V_j>, P the softmax weights,
     zeta = 2 e / (1 - e) and c = abs(scale): dQ_i is within ``c artanh(e) / 4 omega_i diam(K)``, dK_j within ``c
     zeta sum_i P_ij omega_i ||Q_i||``, and dV_jc within ``zeta sum_i P_ij |dO_ic|``. By moments diam(K) is twice the
     largest ``||K_j - mean||``, the mean being that of the keys that are not computed exactly (or twice the largest
-    ``||K_j||``, if that bounds scores better), and what is said of dK and dV holds of the sum over j: with ddX for
-    what dX is off by, ``sum_j ||ddK_j|| <= c zeta sum_i omega_i ||Q_i||`` and ``sum_j |ddV_jc| <= zeta sum_i
-    |dO_ic|``. Of the projection of X, ``||ddW||_F <= sum_i ||X_i|| ||ddY_i||``, Y = X W.
+    ``||K_j||``, if that bounds scores better), and the bounds of dK and dV hold for the sum over j: with ddX for the
+    error of dX, ``sum_j ||ddK_j|| <= c zeta sum_i omega_i ||Q_i||`` and ``sum_j |ddV_jc| <= zeta sum_i
+    |dO_ic|``. For a projection Y = X W, ``||ddW||_F <= sum_i ||X_i|| ||ddY_i||``.
 
     Rounding does not shrink with omega_i or P_ij. With r = rounding and ``w_i = sum_c |dO_ic| range_j(V_jc)``,
     it adds up to ``c r w_i max_j ||K_j - k||`` to dQ_i, k being the mean of the keys (0 beside `near` and with a
-    RelativeFamily), ``c r sum_i w_i ||Q_i||`` to every dK_j, and ``r sum_i |dO_ic|`` to every dV_jc, and that of
-    storing each of them. What a bias receives at an offset, the sum of the scores' gradients there, is within
+    RelativeFamily), ``c r sum_i w_i ||Q_i||`` to every dK_j, and ``r sum_i |dO_ic|`` to every dV_jc, and storing each
+    of them adds its own rounding. A bias's gradient at an offset, the sum of the scores' gradients there, is within
     ``zeta sum P_ij omega_i`` over the pairs at that offset, and ``r sum_i w_i`` for rounding. All heads are computed in
     one unit: w_i counts as at least 1e-24 of the largest w of all heads, 1e-180 in float64. Beside `near`, c is the
-    larger of the two scales. Q, K and V are those behind projections and rotations, as they were computed: where nearly
-    all of a projection cancels in float64, gradients follow what is left of it.
+    larger of the two scales. Q, K and V are those after projections and rotations, as they were computed: where nearly
+    all of a projection cancels in float64, gradients are those of the digits that are left.
     """
 
     engine: str
@@ -136,11 +138,11 @@ class Certificate:
         )
 
     def stored(self, storing: float) -> Certificate:
-        """That of the same result once it is stored in half precision, which adds so much."""
+        """The certificate of the same result after storing it in half precision, which adds the error `storing`."""
         return replace(self, rounding=self.rounding + storing, storing=storing) if storing else self
 
     def _evidence(self) -> str:
-        """What sampled rows say."""
+        """What the sampled rows show, in words."""
         rows = f"twice that of {self.n_sampled:,} rows (seed {self.seed})"
         if self.rows_truncation is None:
             return f"if {rows} is no more"

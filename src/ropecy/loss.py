@@ -68,7 +68,7 @@ def loss_grad(
     R: Rotary | RelativeFamily | None = None,
     **options: Unpack[Options],
 ) -> LossGradients:
-    """The gradients of L = 1/2 || D^-1 A V - E ||_F^2 by everything that was given.
+    """The gradients of L = 1/2 || D^-1 A V - E ||_F^2 with respect to every argument that was given but E.
 
     Parameters
     ----------
@@ -80,9 +80,9 @@ def loss_grad(
     Returns
     -------
     LossGradients
-        ``g.loss`` and ``g.O``; ``g.dQ``, ``g.dK``, ``g.dV``, and ``g.dW``, ``g.dW_Q``, ``g.dW_K``, ``g.dW_V``,
-        ``g.dbias``, ``g.dscale_near``, ``g.dR`` (of a RelativeFamily) of what was given; ``g.certificate`` of the
-        gradients.
+        ``g.loss`` and ``g.O``; the gradients ``g.dQ``, ``g.dK``, ``g.dV``, and of what was given ``g.dW``, ``g.dW_Q``,
+        ``g.dW_K``, ``g.dW_V``, ``g.dbias``, ``g.dscale_near``, ``g.dR`` (of a RelativeFamily); ``g.certificate``, the
+        certificate of the gradients.
 
     Raises
     ------
@@ -111,7 +111,7 @@ def loss_grad(
 
 
 def gradients_of(evaluation: Evaluation, E: np.ndarray) -> LossGradients:
-    """Those of the loss against E, which has been checked; of a sequence in pieces, E is this process's rows."""
+    """The gradients of the loss for a checked target E. For a sequence in pieces, E has this process's rows."""
     comm = evaluation.pieces.comm
     dO, largest = comm.together(evaluation.difference, E)
     return LossGradients(
@@ -123,7 +123,7 @@ def gradients_of(evaluation: Evaluation, E: np.ndarray) -> LossGradients:
 
 
 def check_target(E: Any, call: Call) -> np.ndarray:
-    """E, of the dtype of the call and in the shape of its result."""
+    """The target E, checked to have the dtype of the call, and broadcast to the shape of its result."""
     E = checks.check_like("E", E, call.dtype, call.shape, broadcast=True)
     checks.check_finite("E", E)
     return E

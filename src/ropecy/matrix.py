@@ -1,4 +1,4 @@
-"""The attention matrix as a linear operator: products with A and A^T, which is what NumPy and SciPy ask of one."""
+"""The attention matrix A as a linear operator, which NumPy and SciPy use by its products with A and A^T."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ if TYPE_CHECKING:
 class Operator(ABC):
     """A matrix M that is known by its products with M and M^T, and holds no array of its entries.
 
-    It has what SciPy's iterative solvers and ``scipy.sparse.linalg.aslinearoperator`` look for.
+    It has the attributes and methods that SciPy's iterative solvers and ``scipy.sparse.linalg.aslinearoperator`` need.
 
     Attributes
     ----------
     shape : tuple of int
         (..., n, n_k); SciPy takes matrices without leading axes.
     dtype : numpy.dtype
-        Of what M is made from.
+        The dtype of the arrays that M is made from.
     """
 
-    # NumPy then leaves X @ M and 2 * M to this class, instead of taking M for an array of one object.
+    # With None, NumPy leaves X @ M and 2 * M to this class, instead of treating M as an array of one object.
     __array_ufunc__ = None
 
     shape: tuple[int, ...]
@@ -58,19 +58,19 @@ class Operator(ABC):
 
     @abstractmethod
     def __matmul__(self, X: ArrayLike) -> np.ndarray:
-        """M X for X (..., n_k, m) or (n_k,), of M's dtype."""
+        """M X for an X of M's dtype, of shape (..., n_k, m) or (n_k,)."""
 
     @abstractmethod
     def diagonal(self) -> np.ndarray:
-        """M_ii, (..., min(n, n_k))."""
+        """The diagonal M_ii, an array (..., min(n, n_k))."""
 
     def __rmatmul__(self, X: ArrayLike) -> np.ndarray:
-        """X M for X (..., m, n) or (n,), of M's dtype."""
+        """X M for an X of M's dtype, of shape (..., m, n) or (n,)."""
         X = checks.check_factor(X, self.dtype, self.shape[:-2], self.shape[-2], axis=-1)
         return self.T @ X if X.ndim == 1 else np.swapaxes(self.T @ np.swapaxes(X, -1, -2), -1, -2)
 
     def __mul__(self, factor: float) -> AffineMatrix:
-        """factor M, for a number."""
+        """The matrix times the number `factor`."""
         if np.ndim(factor):
             return NotImplemented
         return AffineMatrix(self, checks.check_number("factor", factor), 0.0)
@@ -119,7 +119,7 @@ class Operator(ABC):
             The array needs more than the machine has.
         """
         size, n_k = math.prod(self.shape), self.shape[-1]
-        # The product is made in float64, then rounded; the identity stands beside it.
+        # The float64 product, its copy rounded to M's dtype, and the float64 identity are in memory at the same time.
         require(size * (8.0 + self.dtype.itemsize) + 8.0 * n_k * n_k, f"an array of shape {self.shape}")
         return self @ np.eye(n_k, dtype=self.dtype)
 
@@ -139,23 +139,24 @@ class AttentionMatrix(Operator):
     Parameters
     ----------
     Q, K, R, **options
-        As in `attention`, without V, `W_V` and what says what to return.
+        As in `attention`, without V, `W_V` and the options that say what to return.
 
     Attributes
     ----------
     shape : tuple of int
         (..., n, n_k).
     dtype : numpy.dtype
-        Of Q.
+        The dtype of Q.
 
     Notes
     -----
-    ``A @ X`` is within ``e sum_j A_ij |X_jc|`` of the truth, e = 2 eps / (1 + eps^2), beside rounding. Nothing is
-    shifted: where a sum is past the largest number, it is inf. Each product costs what `attention` does with values X.
+    Apart from rounding, entry (i, c) of ``A @ X`` has an error of at most ``e sum_j A_ij |X_jc|``, where
+    e = 2 eps / (1 + eps^2). Scores are not shifted, so a sum past the largest number is inf. Each product costs as much
+    as `attention` with the values X.
 
     ``scipy.sparse.linalg.cg(A, b)`` and ``aslinearoperator(A)`` work as they are, and ``2 * A`` and
-    ``A.add_diagonal(0.1)``, which is A + 0.1 I, are linear operators too (`AffineMatrix`). ``np.asarray(A)`` is a
-    TypeError: n x n_k numbers are made by ``A.toarray()`` alone.
+    ``A.add_diagonal(0.1)``, which is A + 0.1 I, are linear operators too (`AffineMatrix`). ``np.asarray(A)`` raises
+    TypeError: only ``A.toarray()`` makes an array of n x n_k numbers.
 
     Examples
     --------
@@ -177,7 +178,7 @@ class AttentionMatrix(Operator):
 
     @property
     def T(self) -> AttentionMatrix:
-        """A^T, with queries and keys in each other's place."""
+        """A^T, in which queries and keys have changed places."""
         other = object.__new__(AttentionMatrix)
         other._call, other._transposed, other.dtype = self._call, not self._transposed, self.dtype
         other.shape = self.shape[:-2] + (self.shape[-1], self.shape[-2])
@@ -209,12 +210,12 @@ class AttentionMatrix(Operator):
     def dot(
         self, X: ArrayLike, *, return_certificate: bool = False
     ) -> np.ndarray | tuple[np.ndarray, Certificate]:
-        """A X, as ``A @ X``, and on demand what is certified of it.
+        """A X, as ``A @ X``, and, if asked for, its certificate.
 
         Parameters
         ----------
         X : (..., n_k, m) or (n_k,) array
-            Of the dtype of Q.
+            An array of the dtype of Q.
         return_certificate : bool
             Whether to return the certificate beside the product.
 
@@ -222,8 +223,8 @@ class AttentionMatrix(Operator):
         -------
         product : (..., n, m) or (..., n) array
         certificate : Certificate
-            If `return_certificate`. Where no sum overflows, row i and column c of the product are within ``truncation
-            sum_j A_ij |X_jc| + rounding (sum_j A_ij) max |X|`` of A X, the maximum over all of X.
+            Only if `return_certificate`. Where no sum overflows, entry (i, c) of the product is within ``truncation
+            sum_j A_ij |X_jc| + rounding (sum_j A_ij) max |X|`` of that of A X, the maximum being over all of X.
 
         Raises
         ------
@@ -240,7 +241,7 @@ class AttentionMatrix(Operator):
         H, G, mask = problem.sizes.H, problem.sizes.G, problem.mask
         count = min(self.shape[-2:])
         q, k = problem.q[:, :, :count], problem.k[:, :count]
-        # All of the diagonal is at this one offset.
+        # All entries of the diagonal have this one offset.
         t, (first, stop) = -mask.offset, mask.seen
         seen = first <= t < stop
         diagonal = np.zeros((H, G, count))
@@ -272,7 +273,7 @@ class AttentionMatrix(Operator):
         return (product[..., 0] if X.ndim == 1 else product), certificate
 
     def _product(self, X: np.ndarray) -> tuple[np.ndarray, Certificate]:
-        """A X or A^T X in float64, slot by slot: exp(lse) times the normalised result. And its certificate."""
+        """A X or A^T X in float64, slot by slot, as exp(lse) times the normalised result; and its certificate."""
         call = self._call
         if not self._transposed:
             # Columns that differ between the heads of a group end the sharing of keys.
@@ -297,12 +298,12 @@ class AttentionMatrix(Operator):
         result = executable.forward(normal.problem, want_lse=True)
         o = normal.output(result.o, result.lse)
         with np.errstate(over="ignore", invalid="ignore"):
-            # 0 stays 0 where the sum of the row is past the largest number.
+            # Where exp(lse) is inf, an entry 0 of o has the product 0, not NaN.
             product = np.where(o == 0, 0, np.exp(normal.log_sums(result.lse))[..., None] * o)
-        # Weights are off by e each. Rounding moves a normalised row by at most that part of range(X) <= 2 max |X|, and
-        # the sum of its weights by as much.
+        # Each weight has a relative error of at most e. Rounding changes a normalised row by at most the fraction
+        # `rounding` of range(X) <= 2 max |X|, and the sum of its weights by at most the same fraction: together 3.
         of_row, planned = result.certificate, result.executable.certificate.truncation
-        # Of a weight, which where causal may be more than what it does to a row.
+        # e is the relative error of a weight. Under a causal mask it may be larger than what follows from a row's error.
         e = relative_error_for(planned) if planned else 0.0
         return product, replace(of_row, truncation=e, rounding=3 * of_row.rounding, rows_truncation=None)
 
@@ -310,7 +311,7 @@ class AttentionMatrix(Operator):
 class AffineMatrix(Operator):
     """factor M + shift I, of an `AttentionMatrix` or another such M: what ``2 * A`` and ``A.add_diagonal(0.1)`` are.
 
-    Its products are M's: an error of M X counts `factor` times.
+    Its products are computed from those of M, so an error of M X is multiplied by `factor`.
 
     Parameters
     ----------

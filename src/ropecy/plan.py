@@ -31,8 +31,8 @@ def plan(
     comm: Any = None,
     **options: Unpack[Options],
 ) -> Plan:
-    """What `attention` would do with these arguments: the bound B of its scores, the degree, the engine, the cost; what
-    the other engines would promise and cost; and what would bring the data into the regime.
+    """What `attention` would do with these arguments: the bound B of its scores, the engine, its degree and its cost;
+    what the other engines would promise and cost; and which changes would let a polynomial certify eps.
 
     Parameters
     ----------
@@ -41,13 +41,13 @@ def plan(
     grad : bool
         Plan for `attention_vjp`.
     comm : mpi4py.MPI.Intracomm, optional
-        Plan for `ropecy.mpi.attention`, Q, K and V being this rank's piece: as `ropecy.mpi.plan`.
+        Plan for `ropecy.mpi.attention`, where Q, K and V are this rank's piece, as `ropecy.mpi.plan` does.
 
     Returns
     -------
     Plan
-        ``print(plan)`` explains itself; ``plan.alternatives`` and ``plan.advice`` are what it says. No attention is
-        computed.
+        ``print(plan)`` explains it in words; ``plan.alternatives`` and ``plan.advice`` hold the same as objects. No
+        attention is computed.
 
     Raises
     ------
@@ -56,9 +56,9 @@ def plan(
 
     Notes
     -----
-    Time O(n d), some passes over Q and K for each engine and each advice, and n d^2 in products of matrices, up to 80
-    times each, where fourth moments count. Seconds are those of shipped constants, which choices go by too, times one
-    factor of this machine.
+    Planning takes time O(n d), some passes over Q and K for each engine and each piece of advice. Where fourth moments
+    are used, each takes up to 80 n d^2 in products of matrices too. Seconds are predicted from constants that come with
+    the package, by which the engine is chosen too, times one factor that is measured on this machine.
 
     Examples
     --------
