@@ -303,7 +303,7 @@ class AttentionMatrix(Operator):
         # Each weight has a relative error of at most e. Rounding changes a normalised row by at most the fraction
         # `rounding` of range(X) <= 2 max |X|, and the sum of its weights by at most the same fraction: together 3.
         of_row, planned = result.certificate, result.executable.certificate.truncation
-        # e is the relative error of a weight. Under a causal mask it may be larger than what follows from a row's error.
+        # e is the relative error of a weight. Under a causal mask it may exceed what follows from the error of a row.
         e = relative_error_for(planned) if planned else 0.0
         return product, replace(of_row, truncation=e, rounding=3 * of_row.rounding, rows_truncation=None)
 

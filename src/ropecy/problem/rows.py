@@ -50,7 +50,7 @@ class Rows:
     lost: float = 0.0
 
     def slots(self) -> np.ndarray:
-        """The rows, C-contiguous, as (batch * heads, rows, width); the user's own memory where nothing has to be done."""
+        """The rows, C-contiguous, as (batch * heads, rows, width); the user's memory if nothing is to be done."""
         X, *others = self.factors.values()
         if others:
             # Products of contiguous arrays are bitwise the same whatever the layout of what the user passed.
