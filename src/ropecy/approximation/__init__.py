@@ -1,5 +1,5 @@
-"""Scalar approximation: numbers go in, coefficients and a bound of their error come out.
+"""Approximation of functions of one number: the results are coefficients and a bound of their error.
 
-Polynomials for exp on an interval, sums of exponentials, and the functions b_t that a relative bias can be.
-Every room may import this one; it imports NumPy and nothing else of the package.
+There are polynomials for exp on an interval, sums of exponentials, and the functions b_t that a relative bias can be.
+Every folder of the package may import this one, which imports NumPy and nothing else of the package.
 """

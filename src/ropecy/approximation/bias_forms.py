@@ -1,7 +1,7 @@
 """The functions b_t of the offset t that a relative bias can be, their derivatives, and how exp(b_t) factors.
 
-Each form has the same four methods (`Form`). Their argument `values` is the array of float64 that a `RelativeBias` was
-built of, as (h or 1, width): one row of parameters for each head, or one row for all.
+Each form has the same four methods (`Form`). Their argument `values` is the float64 array (h or 1, width) that a
+`RelativeBias` was built from: one row of parameters for each of h heads, or one row for all heads.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from .exponential_sums import fit
 
-# Where exp(b_t) is approximated by a sum of exponentials, this is done for distances |t| from here on.
+# Where exp(b_t) is approximated by a sum of exponentials, the approximation is used for distances |t| >= _NEAR.
 _NEAR = 128
 
 
@@ -33,7 +33,7 @@ class Tail(NamedTuple):
     error : float
         Bound of the relative error.
     moments : bool
-        Whether the gradient by what the bias was built of needs the sum of |t| dS over the pairs of a side.
+        Whether the gradient by the bias's parameters needs the sum of |t| dS over the pairs of a side.
     ratio : (2, terms, h) array or None
         For a bias of two parameters: ``sum_k ratio_pk exp(log_weight_k - rate_k |t|)`` is about exp(b_t) times the
         derivative of b_t by parameter p, p = 0, 1.
@@ -50,12 +50,14 @@ class Tail(NamedTuple):
 
 @dataclass(slots=True)
 class FarGradient:
-    """The gradient by a bias whose far part was computed by its `Tail`; dS is the gradient by the scores.
+    """What the gradient by a bias is computed from when its far part was computed by its `Tail`.
+
+    dS is the gradient by the scores.
 
     Attributes
     ----------
     symbol : (H, G, m) float64 array or None
-        For the near part: the sum of dS over the pairs of each offset, for H key heads of G query heads.
+        For the near part: the sum of dS over the pairs of each of m offsets, for H key heads of G query heads each.
     tail : Tail
     flow : (2, terms, slots) array
         For the far part: the sum of dS over the pairs of a side, split by the terms of the tail. A slot is a key head,
@@ -80,14 +82,17 @@ class Form(Protocol):
         """The gradient by `values`, (h or 1, width), given the gradient by `symbol`, (h or 1, len(t))."""
 
     def tail(self, values: NDArray, longest: int, tolerance: float) -> Tail | None:
-        """How exp(b_t) factors for distances up to `longest`, within that relative error; None where it does not."""
+        """How exp(b_t) factors for distances up to `longest`, with a relative error of at most `tolerance`, or None.
+
+        None means that it does not factor so.
+        """
 
     def far_gradient(self, values: NDArray, far: FarGradient) -> NDArray[np.float64]:
-        """The part of the gradient by `values` from a far field, whose slots are the heads of the bias."""
+        """The part of the gradient by `values` that comes from the far part; its slots are the heads of the bias."""
 
 
 class _Gather:
-    """Forms where b_t is one of the values: b_t = values[index(t)]."""
+    """Base of the forms where each b_t is one of the values: b_t = values[index(t)]."""
 
     def index(self, t: NDArray[np.int64]) -> NDArray[np.int64]:
         """The index of the value at each offset t."""
@@ -101,7 +106,7 @@ class _Gather:
         return np.stack([np.bincount(self.index(t), weights=row, minlength=width) for row in dsymbol])
 
     def reach(self) -> tuple[int, int]:
-        """(left, right) of `Tail`: the index is the same for all t <= -left, and the same for all t >= right."""
+        """(left, right) of `Tail`: one index holds for all t <= -left, and one, maybe another, for all t >= right."""
         raise NotImplementedError
 
     def tail(self, values, longest, tolerance):
@@ -118,7 +123,7 @@ class _Gather:
 
 @dataclass(frozen=True, slots=True)
 class Table(_Gather):
-    """A table of length 2T - 1: b_t = values[t + T - 1], and past its ends the first or the last value."""
+    """A table of length 2T - 1: b_t = values[t + T - 1] for |t| < T, and beyond the first or the last value."""
 
     length: int
 
@@ -143,7 +148,8 @@ class Buckets(_Gather):
         side = buckets * (t > 0) if self.bidirectional else 0
         distance = np.abs(t) if self.bidirectional else np.maximum(-t, 0)
         exact = buckets // 2
-        # Computed in float32 and truncated, as in the implementations that such tables are trained with.
+        # This is computed in float32 and truncated, as in the implementations that models with such buckets were
+        # trained with.
         ratio = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact))
         share = ratio / np.float32(math.log(self.max_distance / exact))
         far = exact + (share * np.float32(buckets - exact)).astype(int)
@@ -154,7 +160,10 @@ class Buckets(_Gather):
         return left, max(1, self._last_begins(1)) if self.bidirectional else 1
 
     def _last_begins(self, sign: int) -> int:
-        """The least distance that is in the last bucket of a side, by bisection: buckets increase with the distance."""
+        """The least distance that is in the last bucket of a side.
+
+        It is found by bisection, since the index of the bucket increases with the distance.
+        """
         # The last bucket begins at max_distance, or a little later, depending on how its logarithm is rounded.
         distances = range(self.max_distance + 3)
         last = self.index(np.array([sign * distances[-1]]))[0]
@@ -236,7 +245,10 @@ def _fitted(form: Logarithmic, values: NDArray, longest: int, tolerance: float) 
 
 @lru_cache(maxsize=64)
 def _fitted_head(form, row, longest, tolerance):
-    """log w_k, r_k, the relative error and the ratios of `Tail` for one head with the parameters `row`; or None."""
+    """log w_k, r_k, the relative error and the ratios of `Tail` for one head with the parameters `row`.
+
+    None where no sum of exponentials is within the tolerance.
+    """
     values = np.array([row])
     fitted = fit(lambda m: form.symbol(values, m)[0], _NEAR, longest, tolerance)
     if fitted is None:

@@ -11,19 +11,19 @@ from collections.abc import Callable
 import numpy as np
 
 _TERMS = (2, 3, 4, 6, 8, 10, 12, 14, 16, 20, 24)  # numbers of terms that are tried
-_SAMPLES = 400  # distances at which weights are fitted, at most
-_BLOCK = 1 << 16  # distances that are checked at a time
+_SAMPLES = 400  # the largest number of distances at which weights are fitted
+_BLOCK = 1 << 16  # the number of distances that are checked at a time
 
 
 def fit(
     log_f: Callable[[np.ndarray], np.ndarray], first: int, last: int, tolerance: float
 ) -> tuple[np.ndarray, np.ndarray, float] | None:
-    """log w_k, r_k and max_m |sum_k w_k exp(-r_k m) / f(m) - 1|, with as few terms as keep that within the tolerance.
+    """log w_k, r_k and the error max_m |sum_k w_k exp(-r_k m) / f(m) - 1|, with the fewest terms that are tried.
 
     Parameters
     ----------
     log_f : callable
-        log f at an array of distances. Completely monotone functions f have such sums.
+        It returns log f at an array of distances. If f is completely monotone, such sums come near it.
     first, last : int
         The least and the largest distance m. The error is computed at every integer from first to last.
     tolerance : float
@@ -36,8 +36,9 @@ def fit(
 
     Notes
     -----
-    The rates are evenly spaced on a logarithmic scale. The weights come from non-negative least squares of the relative
-    errors at distances that are spaced likewise. Time O(last), for computing the error.
+    The rates are evenly spaced on a logarithmic scale. The weights minimise, by non-negative least squares, the
+    relative errors at distances that are evenly spaced on a logarithmic scale too. Computing the error takes time
+    O(last).
     """
     m = np.unique(np.round(np.geomspace(max(first, 1), last, _SAMPLES)))
     base = log_f(np.array([float(first)]))[0]
@@ -45,7 +46,7 @@ def fit(
     for terms in _TERMS:
         for highest in (1.0, 2.0, 4.0, 8.0):
             rates = np.append(0.0, np.geomspace(0.1 / last, max(highest / first, 0.2 / last), terms - 1))
-            # Columns are scaled to be 1 at the first distance.
+            # Each column is scaled to be 1 at the first distance.
             columns = np.exp(np.minimum(-np.outer(m - first, rates) - growth[:, None], 600))
             weights = non_negative(columns, np.ones(len(m)))
             kept = weights > 0
@@ -72,7 +73,7 @@ def _largest_error(
 
 def non_negative(A: np.ndarray, b: np.ndarray) -> np.ndarray:
     """argmin ||A x - b||_2 over x >= 0, by the active set method of Lawson and Hanson (1974)."""
-    # All columns are scaled to norm 1, so that which one is taken next does not depend on their scale.
+    # All columns are scaled to norm 1, so that the choice of the next column does not depend on their scale.
     size = np.linalg.norm(A, axis=0)
     A = A / size
     x = np.zeros(A.shape[1])

@@ -55,7 +55,7 @@ _MAX_EXCHANGES = 40
 
 
 def tau(e: float) -> float:
-    """tau(e) = e / (1 + sqrt(1 - e^2)): what a relative error e of every weight costs a normalised row.
+    """tau(e) = e / (1 + sqrt(1 - e^2)): the error of a normalised row whose weights have relative errors up to e.
 
     Parameters
     ----------
@@ -134,8 +134,8 @@ class Polynomial:
     coefficients : tuple of float
         c_0, ..., c_g, exactly the float64 numbers that `error` is proved for.
     error : float
-        Proved upper bound of ``sup |p(s) e^{-s} - 1|`` in exact arithmetic. What evaluating p in floating point adds
-        is not in it: the caller counts that, by `absolute_sum`. It can be larger than 1.
+        Proved upper bound of ``sup |p(s) e^{-s} - 1|`` in exact arithmetic. It can be larger than 1. The error of
+        evaluating p in floating point is not included: the caller bounds it with `absolute_sum`.
     absolute_sum : float
         Upper bound of ``sum_t |c_t| B^t``, hence of |p| on [-B, B].
     """
@@ -273,8 +273,8 @@ def minimax(B: float, degree: int) -> Polynomial:
     Returns
     -------
     Polynomial
-        With its proved error, which includes what rounding the coefficients to float64 costs. That is most of it for a
-        large B or a tiny error, and more than 1 past B of about 18.
+        p with its proved error, which includes that of rounding the coefficients to float64. For a large B or a tiny
+        error that is most of it, and for B above about 18 it is more than 1.
 
     Raises
     ------
@@ -283,10 +283,11 @@ def minimax(B: float, degree: int) -> Polynomial:
 
     Notes
     -----
-    Remez exchange in relative error on 10 (g + K) Chebyshev points, then the proof on the same points (see the module's
-    docstring). About a millisecond; O(g + K + g^2) numbers of memory. The polynomial method is that of arXiv 2412.17316
-    and 2505.11892, with relative error instead of their additive one, since rows are normalised. For B above 12 and
-    degrees above 20 the allowance for rounding in the proof can be a hundred times the true error.
+    Remez exchange in relative error on 10 (g + K) Chebyshev points is followed by the proof on the same points (see the
+    module's docstring). Both take about a millisecond and O(g + K + g^2) numbers of memory. The polynomial method is
+    that of arXiv 2412.17316 and 2505.11892, with relative error instead of their additive one, since rows are
+    normalised. For B above 12 and degrees above 20 the allowance for rounding in the proof can be a hundred times the
+    true error.
 
     Examples
     --------
@@ -312,20 +313,20 @@ def minimax(B: float, degree: int) -> Polynomial:
     powers = [B ** (g + 1 - t) / math.factorial(g + 1) for t in range(g + 1)]
     coefficients = tuple(float(a + Fraction(float(q) * b)) for a, q, b in zip(taylor, correction, powers, strict=True))
 
-    # The proof begins here. q is now the difference between the rounded coefficients and Taylor's, each coefficient of
-    # it correctly rounded.
+    # The proof begins here. From here on q is the difference between the rounded coefficients and Taylor's, and each of
+    # its coefficients is correctly rounded.
     q = [float(Fraction(c) - a) for c, a in zip(coefficients, taylor, strict=True)]
     absolute_sum = math.fsum(abs(c) * B**t for t, c in enumerate(coefficients)) * (1 + 8 * UNIT)
     remainder = scale * remainder
     value = np.abs(weight * horner(q, s) - remainder)
-    # In units of UNIT: Horner's rule is off by at most 2 g times the sum of the moduli of its terms; the remainder's
-    # series by 5 for each term, and its power of s by 1 for each factor. 40 covers exp, pow, the sums around them and
-    # all terms of second order; 1e-300 covers underflow.
+    # Rounding errors in units of UNIT: Horner's rule has at most 2 g times the sum of the moduli of its terms, the
+    # series of the remainder 5 for each term, and its power of s 1 for each factor. 40 covers exp, pow, the sums around
+    # them and all terms of second order; 1e-300 covers underflow.
     rounding = weight * horner(np.abs(q), np.abs(s)) * (2 * g + 40)
     rounding += np.abs(remainder) * (5 * _remainder_length(B) + g + 40)
     on_grid = float(np.max(value + UNIT * rounding)) + 1e-300
     tail = absolute_sum * _exponential_tail(B, n_series)
-    # Rounding x moves theta by at most 4 N UNIT.
+    # Rounding x changes theta by at most 4 N UNIT.
     n = len(x) - 1
     reach = (g + n_series) * (math.pi / (2 * n) + 4 * n * UNIT)
     error = ((on_grid + tail) / math.cos(reach) + tail) * (1 + 8 * UNIT)
@@ -409,7 +410,7 @@ def _chebyshev_points(n: int) -> np.ndarray:
 
 
 def _leading_error(B: float, degree: int) -> float:
-    """2 (B/2)^{g+1} / (g+1)!, what the minimax error tends to as B -> 0 (an estimate, not a bound)."""
+    """2 (B/2)^{g+1} / (g+1)!, the leading term of the minimax error as B -> 0 (an estimate, not a bound)."""
     return 2.0 * (B / 2) ** (degree + 1) / math.factorial(degree + 1)
 
 
@@ -423,7 +424,7 @@ def _exponential_tail(B: float, n: int) -> float:
 
 
 def _series_length(B: float, degree: int) -> int:
-    """A degree K so high that what the Chebyshev series of e^{-s} has past K adds little to the error of degree g."""
+    """A degree K so high that terms past K of the Chebyshev series of e^{-s} add little to the error of degree g."""
     allowed = 1e-3 * min(_leading_error(B, degree), 1.0) * math.exp(-B)
     n = max(degree, math.ceil(B))
     while _exponential_tail(B, n) > max(allowed, 1e-300):

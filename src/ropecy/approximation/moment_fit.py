@@ -1,8 +1,9 @@
 """Polynomials for exp whose error is bounded by moments of the scores instead of by their largest size.
 
-A minimax polynomial charges every pair of a query and a key with the error at the worst score. Where |p(s) - e^s| <=
-r s^k with k even, the mean of the error over the keys of a row is at most r times the k-th moment of its scores, and
-that moment is cheap to measure. Most scores are far below the largest one, so that a lower degree will often do.
+For a minimax polynomial every pair of a query and a key counts with the error at the worst score. If instead
+|p(s) - e^s| <= r s^k with k even, the mean error over the keys of a row is at most r times the k-th moment of its
+scores, and that moment is cheap to measure. Most scores are far below the largest one, so that a lower degree often
+suffices.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ class MomentPolynomial:
     degree : int
         g.
     coefficients : tuple of float
-        c_0, ..., c_g. Those below `order` are Taylor's, rounded to float64; what that rounding changes is not in the
-        radius, and the caller counts it.
+        c_0, ..., c_g. Those of powers below `order` are Taylor's, rounded to float64. The effect of that rounding is
+        not included in the radius: the caller adds it.
     order : int
         k, even: the largest even number that is at most g; g + 1 for the polynomials of `taylor` of odd degree g.
     radius : (float, float)
@@ -72,8 +73,8 @@ def fit_moments(B: float, degree: int, kappa: float = 0.0) -> MomentPolynomial |
     degree : int
         g, at least 2.
     kappa : float
-        0 where only moment k of the scores is known. For g = 2 and 3 about the second moment over the fourth, where
-        both are known.
+        0 where only moment k of the scores is known. For g = 2 and 3, where the second and the fourth moment are known,
+        about the second divided by the fourth.
 
     Returns
     -------
@@ -133,12 +134,13 @@ def _phi_ends(k: int, B: float) -> tuple[float, float]:
     terms = [1 / math.factorial(k)]
     while terms[-1] > 1e-18 * terms[0] or len(terms) < 2 * B:
         terms.append(terms[-1] * B / (k + len(terms)))
-    # From the last term on each term is at most half of the one before it, so what is left out is less than that term.
+    # From the last term on each term is at most half of the one before it, so the sum of the terms that are left out is
+    # less than the last one.
     return math.fsum(terms[0::2]) + terms[-1], math.fsum(terms[1::2]) + terms[-1]
 
 
 def _phi_grid(k: int, B: float) -> tuple[np.ndarray, np.ndarray, float]:
-    """A grid on [-B, B], phi_k on it, and a bound of how far phi_k is from straight lines between these points."""
+    """A grid on [-B, B], phi_k on it, and a bound of the distance of phi_k from straight lines between these points."""
     s = np.linspace(-B, B, 2049)
     terms = math.ceil(6 * B) + 24
     phi = horner([1 / math.factorial(k + j) for j in range(terms)], s)
@@ -164,6 +166,6 @@ def _best_constant(k: int, B: float, kappa: float) -> tuple[float, tuple[float, 
             high = c
     a = float(np.max(np.abs(phi - c) / weight)) * (1 + 16 * UNIT)
     # Between two points of the grid, phi_k differs from the straight line by at most gap, and a kappa s^2 by at most
-    # step^2 / 4 a kappa. Both go into a.
+    # step^2 / 4 a kappa. Both are added to a.
     step = 2 * B / (len(s) - 1)
     return c, (a + gap + step * step / 4 * 1.001 * a * kappa, a * kappa)

@@ -22,9 +22,9 @@ _Rule = Callable[[Mapping[str, Any], np.float64, int, int], _Frequencies]
 
 
 def frequencies(scaling: Mapping[str, Any] | None, base: float, rotary_dim: int, length: int) -> _Frequencies:
-    """theta (rotary_dim/2,) and the attention factor by the rule of a checked `scaling`, or by none.
+    """theta (rotary_dim/2,) and the attention factor by the rule of a checked `scaling`, or unscaled if it is None.
 
-    Either may be NaN or Inf where the numbers of the rule lead to that.
+    Either may have NaN or Inf where the numbers of the rule lead to that.
     """
     rule = _RULES["default" if scaling is None else scaling["rope_type"]]
     with np.errstate(all="ignore"):
@@ -37,13 +37,13 @@ def _default(keys: Mapping[str, Any], base: np.float64, r: int, length: int) -> 
 
 
 def _linear(keys: Mapping[str, Any], base: np.float64, r: int, length: int) -> _Frequencies:
-    """All frequencies divided by a factor, which is as if positions were."""
+    """All frequencies divided by a factor, which has the same effect as dividing positions by it."""
     theta, factor = _default(keys, base, r, length)
     return theta / _number(keys, "factor"), factor
 
 
 def _proportional(keys: Mapping[str, Any], base: np.float64, r: int, length: int) -> _Frequencies:
-    """All frequencies divided by a factor, and those of the last planes set to 0: a part of the planes rotates."""
+    """All frequencies divided by a factor, and those of the last planes set to 0, so that only the others rotate."""
     theta, factor = _default(keys, base, r, length)
     theta[int(_number(keys, "partial_rotary_factor", 1.0) * r // 2) :] = 0.0
     return theta / _number(keys, "factor", 1.0), factor
@@ -59,7 +59,7 @@ def _dynamic(keys: Mapping[str, Any], base: np.float64, r: int, length: int) -> 
 
 
 def _yarn(keys: Mapping[str, Any], base: np.float64, r: int, length: int) -> _Frequencies:
-    """High frequencies stay, low ones are divided by a factor, those between are blended linearly in their index."""
+    """High frequencies stay, low ones are divided by a factor, those between change linearly with the plane's index."""
     if base == 1.0:
         raise ValueError("base: got 1, wants another with rope_type 'yarn', which divides by its logarithm")
     original, f = _original_length(keys), _stretch(keys)
@@ -88,7 +88,7 @@ def _yarn(keys: Mapping[str, Any], base: np.float64, r: int, length: int) -> _Fr
 
 
 def _longrope(keys: Mapping[str, Any], base: np.float64, r: int, length: int) -> _Frequencies:
-    """Each frequency divided by a factor of its own, from one list up to the original length and another past it."""
+    """Each frequency divided by its own factor, from one list up to the original length and from another past it."""
     original = _original_length(keys)
     short, long = (_numbers(keys, name, r // 2) for name in ("short_factor", "long_factor"))
     if "attention_factor" in keys:
@@ -101,14 +101,14 @@ def _longrope(keys: Mapping[str, Any], base: np.float64, r: int, length: int) ->
 
 
 def _llama3(keys: Mapping[str, Any], base: np.float64, r: int, length: int) -> _Frequencies:
-    """High frequencies stay, low ones are divided by a factor, those between are blended linearly in the frequency."""
+    """High frequencies stay, low ones are divided by a factor, those between are blended linearly by frequency."""
     original, f = _original_length(keys), _number(keys, "factor")
     low, high = _number(keys, "low_freq_factor"), _number(keys, "high_freq_factor")
     if low >= high:
         raise ValueError(f"scaling: got low_freq_factor {low} and high_freq_factor {high}, wants the first smaller")
     theta, factor = _default(keys, base, r, length)
-    # A plane that turns `low` times or less within the original length is divided, one that turns `high` times or more
-    # is kept.
+    # The frequency of a plane that turns at most `low` times within the original length is divided; that of one that
+    # turns at least `high` times is kept.
     kept = np.clip((original * theta / (2.0 * math.pi) - low) / (high - low), 0.0, 1.0)
     return (1.0 - kept) * theta / f + kept * theta, factor
 
@@ -194,7 +194,7 @@ def _number(keys: Mapping[str, Any], name: str, default: float | None = None) ->
 
 
 def _numbers(keys: Mapping[str, Any], name: str, count: int) -> NDArray[np.float64]:
-    """A list of so many positive numbers from the keys, checked."""
+    """A list of `count` positive numbers from the keys, checked."""
     value = keys.get(name)
     if value is None:
         raise ValueError(f"scaling: got no {name}, which rope_type {keys['rope_type']!r} wants")
