@@ -1,4 +1,4 @@
-"""What processes that hold pieces of a sequence need of MPI: a communicator, with sums in a fixed order, and a network.
+"""What processes that hold pieces of a sequence use MPI for: a communicator with sums in a fixed order, and a network.
 
-Imports mpi4py where it is needed, and `problem`. Only the door `ropecy.mpi` imports it.
+It imports mpi4py where that is needed, and `problem`. Only the public module `ropecy.mpi` imports it.
 """

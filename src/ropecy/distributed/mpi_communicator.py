@@ -1,4 +1,4 @@
-"""What the ranks of an MPI communicator do together: sums in the order of ranks, a ring, and errors that all raise."""
+"""What the ranks of an MPI communicator do together: sums in the order of ranks, a ring of messages, shared errors."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from ..certificate import BoundedEntryError
 from ..problem.traffic import FEW
 from .network import Network, measure
 
-# An error that one rank has, all raise: as its nearest kind among these.
+# When one rank has an error, all ranks raise one: of the first of these classes that the error is an instance of.
 _ERRORS = (BoundedEntryError, NotImplementedError, MemoryError, TypeError, ValueError, ArithmeticError)
 
 _RING, _HOME, _ROWS = 1, 2, 3
 
 
 class MPICommunicator:
-    """The ranks of a communicator, in one call.
+    """The ranks of a communicator, for the length of one call of the package.
 
-    Every method but those that say otherwise is collective. Sums are taken in the order of ranks, whatever algorithms
-    the MPI library prefers, so that the same ranks give the same bits.
+    Methods are collective unless they say otherwise: all ranks call them in the same order. Sums are taken in the order
+    of ranks, whatever algorithms the MPI library prefers, so that the same ranks give the same bits.
 
     Attributes
     ----------
     rank, size : int
+        The number of this rank, from 0 on, and the number of ranks.
     sent : int
         Bytes of arrays that this rank has sent to others.
     """
@@ -45,7 +46,7 @@ class MPICommunicator:
         self.sent = 0
 
     def together(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        """function(...) on every rank; an error on one raises on all of them, and names the rank."""
+        """What function(...) returns on this rank. If it raises on one rank, all raise an error that names the rank."""
         result = failure = None
         try:
             result = function(*args, **options)
@@ -59,7 +60,7 @@ class MPICommunicator:
         return result
 
     def first(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        """What function(...) returns or raises on rank 0, on all ranks."""
+        """Call function(...) on rank 0 only; all ranks return what it returns, or raise what it raises."""
         outcome = None
         if self.rank == 0:
             try:
@@ -73,7 +74,7 @@ class MPICommunicator:
         return result
 
     def agree(self, facts: dict[str, Any]) -> None:
-        """ValueError on every rank unless all have the same facts."""
+        """Raise ValueError on every rank unless `facts` are the same on all ranks."""
         digest = hashlib.blake2b(repr(facts).encode(), digest_size=16).digest()
         if len(set(self._comm.allgather(digest))) == 1:
             return
@@ -86,17 +87,17 @@ class MPICommunicator:
                     )
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, in their order."""
+        """The list of all ranks' values, in the order of ranks, on every rank."""
         return self._comm.allgather(value)
 
     def network(self) -> Network:
-        """What messages between these ranks cost, measured once for each communicator."""
+        """The time that messages between these ranks take, measured once for each communicator."""
         if self._shared.network is None:
             self._shared.network = measure(self._comm)
         return self._shared.network
 
     def largest(self, X: np.ndarray) -> np.ndarray:
-        """The largest of every rank's X, entry by entry."""
+        """The maximum of all ranks' X, entry by entry."""
         X = np.asarray(X, order="C")
         found = np.empty_like(X)
         self._comm.Allreduce(X, found, MPI.MAX)
@@ -104,7 +105,7 @@ class MPICommunicator:
         return found
 
     def largest_before(self, X: np.ndarray) -> np.ndarray:
-        """The largest of all lower ranks' X, entry by entry; -inf where there are none."""
+        """The maximum of X over all lower ranks, entry by entry; -inf on rank 0."""
         X = np.asarray(X, order="C")
         found = np.full_like(X, -np.inf)
         self._comm.Exscan(X, found, MPI.MAX)
@@ -112,12 +113,12 @@ class MPICommunicator:
         return found if self.rank else np.full_like(X, -np.inf)
 
     def joined(self, X: np.ndarray, axis: int) -> np.ndarray:
-        """Every rank's X, in their order."""
+        """All ranks' X, concatenated along `axis` in the order of ranks."""
         self.sent += X.nbytes * (self.size - 1)
         return np.concatenate(self._comm.allgather(X), axis)
 
     def total(self, X: np.ndarray) -> np.ndarray:
-        """The sum of every rank's X, in float64."""
+        """The sum of all ranks' X, in float64."""
         if X.size <= FEW:
             everyone = np.empty((self.size, X.size))
             self._comm.Allgather(X.reshape(-1).astype(np.float64), everyone)
@@ -130,25 +131,31 @@ class MPICommunicator:
         return self._joined(found, X.shape)
 
     def before(self, X: np.ndarray, fall: np.ndarray | None = None) -> np.ndarray:
-        """The sum of the X of all lower ranks. X (H, ...) decays by fall[r] (H,) on its way past rank r."""
+        """The sum of X (H, ...) over all lower ranks, decayed where `fall` is given.
+
+        fall[r], of shape (H,), is the factor by which the X of lower ranks are multiplied in passing rank r.
+        """
         sums = self._running(X, fall)
         sums[1:] = sums[:-1]
         sums[0] = 0
         return self._joined(self._exchange(sums), X.shape)
 
     def after(self, X: np.ndarray, fall: np.ndarray | None = None) -> np.ndarray:
-        """The sum of the X of all higher ranks, as `before`."""
+        """The sum of X over all higher ranks, decayed by `fall` as in `before`."""
         sums = self._running(X, fall, backwards=True)
         sums[:-1] = sums[1:]
         sums[-1] = 0
         return self._joined(self._exchange(sums), X.shape)
 
     def turned(self) -> Turned:
-        """The same ranks in the other order."""
+        """The same ranks in reverse order."""
         return Turned(self)
 
     def _running(self, X: np.ndarray, fall: np.ndarray | None = None, backwards: bool = False) -> np.ndarray:
-        """Row r: the sum of the X of ranks up to r (from r on), of the part of X that this rank is in charge of."""
+        """Running sums of the part of X that this rank adds up: row r is the sum over ranks up to r.
+
+        With `backwards` row r is the sum over the ranks from r on.
+        """
         flat = np.zeros((self.size, -(-X.size // self.size)))
         flat.reshape(-1)[: X.size] = X.reshape(-1)
         parts = self._exchange(flat)
@@ -156,7 +163,7 @@ class MPICommunicator:
         if fall is None:
             np.cumsum(parts[order], axis=0, out=parts[order])
             return parts
-        # Which slot each number of the part belongs to.
+        # For each number of the part, the index along the first axis of X that it belongs to.
         slot = (self.rank * parts.shape[1] + np.arange(parts.shape[1])) // (X.size // len(X))
         total = np.zeros(parts.shape[1])
         for part, own in zip(parts[order], fall[order], strict=True):
@@ -166,7 +173,7 @@ class MPICommunicator:
         return parts
 
     def _exchange(self, rows: np.ndarray) -> np.ndarray:
-        """Row r goes to rank r."""
+        """Send row r to rank r, and return the rows that all ranks sent to this one, in the order of ranks."""
         found = np.empty_like(rows)
         self._comm.Alltoall(rows, found)
         self.sent += rows.nbytes // self.size * (self.size - 1)
@@ -177,9 +184,10 @@ class MPICommunicator:
         return parts.reshape(-1)[: int(np.prod(shape))].reshape(shape)
 
     def recut(self, X: np.ndarray, cuts: list[int], wanted: list[int]) -> np.ndarray:
-        """This rank's rows, axis 2, where rank r has the rows [cuts[r], cuts[r + 1]) of all and [wanted[r], ...) after.
+        """This rank's rows after moving rows, along axis 2 of X, between ranks.
 
-        No more than what changes place is sent.
+        Before, rank r has the rows [cuts[r], cuts[r + 1]) of the whole sequence, and afterwards it has
+        [wanted[r], wanted[r + 1]). Only rows that change their rank are sent to other ranks.
         """
         first, last = wanted[self.rank : self.rank + 2]
         found = np.empty((*X.shape[:2], last - first, *X.shape[3:]), X.dtype)
@@ -201,17 +209,17 @@ class MPICommunicator:
             found[:, :, span] = rows
         return found
 
-    # Of the ring: not collective, but every rank calls them in the same order.
+    # Methods for the ring of ranks. They are not collective, but every rank calls them in the same order.
 
     def pass_on(self, arrays: list[np.ndarray], room: list[np.ndarray]) -> list[MPI.Request]:
-        """Start to send arrays to the next rank and to receive those of the one before into room."""
+        """Start to send `arrays` to the next rank, and to receive those of the rank before into `room`."""
         onward, back = (self.rank + 1) % self.size, (self.rank - 1) % self.size
         return self._start(arrays, onward, room, back, _RING)
 
     def send_home(
         self, arrays: list[np.ndarray], to: int, room: list[np.ndarray], source: int
     ) -> list[MPI.Request]:
-        """Start to send what was computed for a rank, and to receive what another did for this one."""
+        """Start to send to rank `to` what was computed for it, and to receive what `source` computed for this rank."""
         return self._start(arrays, to, room, source, _HOME)
 
     def _start(self, arrays, to, room, source, tag) -> list[MPI.Request]:
@@ -223,12 +231,12 @@ class MPICommunicator:
 
     @staticmethod
     def wait(requests: list[MPI.Request]) -> None:
-        """Until all of these are done."""
+        """Wait until all of these requests are done."""
         MPI.Request.Waitall(requests)
 
 
 class Turned:
-    """Ranks in the other order: what is before is after."""
+    """The ranks of a communicator in reverse order: its `before` is their `after`, and the other way round."""
 
     distributed = True
 
@@ -249,14 +257,17 @@ def _kind(error: Exception) -> type[Exception]:
 
 @dataclass(slots=True)
 class _Shared:
-    """What calls with one communicator share: its double, whose messages meet no one else's, and its network."""
+    """What all calls with one communicator share: a duplicate of it, and its network.
+
+    Messages of the duplicate can't be mixed up with those of other users of the communicator.
+    """
 
     comm: MPI.Intracomm
     network: Network | None = None
 
 
 def _shared(comm: MPI.Intracomm) -> _Shared:
-    """Made once for each communicator."""
+    """The `_Shared` of a communicator, which is made at its first use and kept."""
     found = comm.Get_attr(_key())
     if found is None:
         found = _Shared(comm.Dup())

@@ -1,4 +1,4 @@
-"""What messages between ranks take: a latency and a bandwidth, measured or given."""
+"""The time that messages between ranks take, from a latency and a bandwidth, which are measured or given."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _SMALL, _LARGE = 8, 2**20
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """What a message costs: latency + bytes / bandwidth.
+    """A network where a message takes latency + bytes / bandwidth seconds.
 
     Parameters
     ----------
     latency : float
-        Seconds a message.
+        Seconds for each message.
     bandwidth : float
-        Bytes a second, of one rank while all send.
+        Bytes per second that one rank sends while all ranks send.
 
     Raises
     ------
@@ -49,22 +49,23 @@ class Network:
             raise ValueError(f"bandwidth: got {self.bandwidth!r}, wants bytes a second, more than 0")
 
     def seconds(self, traffic: Traffic) -> float:
-        """Of messages one after the other, while nothing is computed."""
+        """The seconds that these messages take one after the other while nothing is computed."""
         return self.latency * traffic.messages + max(traffic.sent, traffic.received) / self.bandwidth
 
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """What a plan sends between ranks.
+    """What is sent between ranks by a plan, and how long that takes.
 
     Attributes
     ----------
     ranks : int
+        The number of ranks.
     own, worst : Traffic
-        Of this rank, and the largest numbers of any.
+        The traffic of this rank, and for each of its numbers the largest of any rank.
     network : Network
     seconds : float
-        Of the worst, by the network.
+        The predicted time of the traffic `worst` on this network.
     """
 
     ranks: int
@@ -86,9 +87,10 @@ class Exchange:
 
 
 def measure(comm: MPI.Intracomm) -> Network:
-    """The network between the ranks of a communicator, the same on all: collective, some milliseconds.
+    """Measure the network between the ranks of a communicator. It is collective and takes some milliseconds.
 
-    All ranks send to the next at once, 8 bytes and 1 MiB; the best of some rounds counts, and the slowest rank.
+    All ranks send messages of 8 bytes, and then of 1 MiB, to the next rank at the same time. For each rank the fastest
+    of several rounds counts, and of all ranks the slowest, so that the result is the same on all.
     """
     if comm.size == 1:
         return Network(0.0, math.inf)
@@ -97,7 +99,7 @@ def measure(comm: MPI.Intracomm) -> Network:
 
 
 def _around(comm: MPI.Intracomm, size: int, rounds: int, times: int) -> float:
-    """Seconds a message takes round the ring of ranks."""
+    """The seconds that one message takes when all ranks send `size` bytes to the next rank in the ring."""
     out, room = np.zeros(size, np.uint8), np.empty(size, np.uint8)
     best = math.inf
     for _ in range(rounds):
