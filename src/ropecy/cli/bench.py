@@ -1,8 +1,8 @@
 """``ropecy bench``: this machine's limits, and how near attention comes to them.
 
-Everything is measured in turns in one process, since machines are shared and change their speed: the multiply-adds that
-the cores can do on registers, the bytes that they can read from memory, each engine of this package, and PyTorch's
-scaled_dot_product_attention where it is installed.
+Measured are the multiply-adds that the cores can do on registers, the bytes that they can read from memory, each engine
+of this package, and PyTorch's scaled_dot_product_attention where it is installed. All are measured in one process, one
+after the other and that several times, since the speed of a shared machine changes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _PATIENCE = 10.0  # seconds that all turns of one row may take
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Batch, query heads, key heads, queries, keys, width of a head."""
+    """Numbers of batch elements, query heads, key heads, queries and keys, and the width of a head, in this order."""
 
     b: int
     h: int
@@ -41,7 +41,7 @@ class Shape:
     d: int
 
     def pairs(self, causal: bool) -> float:
-        """How many pairs of a query and a key a head has; a causal mask lets the last query see all keys."""
+        """How many pairs of a query and a key each head computes; a causal mask lets the last query see all keys."""
         n, nk = self.n, self.nk
         return float(sum(max(0, nk - n + i + 1) for i in range(n))) if causal else float(n) * nk
 
@@ -56,10 +56,10 @@ class Row:
     seconds : float
         The median of the turns.
     multiply_adds : float or None
-        The multiply-adds of scores and values, as a share of those that the cores could do in that time; None for a
+        The multiply-adds of scores and values, as a fraction of those that the cores could do in that time; None for a
         polynomial, which does fewer.
     bandwidth : float
-        The bytes of Q, K, V and O, as a share of those that could be read from memory in that time.
+        The bytes of Q, K, V and O, as a fraction of those that could be read from memory in that time.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Row:
 
 
 def run(shape: Shape, dtype: str, causal: bool, threads: int | None, plot: Path | None = None) -> None:
-    """Measure, print a table, and draw it where `plot` is given."""
+    """Measure, print the results as a table, and draw them to the file `plot` if it is given."""
     threads = info()["threads"] if threads is None else threads
     arrays = _arrays(shape, dtype)
     print("machine   {machine}, {cpus} CPUs, {instruction set}, {fftw}".format(**info()))
@@ -146,7 +146,7 @@ def _torch(
 def _measure(
     rivals: dict[str, Callable[[], object]], compute: np.dtype, threads: int
 ) -> tuple[float, float, dict[str, float]]:
-    """Operations and bytes per second, and the seconds of each rival; medians over turns, each of which runs all."""
+    """Multiply-adds and bytes per second, and the seconds of each rival: medians over turns, each of which runs all."""
     big = np.ones(_READ, np.float32)
     done = []
     work = {

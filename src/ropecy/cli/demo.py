@@ -18,17 +18,18 @@ from .info import info
 TOKENS = 65536  # by default, unless the text is shorter
 _SAMPLED, _BLOCK = 512, 32  # number of rows of O that are checked, in blocks of 32 neighbouring rows
 _PREFIX = 8192  # gradients are checked on so many tokens at most
-_PATIENCE = 1.0  # seconds: once a run of the exact engine took that long, it is timed on no larger part
+_PATIENCE = 1.0  # seconds: once a run of the exact engine takes longer, larger parts are not timed but extrapolated
 
 
-# Indices of rows of O, their errors in units of range(V), and the error that is certified.
+# Indices of rows of O, their errors, and the error that is certified, both in units of range(V).
 RowErrors = tuple[list[int], list[float], float]
-# Tokens, seconds of the exact engine, seconds of the other one, and whether the former were measured or extrapolated.
+# The number of tokens, seconds of the exact engine, seconds of the engine that method="auto" takes, and whether the
+# exact engine's were measured (True) or extrapolated.
 Timing = tuple[int, float, float, bool]
 
 
 def read_text(file: Path | None, n: int | None) -> bytes:
-    """n + 1 bytes of a file, or of the language reference that Python's help() shows; by default min(n, TOKENS)."""
+    """n + 1 bytes of a file, or of the language reference that Python's help() shows; by default at most TOKENS + 1."""
     if file is None:
         from pydoc_data.topics import topics
 
@@ -50,7 +51,7 @@ def normalised(X: np.ndarray) -> np.ndarray:
 
 
 def run(text: bytes, *, d: int, eps: float, steps: int, seed: int, plot: Path | None = None) -> None:
-    """Print the plan, the loss and its gradient, what exact attention says of them, the times, and the descent.
+    """Print the plan, the loss and its gradient, their errors against exact attention, the times, and the descent.
 
     Parameters
     ----------
@@ -89,7 +90,7 @@ def run(text: bytes, *, d: int, eps: float, steps: int, seed: int, plot: Path | 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """The paper's problem with A_1 = A_2 = A_3 the embeddings of n tokens, and E those of the next ones.
+    """The loss of arXiv:2412.17316 with A_1 = A_2 = A_3 the embeddings of n tokens, and E those of the tokens after.
 
     Attributes
     ----------
@@ -115,11 +116,11 @@ class Task:
         return cls(X[:-1], X[1:], Rotary(d), eps)
 
     def part(self, n: int, dtype: type = np.float32) -> Task:
-        """The first n tokens."""
+        """The task of the first n tokens, with arrays of this dtype."""
         return Task(self.A[:n].astype(dtype, copy=False), self.E[:n].astype(dtype, copy=False), self.R, self.eps)
 
     def gradient(self, weights: dict[str, np.ndarray], method: str = "auto") -> LossGradients:
-        """The loss and its gradient."""
+        """The loss and its gradients for these projections."""
         A = self.A
         return loss_grad(A, A, A, self.E, self.R, causal=True, eps=self.eps, method=method, **weights)
 
@@ -149,7 +150,7 @@ def _check_rows(task: Task, weights: dict[str, np.ndarray], rng: np.random.Gener
     errors: list[float] = []
     for i in starts.tolist():
         stop = min(i + _BLOCK, n)
-        # Row i sees the keys j <= i only, so that keys past the last of these rows aren't needed.
+        # Row i sees the keys j <= i only, so keys past the last row of this block aren't needed.
         keys = exact_A[:stop]
         exact = attention(exact_A[i:stop], keys, keys, task.R, causal=True, q_offset=i, method="exact", **exact_weights)
         rows.extend(range(i, stop))
@@ -162,7 +163,7 @@ def _check_rows(task: Task, weights: dict[str, np.ndarray], rng: np.random.Gener
 
 
 def _check_gradient(task: Task, weights: dict[str, np.ndarray], engine: str) -> None:
-    """Print the errors of loss and gradient on the first tokens, against exact ones in float64, and their bounds."""
+    """Print the errors of loss and gradients on the first tokens, compared with exact float64, and their bounds."""
     n = min(len(task.A), _PREFIX)
     fast = task.part(n).gradient(weights, engine)
     part = task.part(n, np.float64)
@@ -184,9 +185,9 @@ def _promised(task: Task, weights: dict[str, np.ndarray], fast: Gradients) -> di
 
     Notes
     -----
-    dL/dW_Q = A^T dQ is off by at most max_i ||A_i|| sum_i ||ddQ_i||, where ddQ_i is the error of row i of dQ; likewise
-    for the other two. ddQ_i has two parts: the rows of U = O - E are off by at most tau diam(V), and the weights that
-    they are multiplied by are off by a factor of at most 1 + e.
+    dL/dW_Q = A^T dQ has an error of at most max_i ||A_i|| sum_i ||ddQ_i||, where ddQ_i is the error of row i of dQ. The
+    same holds for W_K with dK and for W_V with dV. ddQ_i has two parts: rows of U = O - E have errors of at most
+    tau diam(V), and the weights that they are multiplied by are wrong by a factor of at most 1 + e.
     """
     e = fast.certificate.error
     tau, zeta = e / (1 + np.sqrt(1 - e * e)), 2 * e / (1 - e)
@@ -205,7 +206,7 @@ def _promised(task: Task, weights: dict[str, np.ndarray], fast: Gradients) -> di
 
 
 def _time(task: Task, weights: dict[str, np.ndarray], engine: str) -> list[Timing]:
-    """Time loss and gradient by both engines on growing parts of the text."""
+    """Time loss and gradients, by the exact engine and by that of method="auto", on growing parts of the text."""
     n = len(task.A)
     if engine == "exact":
         print("time      the exact engine is the faster one here: there is nothing to compare\n")
@@ -233,7 +234,7 @@ def _time(task: Task, weights: dict[str, np.ndarray], engine: str) -> list[Timin
 
 
 def _seconds(task: Task, weights: dict[str, np.ndarray], method: str) -> float:
-    """The best of three runs, or of fewer where they take long."""
+    """The seconds of the fastest of three runs, or of fewer where they take long."""
     runs: list[float] = []
     while len(runs) < 3 and sum(runs) < _PATIENCE / 2:
         start = time.perf_counter()
@@ -243,13 +244,13 @@ def _seconds(task: Task, weights: dict[str, np.ndarray], method: str) -> float:
 
 
 def _descend(task: Task, weights: dict[str, np.ndarray], steps: int) -> list[float]:
-    """Take steps of Adam on W_Q, W_K and W_V; the loss before each step and after the last.
+    """Take steps of Adam on W_Q, W_K and W_V; returns the loss before each step and after the last.
 
     W_Q and W_K are held to spectral norm 1, and with that every score to [-1, 1].
     """
     n, d = task.A.shape
-    # Adam changes each entry of a matrix by about the rate, hence the product with a row of d entries of size 1 by
-    # about d times the rate.
+    # A step of Adam changes each entry of a matrix by about the rate, and so its product with a row of d entries of
+    # size 1 by about d times the rate.
     rate, decay, decay_square = 0.8 / d, 0.9, 0.99
     mean = dict.fromkeys(weights, 0.0)
     square = dict.fromkeys(weights, 0.0)

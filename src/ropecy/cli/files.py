@@ -1,4 +1,4 @@
-"""Files of the commands: arrays Q, K and V that they read, from .npz or .safetensors, and pictures that they write."""
+"""Files that the commands read, .npz or .safetensors with the arrays Q, K and V, and pictures that they write."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def read_rows(path: Path) -> dict[str, np.ndarray]:
     Raises
     ------
     OSError, MemoryError
-        The file can't be opened, or holds more than memory.
+        The file can't be opened, or its arrays don't fit into memory.
     ValueError
         The file is of another kind, is broken, or has no Q or no K.
     """
@@ -33,7 +33,7 @@ def read_rows(path: Path) -> dict[str, np.ndarray]:
     except (OSError, MemoryError):
         raise
     except Exception as error:
-        # A broken file can make a parser raise almost anything.
+        # Parsers may raise exceptions of almost any type when a file is broken.
         raise ValueError(f"{path} can't be read as {path.suffix}: {error or type(error).__name__}") from error
     if missing := {"Q", "K"} - set(found):
         raise ValueError(f"{path} wants arrays Q and K, (..., n, d), got {sorted(names)}: no {min(missing)}")
@@ -41,7 +41,7 @@ def read_rows(path: Path) -> dict[str, np.ndarray]:
 
 
 def check_plot(path: Path) -> None:
-    """Raise ImportError or ValueError where no picture could be drawn to `path`: called before any work is done."""
+    """Raise ImportError or ValueError if no picture can be drawn to `path`. It is called before any work is done."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -58,13 +58,13 @@ def _read_npz(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
         raise ValueError("it holds one array without a name")
     with arrays:
         found = {name: arrays[name] for name in arrays.files if name in _NAMES}
-        # NumPy doesn't know bfloat16, and writes it as items of two bytes whose meaning isn't said.
+        # NumPy doesn't know bfloat16, and writes it as items of two bytes ("V2") without saying what they mean.
         found = {name: _widened(X.view("<u2")) if X.dtype == "V2" else X for name, X in found.items()}
         return found, arrays.files
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The format: the length of a header in eight bytes, the header in JSON, the arrays' bytes one after the other."""
+    """The arrays of a file: eight bytes with the length of the header, the header in JSON, and the arrays' bytes."""
     with path.open("rb") as file:
         left = os.fstat(file.fileno()).st_size - 8
         length = int.from_bytes(file.read(8), "little")
@@ -90,7 +90,7 @@ def _tensor(file: BinaryIO, start: int, size: int, entry: dict[str, Any]) -> np.
 
 
 def _widened(bits: np.ndarray) -> np.ndarray:
-    """bfloat16, given as its bits, as float32, of which it is the upper half."""
+    """The float32 numbers that these 16-bit bfloat16 numbers, given as integers, are the upper halves of."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 

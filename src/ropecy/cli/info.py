@@ -12,7 +12,7 @@ from ..machine.threads import available_threads
 
 
 class Info(dict):
-    """What `info` found, by name; prints a line each."""
+    """What `info` found, by name; it is printed one entry a line."""
 
     def __repr__(self) -> str:
         width = max(map(len, self), default=0)
@@ -25,16 +25,16 @@ def info() -> Info:
     Returns
     -------
     Info
-        A dict that prints well: "ropecy", "python", "numpy", "fftw" (with the instruction sets of its codelets),
-        "instruction set" ("baseline", "v3" or "v4": what the CPU has, or what ``ROPECY_ISA`` asks for; on arm64
-        "baseline", which is NEON), "machine", "cpus" and "threads" (of a call without ``threads``).
+        A dict that prints one entry a line: "ropecy", "python", "numpy", "fftw" (with the instruction sets of its
+        codelets), "instruction set" ("baseline", "v3" or "v4": what the CPU has, or what ``ROPECY_ISA`` asks for; on
+        arm64 "baseline", which is NEON), "machine", "cpus" and "threads" (those of a call without ``threads``).
 
     Examples
     --------
     >>> info()["instruction set"] in ("baseline", "v3", "v4")
     True
     """
-    from importlib.metadata import version  # as long to import as a third of this package
+    from importlib.metadata import version  # imported here, since it takes a third as long as importing this package
 
     return Info(
         {

@@ -10,7 +10,7 @@ Item = TypeVar("Item")
 
 
 def show(text: str) -> None:
-    """Replace the line by this text; does nothing where standard error is no terminal."""
+    """Show this text in place of the line that was shown before; do nothing where standard error is no terminal."""
     if sys.stderr.isatty():
         print(f"\r{text:<60}\r", end="", file=sys.stderr, flush=True)
 

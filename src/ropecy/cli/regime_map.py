@@ -1,6 +1,6 @@
 """``python -m ropecy map``: which data a polynomial is certified for, and the n from which it beats exact attention.
 
-The data are random rows of given width d and bound B, in random directions, or each head of a file.
+The data are random rows of width d in random directions, with scores up to a bound B, or the heads in a file.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ past it at any length that there is."""
 class Entry:
     """The degree and the number of features of a polynomial that certifies eps, and the n from which it pays.
 
-    It pays where it is faster than exact attention; `pays_from` is None where it never is.
+    It pays where it is faster than exact attention; `pays_from` is None where it is faster for no n.
     """
 
     degree: int
@@ -75,11 +75,11 @@ def cells(
     eps : float
         The error to certify, in units of range(V).
     dtype : str
-        Of Q, K and V.
+        The dtype of Q, K and V.
     causal, grad : bool
-        Whether row i sees the keys j <= i only, and whether the gradient is planned for too.
+        Whether row i sees the keys j <= i only, and whether gradients are planned for too.
     seed : int
-        Of the random rows.
+        The seed of the random rows.
     """
     rng = np.random.default_rng(seed)
     for d in WIDTHS:
@@ -119,7 +119,7 @@ def _entry(problem: Problem, degree: int, grad_degree: int | None, **rule: bool)
 
 
 def print_map(found: list[tuple[int, float, Entry | None, Entry | None]], what: str) -> None:
-    """Print the cells as a table, and what theory says of larger bounds."""
+    """Print the cells as a table, and what theory says about larger bounds."""
     print(f"{what}; n as predicted for one head, d_v = d\n")
     print(f"{'':10} {'by the worst case':^31} | {'by moments, of random directions':^31}")
     print(f"{'d':>4} {'B':>5} {_HEAD} | {_HEAD}")
@@ -141,9 +141,9 @@ class Head:
     n : int
         Number of keys.
     bound : float
-        B, which no score exceeds.
+        B, which no score exceeds in size.
     spread : float
-        The largest root mean square of a row of its scores.
+        The root mean square of the scores of a row, for the row where it is largest.
     worst : Entry or None
         The polynomial that is certified by the worst case.
     engine : str
@@ -163,12 +163,12 @@ class Head:
 
 
 def heads(rows: dict[str, np.ndarray], *, eps: float, scale: float | None, causal: bool, grad: bool) -> Iterator[Head]:
-    """The heads of Q and K one after the other; Q and K are already projected and rotated. Without V, K stands for it.
+    """The heads of Q and K one after the other; Q and K are projected and rotated already. Without V, K stands for it.
 
     Raises
     ------
     TypeError, ValueError
-        What `plan` raises, and a ValueError where there is no head or no token.
+        As `plan` raises them, and a ValueError where there is no head or no token.
     """
     shapes = {name: np.shape(rows[name]) for name in ("Q", "K")}
     for name, shape in shapes.items():
@@ -207,7 +207,7 @@ def print_heads(found: list[Head], what: str) -> None:
 
 
 def draw(path: Path, found: list[tuple[int, float, Entry | None, Entry | None]], rows: list[Head], what: str) -> None:
-    """Draw the n from which a polynomial pays against B: a line for each width, a cross for each head of a file.
+    """Draw the n from which a polynomial pays as a function of B: a line for each width, a cross for each head.
 
     The region B > log n, where theory expects no algorithm in almost linear time, is grey.
     """
