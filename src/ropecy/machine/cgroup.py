@@ -1,6 +1,6 @@
-"""The limits of a Linux control group, which containers are: a quota of processor time, and memory.
+"""The limits that a Linux control group (cgroup) sets, as containers have them: a quota of processor time, and memory.
 
-Both versions of cgroups are read. A group's parents limit it too, so the least of all from the process's own group up
+Both versions of cgroups are read. A group's parents limit it too, so the smallest limit from the process's own group up
 to the root counts. Where a file is missing or says nothing, there is no limit.
 """
 
@@ -16,17 +16,19 @@ _OWN = Path("/proc/self/cgroup")
 
 @lru_cache(maxsize=1)
 def cpus() -> float:
-    """How many processors' time the process may use: quota / period, read once; inf without a quota."""
+    """How many processors' time the process may use, quota / period; inf without a quota. It is read only once."""
     least = math.inf
     for group in _groups("cpu"):
         quota = _words(group / "cpu.max") or _words(group / "cpu.cfs_quota_us") + _words(group / "cpu.cfs_period_us")
-        if len(quota) == 2 and _number(quota[0]) > 0:  # -1 is none
+        if len(quota) == 2 and _number(quota[0]) > 0:  # -1 means no quota
             least = min(least, _number(quota[0]) / _number(quota[1]))
     return least
 
 
 def memory() -> float:
-    """Bytes that may still be allocated: limit - use, files that can be dropped not counted as used; or inf."""
+    """Bytes that may still be allocated, limit - use; inf without a limit. Cached files that can be dropped don't count
+    as used.
+    """
     least = math.inf
     for group in _groups("memory"):
         for limit, usage in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
@@ -40,7 +42,7 @@ def memory() -> float:
 
 
 def _groups(controller: str) -> list[Path]:
-    """The folders of the process's group and of all above it, of version 2 and of this controller in version 1."""
+    """The folders of the process's group and of all its parents, in version 2 and for this controller in version 1."""
     found = []
     try:
         lines = _OWN.read_text().splitlines()
@@ -63,5 +65,5 @@ def _words(file: Path) -> list[str]:
 
 
 def _number(word: str) -> float:
-    """A limit, of which "max" is none."""
+    """A limit as a number; "max" means no limit and gives inf."""
     return math.inf if word == "max" else float(word)

@@ -1,4 +1,4 @@
-"""Memory: how much can be had, and the refusal of what needs more."""
+"""Memory: how much can be allocated, and the refusal of work that needs more."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from . import cgroup
 
 
 def fits(size: float) -> bool:
-    """Whether so many bytes can be had."""
-    # Asking the system costs as much as a small call.
+    """Whether `size` bytes can be allocated; small sizes are assumed to fit."""
+    # Asking the system takes as long as a small call of `attention`.
     return size < 2**26 or size <= available_memory()
 
 
 def available_memory() -> float:
-    """Bytes that can be had without swapping and within the limit of a container, where the system tells; else inf."""
+    """Bytes that can be allocated without swapping and within a container's limit; inf if the system doesn't tell."""
     return min(_machine(), cgroup.memory())
 
 
@@ -34,19 +34,19 @@ def _machine() -> float:
 
 
 def require(size: float, what: str) -> None:
-    """Refuse work that needs more bytes than can be had, before it begins.
+    """Refuse work that needs more bytes than can be allocated, before it begins.
 
     Parameters
     ----------
     size : float
-        Bytes.
+        The bytes that the work needs.
     what : str
-        What needs them, as the message is to name it.
+        What needs them, in the words of the message.
 
     Raises
     ------
     MemoryError
-        With both numbers.
+        The message has the bytes that are needed and those that can be allocated.
     """
     if not fits(size):
         available = available_memory() / 2**30

@@ -10,14 +10,15 @@ from . import cgroup
 
 # More threads than this only wait for each other. Results don't depend on their number.
 MOST_THREADS = 256
-# For how many seconds an answer of `default_threads` is kept: to look takes some microseconds, which short calls feel.
+# For how many seconds an answer of `default_threads` is reused: asking the system takes some microseconds, which would
+# slow down short calls.
 KEPT = 1.0
 
 _last = (-math.inf, 1)  # when the process last looked, by time.monotonic(), and how many threads it found
 
 
 def default_threads() -> int:
-    """`available_threads`, looked up once a second at most."""
+    """`available_threads`, where the system is asked at most once a second."""
     global _last
     looked, threads = _last
     now = time.monotonic()
