@@ -119,7 +119,7 @@ class Operator(ABC):
             The array needs more than the machine has.
         """
         size, n_k = math.prod(self.shape), self.shape[-1]
-        # The float64 product, its copy rounded to M's dtype, and the float64 identity are in memory at the same time.
+        # The float64 product, its copy rounded to M's dtype, and the identity are in memory at the same time.
         require(size * (8.0 + self.dtype.itemsize) + 8.0 * n_k * n_k, f"an array of shape {self.shape}")
         return self @ np.eye(n_k, dtype=self.dtype)
 

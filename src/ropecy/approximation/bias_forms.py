@@ -106,7 +106,7 @@ class _Gather:
         return np.stack([np.bincount(self.index(t), weights=row, minlength=width) for row in dsymbol])
 
     def reach(self) -> tuple[int, int]:
-        """(left, right) of `Tail`: one index holds for all t <= -left, and one, maybe another, for all t >= right."""
+        """(left, right) of `Tail`: all t <= -left have the same index, and so do all t >= right."""
         raise NotImplementedError
 
     def tail(self, values, longest, tolerance):
@@ -123,7 +123,7 @@ class _Gather:
 
 @dataclass(frozen=True, slots=True)
 class Table(_Gather):
-    """A table of length 2T - 1: b_t = values[t + T - 1] for |t| < T, and beyond the first or the last value."""
+    """A table of length 2T - 1: b_t = values[t + T - 1] for |t| < T, and the first or the last value for other t."""
 
     length: int
 

@@ -128,7 +128,7 @@ class SavedState:
     Attributes
     ----------
     header : dict
-        The checked header, with the entries that the file's version of the format lacks.
+        The checked header. Entries that the file's version of the format lacks are filled in.
     names : set of str
         The names of the arrays in the file.
     """

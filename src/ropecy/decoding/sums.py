@@ -33,8 +33,8 @@ class Sums:
     A bias makes the sums decay. Multiplying them by e^-slope for every token would add a rounding error for each, all
     to the same side. Instead token j has the constant weight e^{slope j}, and since these weights grow with j, all are
     divided by a power of two, which is exact: with slope (folded - 1) = shift ln 2 + phase, 0 <= phase < ln 2, they are
-    divided by 2^shift, so that the newest token in the sums has the weight e^phase between 1 and 2. There are S
-    different slopes for each key head, and sums for each slope.
+    divided by 2^shift, so that the newest token in the sums has the weight e^phase between 1 and 2. Each key
+    head has S slopes, and sums for each of them.
 
     Parameters
     ----------

@@ -50,7 +50,10 @@ class Rows:
     lost: float = 0.0
 
     def slots(self) -> np.ndarray:
-        """The rows, C-contiguous, as (batch * heads, rows, width); the user's memory if nothing is to be done."""
+        """The rows as a C-contiguous array (batch * heads, rows, width).
+
+        It is the user's own memory where the user's array needs no product, rotation, repetition or copy.
+        """
         X, *others = self.factors.values()
         if others:
             # Products of contiguous arrays are bitwise the same whatever the layout of what the user passed.
