@@ -1,16 +1,20 @@
 #ifdef __linux__
 #define _GNU_SOURCE /* SCHED_BATCH */
-#include <sched.h>
 #endif
 #include "parallel.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <time.h>
 
-enum { SPINS = 2000, MOST_HELPERS = RC_MOST_THREADS - 1 };
-static const long BETWEEN_POLLS = 50 * 1000 * 1000; /* nanoseconds */
+enum { MOST_HELPERS = RC_MOST_THREADS - 1 };
+
+/* Nanoseconds. To wake a thread that sleeps costs up to a tenth of a millisecond, as much as a short loop takes. So a
+ * helper looks for the next loop for a while before it sleeps, and gives its processor to whoever wants it between two
+ * looks; a caller looks for the end of helpers' tasks for a shorter while, and does not give its processor away. */
+static const long BETWEEN_POLLS = 50 * 1000 * 1000, HELPER_LOOKS = 200 * 1000, CALLER_LOOKS = 50 * 1000;
 
 /* On the stack of the thread that runs it. */
 struct rc_loop {
@@ -33,6 +37,14 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t work = PTHREAD_COND_INITIALIZER; /* there is a loop to join */
 static rc_loop *loops;                                 /* those that helpers may join, the oldest first */
 static int helpers, idle;
+/* Rises under the lock with every loop, and is read without it. */
+static atomic_uint announced;
+
+static long nanoseconds_since(const struct timespec *then) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (now.tv_sec - then->tv_sec) * 1000000000L + now.tv_nsec - then->tv_nsec;
+}
 
 static void run_tasks(const rc_worker *worker) {
     rc_loop *loop = worker->loop;
@@ -47,10 +59,8 @@ int rc_interrupted(const rc_worker *worker) {
     rc_loop *loop = worker->loop;
     int status = atomic_load_explicit(&loop->status, memory_order_relaxed);
     if (worker->slot || status) return status;
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    if ((now.tv_sec - loop->polled.tv_sec) * 1000000000L + now.tv_nsec - loop->polled.tv_nsec < BETWEEN_POLLS) return 0;
-    loop->polled = now;
+    if (nanoseconds_since(&loop->polled) < BETWEEN_POLLS) return 0;
+    clock_gettime(CLOCK_MONOTONIC, &loop->polled);
     status = loop->poll();
     if (status) {
         atomic_store(&loop->status, status);
@@ -66,6 +76,19 @@ static rc_loop *open_loop(void) {
     return NULL;
 }
 
+/* Under the lock, which is given up meanwhile: returns when a loop may have come. */
+static void await_loop(void) {
+    const unsigned seen = atomic_load(&announced);
+    struct timespec begun;
+    idle++;
+    pthread_mutex_unlock(&lock);
+    clock_gettime(CLOCK_MONOTONIC, &begun);
+    while (atomic_load(&announced) == seen && nanoseconds_since(&begun) < HELPER_LOOKS) sched_yield();
+    pthread_mutex_lock(&lock);
+    if (atomic_load(&announced) == seen) pthread_cond_wait(&work, &lock);
+    idle--;
+}
+
 static void *help(void *nothing) {
 #ifdef __linux__
     /* A helper that wakes does not push others from their processor, the caller least of all. */
@@ -75,9 +98,7 @@ static void *help(void *nothing) {
     for (;;) {
         rc_loop *loop = open_loop();
         if (!loop) {
-            idle++;
-            pthread_cond_wait(&work, &lock);
-            idle--;
+            await_loop();
             continue;
         }
         const rc_worker worker = {++loop->joined, loop};
@@ -130,6 +151,7 @@ static void announce(rc_loop *loop) {
     rc_loop **last = &loops;
     while (*last) last = &(*last)->after;
     *last = loop;
+    atomic_fetch_add(&announced, 1);
     if (idle < loop->most) start_helpers(loop->most - idle);
     pthread_mutex_unlock(&lock);
     for (int i = 0; i < loop->most; i++) pthread_cond_signal(&work);
@@ -143,7 +165,9 @@ static void dismiss(rc_loop *loop) {
     while (*at != loop) at = &(*at)->after;
     *at = loop->after;
     pthread_mutex_unlock(&lock);
-    for (int i = 0; i < SPINS && atomic_load(&loop->running); i++) atomic_signal_fence(memory_order_seq_cst);
+    struct timespec begun;
+    clock_gettime(CLOCK_MONOTONIC, &begun);
+    while (atomic_load(&loop->running) && nanoseconds_since(&begun) < CALLER_LOOKS) continue;
     pthread_mutex_lock(&lock);
     while (atomic_load(&loop->running)) {
         struct timespec until;
