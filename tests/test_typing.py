@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -86,8 +87,9 @@ def test_a_strict_program(tmp_path):
 
 def shortened(revealed):
     """A type without modules, and arrays without what their shape and dtype are known to be."""
-    for dtype in ("Any", "numpy.float64"):
-        revealed = revealed.replace(f"numpy.ndarray[tuple[Any, ...], numpy.dtype[{dtype}]]", "ndarray")
+    # NumPy's older stubs say Any of a shape, and of an array's dtype where newer ones say dtype[Any].
+    dtype = r"(?:Any|numpy\.dtype\[(?:[^\[\]]|\[[^\]]*\])*\])"
+    revealed = re.sub(rf"numpy\.ndarray\[(?:Any|tuple\[(?:Any|int), \.\.\.\]), {dtype}\]", "ndarray", revealed)
     for module in ("attention", "certificate", "gradients", "matrix"):
         revealed = revealed.replace(f"ropecy.{module}.", "")
     return revealed
