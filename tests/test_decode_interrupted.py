@@ -22,6 +22,8 @@ class Interrupt:
 
     def __enter__(self):
         self.before = sys.gettrace()
+        # CPython 3.12 reports instructions only where some frame has asked for them before tracing begins.
+        sys._getframe().f_trace_opcodes = True
         sys.settrace(self.trace)
 
     def __exit__(self, *_):
