@@ -2,8 +2,9 @@
  *
  * The caller takes tasks itself and never waits for a helper that has not begun: beside busy processes, where the
  * system lets a helper run late or not at all, a loop takes no longer than on one thread. It waits for helpers in the
- * middle of a task only, so tasks are to be short. Threads that wait look for work for a fraction of a millisecond, as
- * long as nobody else wants their processor, and then sleep. Which thread does which task is open, so results must not depend on it.
+ * middle of a task only, so tasks are to be short. Before they sleep, helpers look for the next loop for 0.2 ms and let
+ * other processes have the processor meanwhile; a caller looks for the end of tasks for 0.05 ms. Which thread does
+ * which task is open, so results must not depend on it.
  *
  * Any number of threads may run loops at once, also from within a task. Helpers are started when first asked for; where
  * the system refuses one, the loop goes on with fewer. After a fork the child starts helpers of its own.
