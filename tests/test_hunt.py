@@ -104,6 +104,37 @@ def test_no_result_is_past_what_is_certified(kind, seed, eps, method, causal, ma
         assert np.all(np.linalg.norm(errors, p, axis=-1) <= allowed)
 
 
+@hunting
+@given(
+    eps=st.sampled_from([1e-1, 1e-2, 1e-3]),
+    method=st.sampled_from(["auto", "polynomial"]),
+    sizes=st.lists(st.sampled_from([0.05, 0.2, 0.5, 1.0, 2.0, 5.0, 20.0]), min_size=2, max_size=5),
+    **{name: drawn for name, drawn in DRAWN.items() if name != "size"},
+)
+def test_no_head_is_past_the_certificate_of_its_part(kind, seed, eps, method, sizes, causal, masked, values, dtype):
+    rng = np.random.default_rng(seed)
+    H, G, d, n = len(sizes), int(rng.integers(1, 3)), int(rng.integers(1, 4)), int(rng.integers(200, 500))
+    q, k = adversarial(kind, rng, (H, G, n, n, d), 1.0)
+    q *= np.asarray(sizes)[:, None, None, None]
+    v = values_for(values, rng, q, k, 1.0)
+    mask = rng.random((H, n)) < 0.7 if masked else None
+    problem = problem_of(*(x.astype(dtype) for x in (q, k, v)), causal=causal, mask=mask)
+    how = {"scale": problem.scale, "causal": causal, "key_mask": None if mask is None else mask[:, None]}
+    arrays = problem.q, problem.k[:, None], problem.v[:, None]
+    try:
+        O, certificate = ropecy.attention(*arrays, **how, eps=eps, method=method, seed=1, return_certificate=True)
+    except ropecy.BoundedEntryError:
+        assert method == "polynomial"
+        return
+    errors, ranges, largest = row_errors(problem, O, by_column=True)
+    assert np.all(errors <= certificate.rows_truncation[..., None] * ranges + certificate.rounding * largest)
+    named = [slot for slots, _ in certificate.parts for slot in slots]
+    assert sorted(named) == ([(head, 0) for head in range(H)] if certificate.parts else [])
+    for slots, part in certificate.parts:
+        for head, _ in slots:
+            assert certificate.rows_truncation[head].max(initial=0) <= part.truncation
+
+
 # ---- numbers of every size, through every door ----
 
 

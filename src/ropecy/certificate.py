@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -47,18 +48,19 @@ class Certificate:
     Attributes
     ----------
     engine : str
-        "exact", "polynomial" or "fft".
+        "exact", "polynomial" or "fft"; "mixed" where heads are computed by different ones.
     degree, n_features : int or None
-        The degree of the polynomial, and its number of monomials; None without a polynomial.
+        The degree of the polynomial, and its number of monomials; None without a polynomial. Where heads have degrees
+        of their own it is the largest, as `bound`, `truncation` and `rounding` are.
     bound : float
         B, a bound of the size of every (centred) score of a row that is not computed exactly.
     rule : str
         What `truncation` is derived from: "exact" (there is no truncation), "worst case" (every score may be B),
-        "moments" (those of the scores of each row; proved once the row is computed), or "sampled". The last is not
-        proved: it is twice the largest error of `n_sampled` rows, of which half are those where the largest errors are
-        expected, and the other m are drawn at random from all other rows. With a probability of 1 - degree (1 - b)^m at
-        most a fraction b of these other rows has an error above half of `truncation`. The factor `degree` is there
-        since every degree that is tried draws rows of its own.
+        "moments" (those of the scores of each row; proved once the row is computed), "mixed" (heads by different
+        rules), or "sampled". The last is not proved: it is twice the largest error of `n_sampled` rows, of which half
+        are those where the largest errors are expected, and the other m are drawn at random from all other rows. With a
+        probability of 1 - degree (1 - b)^m at most a fraction b of these other rows has an error above half of
+        `truncation`. The factor `degree` is there since every degree that is tried draws rows of its own.
     truncation : float
         Error of the polynomial, in units of range_j(V_jc), column by column.
     rounding : float
@@ -79,6 +81,9 @@ class Certificate:
         The part of `rounding` that is due to storing a result, which is computed in float32, as float16 or bfloat16; 0
         for float32 and float64. eps bounds the result before it is stored: where an engine certifies eps,
         ``error - storing`` is at most eps.
+    parts : tuple of (tuple, Certificate)
+        Where heads have plans of their own: (heads, certificate) for those that were computed together. A head is the
+        tuple of its indices along the leading axes of the keys, such as (batch, key head). () where all have one plan.
 
     Notes
     -----
@@ -117,6 +122,7 @@ class Certificate:
     failure: float = 0.0
     n_sampled: int = 0
     storing: float = 0.0
+    parts: tuple[tuple[tuple[tuple[int, ...], ...], Certificate], ...] = ()
 
     @property
     def error(self) -> float:
@@ -124,11 +130,15 @@ class Certificate:
         return self.truncation + self.rounding
 
     def __str__(self) -> str:
+        lines = [self._line(), *(f"  {named(heads)}: {part._line()}" for heads, part in self.parts)]
+        return "\n".join(lines)
+
+    def _line(self) -> str:
         how = self.engine
         if self.degree is not None:
             how += f", degree {self.degree} ({self.n_features:,} features)"
         coins = f" but for a probability of {self.failure:g} (seed {self.seed})" if self.failure else ""
-        if self.rule == "sampled":
+        if self.rule == "sampled" and not self.parts:
             coins = f", {self._evidence()}, not proved"
         rows = f", {self.n_exact_rows:,} rows exactly" if self.n_exact_rows else ""
         storing = f", of which {self.storing:.2g} for storing it in half precision" if self.storing else ""
@@ -150,6 +160,39 @@ class Certificate:
             return f"{rows}, which are all"
         part = unseen(self.n_sampled - self.n_sampled // 2, self.degree)
         return f"{rows}, and with confidence {CONFIDENCE:.0%} at most {part:.1%} of the others are past half of it"
+
+
+def together(heads: Sequence[tuple[tuple[int, ...], ...]], certificates: Sequence[Certificate]) -> Certificate:
+    """The certificate of heads that are computed in parts, given the heads of each part and its certificate."""
+
+    def one(values: set[str]) -> str:
+        return values.pop() if len(values) == 1 else "mixed"
+
+    polynomials = [c for c in certificates if c.degree is not None]
+    seeds = [c.seed for c in certificates if c.seed is not None]
+    return Certificate(
+        one({c.engine for c in certificates}),
+        max((c.degree for c in polynomials), default=None),
+        max((c.n_features for c in polynomials), default=None),
+        max(c.bound for c in certificates),
+        one({c.rule for c in certificates}),
+        max(c.truncation for c in certificates),
+        max(c.rounding for c in certificates),
+        n_exact_rows=sum(c.n_exact_rows for c in certificates),
+        seed=seeds[0] if seeds else None,
+        failure=sum(c.failure for c in certificates),
+        n_sampled=sum(c.n_sampled for c in certificates),
+        storing=max(c.storing for c in certificates),
+        parts=tuple((own, replace(c, rows_truncation=None)) for own, c in zip(heads, certificates, strict=True)),
+    )
+
+
+def named(heads: tuple[tuple[int, ...], ...]) -> str:
+    """Some heads in words, by their indices where they are few."""
+    if len(heads) > 4:
+        return f"{len(heads):,} heads"
+    names = (str(head[0]) if len(head) == 1 else str(head) for head in heads)
+    return f"head{'s' * (len(heads) > 1)} {', '.join(names)}"
 
 
 def nothing_to_do() -> Certificate:

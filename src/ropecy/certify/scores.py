@@ -13,7 +13,7 @@ import numpy as np
 
 from ..kernels import _rows
 from ..problem.communicator import SERIAL, Communicator
-from ..problem.problem import Outline, Problem
+from ..problem.problem import Outline, Problem, Slots
 from .values import kept_keys
 
 _FEW = 64  # how many keys of a slot `least_bound` looks at
@@ -66,6 +66,20 @@ class Scores:
         with np.errstate(all="ignore"):
             return _rows.norms(problem.q.reshape(H, G * n, d), factor, problem.threads).reshape(H, G, n)
 
+    def slots(self, which: Slots, plain: Scores) -> Scores:
+        """The bounds and factors of some of the slots, whose bounds by norms alone are `plain`."""
+        of_slots = self.of_slots[which]
+        return replace(
+            plain,
+            bound=float(of_slots.max()),
+            centre=None if self.centre is None else self.centre[which],
+            q_factor=self.q_factor[which],
+            k_factor=self.k_factor[which],
+            of_slots=of_slots,
+            how=self.how,
+            keys=None if self.keys is None else self.keys[which],
+        )
+
     def within(self, B: float) -> Scores:
         """The bounds and factors for those rows alone whose own bound is at most B."""
         if B >= self.bound:
@@ -90,6 +104,10 @@ class Norms:
 
     q: np.ndarray
     k: np.ndarray
+
+    def slots(self, which: Slots) -> Norms:
+        """The norms of some of the slots."""
+        return Norms(self.q[which], self.k[which])
 
 
 def measure_norms(problem: Problem, comm: Communicator = SERIAL) -> Norms:
@@ -126,17 +144,18 @@ def plain_scores(problem: Problem, norms: Norms) -> Scores:
     return unbounded(problem, plain, products, lost)
 
 
-def least_bound(problem: Problem, norms: Norms) -> float:
-    """A number that the bound of the scores exceeds, whatever the centre of the keys; 0 if keys are hidden.
+def least_bounds(problem: Problem, norms: Norms) -> np.ndarray:
+    """Numbers, (H,), that the bounds of the slots' scores exceed, whatever the centres of their keys; 0 if keys are
+    hidden.
 
     Whatever the centre, at least one of a few keys is as far from it as the root mean square of their distances from
     their mean.
     """
     if problem.mask.kept is not None:
-        return 0.0
+        return np.zeros(problem.sizes.H)
     square = _rows.few_scatter(problem.k, -(-problem.sizes.n_k // _FEW))
     with np.errstate(all="ignore"):
-        return abs(problem.scale) * math.sqrt(max(0.0, float((norms.q * norms.q * square).max())))
+        return abs(problem.scale) * np.sqrt(np.maximum(0.0, norms.q * norms.q * square))
 
 
 def centred_scores(problem: Problem, norms: Norms, comm: Communicator = SERIAL) -> Scores:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from ..problem.communicator import SERIAL, Communicator
-from ..problem.problem import Problem
+from ..problem.problem import Problem, Slots
 from .family_scores import measure_family
 from .fourth_moments import Fourth, fourth_moments
 from .hidden_keys import Hidden, hidden_keys
 from .once import once
 from .sample import Sample
-from .scores import Norms, Scores, centred_scores, least_bound, measure_norms, plain_scores
+from .scores import Norms, Scores, centred_scores, least_bounds, measure_norms, plain_scores
 from .values import Values, measure_values
 
 
@@ -38,11 +40,13 @@ class Statistics:
         return plain_scores(self.problem, self._norms)
 
     @once
-    def least_bound(self) -> float:
-        """A number that the bound of the scores exceeds whatever the centre of the keys; inf where norms overflow."""
+    def least_bounds(self) -> np.ndarray:
+        """Numbers, (H,), that the bounds of the slots' scores exceed whatever the centres of their keys; inf where
+        norms overflow.
+        """
         if not math.isfinite(self.plain.plain):
-            return math.inf
-        return least_bound(self.problem, self._norms)
+            return np.full(self.problem.sizes.H, math.inf)
+        return least_bounds(self.problem, self._norms)
 
     @once
     def scores(self) -> Scores:
@@ -65,6 +69,14 @@ class Statistics:
     def sample(self) -> Sample:
         """Some rows and keys. Time O(n d), and d^2 for each of these."""
         return Sample(self.problem, self.scores, self.values, self._comm)
+
+    def slots(self, which: Slots) -> Statistics:
+        """The statistics of some of the slots; the bounds of their scores are not measured again."""
+        found = Statistics(self.problem.slots(which), self._comm)
+        found._norms = self._norms.slots(which)
+        found.plain = plain_scores(found.problem, found._norms)
+        found.scores = self.scores.slots(which, found.plain)
+        return found
 
     def fourth(self, seed: int | None) -> Fourth:
         """Bounds of fourth moments, by a random start drawn from `seed` at the first call. Time 40 n_k d^2."""

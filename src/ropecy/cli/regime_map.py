@@ -19,7 +19,7 @@ from ..certify.sample import Sample
 from ..certify.values import measure_values
 from ..engines.base import Context
 from ..engines.exact.cost import exact_work, seconds_of
-from ..engines.polynomial.cost import pays_from
+from ..engines.polynomial.cost import Served, pays_from
 from ..planning.planner import choose
 from ..problem.call import prepare
 from ..problem.mask import Mask
@@ -115,7 +115,7 @@ def _by_moments(problem: Problem, eps: float, grad: bool, seed: int) -> Entry | 
 
 def _entry(problem: Problem, degree: int, grad_degree: int | None, **rule: bool) -> Entry:
     n_features = poly.n_features(problem.sizes.d, degree)
-    return Entry(degree, n_features, pays_from(problem, degree, grad_degree, **rule))
+    return Entry(degree, n_features, pays_from([Served(problem, degree, grad_degree, **rule)]))
 
 
 def print_map(found: list[tuple[int, float, Entry | None, Entry | None]], what: str) -> None:

@@ -19,7 +19,7 @@ from ..certify.values import Values
 from ..machine.memory import fits
 from ..problem.input_gradients import InputGradients
 from ..problem.pieces import WHOLE, Pieces
-from ..problem.problem import Outline, Problem
+from ..problem.problem import Outline, Problem, Slots
 from ..problem.request import Request
 from ..problem.traffic import Sender, Traffic
 from .cost import Work
@@ -69,6 +69,14 @@ class Context:
         """The problem with its numbers: all of it in one process, else this process's piece."""
         return self.statistics.problem
 
+    def slots(self, which: Slots) -> Context:
+        """The context of some of the slots alone."""
+        statistics = self.statistics.slots(which)
+        if not self.distributed:
+            return replace(self, outline=statistics.problem, piece=statistics.problem, statistics=statistics)
+        outline, piece = self.outline.slots(which), self.piece.slots(which)
+        return replace(self, outline=outline, piece=piece, statistics=statistics)
+
     def asking(self, **changes: object) -> Context:
         """The same context with these fields of the request changed."""
         return replace(self, request=replace(self.request, **changes))
@@ -105,6 +113,11 @@ class Executable(ABC):
     def grad(self) -> bool:
         """Whether there will be a backward pass."""
         return self.gradient_certificate is not None
+
+    @property
+    def of_slots(self) -> tuple[tuple[Slots, Executable], ...]:
+        """Groups of slots and their executables; all slots and this executable where it runs all of them."""
+        return ((slice(None), self),)
 
     @abstractmethod
     def forward(self, problem: Problem, want_lse: bool, pieces: Pieces = WHOLE) -> Result:

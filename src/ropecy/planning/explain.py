@@ -15,7 +15,7 @@ from ..certify.scores import Scores
 from ..certify.values import measure_values
 from ..engines.base import CHEAPEST, Context
 from ..engines.exact.cost import seconds_of
-from ..engines.polynomial.cost import pays_from
+from ..engines.polynomial.cost import Served, pays_from
 from ..engines.polynomial.worst_case import WorstCase
 from ..problem.problem import Outline, Problem
 from ..problem.request import METHODS, Request
@@ -66,7 +66,7 @@ def explained(problem: Problem, request: Request, dtype: np.dtype) -> Plan:
     statistics = context.statistics
     made = plan_of(context, choice, dtype, statistics.scores)
     others = _Others(context, choice)
-    found = (others.exact(), *others.polynomials(), *others.by_name())
+    found = (others.exact(), *others.mixed(), *others.polynomials(), *others.by_name())
     reason = made.reason
     if made.engine == "exact" and request.method == "auto":
         rounds = choice.executable.certificate.error > request.eps
@@ -92,6 +92,11 @@ class _Others:
 
     def exact(self) -> Alternative:
         return _tried("exact", self._context.asking(method="exact", degree=None))
+
+    def mixed(self) -> Iterator[Alternative]:
+        """Heads by different engines, where these are chosen."""
+        if self._choice.candidate.engine == "mixed":
+            yield _alternative("mixed", self._context, self._choice)
 
     def polynomials(self) -> Iterator[Alternative]:
         """The polynomial engine by the worst case, and by the rule that it would use, where that is another one."""
@@ -122,12 +127,16 @@ def _tried(name: str, context: Context) -> Alternative:
 
 def _alternative(name: str, context: Context, choice: Choice) -> Alternative:
     outline, candidate, executable = context.outline, choice.candidate, choice.executable
-    certificate, gradient, least = executable.certificate, executable.gradient_certificate, None
-    if executable.engine == "polynomial" and WorstCase().lacks(outline) is None:
-        rule = {"moments": certificate.rule == "moments", "fourth": certificate.failure > 0}
-        least = pays_from(outline, certificate.degree, gradient and gradient.degree, **rule)
+    served, least = [], None
+    for slots, own in executable.of_slots:
+        if own.engine == "polynomial" and WorstCase().lacks(outline) is None:
+            certificate, gradient = own.certificate, own.gradient_certificate
+            rule = {"moments": certificate.rule == "moments", "fourth": certificate.failure > 0}
+            served.append(Served(outline.slots(slots), certificate.degree, gradient and gradient.degree, **rule))
+    if served:
+        least = pays_from(served)
     seconds = seconds_of(candidate.work, outline.threads, context.request.grad)
-    return Alternative(name, certificate, seconds, candidate.bytes, least)
+    return Alternative(name, executable.certificate, seconds, candidate.bytes, least)
 
 
 def _why_exact(made: Plan, found: tuple[Alternative, ...], passed: str) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from ..certificate import AccuracyWarning, BoundedEntryError, warn
 from ..engines.base import Candidate, Context, Engine, Executable, Refusal, Search
+from ..engines.by_head.engine import ByHeadEngine
 from ..engines.exact.cost import seconds_of
 from ..engines.exact.engine import Exact, ExactEngine
 from ..engines.fft.engine import FFTEngine
@@ -67,7 +68,7 @@ def choose(context: Context) -> Choice:
     MemoryError
         The engine that is chosen needs more memory than there is.
     """
-    found = _by_sample(context) or _by_proof(context)
+    found = _by_head(context) or _by_sample(context) or _by_proof(context)
     require(found.candidate.bytes, f"the {found.candidate.engine} engine, beyond inputs and outputs,")
     if found.candidate.engine == "exact" and context.request.method == "auto":
         if found.executable.certificate.error > context.request.eps:
@@ -100,9 +101,10 @@ def choose_and_warn(context: Context) -> Choice:
         degree = certificate.degree
         of_degree = "" if degree is None else f" of degree {degree}, {certificate.n_features:,} features,"
         warn(f"{candidate.engine} attention{of_degree} is predicted to take {seconds:,.0f} s: {candidate.reason}")
-    if candidate.engine == "exact" and request.method == "auto" and not request.each_weight:
-        certificate = candidate.executable.certificate
-        if certificate.error > request.eps:
+    if request.method == "auto" and not request.each_weight:
+        exact = [own.certificate for _, own in candidate.executable.of_slots if own.engine == "exact"]
+        certificate = max(exact, key=lambda found: found.error, default=None)
+        if certificate is not None and certificate.error > request.eps:
             cure = "; float64 holds more" if outline.dtype.itemsize == 4 else ""
             warn(
                 f"no engine certifies eps = {request.eps:g}: rounding in {outline.dtype} alone may be "
@@ -125,6 +127,14 @@ def looks_at_a_sample(context: Context) -> bool:
     search = Search(request, [ExactEngine().offer(context, Search(request))])
     search.answers.append(WorstCase().offer(context, search))
     return may_serve(context, search.of_rule("worst case"))
+
+
+def _by_head(context: Context) -> Choice | None:
+    """The choice of a plan for each group of heads, or None where one plan serves all."""
+    answer = ByHeadEngine(plan=lambda own: choose(own).candidate).offer(context, Search(context.request))
+    if isinstance(answer, Refusal):
+        return None
+    return _answered(Search(context.request, [_EXACT.offer(context, Search(context.request))]), answer)
 
 
 def _by_sample(context: Context) -> Choice | None:

@@ -88,7 +88,7 @@ class Call:
             tail=None if a.bias is None else self.tail,
             family=None if a.family is None else self._family(),
             threads=a.threads,
-            origin=Origin(self._q.lost, self._k.lost, self._v.lost),
+            origin=Origin(self._q.lost, self._k.lost, self._v.lost, axes=(*a.lead[:-1], self.key_heads)),
         )
 
     def _mask(self) -> Mask:

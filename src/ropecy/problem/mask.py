@@ -120,7 +120,7 @@ class Mask:
         """The mask of the keys [0, stop)."""
         return replace(self, n_k=stop, kept=None if self.kept is None else self.kept[:, :stop])
 
-    def slots(self, which: slice) -> Mask:
+    def slots(self, which: slice | np.ndarray) -> Mask:
         """The mask of some of the slots."""
         return self if self.kept is None else replace(self, kept=self.kept[which])
 

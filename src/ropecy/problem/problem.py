@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -21,6 +21,10 @@ from .mask import Mask
 
 # The limits of the dtypes that are computed in; to look them up here is faster than to ask NumPy for them.
 LIMITS = {np.dtype(kind): np.finfo(kind) for kind in (np.float32, np.float64)}
+
+
+# Some of the slots: their indices, or a slice where they follow one another, which makes views and no copies.
+Slots = slice | np.ndarray
 
 
 class Sizes(NamedTuple):
@@ -53,6 +57,9 @@ class Origin:
         Values were multiplied by ``2^-exponent``.
     hidden : bool
         Whether other ranks hide keys, which the mask does not show.
+    axes : tuple of int
+        The user's leading axes of keys, whose elements the slots are in order: those of the batch, then key heads. ()
+        where slots are not the user's.
     """
 
     q_lost: float = 0.0
@@ -63,6 +70,16 @@ class Origin:
     varied: float | None = None
     exponent: int = 0
     hidden: bool = False
+    axes: tuple[int, ...] = ()
+
+    def slots(self, which: Slots) -> Origin:
+        """The origin of some of the slots."""
+        return replace(self, k_norm=None if self.k_norm is None else self.k_norm[which], axes=())
+
+    def named(self, slots: Slots, H: int) -> tuple[tuple[int, ...], ...]:
+        """The indices of these of H slots along the user's leading axes."""
+        indices = np.unravel_index(np.arange(H)[slots], self.axes or (H,))
+        return tuple(zip(*(index.tolist() for index in indices), strict=True))
 
 
 @dataclass(slots=True, kw_only=True)
@@ -135,6 +152,17 @@ class Outline:
         own = {f.name: getattr(self, f.name) for f in fields(Outline)}
         return Outline(**own | changes)
 
+    def slots(self, which: Slots) -> Outline:
+        """The outline of the problem of some of the slots."""
+        count = len(np.arange(self.sizes.H)[which])
+        return self.outline(sizes=self.sizes._replace(H=count), **self._of_slots(which))
+
+    def _of_slots(self, which: Slots) -> dict[str, object]:
+        """The fields that slots may differ in, for some of the slots."""
+        bias = self.bias if self.bias is None or len(self.bias) == 1 else self.bias[which]
+        tail = None if self.tail is None else partial(_tail_of_slots, self.tail, self.sizes, which)
+        return {"mask": self.mask.slots(which), "bias": bias, "tail": tail, "origin": self.origin.slots(which)}
+
     def resized(self, n: int, n_k: int) -> Outline:
         """An outline with n rows and n_k keys that begin together, and with the same band.
 
@@ -173,6 +201,10 @@ class Problem(Outline):
         self.dtype = self.q.dtype
         if self.mask is None:
             self.mask = Mask(n, self.k.shape[1])
+
+    def slots(self, which: Slots) -> Problem:
+        """The problem of some of the slots."""
+        return replace(self, q=self.q[which], k=self.k[which], v=self.v[which], **self._of_slots(which))
 
     def with_values(self, v: np.ndarray) -> Problem:
         """The problem with the same scores and other values, (H, n_k, m), which carry no rounding error."""
@@ -218,6 +250,17 @@ class Problem(Outline):
         """The problem with both sequences reversed, so that j - i becomes i - j; it must have no bias and no family."""
         q, k, v = (np.ascontiguousarray(X) for X in (self.q[:, :, ::-1], self.k[:, ::-1], self.v[:, ::-1]))
         return replace(self, q=q, k=k, v=v, mask=self.mask.reversed())
+
+
+def _tail_of_slots(
+    tail: Callable[[int, float], forms.Tail | None], sizes: Sizes, which: Slots, longest: int, tolerance: float
+) -> forms.Tail | None:
+    """`Outline.tail` for some of the slots; the derivatives by a bias's parameters stay those of all heads."""
+    found = tail(longest, tolerance)
+    if found is None or found.rate.shape[-1] == 1:
+        return found
+    heads = np.arange(sizes.H * sizes.G).reshape(sizes.H, sizes.G)[which].reshape(-1)
+    return found._replace(log_weight=found.log_weight[..., heads], rate=found.rate[..., heads])
 
 
 @lru_cache

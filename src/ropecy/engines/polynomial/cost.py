@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -107,22 +109,42 @@ def _polynomial_work(sizes: Sizes, dtype: np.dtype, offset: int | None, degree: 
     )
 
 
-def pays_from(
-    problem: Outline, degree: int, grad_degree: int | None, *, moments: bool = False, fourth: bool = False
-) -> int | None:
-    """About the least n, to two digits, from which a polynomial beats exact attention on n queries and n keys.
+class Served(NamedTuple):
+    """What a polynomial serves: a problem, or some of its slots.
 
-    It is None if there is none up to 2^40. `grad_degree` is the degree of backward's features, None if there is no
-    backward pass. `moments` and `fourth` say whether certifying by moments, and by fourth moments, counts.
+    Attributes
+    ----------
+    outline : Outline
+    degree : int
+    grad_degree : int or None
+        The degree of backward's features, None if there is no backward pass.
+    moments, fourth : bool
+        Whether certifying by moments, and by fourth moments, counts.
     """
-    grad = grad_degree is not None
+
+    outline: Outline
+    degree: int
+    grad_degree: int | None
+    moments: bool = False
+    fourth: bool = False
+
+    def beats_exact_by(self, n: int) -> float:
+        """The seconds that the polynomial saves for n queries and n keys."""
+        grad, made = self.grad_degree is not None, self.outline.resized(n, n)
+        work = polynomial_work(made, self.degree, grad, self.grad_degree)
+        work += moments_work(made) if self.moments else Work()
+        work += fourth_work(made) if self.fourth else Work()
+        return exact_work(made, grad).nominal - work.nominal
+
+
+def pays_from(served: Sequence[Served]) -> int | None:
+    """About the least n, to two digits, from which polynomials beat exact attention on n queries and n keys.
+
+    It is None if there is none up to 2^40. Each polynomial serves some of the slots.
+    """
 
     def pays(n: int) -> bool:
-        made = problem.resized(n, n)
-        work = polynomial_work(made, degree, grad, grad_degree)
-        work += moments_work(made) if moments else Work()
-        work += fourth_work(made) if fourth else Work()
-        return work.nominal < exact_work(made, grad).nominal
+        return sum(own.beats_exact_by(n) for own in served) > 0
 
     n = 16
     while not pays(n):

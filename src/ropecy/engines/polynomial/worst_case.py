@@ -13,6 +13,7 @@ from ...certify.scores import Scores
 from ...certify.values import Values
 from ...problem.problem import Outline
 from ..base import CHEAPEST, Candidate, Context, Engine, Refusal, Search
+from ..cost import Work
 from . import features
 from .cost import polynomial_work, sample_work
 from .executables import Polynomial as PolynomialExecutable
@@ -34,7 +35,7 @@ class WorstCase(Engine):
         lacking = self.lacks(context.outline)
         if lacking:
             return self.unable(lacking)
-        if not worth_measuring(context, search):
+        if not worth_measuring(context, search.exact.work):
             return Refusal(self.name, "the cheapest engine, whatever the degree", hopeless=True)
         request, statistics = context.request, context.statistics
         p, refusal = certified(context)
@@ -57,8 +58,8 @@ def insisted(context: Context) -> str:
     return "method='polynomial'" if context.request.method == "polynomial" else CHEAPEST
 
 
-def worth_measuring(context: Context, search: Search) -> bool:
-    """Whether it may pay to measure a bound of the scores.
+def worth_measuring(context: Context, exact: Work, any_slot: bool = False) -> bool:
+    """Whether it may pay to measure the bounds of the scores, for all slots or, if `any_slot`, for at least one.
 
     With method="auto" it may if some degree would beat exact attention by more than looking for it costs.
     """
@@ -66,16 +67,17 @@ def worth_measuring(context: Context, search: Search) -> bool:
     if context.distributed or request.method != "auto" or request.degree is not None:
         return True
     if not math.isfinite(statistics.plain.plain):
-        return True
-    exact, grad = search.exact.nominal, request.grad
+        return not any_slot
+    grad = request.grad
 
     def hopeful(degree: int | None) -> bool:
-        return degree is not None and polynomial_work(outline, max(1, degree), grad).nominal + _LOOKING < exact
+        return degree is not None and polynomial_work(outline, max(1, degree), grad).nominal + _LOOKING < exact.nominal
 
     if not hopeful(1):
         return False
-    least = statistics.least_bound
-    if not least or sample_work(outline, grad).nominal <= LOOK_IF_EXPECTED * exact:
+    bounds = statistics.least_bounds
+    least = float(bounds.min() if any_slot else bounds.max())
+    if not least or sample_work(outline, grad).nominal <= LOOK_IF_EXPECTED * exact.nominal:
         return True
     return hopeful(poly.smallest_degree(least, poly.relative_error_for(request.eps)))
 

@@ -1,0 +1,1 @@
+"""Heads with plans of their own: slots whose scores differ in size are planned, and computed, in groups."""

@@ -1,0 +1,92 @@
+"""Which slots of a problem are to be planned together, because about the same polynomial suffices for all of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from ...approximation.minimax import B_grid
+from ...problem.problem import Slots
+from ..base import Context
+from ..exact.cost import exact_work
+from ..polynomial.by_moments import expected_degree
+from ..polynomial.cost import polynomial_work
+from ..polynomial.worst_case import WorstCase, worth_measuring
+
+_PLAN = 4e-4  # seconds that planning and calling one more group takes
+_PART = 4  # slots are told apart where this pays if the groups differ in every so many of them
+_LOOK = 0.03  # what planning one more group may cost, as a part of its exact work
+# Below so many pairs of rows and keys a slot is computed exactly, whatever its scores are.
+_FEW_PAIRS = 2**14
+
+
+def groups(context: Context) -> list[Slots]:
+    """The slots in groups, those with the smallest scores first; one group if it does not pay to tell them apart.
+
+    The group of a slot depends on the bound of its own scores and on the shape of the call, and not on other slots.
+    """
+    outline, request = context.outline, context.request
+    H, _, n, n_k, *_ = outline.sizes
+    one = [slice(0, H)]
+    if H < 2 or n * n_k < _FEW_PAIRS or context.distributed or outline.family is not None:
+        return one
+    if request.method == "exact" or request.degree is not None:
+        return one
+    exact = exact_work(outline, request.grad)
+    if not worth_measuring(context, exact, any_slot=True):
+        return one
+    limit = exact.nominal if request.method == "auto" else math.inf
+    keys = _keys(context, limit, _LOOK * exact.nominal > _PART * _PLAN)
+    return [in_order(np.array(slots)) for _, slots in sorted(keys.items())]
+
+
+def _keys(context: Context, limit: float, many: bool) -> dict[tuple[int, float], list[int]]:
+    """The slots by (0, a degree that serves them for less than `limit` seconds), or by (1, the size of their scores).
+
+    Where no degree serves, slots are told apart by the power of two that their scores are within, if `many` are to be
+    told apart: moments, or a split of outliers, may serve some of them.
+    """
+    bounds = context.statistics.scores.of_slots.tolist()
+    degrees = {B: _degree(context, B) for B in {_rounded(B) for B in bounds}}
+    needed = {degree for degree in degrees.values() if degree is not None}
+    steps = list(_steps(context, needed, limit)) if needed else []
+    found: dict[tuple[int, float], list[int]] = {}
+    for slot, B in enumerate(bounds):
+        degree = degrees[_rounded(B)]
+        step = None if degree is None else next((step for step in steps if step >= degree), None)
+        key = (0, float(step)) if step is not None else (1, float(math.frexp(B)[1]) if many and B < math.inf else 0.0)
+        found.setdefault(key, []).append(slot)
+    return found
+
+
+def _rounded(B: float) -> float:
+    return B_grid(B) if B < math.inf else B
+
+
+def _degree(context: Context, B: float) -> int | None:
+    """About the degree that serves scores within B, as a look at the bound alone tells; None if none does."""
+    request, outline = context.request, context.outline
+    moments = WorstCase().lacks(outline) is None and not request.each_weight
+    # This is the mean square of the scores if queries and keys have no preferred direction.
+    square = B**2 / outline.sizes.d if moments and B < math.inf else None
+    return expected_degree(context, B, square, request.eps / 4 if request.grad else request.eps)
+
+
+def _steps(context: Context, needed: set[int], limit: float) -> Iterator[int]:
+    """Degrees, ascending, so far apart that it pays to compute slots of one apart from slots of the next."""
+    outline, grad = context.outline, context.request.grad
+    found, price = [], math.inf
+    for degree in range(max(needed), min(needed) - 1, -1):
+        seconds = polynomial_work(outline, degree, grad).nominal
+        if seconds < limit and (not found or seconds + _PART * _PLAN <= price):
+            found.append(degree)
+            price = seconds
+    return reversed(found)
+
+
+def in_order(slots: np.ndarray) -> Slots:
+    """Ascending indices; a slice where they follow one another."""
+    first, last = int(slots[0]), int(slots[-1])
+    return slice(first, last + 1) if last - first + 1 == len(slots) else slots
