@@ -9,8 +9,8 @@ from inside import chosen
 
 import ropecy
 from ropecy.engines.base import Context
-from ropecy.engines.by_head.executable import ByHead
-from ropecy.engines.by_head.groups import groups, in_order
+from ropecy.engines.parts.executable import InParts
+from ropecy.engines.parts.groups import groups, in_order
 from ropecy.problem.normal_form import normal_form
 from ropecy.problem.problem import Problem
 from ropecy.problem.request import Request
@@ -184,7 +184,7 @@ def test_products_with_the_matrix(rng):
 def test_an_executable_goes_between_processes(rng):
     case = _case(rng, [MILD, SHARP, MILD])
     choice = chosen(**case)
-    assert isinstance(choice.executable, ByHead)
+    assert isinstance(choice.executable, InParts)
     sent = pickle.loads(pickle.dumps(choice.executable.measured_by(None)))
     problem = normal_form(Problem(q=case["Q"][:, None], k=case["K"], v=case["V"]), False).problem
     received = sent.measured_by(Context.of(problem, Request()).statistics)

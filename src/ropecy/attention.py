@@ -14,7 +14,7 @@ from .engines.base import Context
 from .engines.exact import few_queries
 from .engines.exact.engine import Exact
 from .gradients import Gradients
-from .options import Options
+from .options import Integers, Options
 from .planning.evaluation import Evaluation
 from .problem import checks
 from .problem.arguments import Arguments, check_arguments, check_entries, check_method
@@ -70,7 +70,8 @@ def attention(
     key_mask: ArrayLike | None = None,
     q_positions: ArrayLike | None = None,
     k_positions: ArrayLike | None = None,
-    q_offset: int = 0,
+    q_offset: int | Integers = 0,
+    lengths: Integers | tuple[Integers, Integers] | None = None,
     eps: float = 1e-3,
     certify: str = "proof",
     method: str = "auto",
@@ -116,7 +117,10 @@ def attention(
         (n,) and (n_k,), or with all leading axes: what a Rotary rotates by. By default arange(n) + q_offset and
         arange(n_k). Masks, biases and families go by index all the same.
     q_offset : int
-        Index of the first query among the keys.
+        Index of the first query among the keys; with `lengths` one for all sequences, or (s,) integers.
+    lengths : (s,) integers or a pair of such, optional
+        Rows are sequences packed side by side, each of which sees itself alone: their lengths, or (those of queries,
+        those of keys), of which some may be 0. Masks, windows, biases and default positions count within a sequence.
     eps : float
         Every entry of the result is within eps * (max_j V_jc - min_j V_jc), over the keys that its row sees.
     certify : {"proof", "sample"}
@@ -192,7 +196,8 @@ def attention(
     request = Request(**check_method(eps=eps, certify=certify, method=method, degree=degree, seed=seed))
     arguments = check_arguments(
         Q, K, V, R, W=W, W_Q=W_Q, W_K=W_K, W_V=W_V, scale=scale, causal=causal, window=window, near=near, bias=bias,
-        key_mask=key_mask, q_positions=q_positions, k_positions=k_positions, q_offset=q_offset, threads=threads,
+        key_mask=key_mask, q_positions=q_positions, k_positions=k_positions, q_offset=q_offset, lengths=lengths,
+        threads=threads,
     )
     found = None
     if few_queries.serves(arguments, request):

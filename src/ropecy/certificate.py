@@ -138,7 +138,7 @@ class Certificate:
         if self.degree is not None:
             how += f", degree {self.degree} ({self.n_features:,} features)"
         coins = f" but for a probability of {self.failure:g} (seed {self.seed})" if self.failure else ""
-        if self.rule == "sampled" and not self.parts:
+        if self.rule == "sampled" and not self.parts and self.seed is not None:
             coins = f", {self._evidence()}, not proved"
         rows = f", {self.n_exact_rows:,} rows exactly" if self.n_exact_rows else ""
         storing = f", of which {self.storing:.2g} for storing it in half precision" if self.storing else ""
@@ -163,7 +163,7 @@ class Certificate:
 
 
 def together(heads: Sequence[tuple[tuple[int, ...], ...]], certificates: Sequence[Certificate]) -> Certificate:
-    """The certificate of heads that are computed in parts, given the heads of each part and its certificate."""
+    """The certificate of what is computed in parts, given the heads of each part, if it is some heads, and its own."""
 
     def one(values: set[str]) -> str:
         return values.pop() if len(values) == 1 else "mixed"
@@ -183,7 +183,7 @@ def together(heads: Sequence[tuple[tuple[int, ...], ...]], certificates: Sequenc
         failure=sum(c.failure for c in certificates),
         n_sampled=sum(c.n_sampled for c in certificates),
         storing=max(c.storing for c in certificates),
-        parts=tuple((own, replace(c, rows_truncation=None)) for own, c in zip(heads, certificates, strict=True)),
+        parts=tuple((own, replace(c, rows_truncation=None)) for own, c in zip(heads, certificates, strict=True) if own),
     )
 
 

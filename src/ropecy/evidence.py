@@ -13,6 +13,7 @@ from .certificate import CONFIDENCE, unseen
 from .certify.statistics import Statistics
 from .engines.exact.row_errors import row_errors
 from .engines.exact.rows import ExactRows
+from .engines.parts.selection import parts_of
 from .options import CheckOptions
 from .problem import checks
 from .problem.call import Call, prepare_for
@@ -142,7 +143,6 @@ def check(
     checks.check_finite("O", O)
     seed = call.request.seed
     seed = secrets.randbits(63) if seed is None else seed
-    problem = call.problem
     total = int(np.prod(call.shape[:-1]))
     count = min(rows, total)
     fraction = 0.0 if count == total else unseen(count)
@@ -152,27 +152,43 @@ def check(
         found = _gradient_errors(call, O, dO, chosen)
         error, worst = float(found.max()), int(chosen[found.argmax()])
     elif count and call.shape[-1]:
-        exact = _in_float64(problem)
-        bound = Statistics(exact).plain.plain
-        found = row_errors(exact, call.from_user(O).astype(np.float64), chosen, _unit(call.dtype), bound=bound)
+        found = _errors(call, O, chosen)
         error, worst = float(found.max()), int(chosen[found.argmax()])
     index = tuple(int(i) for i in np.unravel_index(worst, call.shape[:-1])) if total else ()
     of = _RANGE if dO is None else "the largest row of dQ"
     return Evidence(error, index, count, total, seed, CONFIDENCE, fraction, of)
 
 
+def _errors(call: Call, O: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """The error of each of the rows `chosen`, flat indices, in units of the ranges of their values."""
+    whole, o = _in_float64(call.problem), call.from_user(O).astype(np.float64)
+    marked, found = np.zeros(o.shape[:3], bool), np.zeros(o.shape[:3])
+    marked.reshape(-1)[chosen] = True
+    for part in parts_of(whole):
+        exact, rows = part.problem(whole), np.flatnonzero(part.rows(marked))
+        bound = Statistics(exact).plain.plain
+        errors = np.zeros(exact.q.shape[:3])
+        errors.reshape(-1)[rows] = row_errors(exact, part.rows(o), rows, _unit(call.dtype), bound=bound)
+        part.put_rows(found, errors)
+    return found.reshape(-1)[chosen]
+
+
 def _gradient_errors(call: Call, dQ: np.ndarray, dO: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     """||dQ_i - exact_i|| of the rows `chosen`, flat indices, by the largest ||exact_i|| among them."""
-    problem = _in_float64(call.problem)
-    found = InputGradients(*(np.zeros_like(X) for X in (problem.q, problem.k, problem.v)))
-    if not problem.empty:
-        marked = np.zeros(problem.q.shape[:3], bool)
-        marked.reshape(-1)[chosen] = True
-        do = call.from_user(dO).astype(np.float64)
-        o, lse = np.zeros_like(do), np.full(marked.shape, -np.inf)
-        rows = ExactRows(problem, np.inf, marked)
+    whole = _in_float64(call.problem)
+    found = InputGradients(*(np.zeros_like(X) for X in (whole.q, whole.k, whole.v)))
+    marked, upstream = np.zeros(whole.q.shape[:3], bool), call.from_user(dO).astype(np.float64)
+    marked.reshape(-1)[chosen] = True
+    for part in parts_of(whole):
+        problem, do = part.problem(whole), part.rows(upstream)
+        own = InputGradients(*(np.zeros_like(X) for X in (problem.q, problem.k, problem.v)))
+        if problem.empty:
+            continue
+        o, lse = np.zeros_like(do), np.full(do.shape[:3], -np.inf)
+        rows = ExactRows(problem, np.inf, part.rows(marked))
         rows.forward(o, lse)
-        rows.backward(o, lse, do, found)
+        rows.backward(o, lse, do, own)
+        part.put_rows(found.dq, own.dq)
     exact = call.gradients(found)["dQ"]
     exact, dQ = (X.reshape(-1, X.shape[-1])[chosen].astype(np.float64) for X in (exact, dQ))
     off, largest = np.linalg.norm(dQ - exact, axis=1), np.linalg.norm(exact, axis=1).max()

@@ -241,22 +241,23 @@ class AttentionMatrix(Operator):
         H, G, mask = problem.sizes.H, problem.sizes.G, problem.mask
         count = min(self.shape[-2:])
         q, k = problem.q[:, :, :count], problem.k[:, :count]
-        # All entries of the diagonal have this one offset.
-        t, (first, stop) = -mask.offset, mask.seen
-        seen = first <= t < stop
+        t, seen = mask.diagonal(count)
         diagonal = np.zeros((H, G, count))
-        if count and seen:
-            scale = problem.near[1] if problem.near is not None and abs(t) < problem.near[0] else problem.scale
+        if count and seen.any():
+            scale = problem.scale
+            if problem.near is not None:
+                scale = np.where(np.abs(t) < problem.near[0], problem.near[1], scale)
             if problem.family is not None:
-                q = q @ problem.family.matrix(-t, k.shape[-1])
+                # Without packed sequences all entries of the diagonal have one offset.
+                q = q @ problem.family.matrix(int(-t[0]), k.shape[-1])
             with np.errstate(over="ignore"):
                 scores = np.einsum("hgid,hid->hgi", q, k, dtype=np.float64)
                 scores *= scale
                 if problem.bias is not None:
-                    scores += problem.bias[..., problem.q.shape[2] - 1, None]
+                    scores += problem.bias[..., np.clip(t - mask.least, 0, mask.most - mask.least)]
                 np.exp(scores, out=diagonal)
-            if mask.kept is not None:
-                diagonal = np.where(mask.kept[:, None, :count], diagonal, 0)
+            seen = seen if mask.kept is None else seen & mask.kept[:, None, :count]
+            diagonal = np.where(seen, diagonal, 0)
         with np.errstate(over="ignore"):
             return diagonal.reshape(self.shape[:-2] + (count,)).astype(self.dtype)
 

@@ -257,6 +257,8 @@ def _prepare(
             checks.check_values(given[2])
         if isinstance(given[3], RelativeFamily):
             raise NotImplementedError("R: got a RelativeFamily, which attention over MPI ranks does not do")
+        if options.get("lengths") is not None:
+            raise NotImplementedError("lengths: got packed sequences, which attention over MPI ranks does not do")
         return check(*given, **options)
 
     a, request = ranks.together(checked)

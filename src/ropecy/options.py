@@ -5,11 +5,16 @@ Functions take ``**options: Unpack[Options]``, by which a misspelt name is an er
 
 from __future__ import annotations
 
-from typing import TypedDict
+from collections.abc import Sequence
+from typing import Any, TypeAlias, TypedDict
 
-from numpy.typing import ArrayLike
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from .relative import RelativeBias
+
+# One for each of some packed sequences.
+Integers: TypeAlias = Sequence[int] | NDArray[np.integer[Any]]
 
 
 class _Shared(TypedDict, total=False):
@@ -26,7 +31,8 @@ class _Shared(TypedDict, total=False):
     key_mask: ArrayLike | None
     q_positions: ArrayLike | None
     k_positions: ArrayLike | None
-    q_offset: int
+    q_offset: int | Integers
+    lengths: Integers | tuple[Integers, Integers] | None
     eps: float
     certify: str
     method: str

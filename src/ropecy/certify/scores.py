@@ -119,15 +119,10 @@ def measure_norms(problem: Problem, comm: Communicator = SERIAL) -> Norms:
     return Norms(q, k)
 
 
-def largest_score(problem: Problem) -> float:
-    """A bound of the scores in this process by the norms of queries and keys, as in `plain_scores`.
-
-    It is inf with a family, whose kernels do not use a bound.
-    """
-    if problem.family is not None:
-        return math.inf
-    product = _rows.largest_product(problem.q, problem.k, problem.mask.kept, problem.threads)
-    return product * room(problem) * abs(problem.scale)
+def largest_scores(problem: Problem) -> np.ndarray:
+    """Bounds of the scores of each slot, (H,), by the norms of queries and keys, as in `plain_scores`."""
+    factor = room(problem) * abs(problem.scale)
+    return _rows.largest_products(problem.q, problem.k, problem.mask.kept, factor, problem.threads)
 
 
 def plain_scores(problem: Problem, norms: Norms) -> Scores:

@@ -33,6 +33,7 @@ _WORDS = {
     "window": "a window",
     "causal": "a causal mask",
     "key_mask": "a key mask",
+    "packed": "packed sequences",
 }
 
 
@@ -114,10 +115,9 @@ class Executable(ABC):
         """Whether there will be a backward pass."""
         return self.gradient_certificate is not None
 
-    @property
-    def of_slots(self) -> tuple[tuple[Slots, Executable], ...]:
-        """Groups of slots and their executables; all slots and this executable where it runs all of them."""
-        return ((slice(None), self),)
+    def leaves(self, outline: Outline) -> tuple[tuple[Outline, Executable], ...]:
+        """The parts of a problem and their executables; the problem and this one alone where it runs the whole."""
+        return ((outline, self),)
 
     @abstractmethod
     def forward(self, problem: Problem, want_lse: bool, pieces: Pieces = WHOLE) -> Result:

@@ -17,7 +17,8 @@ cdef extern from "c/exact.h" nogil:
     ctypedef struct rc_exact_problem:
         ptrdiff_t heads, groups, n, n_k, d, d_v, lo, hi
         double scale, gain
-        int bounded, everywhere, masked
+        const unsigned char *bounded
+        int everywhere, masked
         const void *q
         const void *k
         const void *v
@@ -94,7 +95,8 @@ cdef void describe(rc_exact_problem *p, q, k, v, tables):
     p.n_k, p.d_v = v.shape[1:]
     p.q, p.k, p.v = pointer(q), pointer(k), pointer(v)
     p.lo, p.hi = tables.lo, tables.hi
-    p.scale, p.gain, p.bounded = tables.scale, tables.gain, tables.bounded
+    p.scale, p.gain = tables.scale, tables.gain
+    p.bounded = <const unsigned char *>pointer(tables.bounded)
     p.symbol, p.factor, p.key_shift = pointer(tables.symbol), pointer(tables.factor), pointer(tables.key_shift)
     p.everywhere, p.masked = tables.everywhere, tables.masked
     if tables.symbol is not None:
@@ -169,13 +171,15 @@ def forward(q, k, v, tables, bint want_lse, int threads):
 
 
 def segments_of(ptrdiff_t heads, ptrdiff_t n_k, dtype):
-    """Into how many parts, each with its own dq, backward cuts the keys: what keeps 8 threads busy."""
+    """Into how many parts, each with its own dq, backward cuts the keys of each of so many heads: what keeps 8 threads
+    busy.
+    """
     return max(1, min(8 // heads if heads else 1, pieces(n_k, functions_of(dtype).block)))
 
 
-def backward(saved, v, grad, bint want_dsymbol, int threads):
+def backward(saved, v, grad, bint want_dsymbol, ptrdiff_t segments, int threads):
     """dq, dk, dv and the gradient along diagonals (H, G, table length) float64, or None, for do = grad; `saved` is what
-    `engines.exact.streaming` keeps of a forward pass.
+    `engines.exact.streaming` keeps of a forward pass, `segments` into how many parts the keys of a head are cut.
 
     Time 2.5 forwards (5 products); memory: transposed copies of q and grad and one dq for each segment.
     """
@@ -185,11 +189,11 @@ def backward(saved, v, grad, bint want_dsymbol, int threads):
     cdef double pairs
     q, k, tables, dtype = saved.sized.q, saved.sized.k, saved.tables, v.dtype
     describe(p, q, k, v, tables)
+    p.segments = segments
     x.f = functions_of(dtype)
     x.blocks, x.tiles = pieces(p.n_k, x.f.block), pieces(p.n, x.f.tile)
     pairs = <double>p.heads * p.groups * p.n * p.n_k
     threads = team(threads, pairs * (3 * p.d + 2 * p.d_v + 30))
-    p.segments = segments_of(p.heads, p.n_k, dtype)
     dq, dk, dv = np.empty_like(q), np.empty_like(k), np.empty_like(v)
     key_pack = np.empty((p.heads, x.blocks * x.f.block, p.d), dtype)
     value_pack = np.empty((p.heads, x.blocks * x.f.block, p.d_v), dtype)

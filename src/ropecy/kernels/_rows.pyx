@@ -156,21 +156,19 @@ def largest_norms(x, keep, shift, int threads):
     return np.sqrt(found, out=found)
 
 
-def largest_product(q, k, keep, int threads):
-    """max_h max_i ||q_hi|| max_j ||k_hj||, of q (H, G, n, d) and the rows of k (H, n_k, d) that keep (H, n_k) has."""
+def largest_products(q, k, keep, double factor, int threads):
+    """factor max_i ||q_hi|| max_j ||k_hj||, (H,) float64, of q (H, G, n, d) and the rows of k (H, n_k, d) that keep
+    (H, n_k) has. 0 times inf is NaN: such norms bound nothing, and neither does their product.
+    """
     cdef ptrdiff_t H = k.shape[0], head
-    cdef double found = 0, product
     of_q = largest_norms(q.reshape(H, -1, k.shape[2]), None, None, threads)
     of_k = largest_norms(k, keep, None, threads)
     cdef const double *q_norms = <const double *>pointer(of_q)
     cdef const double *k_norms = <const double *>pointer(of_k)
+    found = np.empty(H)
+    cdef double *products = <double *>pointer(found)
     for head in range(H):
-        product = q_norms[head] * k_norms[head]
-        # 0 times inf is NaN: such norms bound nothing, and neither does their product.
-        if not product <= found:
-            found = product
-            if product != product:
-                break
+        products[head] = q_norms[head] * k_norms[head] * factor
     return found
 
 

@@ -128,11 +128,11 @@ def _tried(name: str, context: Context) -> Alternative:
 def _alternative(name: str, context: Context, choice: Choice) -> Alternative:
     outline, candidate, executable = context.outline, choice.candidate, choice.executable
     served, least = [], None
-    for slots, own in executable.of_slots:
+    for part, own in executable.leaves(outline):
         if own.engine == "polynomial" and WorstCase().lacks(outline) is None:
             certificate, gradient = own.certificate, own.gradient_certificate
             rule = {"moments": certificate.rule == "moments", "fourth": certificate.failure > 0}
-            served.append(Served(outline.slots(slots), certificate.degree, gradient and gradient.degree, **rule))
+            served.append(Served(part, certificate.degree, gradient and gradient.degree, **rule))
     if served:
         least = pays_from(served)
     seconds = seconds_of(candidate.work, outline.threads, context.request.grad)

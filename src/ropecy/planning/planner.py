@@ -6,12 +6,12 @@ from dataclasses import dataclass, field, replace
 
 from ..certificate import AccuracyWarning, BoundedEntryError, warn
 from ..engines.base import Candidate, Context, Engine, Executable, Refusal, Search
-from ..engines.by_head.engine import ByHeadEngine
 from ..engines.exact.cost import seconds_of
 from ..engines.exact.engine import Exact, ExactEngine
 from ..engines.fft.engine import FFTEngine
 from ..engines.near_far.engine import NearFarEngine
 from ..engines.outliers.engine import Outliers
+from ..engines.parts.engine import ByHead, BySequence
 from ..engines.polynomial.by_moments import Moments, may_serve
 from ..engines.polynomial.by_sample import Sampled
 from ..engines.polynomial.worst_case import WorstCase
@@ -68,6 +68,8 @@ def choose(context: Context) -> Choice:
     MemoryError
         The engine that is chosen needs more memory than there is.
     """
+    if context.outline.mask.packed is not None:
+        return _by_sequence(context)
     found = _by_head(context) or _by_sample(context) or _by_proof(context)
     require(found.candidate.bytes, f"the {found.candidate.engine} engine, beyond inputs and outputs,")
     if found.candidate.engine == "exact" and context.request.method == "auto":
@@ -102,7 +104,7 @@ def choose_and_warn(context: Context) -> Choice:
         of_degree = "" if degree is None else f" of degree {degree}, {certificate.n_features:,} features,"
         warn(f"{candidate.engine} attention{of_degree} is predicted to take {seconds:,.0f} s: {candidate.reason}")
     if request.method == "auto" and not request.each_weight:
-        exact = [own.certificate for _, own in candidate.executable.of_slots if own.engine == "exact"]
+        exact = [own.certificate for _, own in candidate.executable.leaves(outline) if own.engine == "exact"]
         certificate = max(exact, key=lambda found: found.error, default=None)
         if certificate is not None and certificate.error > request.eps:
             cure = "; float64 holds more" if outline.dtype.itemsize == 4 else ""
@@ -129,9 +131,20 @@ def looks_at_a_sample(context: Context) -> bool:
     return may_serve(context, search.of_rule("worst case"))
 
 
+def _by_sequence(context: Context) -> Choice:
+    """The choice of a plan for each shape of packed sequences."""
+    search = Search(context.request)
+    answer = BySequence(plan=lambda own: choose(own).candidate).offer(context, search)
+    if isinstance(answer, Refusal):
+        search.answers.append(answer)
+        raise _error(search, answer)
+    require(answer.bytes, "the sequences, beyond inputs and outputs,")
+    return _answered(search, answer)
+
+
 def _by_head(context: Context) -> Choice | None:
     """The choice of a plan for each group of heads, or None where one plan serves all."""
-    answer = ByHeadEngine(plan=lambda own: choose(own).candidate).offer(context, Search(context.request))
+    answer = ByHead(plan=lambda own: choose(own).candidate).offer(context, Search(context.request))
     if isinstance(answer, Refusal):
         return None
     return _answered(Search(context.request, [_EXACT.offer(context, Search(context.request))]), answer)

@@ -31,6 +31,7 @@ from .checks import (
     described,
     without_repeats,
 )
+from .packed import Packed, check_lengths
 from .request import METHODS
 
 # The arguments that are arrays of floating-point numbers, in the order in which their entries are checked.
@@ -80,6 +81,7 @@ class Arguments:
     q_positions: np.ndarray | None
     k_positions: np.ndarray | None
     threads: int
+    packed: Packed | None = None
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
@@ -109,7 +111,7 @@ def check_arguments(Q: Any, K: Any, V: Any, R: Any, **options: Any) -> Arguments
         As `attention` takes them; ``V=None`` where no values are needed.
     options
         All keyword arguments of `attention` that say what is computed: W, W_Q, W_K, W_V, scale, causal, window, near,
-        bias, key_mask, q_positions, k_positions, q_offset and threads.
+        bias, key_mask, q_positions, k_positions, q_offset, lengths and threads.
     """
     simple = _check_simple(R, options)
     factors = {"W": options["W"], "W_Q": options["W_Q"], "W_K": options["W_K"], "W_V": options["W_V"]}
@@ -130,9 +132,18 @@ def check_arguments(Q: Any, K: Any, V: Any, R: Any, **options: Any) -> Arguments
     key_mask, q_positions, k_positions = options["key_mask"], options["q_positions"], options["k_positions"]
     if key_mask is not None:
         key_mask = _key_mask(key_mask, lead, n_k)
+    packed = None
+    if options["lengths"] is not None:
+        if family is not None:
+            raise NotImplementedError("R: got a RelativeFamily, which packed sequences (lengths) do not have")
+        packed = check_lengths(options["lengths"], options["q_offset"], n, n_k)
     if R is not None:
-        q_positions = _positions("q_positions", q_positions, lead, n, start=simple["q_offset"])
+        q_positions = _positions("q_positions", q_positions, lead, n)
         k_positions = _positions("k_positions", k_positions, lead, n_k)
+        if q_positions is None:
+            q_positions = np.arange(n) + simple["q_offset"] if packed is None else packed.q_positions
+        if k_positions is None:
+            k_positions = np.arange(n_k) if packed is None else packed.k_positions
     return Arguments(
         **_NO_ARRAYS | given,
         **simple,
@@ -147,12 +158,14 @@ def check_arguments(Q: Any, K: Any, V: Any, R: Any, **options: Any) -> Arguments
         key_mask=key_mask,
         q_positions=q_positions,
         k_positions=k_positions,
+        packed=packed,
     )
 
 
 def _check_simple(R: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of `Arguments` that can be checked without looking at an array."""
-    q_offset = check_integer("q_offset", options["q_offset"])
+    # Of packed sequences each has its own; it is checked with their lengths.
+    q_offset = check_integer("q_offset", options["q_offset"]) if options["lengths"] is None else 0
     threads, near, bias = options["threads"], options["near"], options["bias"]
     threads = default_threads() if threads is None else min(check_integer("threads", threads, least=1), MOST_THREADS)
     lo, hi = band(check_flag("causal", options["causal"]), options["window"])
@@ -409,10 +422,10 @@ def _key_mask(key_mask: Any, lead: tuple[int, ...], n_k: int) -> np.ndarray | No
     return None if without_repeats(key_mask).all() else key_mask
 
 
-def _positions(name: str, positions: Any, lead: tuple[int, ...], length: int, start: int = 0) -> np.ndarray:
-    """Positions as int64, if their shape fits; by default start, start + 1, ..."""
+def _positions(name: str, positions: Any, lead: tuple[int, ...], length: int) -> np.ndarray | None:
+    """Positions as int64, if their shape fits; None where none are given."""
     if positions is None:
-        return np.arange(start, start + length, dtype=np.int64)
+        return None
     positions = np.asarray(positions)
     if positions.dtype.kind not in "iu" and positions.size:
         raise TypeError(f"{name}: got dtype {positions.dtype}, wants integers")

@@ -96,7 +96,7 @@ class Call:
         if kept is not None:
             kept = kept if kept.ndim > 1 else kept[None]
             kept = np.ascontiguousarray(spread(kept[..., None], a.batch, self.key_heads)[..., 0])
-        return Mask(a.n, a.n_k, a.lo, a.hi, a.q_offset, kept).simplified()
+        return Mask(a.n, a.n_k, a.lo, a.hi, a.q_offset, kept, a.packed).simplified()
 
     def _family(self) -> Family:
         values, pairs, zero = self.arguments.family._table(self.arguments.n_k)
@@ -208,7 +208,8 @@ class Call:
 
 _DEFAULTS = {
     "W": None, "W_Q": None, "W_K": None, "W_V": None, "scale": None, "causal": False, "window": None, "near": None,
-    "bias": None, "key_mask": None, "q_positions": None, "k_positions": None, "q_offset": 0, "threads": None,
+    "bias": None, "key_mask": None, "q_positions": None, "k_positions": None, "q_offset": 0, "lengths": None,
+    "threads": None,
 }
 _HOW = {"eps": 1e-3, "certify": "proof", "method": "auto", "degree": None, "seed": None}
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from .packed import Alike, Packed
+
 
 @dataclass(frozen=True, slots=True)
 class Mask:
@@ -21,6 +23,9 @@ class Mask:
         The index of row 0 among the keys.
     kept : (H, n_k) bool array or None
         True for the keys of a slot that are not hidden; None where all are kept.
+    packed : Packed or None
+        Where rows and keys are sequences packed side by side: row i sees keys of its own sequence alone, and t counts
+        within it, from the sequence's own offset.
     """
 
     n: int
@@ -29,6 +34,7 @@ class Mask:
     hi: int | None = None
     offset: int = 0
     kept: np.ndarray | None = None
+    packed: Packed | None = None
 
     @property
     def features(self) -> frozenset[str]:
@@ -38,6 +44,8 @@ class Mask:
             found |= {"causal"} if self.hi == 0 and self.lo is None else {"window"}
         if self.kept is not None:
             found |= {"key_mask"}
+        if self.packed is not None:
+            found |= {"packed"}
         return frozenset(found)
 
     @property
@@ -53,11 +61,15 @@ class Mask:
     @property
     def least(self) -> int:
         """The least t of any row and key, whether or not the band allows it."""
+        if self.packed is not None:
+            return self.packed.least
         return -(self.n - 1) - self.offset
 
     @property
     def most(self) -> int:
         """The largest t of any row and key, whether or not the band allows it."""
+        if self.packed is not None:
+            return self.packed.most
         return self.n_k - 1 - self.offset
 
     @property
@@ -83,6 +95,8 @@ class Mask:
         """Whether no row sees a key, or there are no rows."""
         if self.n == 0 or self.n_k == 0 or (self.kept is not None and not self.kept.any()):
             return True
+        if self.packed is not None:
+            return all(self.of_sequences(alike).empty for alike in self.packed.alike())
         if self.lo is None and self.hi is None:
             return False
         first, stop = self.seen
@@ -105,6 +119,16 @@ class Mask:
         """The mask by which every row sees all kept keys."""
         return Mask(self.n, self.n_k, kept=self.kept)
 
+    def diagonal(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """For the first `count` rows i: t of key i, and whether the band, and packed sequences, let row i see key i."""
+        if self.packed is None:
+            t, one = np.full(count, -self.offset), np.ones(count, np.bool_)
+        else:
+            t = self.packed.k_positions[:count] - self.packed.q_positions[:count]
+            one = self.packed.of_rows[:count] == self.packed.of_keys[:count]
+        first, stop = self.seen
+        return t, one & (first <= t) & (t < stop)
+
     def within(self, lo: int, hi: int | None) -> Mask:
         """The same mask, with the part of its band that lies in [lo, hi]."""
         lo = lo if self.lo is None else max(self.lo, lo)
@@ -120,6 +144,13 @@ class Mask:
         """The mask of the keys [0, stop)."""
         return replace(self, n_k=stop, kept=None if self.kept is None else self.kept[:, :stop])
 
+    def of_sequences(self, alike: Alike) -> Mask:
+        """The mask of packed sequences that are alike; each slot has all of them, one after the other."""
+        kept = None
+        if self.kept is not None:
+            kept = self.kept[:, alike.keys[:, None] + np.arange(alike.n_k)].reshape(-1, alike.n_k)
+        return Mask(alike.n, alike.n_k, self.lo, self.hi, alike.offset, kept).simplified()
+
     def slots(self, which: slice | np.ndarray) -> Mask:
         """The mask of some of the slots."""
         return self if self.kept is None else replace(self, kept=self.kept[which])
@@ -130,7 +161,8 @@ class Mask:
 
     def transposed(self) -> Mask:
         """The mask with rows and keys exchanged and both sequences reversed, which keeps the band; no key is hidden."""
-        return Mask(self.n_k, self.n, self.lo, self.hi, self.offset + self.n - self.n_k)
+        packed = None if self.packed is None else self.packed.transposed()
+        return Mask(self.n_k, self.n, self.lo, self.hi, self.offset + self.n - self.n_k, packed=packed)
 
     def reversed(self) -> Mask:
         """The mask of both sequences reversed, so that t becomes -t."""

@@ -60,6 +60,9 @@ class Origin:
     axes : tuple of int
         The user's leading axes of keys, whose elements the slots are in order: those of the batch, then key heads. ()
         where slots are not the user's.
+    heads : int or None
+        How many slots work is cut up for, where these are parts of a problem of that many slots, so that the results
+        of a slot do not depend on what it is computed together with; None for as many as there are.
     """
 
     q_lost: float = 0.0
@@ -71,10 +74,12 @@ class Origin:
     exponent: int = 0
     hidden: bool = False
     axes: tuple[int, ...] = ()
+    heads: int | None = None
 
-    def slots(self, which: Slots) -> Origin:
-        """The origin of some of the slots."""
-        return replace(self, k_norm=None if self.k_norm is None else self.k_norm[which], axes=())
+    def slots(self, which: Slots, H: int) -> Origin:
+        """The origin of some of H slots."""
+        k_norm = None if self.k_norm is None else self.k_norm[which]
+        return replace(self, k_norm=k_norm, axes=(), heads=self.heads or H)
 
     def named(self, slots: Slots, H: int) -> tuple[tuple[int, ...], ...]:
         """The indices of these of H slots along the user's leading axes."""
@@ -143,6 +148,11 @@ class Outline:
         return self.sizes.d if self.family is None else max(1, len(self.family.used))
 
     @property
+    def cut_for(self) -> int:
+        """How many slots work is cut up for."""
+        return self.origin.heads or self.sizes.H
+
+    @property
     def unit(self) -> float:
         """The unit of rounding of the dtype: the largest relative error of rounding a number."""
         return 2.0**-24 if self.dtype == np.float32 else 2.0**-53
@@ -161,7 +171,8 @@ class Outline:
         """The fields that slots may differ in, for some of the slots."""
         bias = self.bias if self.bias is None or len(self.bias) == 1 else self.bias[which]
         tail = None if self.tail is None else partial(_tail_of_slots, self.tail, self.sizes, which)
-        return {"mask": self.mask.slots(which), "bias": bias, "tail": tail, "origin": self.origin.slots(which)}
+        origin = self.origin.slots(which, self.sizes.H)
+        return {"mask": self.mask.slots(which), "bias": bias, "tail": tail, "origin": origin}
 
     def resized(self, n: int, n_k: int) -> Outline:
         """An outline with n rows and n_k keys that begin together, and with the same band.

@@ -20,10 +20,11 @@ def _kernels(problem: Outline) -> ModuleType:
     return streaming if problem.family is None else family
 
 
-def forward(problem: Problem, bound: float, want_lse: bool) -> tuple[np.ndarray, np.ndarray | None, Saved]:
+def forward(problem: Problem, bound: float | np.ndarray, want_lse: bool) -> tuple[np.ndarray, np.ndarray | None, Saved]:
     """O (H, G, n, d_v), lse float64 (H, G, n) or None, and what backward needs.
 
-    `bound` is a bound of the scores without their bias, or inf. If it is small, kernels keep no running maximum.
+    `bound` is a bound of the scores without their bias, one or one a slot, or inf. Where it is small, kernels keep no
+    running maximum.
     """
     return _kernels(problem).forward(problem, bound, want_lse)
 

@@ -7,7 +7,7 @@ import numpy as np
 from ...certificate import Certificate
 from ...certify.once import once
 from ...certify.rounding import exact_rounding
-from ...certify.scores import Scores, largest_score
+from ...certify.scores import Scores, largest_scores
 from ...certify.statistics import Statistics
 from ...certify.values import Values
 from ...problem.input_gradients import InputGradients
@@ -70,7 +70,9 @@ class Exact(Executable):
             return Result(o, lse, self, ring)
         # The gradient of the near field's scale needs the lse of the rows.
         want_lse = want_lse or (self._grad and problem.near is not None)
-        o, lse, saved = attention.forward(problem, largest_score(problem), want_lse)
+        # The kernels for families use no bounds.
+        bounds = largest_scores(problem) if problem.family is None else np.inf
+        o, lse, saved = attention.forward(problem, bounds, want_lse)
         return Result(o, lse, self, saved)
 
     def resume(self, problem: Problem, result: Result, o: np.ndarray, lse: np.ndarray) -> Result:

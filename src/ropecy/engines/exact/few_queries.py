@@ -57,7 +57,7 @@ def serves(a: Arguments, request: Request) -> bool:
     """
     if a.V is None or a.n > MOST_QUERIES or 0 in a.lead or 0 in (a.n, a.n_k, a.d_v):
         return False
-    more = (a.R, a.family, a.bias, a.near, a.W, a.W_Q, a.W_K, a.W_V)
+    more = (a.R, a.family, a.packed, a.bias, a.near, a.W, a.W_Q, a.W_K, a.W_V)
     if request.degree is not None or any(part is not None for part in more):
         return False
     if request.method != "exact" and (request.method != "auto" or request.eps < sums_rounding(a.compute, a.n_k)):

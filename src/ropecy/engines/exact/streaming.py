@@ -25,7 +25,7 @@ class Tables:
     hi: int
     scale: float
     gain: float
-    bounded: bool
+    bounded: np.ndarray  # (H,) bool
     everywhere: bool
     masked: bool
     grad_scale: float
@@ -68,14 +68,14 @@ class Saved:
     inverse: np.ndarray
 
 
-def forward(problem: Problem, bound: float, want_lse: bool) -> tuple[np.ndarray, np.ndarray | None, Saved]:
+def forward(problem: Problem, bound: float | np.ndarray, want_lse: bool) -> tuple[np.ndarray, np.ndarray | None, Saved]:
     """O (H, G, n, d_v), lse float64 (H, G, n) or None, and what backward needs.
 
     Parameters
     ----------
     problem : Problem
-    bound : float
-        A bound on ``|scale <q, k>|``, or inf; where it is small no running maximum is kept.
+    bound : float or (H,) array
+        A bound on ``|scale <q, k>|``, or inf; in slots where it is small no running maximum is kept.
     want_lse : bool
 
     Notes
@@ -100,7 +100,7 @@ def backward(problem: Problem, saved: Saved, do: np.ndarray) -> InputGradients:
     """
     want = problem.bias is not None
     sized = saved.sized
-    dq, dk, dv, diagonals = _exact.backward(saved, problem.v, do, want, problem.threads)
+    dq, dk, dv, diagonals = _exact.backward(saved, problem.v, do, want, segments(problem), problem.threads)
     if sized.of_q or sized.of_k or sized.of_scale:
         with np.errstate(over="ignore"):
             dq = np.ldexp(dq, sized.of_scale + sized.of_k)
@@ -128,10 +128,10 @@ def resume(problem: Problem, bound: float, o: np.ndarray, lse: np.ndarray) -> Sa
 
 def segments(problem: Outline) -> int:
     """Into how many parts backward cuts the keys."""
-    return _exact.segments_of(problem.sizes.H, problem.sizes.n_k, problem.dtype)
+    return _exact.segments_of(problem.cut_for, problem.sizes.n_k, problem.dtype)
 
 
-def _sized(problem: Problem, bound: float) -> Sized:
+def _sized(problem: Problem, bound: float | np.ndarray) -> Sized:
     """q, k and scales, by powers of two, so that no score overflows (entries of 1e155 in float64, a scale of 1e38 in
     float32) and no scale is subnormal.
     """
@@ -141,7 +141,8 @@ def _sized(problem: Problem, bound: float) -> Sized:
     power = math.frexp(scale)[1]
     power = power if abs(power) > 3 * info.maxexp // 4 else 0
     sized = Sized(q, k)
-    if bound < 1e30 and near is None and not power:
+    most = bound if type(bound) is float else _rows.largest(bound)
+    if most < 1e30 and near is None and not power:
         return sized
     largest = float(info.max) / 16
     top_q, top_k = (float(max(abs(x.max(initial=0)), abs(x.min(initial=0)))) for x in (q, k))
@@ -159,7 +160,7 @@ def _sized(problem: Problem, bound: float) -> Sized:
     return sized
 
 
-def _tables(problem: Problem, bound: float, sized: Sized) -> Tables:
+def _tables(problem: Problem, bound: float | np.ndarray, sized: Sized) -> Tables:
     gain, scale = sized.gain, math.ldexp(problem.scale, -sized.of_scale)
     dtype = problem.q.dtype
     tile, block, _ = _exact.blocking(dtype)
@@ -179,7 +180,7 @@ def _tables(problem: Problem, bound: float, sized: Sized) -> Tables:
         else:
             bias = problem.bias[..., ::-1][..., first:last]
             inside[...], bias_shift = from_the_largest(bias, LOG2E / gain, dtype)
-            reach += -float(inside.min(initial=0)) * gain / LOG2E
+            reach = reach - float(inside.min(initial=0)) * gain / LOG2E
     factor = None
     if problem.near is not None:
         width, scale_near = problem.near[0], math.ldexp(problem.near[1], -sized.of_scale)
@@ -191,14 +192,14 @@ def _tables(problem: Problem, bound: float, sized: Sized) -> Tables:
     key_shift[:, n_k:] = -np.inf
     if mask.kept is not None:
         key_shift[:, :n_k][~mask.kept] = -np.inf
-    bounded = gain == 1 and reach * LOG2E <= BOUNDED
-    bounded = bounded and _rows.largest(problem.v) * 2**BOUNDED * n_k < float(LIMITS[dtype].max)
+    small = gain == 1 and _rows.largest(problem.v) * 2**BOUNDED * n_k < float(LIMITS[dtype].max)
+    bounded = small & (reach * LOG2E <= BOUNDED)
     return Tables(
         lo=lo,
         hi=hi,
         scale=scale,
         gain=gain,
-        bounded=bounded,
+        bounded=bounded if type(bounded) is np.ndarray else np.full(heads, bounded, np.bool_),
         everywhere=problem.bias is not None or problem.near is not None,
         masked=mask.kept is not None,
         grad_scale=math.log(2) if problem.near is not None else scale,

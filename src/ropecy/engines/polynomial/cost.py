@@ -13,7 +13,7 @@ from ...certify.fourth_moments import STEPS, prefixes
 from ...certify.moments import chunk
 from ...certify.sample import SAMPLED_KEYS, SAMPLED_ROWS
 from ...problem.mask import Mask
-from ...problem.problem import Outline, Sizes
+from ...problem.problem import Origin, Outline, Sizes
 from ..cost import Work, speeds
 from ..exact.cost import exact_work
 from . import features
@@ -46,14 +46,18 @@ def polynomial_work(problem: Outline, degree: int, grad: bool, grad_degree: int 
     causal = problem.mask.causal
     offset = problem.mask.offset if causal else 0
     grad_degree = (grad_degree or degree + 1) if grad else 0
-    return _polynomial_work(problem.sizes, problem.dtype, offset if causal else None, degree, grad_degree)
+    at = offset if causal else None
+    return _polynomial_work(problem.sizes, problem.dtype, problem.cut_for, at, degree, grad_degree)
 
 
 @lru_cache(maxsize=1024)
-def _polynomial_work(sizes: Sizes, dtype: np.dtype, offset: int | None, degree: int, grad_degree: int) -> Work:
+def _polynomial_work(
+    sizes: Sizes, dtype: np.dtype, cut_for: int, offset: int | None, degree: int, grad_degree: int
+) -> Work:
     """`polynomial_work` by all that it depends on, so that it can be cached; `offset` is None without a causal mask."""
     (H, G, n, n_k, d, d_v), causal = sizes, offset is not None
-    problem = Outline(sizes=sizes, dtype=dtype, mask=Mask(n, n_k, hi=0 if causal else None))
+    mask = Mask(n, n_k, hi=0 if causal else None)
+    problem = Outline(sizes=sizes, dtype=dtype, mask=mask, origin=Origin(heads=cut_for))
     columns, item, s, offset = d_v + 1, dtype.itemsize, speeds(dtype), offset or 0
     grad, most = grad_degree > 0, max(degree, grad_degree)
     low, top, held = (n_features(d, g) for g in (degree, grad_degree, most))

@@ -242,7 +242,7 @@ def segments(problem: Outline, state_degree: int) -> int:
     state = 8 * H * features * (d_v + 1)
     # Adding up states costs little; but if causal, the keys of all segments but the last are read once more.
     least = max(1024, features) if problem.mask.causal else max(512, features // 4)
-    return max(1, min(-(-_SEGMENTS // H), max(n, n_k) // least, _STATE_BYTES // state))
+    return max(1, min(-(-_SEGMENTS // problem.cut_for), max(n, n_k) // least, _STATE_BYTES // state))
 
 
 def _monomials_for(

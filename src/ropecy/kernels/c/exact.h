@@ -19,7 +19,7 @@ typedef struct {
     ptrdiff_t lo, hi;                        /* row i sees key j when lo <= j - i <= hi */
     double scale;                            /* score = scale <q, k>; with `factor`, the factor of <q, k> is there */
     double gain;    /* a power of two that q and k were divided by, so that no score overflows; else 1 */
-    int bounded;    /* scores are so small that no running maximum is needed */
+    const unsigned char *bounded; /* (heads): 1 where scores are so small that no running maximum is needed */
     int everywhere; /* symbol or factor say more than the band: every block reads them */
     const void *q, *k, *v;
     /* Toeplitz tables read at u = i - j + n_k - 1, padded on both sides so that whole tiles and blocks may be

@@ -150,13 +150,14 @@ static void RC_NAME(forward)(const rc_exact_problem *p, ptrdiff_t head, ptrdiff_
     /* Of the stretches before this one, where there are any. */
     double sum[TILE], sum_before[TILE] = {0}, *before = (double *)(N + d_v * TILE);
     int blocks = 0;
+    const int bounded = p->bounded[head];
     RC_NAME(tile_load)((const REAL *)p->q + slot * d, d, rows, d, p->factor ? 1 : (REAL)(p->scale * LOG2E), 0, queries, TILE);
     for (ptrdiff_t i = 0; i < d_v * TILE; i++)
         N[i] = 0;
     /* The lowest number, below every score that is not masked, and finite, so that a masked score minus the maximum is
      * -inf and not NaN. */
     for (int i = 0; i < TILE; i++) {
-        maximum[i] = p->bounded ? 0 : RC_BITS == 32 ? -(REAL)__FLT_MAX__ : -(REAL)__DBL_MAX__;
+        maximum[i] = bounded ? 0 : RC_BITS == 32 ? -(REAL)__FLT_MAX__ : -(REAL)__DBL_MAX__;
         sum[i] = 0;
     }
     ptrdiff_t first, last;
@@ -178,7 +179,7 @@ static void RC_NAME(forward)(const rc_exact_problem *p, ptrdiff_t head, ptrdiff_
         vreal part[VECTORS];
         for (int v = 0; v < V; v++)
             part[v] = (vreal){0};
-        if (p->bounded) {
+        if (bounded) {
             for (ptrdiff_t j = 0; j < keys; j += KEYS)
                 if (m)
                     pairs->masked(d, queries, pack + j * d, P + j * TILE, part, m, row0, j0 + j);

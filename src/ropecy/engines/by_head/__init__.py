@@ -1,1 +1,0 @@
-"""Heads with plans of their own: slots whose scores differ in size are planned, and computed, in groups."""

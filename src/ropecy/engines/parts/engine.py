@@ -1,0 +1,145 @@
+"""Plans for parts of a problem: for heads whose scores are of about one size, and for packed sequences of one shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+
+from ...certificate import BoundedEntryError, named
+from ...problem.problem import Slots
+from ..base import Candidate, Context, Engine, Refusal, Search
+from ..cost import Work
+from ..exact.engine import ExactEngine
+from .executable import InParts, Part
+from .groups import groups, in_order
+from .selection import Heads, Sequences
+
+Plan = Callable[[Context], Candidate]
+
+
+@dataclass(slots=True)
+class ByHead(Engine):
+    """Offers to plan heads in groups, where one plan for all of them would cost more.
+
+    Parameters
+    ----------
+    plan : callable
+        ``plan(context)`` is the planner's candidate for the heads of a group.
+    """
+
+    plan: Plan
+
+    name: ClassVar[str] = "mixed"
+    SUPPORTS: ClassVar[frozenset[str]] = frozenset({"bias", "near", "window", "causal", "key_mask"})
+
+    def offer(self, context: Context, search: Search) -> Candidate | Refusal:
+        """A candidate, or a refusal where one plan serves all heads.
+
+        Raises
+        ------
+        BoundedEntryError
+            The engine that is insisted on has no candidate for some heads; the error names them.
+        """
+        if self.lacks(context.outline):
+            return Refusal(self.name)
+        together = groups(context)
+        if len(together) == 1:
+            return Refusal(self.name)
+        found = _exact_in_one(context, self._planned(context, together))
+        if len(found) == 1:
+            return found[0][1]
+        origin, H = context.outline.origin, context.outline.sizes.H
+        parts = [Part(Heads(slots), candidate.executable, origin.named(slots, H)) for slots, candidate in found]
+        reasons = _joined([(part.heads, own.reason) for part, (_, own) in zip(parts, found, strict=True)], named)
+        extra = max(0 if isinstance(slots, slice) else len(slots) for slots, _ in found) * _slot(context)
+        candidate = _of_parts(context, parts, [own for _, own in found], reasons, extra)
+        return candidate if context.request.method != "auto" or candidate.fits else Refusal(self.name)
+
+    def _planned(self, context: Context, together: list[Slots]) -> list[tuple[Slots, Candidate]]:
+        found, refused = [], []
+        for slots in together:
+            try:
+                found.append((slots, self.plan(context.slots(slots))))
+            except BoundedEntryError as error:
+                heads = context.outline.origin.named(slots, context.outline.sizes.H)
+                refused.append(f"{named(heads)}: {error}")
+        if refused:
+            raise BoundedEntryError("; ".join(refused))
+        return found
+
+
+@dataclass(slots=True)
+class BySequence(Engine):
+    """Offers a plan for each shape of packed sequences; those of one shape are slots of one problem.
+
+    Parameters
+    ----------
+    plan : callable
+        ``plan(context)`` is the planner's candidate for the sequences of one shape.
+    """
+
+    plan: Plan
+
+    name: ClassVar[str] = "mixed"
+    SUPPORTS: ClassVar[frozenset[str]] = frozenset({"bias", "near", "window", "causal", "key_mask", "packed"})
+
+    def offer(self, context: Context, search: Search) -> Candidate | Refusal:
+        lacking = self.lacks(context.outline)
+        if lacking:
+            return self.unable(lacking)
+        parts, found = [], []
+        for alike in context.outline.mask.packed.alike():
+            selection = Sequences(alike)
+            problem = selection.problem(context.problem)
+            if not problem.empty:
+                found.append(self.plan(Context.of(problem, context.request)))
+                parts.append(Part(selection, found[-1].executable))
+        reasons = [(part.selection.alike.which, own.reason) for part, own in zip(parts, found, strict=True)]
+        largest = max(part.selection.alike.which.size / context.outline.mask.packed.size for part in parts)
+        extra = largest * context.outline.sizes.H * _slot(context)
+        return _of_parts(context, parts, found, _joined(reasons, _counted), extra)
+
+
+def _exact_in_one(context: Context, found: list[tuple[Slots, Candidate]]) -> list[tuple[Slots, Candidate]]:
+    """The groups, with all heads that are computed exactly in one of them, the last."""
+    exact = [(slots, candidate) for slots, candidate in found if candidate.engine == "exact"]
+    if len(exact) < 2:
+        return found
+    every = np.arange(context.outline.sizes.H)
+    slots = in_order(np.sort(np.concatenate([every[own] for own, _ in exact])))
+    own = context if len(exact) == len(found) else context.slots(slots)
+    merged = ExactEngine().offer(own, Search(context.request))
+    merged = replace(merged, reason=exact[-1][1].reason)
+    return [pair for pair in found if pair[1].engine != "exact"] + [(slots, merged)]
+
+
+def _of_parts(
+    context: Context, parts: list[Part], found: list[Candidate], reason: str, extra: float
+) -> Candidate:
+    """The candidate that runs all parts; `extra` are the bytes of the copies that are taken out of the whole."""
+    executable = InParts(tuple(parts), context.request.grad)
+    work = sum((candidate.work for candidate in found), Work())
+    return Candidate(executable, work, sum(candidate.bytes for candidate in found) + extra, reason)
+
+
+def _joined(reasons: list[tuple[Sequence, str]], words: Callable[[tuple], str]) -> str:
+    """The reasons of all parts, each once, after what they are the reasons for."""
+    found: dict[str, list] = {}
+    for which, reason in reasons:
+        found.setdefault(reason, []).extend(which)
+    if len(found) == 1:
+        return next(iter(found))
+    return "; ".join(f"{words(tuple(which))}: {reason}" for reason, which in found.items())
+
+
+def _counted(which: tuple) -> str:
+    return f"{len(which):,} sequence{'s' * (len(which) > 1)}"
+
+
+def _slot(context: Context) -> float:
+    """The bytes of the rows, keys, values and results of a slot."""
+    _, G, n, n_k, d, d_v = context.piece.sizes
+    return (G * n + n_k) * (d + d_v) * context.piece.dtype.itemsize * (2 if context.request.grad else 1)

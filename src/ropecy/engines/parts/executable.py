@@ -1,0 +1,119 @@
+"""Attention whose parts are computed one after the other, each by an executable of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ...certificate import Certificate, together
+from ...certify.once import once
+from ...certify.statistics import Statistics
+from ...problem.input_gradients import InputGradients
+from ...problem.pieces import WHOLE, Pieces
+from ...problem.problem import Outline, Problem
+from ..base import Executable, Result
+from .selection import Selection
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of a problem, what runs it, and the heads that it has, as users know them; () where it is not some heads.
+    """
+
+    selection: Selection
+    executable: Executable
+    heads: tuple[tuple[int, ...], ...] = ()
+
+
+class InParts(Executable):
+    """Parts of a problem, each with an executable of its own. Rows that are in no part see no key.
+
+    Attributes
+    ----------
+    parts : tuple of Part
+    """
+
+    def __init__(self, parts: tuple[Part, ...], grad: bool) -> None:
+        self.parts, self._grad = parts, grad
+
+    @property
+    def engine(self) -> str:
+        engines = {part.executable.engine for part in self.parts}
+        return engines.pop() if len(engines) == 1 else "mixed"
+
+    @property
+    def grad(self) -> bool:
+        return self._grad
+
+    def leaves(self, outline: Outline) -> tuple[tuple[Outline, Executable], ...]:
+        return sum((part.executable.leaves(part.selection.outline(outline)) for part in self.parts), ())
+
+    @once
+    def certificate(self) -> Certificate:
+        return self.together([part.executable.certificate for part in self.parts])
+
+    @once
+    def gradient_certificate(self) -> Certificate | None:
+        return self.together([part.executable.gradient_certificate for part in self.parts]) if self._grad else None
+
+    def together(self, certificates: list[Certificate]) -> Certificate:
+        """The certificate of the whole, given those of the parts."""
+        return together([part.heads for part in self.parts], certificates)
+
+    def storing(self, dtype: np.dtype) -> float:
+        return max(part.executable.storing(dtype) for part in self.parts)
+
+    def measured_by(self, statistics: Statistics | None) -> InParts:
+        def measured(part: Part) -> Part:
+            own = None if statistics is None else statistics.slots(part.selection.slots)
+            return replace(part, executable=part.executable.measured_by(own))
+
+        return InParts(tuple(measured(part) for part in self.parts), self._grad)
+
+    def forward(self, problem: Problem, want_lse: bool, pieces: Pieces = WHOLE) -> Result:
+        rows = problem.q.shape[:3]
+        o = np.zeros((*rows, problem.sizes.d_v), problem.dtype)
+        lse, found = np.full(rows, -np.inf) if want_lse else None, []
+        for part in self.parts:
+            selection = part.selection
+            own = part.executable.forward(selection.problem(problem), want_lse, pieces)
+            selection.put_rows(o, own.o)
+            if lse is not None:
+                selection.put_rows(lse, own.lse)
+            found.append(own)
+        return _Results(o, lse, self, found)
+
+    def backward(self, problem: Problem, result: Result, do: np.ndarray, pieces: Pieces = WHOLE) -> InputGradients:
+        found = InputGradients(*(np.zeros_like(X) for X in (problem.q, problem.k, problem.v)))
+        for part, own in zip(self.parts, result.saved, strict=True):
+            selection = part.selection
+            of_part = own.backward(selection.problem(problem), selection.rows(do), pieces)
+            selection.put_rows(found.dq, of_part.dq)
+            selection.put_keys(found.dk, of_part.dk)
+            selection.put_keys(found.dv, of_part.dv)
+            found.symbol += tuple(selection.symbol(symbol, problem.sizes.H) for symbol in of_part.symbol)
+            if of_part.scale_near is not None:
+                found.scale_near = of_part.scale_near + (found.scale_near or 0.0)
+        return found
+
+
+@dataclass(slots=True)
+class _Results(Result):
+    """The results of all parts; `saved` is the list of the results of each."""
+
+    @property
+    def certificate(self) -> Certificate:
+        return self._together([own.certificate for own in self.saved])
+
+    @property
+    def gradient_certificate(self) -> Certificate | None:
+        return self._together([own.gradient_certificate for own in self.saved]) if self.executable.grad else None
+
+    def _together(self, certificates: list[Certificate]) -> Certificate:
+        """The certificate of the whole, each row with the truncation of its own part."""
+        rows = np.zeros(self.o.shape[:3])
+        for part, result, own in zip(self.executable.parts, self.saved, certificates, strict=True):
+            of_rows = own.rows_truncation
+            part.selection.put_rows(rows, np.full(result.o.shape[:3], own.truncation) if of_rows is None else of_rows)
+        return replace(self.executable.together(certificates), rows_truncation=rows)

@@ -1,0 +1,160 @@
+"""Which part of a problem is computed together, how its arrays are taken out, and where its results belong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+
+from ...approximation.bias_forms import FarGradient
+from ...problem.input_gradients import SymbolGradient
+from ...problem.mask import Mask
+from ...problem.packed import Alike
+from ...problem.problem import Outline, Problem, Slots
+
+
+class Selection(Protocol):
+    """A part of a problem of H slots of G query heads, n rows and n_k keys."""
+
+    def problem(self, whole: Problem) -> Problem:
+        """The part as a problem of its own."""
+
+    def outline(self, whole: Outline) -> Outline:
+        """The outline of that problem."""
+
+    def rows(self, X: np.ndarray) -> np.ndarray:
+        """The part's rows of X (H, G, n, ...), contiguous."""
+
+    def put_rows(self, into: np.ndarray, X: np.ndarray) -> None:
+        """Writes the part's rows to their places."""
+
+    def put_keys(self, into: np.ndarray, X: np.ndarray) -> None:
+        """Writes what belongs to the part's keys to its places in an array (H, n_k, ...)."""
+
+    def symbol(self, found: SymbolGradient, H: int) -> SymbolGradient:
+        """The part's gradient of a bias, for all H slots of the whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """Some of the slots."""
+
+    slots: Slots
+
+    def problem(self, whole: Problem) -> Problem:
+        return whole.slots(self.slots)
+
+    def outline(self, whole: Outline) -> Outline:
+        return Outline.slots(whole, self.slots)
+
+    def rows(self, X: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(X[self.slots])
+
+    def put_rows(self, into: np.ndarray, X: np.ndarray) -> None:
+        into[self.slots] = X
+
+    def put_keys(self, into: np.ndarray, X: np.ndarray) -> None:
+        into[self.slots] = X
+
+    def symbol(self, found: SymbolGradient, H: int) -> SymbolGradient:
+        """The gradient, which is 0 in the other slots."""
+        slots = np.arange(H)[self.slots]
+
+        def spread(X: np.ndarray, axis: int) -> np.ndarray:
+            before, after = X.shape[:axis], X.shape[axis + 1 :]
+            each = X.shape[axis] // len(slots)
+            into = np.zeros((*before, H, each, *after), X.dtype)
+            into[(slice(None),) * axis + (slots,)] = X.reshape(*before, len(slots), each, *after)
+            return into.reshape(*before, H * each, *after)
+
+        return _changed(found, spread)
+
+
+@dataclass(frozen=True, slots=True)
+class Sequences:
+    """Packed sequences of one shape. Slot h of the whole becomes a slot for each of its m sequences, one by one."""
+
+    alike: Alike
+
+    def problem(self, whole: Problem) -> Problem:
+        outline, q, k, v = self.outline(whole), self.rows(whole.q), self._keys(whole.k), self._keys(whole.v)
+        own = {name: getattr(outline, name) for name in ("mask", "bias", "tail", "origin")}
+        return replace(whole, q=q, k=k, v=v, **own)
+
+    def outline(self, whole: Outline) -> Outline:
+        H, m = whole.sizes.H, len(self.alike.which)
+        mask = whole.mask.of_sequences(self.alike)
+        found = whole.outline(mask=Mask(mask.n, mask.n_k)).slots(np.repeat(np.arange(H), m))
+        bias = found.bias
+        if bias is not None:
+            first = mask.least - whole.mask.least
+            bias = np.ascontiguousarray(bias[..., first : first + mask.n + mask.n_k - 1])
+        sizes = found.sizes._replace(H=H * m, n=mask.n, n_k=mask.n_k)
+        return found.outline(sizes=sizes, mask=mask, bias=bias)
+
+    def rows(self, X: np.ndarray) -> np.ndarray:
+        return _taken(X, self.alike.rows, self.alike.n, 2)
+
+    def _keys(self, X: np.ndarray) -> np.ndarray:
+        return _taken(X, self.alike.keys, self.alike.n_k, 1)
+
+    def put_rows(self, into: np.ndarray, X: np.ndarray) -> None:
+        _put(into, X, self.alike.rows, self.alike.n, 2)
+
+    def put_keys(self, into: np.ndarray, X: np.ndarray) -> None:
+        _put(into, X, self.alike.keys, self.alike.n_k, 1)
+
+    def symbol(self, found: SymbolGradient, H: int) -> SymbolGradient:
+        """The gradient, summed over the sequences of each slot."""
+        m = len(self.alike.which)
+
+        def summed(X: np.ndarray, axis: int) -> np.ndarray:
+            before, after = X.shape[:axis], X.shape[axis + 1 :]
+            X = X.reshape(*before, H, m, -1, *after).sum(axis=axis + 1)
+            return X.reshape(*before, -1, *after)
+
+        return _changed(found, summed)
+
+
+def parts_of(problem: Problem) -> Iterator[Selection]:
+    """The parts of a problem for what knows no packed sequences: all of it, or the sequences of each shape."""
+    packed = problem.mask.packed
+    if packed is None:
+        yield Heads(slice(None))
+        return
+    for alike in packed.alike():
+        yield Sequences(alike)
+
+
+def _changed(found: SymbolGradient, change: Callable[[np.ndarray, int], np.ndarray]) -> SymbolGradient:
+    """The gradient of a bias with ``change(array, axis of the slots)`` in the place of each of its arrays."""
+    far = found.values
+    if not isinstance(far, FarGradient):
+        return SymbolGradient(change(far, 0), found.first)
+    near = None if far.symbol is None else change(far.symbol, 0)
+    return SymbolGradient(
+        replace(far, symbol=near, flow=change(far.flow, 2), moment=change(far.moment, 1)), found.first
+    )
+
+
+def _index(starts: np.ndarray, length: int) -> slice | np.ndarray:
+    """Where stretches of this length from these starts on lie; a slice where each begins where the last one ends."""
+    if (np.diff(starts) == length).all():
+        return slice(int(starts[0]), int(starts[0]) + len(starts) * length)
+    return (starts[:, None] + np.arange(length)).reshape(-1)
+
+
+def _taken(X: np.ndarray, starts: np.ndarray, length: int, axis: int) -> np.ndarray:
+    """Stretches of X (H, ..., n, ...) along `axis` as slots of their own, (H m, ..., length, ...), contiguous."""
+    found = X[(slice(None),) * axis + (_index(starts, length),)]
+    found = found.reshape(*X.shape[:axis], len(starts), length, *X.shape[axis + 1 :])
+    found = np.ascontiguousarray(np.moveaxis(found, axis, 1))
+    return found.reshape(-1, *found.shape[2:])
+
+
+def _put(into: np.ndarray, X: np.ndarray, starts: np.ndarray, length: int, axis: int) -> None:
+    """The inverse of `_taken`."""
+    X = np.moveaxis(X.reshape(len(into), len(starts), *X.shape[1:]), 1, axis)
+    into[(slice(None),) * axis + (_index(starts, length),)] = X.reshape(*into.shape[:axis], -1, *into.shape[axis + 1 :])

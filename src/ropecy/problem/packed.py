@@ -1,0 +1,150 @@
+"""Sequences packed side by side: where each lies among the rows and keys of an array, and which of them are alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .checks import check_integer, described
+
+
+class Alike(NamedTuple):
+    """Sequences of one shape: n rows and n_k keys each, the first row at the index `offset` among the keys.
+
+    Attributes
+    ----------
+    n, n_k, offset : int
+    rows, keys : (m,) int array
+        Where the rows, and where the keys, of each of the m sequences begin.
+    which : (m,) int array
+        Which sequences they are.
+    """
+
+    n: int
+    n_k: int
+    offset: int
+    rows: np.ndarray
+    keys: np.ndarray
+    which: np.ndarray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Packed:
+    """The lengths of sequences that lie one after the other; each sees itself alone.
+
+    Attributes
+    ----------
+    q_lengths, k_lengths : (s,) int64 arrays
+        How many rows, and how many keys, each sequence has.
+    offsets : (s,) int64 array
+        The index of the first row of each sequence among its keys.
+    """
+
+    q_lengths: np.ndarray
+    k_lengths: np.ndarray
+    offsets: np.ndarray
+
+    @property
+    def size(self) -> int:
+        """How many sequences there are."""
+        return len(self.q_lengths)
+
+    @property
+    def q_positions(self) -> np.ndarray:
+        """The index of each row among the keys of its sequence, (n,)."""
+        return _counted(self.q_lengths) + np.repeat(self.offsets, self.q_lengths)
+
+    @property
+    def k_positions(self) -> np.ndarray:
+        """The index of each key in its sequence, (n_k,)."""
+        return _counted(self.k_lengths)
+
+    @property
+    def of_rows(self) -> np.ndarray:
+        """Which sequence each row is of, (n,)."""
+        return np.repeat(np.arange(self.size), self.q_lengths)
+
+    @property
+    def of_keys(self) -> np.ndarray:
+        """Which sequence each key is of, (n_k,)."""
+        return np.repeat(np.arange(self.size), self.k_lengths)
+
+    @property
+    def least(self) -> int:
+        """The least j - i - offset of a row and a key of one sequence."""
+        return int(-(self.q_lengths - 1 + self.offsets).max(initial=0, where=self._both))
+
+    @property
+    def most(self) -> int:
+        """The largest j - i - offset of a row and a key of one sequence."""
+        return int((self.k_lengths - 1 - self.offsets).max(initial=0, where=self._both))
+
+    @property
+    def _both(self) -> np.ndarray:
+        """Which sequences have both rows and keys."""
+        return (self.q_lengths > 0) & (self.k_lengths > 0)
+
+    def alike(self) -> Iterator[Alike]:
+        """The sequences that have rows and keys, those of one shape together."""
+        shapes = np.stack([self.q_lengths, self.k_lengths, self.offsets], axis=1)
+        rows, keys = (np.cumsum(lengths) - lengths for lengths in (self.q_lengths, self.k_lengths))
+        which = np.flatnonzero(self._both)
+        kinds, kind = np.unique(shapes[which], axis=0, return_inverse=True)
+        order = np.argsort(kind.reshape(-1), kind="stable")
+        ends = np.cumsum(np.bincount(kind.reshape(-1), minlength=len(kinds)))
+        for shape, first, last in zip(kinds.tolist(), [0, *ends], ends, strict=False):
+            own = which[order[first:last]]
+            yield Alike(*shape, rows[own], keys[own], own)
+
+    def transposed(self) -> Packed:
+        """The same sequences with rows and keys exchanged, and all of them reversed; see `Mask.transposed`."""
+        q, k = self.q_lengths[::-1], self.k_lengths[::-1]
+        return Packed(k, q, self.offsets[::-1] + q - k)
+
+
+def _counted(lengths: np.ndarray) -> np.ndarray:
+    """0, 1, ... in each of these lengths."""
+    return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+
+
+def check_lengths(lengths: Any, q_offset: Any, n: int, n_k: int) -> Packed:
+    """The packed sequences that `lengths` and `q_offset` say, of n rows and n_k keys in all.
+
+    Parameters
+    ----------
+    lengths : (s,) integers, or a pair of such
+        The lengths of sequences of as many rows as keys, or those of rows and those of keys.
+    q_offset : int or (s,) integers
+    """
+    pair = isinstance(lengths, (tuple, list)) and len(lengths) == 2 and all(np.ndim(part) for part in lengths)
+    q, k = (_integers("lengths", part) for part in (lengths if pair else (lengths, lengths)))
+    if len(q) != len(k):
+        raise ValueError(f"lengths: got {len(q)} lengths of queries and {len(k)} of keys, wants one of each a sequence")
+    for own, rows, name in ((q, n, "queries"), (k, n_k, "keys")):
+        if own.min(initial=0) < 0:
+            raise ValueError(f"lengths: got {own.min()}, wants integers of at least 0")
+        total = sum(own.tolist())
+        if total != rows:
+            raise ValueError(f"lengths: got {len(own)} that add up to {total}, wants {rows} as there are {name}")
+    if np.ndim(q_offset) == 0:
+        offsets = np.full(len(q), check_integer("q_offset", q_offset))
+    else:
+        offsets = _integers("q_offset", q_offset)
+        if len(offsets) != len(q):
+            raise ValueError(f"q_offset: got {len(offsets)} numbers, wants one, or {len(q)}, one for each sequence")
+    return Packed(q, k, offsets)
+
+
+def _integers(name: str, value: Any) -> np.ndarray:
+    """A vector of integers below 2^62 in size, as int64."""
+    found = np.asarray(value)
+    if found.ndim != 1:
+        raise ValueError(f"{name}: got {described(value)} of shape {found.shape}, wants a vector of integers")
+    if found.dtype.kind not in "iu" and found.size:
+        raise TypeError(f"{name}: got dtype {found.dtype}, wants integers")
+    for end in (found.min(initial=0), found.max(initial=0)):
+        check_integer(name, int(end))
+    return found.astype(np.int64)
