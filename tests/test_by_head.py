@@ -63,8 +63,9 @@ def test_a_sharp_head_leaves_the_others_their_polynomial(options, rng, ours):
     assert np.all(np.abs(O - dense.O) <= certificate.rows_truncation[..., None] * 2 + 1e-9)
 
 
-@pytest.mark.parametrize("options", ["plain", "causal", "key mask", "alibi", "near"])
-@pytest.mark.parametrize("group", [1, 2])
+@pytest.mark.parametrize(
+    ("options", "group"), [("plain", 2), ("causal", 1), ("key mask", 1), ("alibi", 2), ("near", 1)]
+)
 def test_gradients_are_those_of_every_head(options, group, rng, ours):
     case = {**_case(rng, [MILD, SHARP, MILD], n=2000, group=group), **OPTIONS[options]}
     if "key_mask" in case:
@@ -102,9 +103,9 @@ def test_degrees_of_their_own_and_one_engine(rng):
     assert degrees == sorted(degrees)
     assert certificate.degree == degrees[-1]
     assert certificate.error >= max(part.error for _, part in certificate.parts)
-    # One head more, sharper than all others, changes the plan of none.
     assert sorted(sum((heads for heads, _ in certificate.parts), ())) == [(h,) for h in range(6)]
-    _assert_within(O, certificate, oracle.attention(**case))
+    some = oracle.attention(**{**case, "Q": case["Q"][:, ::20]})
+    _assert_within(O[:, ::20], certificate, some)
 
 
 def test_heads_alike_have_one_plan(rng):
