@@ -85,6 +85,42 @@ def assert_result(case, O, certificate, blocks):
         assert_within("O", off, allowed, f"what is certified: {certificate}")
 
 
+def sequences(case, rows, keys):
+    """The rows and keys of each of some packed sequences of these lengths, and its case by itself."""
+    q, k = (np.concatenate([[0], np.cumsum(lengths)]) for lengths in (rows, keys))
+    offsets = np.broadcast_to(case.get("q_offset", 0), len(rows))
+    for j in range(len(rows)):
+        own, at = slice(q[j], q[j + 1]), slice(k[j], k[j + 1])
+        one = {**case, "Q": case["Q"][..., own, :], "K": case["K"][..., at, :], "V": case["V"][..., at, :]}
+        if "key_mask" in case:
+            one["key_mask"] = case["key_mask"][..., at]
+        if "q_offset" in case:
+            one["q_offset"] = int(offsets[j])
+        yield own, at, one
+
+
+def assert_packed_result(case, rows, keys, O, certificate):
+    """As `assert_result`, each sequence by itself; the range is the largest of all sequences."""
+    found, extents, sizes, lost = [], [0.0], [0.0], [0.0]
+    for own, at, one in sequences(case, rows, keys):
+        if own.start == own.stop or at.start == at.stop:
+            assert not O[..., own, :].any()
+            continue
+        dense = oracle.attention(**one, dtype=finest(case["Q"].dtype))
+        extents.append(column_ranges(one, dense).max(initial=0))
+        sizes.append(np.abs(np.where(kept(one, dense), dense.v, 0)).max(initial=0))
+        lost.append(computed("V", one, dense).max(initial=0))
+        found.append((own, dense.O, dense.value_range))
+    largest, of_rows = (max(extents) or max(sizes)) + max(lost), certificate.rows_truncation
+    for own, expected, ranges in found:
+        assert_finite("O", O[..., own, :], np.abs(expected))
+        allowed = ROOM * certificate.rounding * largest
+        if of_rows is not None:
+            allowed = allowed + (1 + 1e-6) * np.minimum(of_rows[..., own, None], HUGE) * ranges
+        off = np.abs(O[..., own, :].astype(expected.dtype) - expected)
+        assert_within("O", off, allowed, f"what is certified: {certificate}")
+
+
 def assert_gradients(case, dO, g, blocks):
     """Each gradient is within what `Certificate` says of it; dO is 0 in rows that are in no block."""
     exact, allowed = {}, {}

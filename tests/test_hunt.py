@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from inside import measure, measure_values
 from moment_cases import DATA, adversarial, by_moments, problem_of, row_errors, seen_by_rows, values_for
 from oracle import Family
-from promises import ROOM, assert_gradients, assert_result, assert_within
+from promises import ROOM, assert_gradients, assert_packed_result, assert_result, assert_within
 
 import ropecy
 
@@ -209,6 +209,27 @@ def test_long_problems(drawn):
     assert np.isfinite(O.astype(np.float64)).all()
     assert_result(case, O, vjp.certificate, blocks)
     assert_gradients(case, dO, vjp(dO), blocks)
+
+
+@hunting_numbers
+@given(hunted.words(hunted.SHORT))
+def test_packed_sequences_of_any_size(drawn):
+    if "family" in drawn["rotated"]:
+        drawn = {**drawn, "rotated": "no"}
+    case, _ = hunted.short(drawn)
+    rng, count = np.random.default_rng(drawn["seed"] + 1), 1 + drawn["seed"] % 6
+    cuts = (np.sort(rng.integers(0, case[name].shape[-2] + 1, count - 1)) for name in "QK")
+    rows, keys = (np.diff([0, *at, case[name].shape[-2]]) for name, at in zip("QK", cuts, strict=True))
+
+    def call(**how):
+        return ropecy.attention(**how, lengths=(rows, keys), return_certificate=True)
+
+    found = answered(call, case, drawn)
+    if found is None:
+        return
+    O, certificate, warned = found
+    assert_warned_where_eps_is_not_certified(warned, certificate, drawn)
+    assert_packed_result(case, rows, keys, O, certificate)
 
 
 # ---- long texts ----

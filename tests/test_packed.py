@@ -4,6 +4,7 @@ import numpy as np
 import oracle
 import pytest
 from conftest import relative_bias, rotary
+from promises import sequences
 
 import ropecy
 
@@ -20,26 +21,12 @@ def _case(rng, rows=ROWS, keys=KEYS, heads=(), dtype=np.float64):
     return {"Q": Q.astype(dtype), "K": K.astype(dtype), "V": V.astype(dtype), "scale": 0.1}
 
 
-def _alone(case, rows, keys):
-    """The arguments of each sequence by itself, with the place of its rows and of its keys."""
-    q, k = (np.concatenate([[0], np.cumsum(lengths)]) for lengths in (rows, keys))
-    offsets = np.broadcast_to(case.get("q_offset", 0), len(rows))
-    for j in range(len(rows)):
-        own, at = slice(q[j], q[j + 1]), slice(k[j], k[j + 1])
-        one = {**case, "Q": case["Q"][..., own, :], "K": case["K"][..., at, :], "V": case["V"][..., at, :]}
-        if "key_mask" in case:
-            one["key_mask"] = case["key_mask"][..., at]
-        if "q_offset" in case:
-            one["q_offset"] = int(offsets[j])
-        yield own, at, one
-
-
 def _expected(case, rows, keys, dO=None):
     """O, lse, the range of the values of each row's sequence, and the gradients for dO, by the dense oracle."""
     lead = np.broadcast_shapes(case["Q"].shape[:-2], case["V"].shape[:-2])
     O, lse = np.zeros((*lead, rows.sum(), D_V)), np.full((*lead, rows.sum()), -np.inf)
     ranges, gradients = np.zeros_like(O), {}
-    for own, at, one in _alone(case, rows, keys):
+    for own, at, one in sequences(case, rows, keys):
         if own.start == own.stop or at.start == at.stop:
             continue
         dense = oracle.attention(**one)
@@ -84,7 +71,7 @@ CASES = [(name, method) for name, (_, methods) in OPTIONS.items() for method in 
 
 
 @pytest.mark.parametrize(("name", "method"), CASES)
-def test_each_sequence_gives_what_it_gives_alone(name, method, rng):
+def test_each_sequence_gives_what_it_givessequences(name, method, rng):
     case = {**_case(rng), **OPTIONS[name][0]}
     dO = rng.standard_normal((ROWS.sum(), D_V))
     O, lse, ranges, gradients = _expected(case, ROWS, KEYS, dO)
@@ -105,7 +92,7 @@ def test_each_sequence_gives_what_it_gives_alone(name, method, rng):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("name", ["plain", "causal", "rotary", "window", "key mask", "alibi", "offsets"])
-def test_exact_sequences_are_bitwise_what_they_are_alone(name, dtype, rng):
+def test_exact_sequences_are_bitwise_what_they_aresequences(name, dtype, rng):
     # Calls of at most 8 queries read keys where they lie, in an order of their own; and the keys of very few rows are
     # centred.
     rows, keys = np.array([70, 33, 33, 150, 70]), np.array([70, 33, 35, 180, 70])
@@ -120,7 +107,7 @@ def test_exact_sequences_are_bitwise_what_they_are_alone(name, dtype, rng):
     O, vjp = ropecy.attention_vjp(**_ours(case), lengths=(rows, keys), method="exact")
     g, forward = vjp(dO), ropecy.attention(**_ours(case), lengths=(rows, keys), method="exact", threads=1)
     assert np.array_equal(O, forward)
-    for own, at, one in _alone(case, rows, keys):
+    for own, at, one in sequences(case, rows, keys):
         alone, of_one = ropecy.attention_vjp(**_ours(one), method="exact")
         assert np.array_equal(O[:, own], alone)
         h = of_one(dO[:, own])
@@ -185,7 +172,7 @@ def test_products_with_the_matrix(causal, rng):
     X, Y = case.pop("V"), rng.standard_normal((ROWS.sum(), 3))
     A = ropecy.AttentionMatrix(**_ours(case), lengths=(ROWS, KEYS))
     dense = np.zeros((ROWS.sum(), KEYS.sum()))
-    for own, at, one in _alone({**case, "V": X}, ROWS, KEYS):
+    for own, at, one in sequences({**case, "V": X}, ROWS, KEYS):
         t = np.arange(at.stop - at.start) - np.arange(own.stop - own.start)[:, None]
         weights = np.exp(one["scale"] * one["Q"] @ one["K"].T - 0.2 * np.abs(t))
         dense[own, at] = np.where((t <= 0) | (not causal), weights, 0)

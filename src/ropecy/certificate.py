@@ -83,7 +83,8 @@ class Certificate:
         ``error - storing`` is at most eps.
     parts : tuple of (tuple, Certificate)
         Where heads have plans of their own: (heads, certificate) for those that were computed together. A head is the
-        tuple of its indices along the leading axes of the keys, such as (batch, key head). () where all have one plan.
+        tuple of its indices along the leading axes of the keys, such as (batch, key head). The units of a part's
+        `rounding` are those of its own values. () where all have one plan.
 
     Notes
     -----
@@ -162,8 +163,12 @@ class Certificate:
         return f"{rows}, and with confidence {CONFIDENCE:.0%} at most {part:.1%} of the others are past half of it"
 
 
-def together(heads: Sequence[tuple[tuple[int, ...], ...]], certificates: Sequence[Certificate]) -> Certificate:
-    """The certificate of what is computed in parts, given the heads of each part, if it is some heads, and its own."""
+def together(
+    heads: Sequence[tuple[tuple[int, ...], ...]], certificates: Sequence[Certificate], units: Sequence[float]
+) -> Certificate:
+    """The certificate of what is computed in parts, given the heads of each part, if it is some heads, its certificate,
+    and the unit that its rounding is in, in units of that of the whole.
+    """
 
     def one(values: set[str]) -> str:
         return values.pop() if len(values) == 1 else "mixed"
@@ -177,12 +182,11 @@ def together(heads: Sequence[tuple[tuple[int, ...], ...]], certificates: Sequenc
         max(c.bound for c in certificates),
         one({c.rule for c in certificates}),
         max(c.truncation for c in certificates),
-        max(c.rounding for c in certificates),
+        max(unit * c.rounding for unit, c in zip(units, certificates, strict=True)),
         n_exact_rows=sum(c.n_exact_rows for c in certificates),
         seed=seeds[0] if seeds else None,
         failure=sum(c.failure for c in certificates),
         n_sampled=sum(c.n_sampled for c in certificates),
-        storing=max(c.storing for c in certificates),
         parts=tuple((own, replace(c, rows_truncation=None)) for own, c in zip(heads, certificates, strict=True) if own),
     )
 

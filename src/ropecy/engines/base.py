@@ -145,6 +145,13 @@ class Executable(ABC):
         """What one process sends and receives in a call in which no row fails its certificate."""
         return Traffic()
 
+    @property
+    def unit(self) -> tuple[float, float]:
+        """The size of values that rounding is in units of, and the largest range of a column of values; they differ
+        where all columns are constant, so that the latter is 0.
+        """
+        return (1.0, 0.0) if self.values is None else (self.values.spread, self.values.extent)
+
     def storing(self, dtype: np.dtype) -> float:
         """What storing O in the dtype of the call adds to its error, in units of the range; 0 but in half precision."""
         return self.values.storing(dtype) if dtype.itemsize == 2 and self.values is not None else 0.0

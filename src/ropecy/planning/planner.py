@@ -104,9 +104,8 @@ def choose_and_warn(context: Context) -> Choice:
         of_degree = "" if degree is None else f" of degree {degree}, {certificate.n_features:,} features,"
         warn(f"{candidate.engine} attention{of_degree} is predicted to take {seconds:,.0f} s: {candidate.reason}")
     if request.method == "auto" and not request.each_weight:
-        exact = [own.certificate for _, own in candidate.executable.leaves(outline) if own.engine == "exact"]
-        certificate = max(exact, key=lambda found: found.error, default=None)
-        if certificate is not None and certificate.error > request.eps:
+        certificate = candidate.executable.certificate
+        if certificate.error > request.eps:
             cure = "; float64 holds more" if outline.dtype.itemsize == 4 else ""
             warn(
                 f"no engine certifies eps = {request.eps:g}: rounding in {outline.dtype} alone may be "

@@ -148,7 +148,8 @@ class Mask:
         """The mask of packed sequences that are alike; each slot has all of them, one after the other."""
         kept = None
         if self.kept is not None:
-            kept = self.kept[:, alike.keys[:, None] + np.arange(alike.n_k)].reshape(-1, alike.n_k)
+            kept = np.ascontiguousarray(self.kept[:, alike.keys[:, None] + np.arange(alike.n_k)])
+            kept = kept.reshape(-1, alike.n_k)
         return Mask(alike.n, alike.n_k, self.lo, self.hi, alike.offset, kept).simplified()
 
     def slots(self, which: slice | np.ndarray) -> Mask:

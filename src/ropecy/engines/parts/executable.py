@@ -59,10 +59,22 @@ class InParts(Executable):
 
     def together(self, certificates: list[Certificate]) -> Certificate:
         """The certificate of the whole, given those of the parts."""
-        return together([part.heads for part in self.parts], certificates)
+        return together([part.heads for part in self.parts], certificates, self._weights)
+
+    @once
+    def unit(self) -> tuple[float, float]:
+        units, extents = zip(*(part.executable.unit for part in self.parts), strict=True)
+        return max(extents) or max(units), max(extents)
+
+    @property
+    def _weights(self) -> list[float]:
+        """The unit of each part's rounding, in units of that of the whole."""
+        whole = self.unit[0] or 1.0
+        return [part.executable.unit[0] / whole for part in self.parts]
 
     def storing(self, dtype: np.dtype) -> float:
-        return max(part.executable.storing(dtype) for part in self.parts)
+        parts = zip(self.parts, self._weights, strict=True)
+        return max(weight * part.executable.storing(dtype) for part, weight in parts)
 
     def measured_by(self, statistics: Statistics | None) -> InParts:
         def measured(part: Part) -> Part:
