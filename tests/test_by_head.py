@@ -102,7 +102,24 @@ def test_degrees_of_their_own_and_one_engine(rng):
     assert len(degrees) >= 2
     assert degrees == sorted(degrees)
     assert certificate.degree == degrees[-1]
-    assert certificate.error >= max(part.error for _, part in certificate.parts)
+    assert certificate.truncation == max(part.truncation for _, part in certificate.parts)
+    # The rounding of a part is in units of the range of its own values.
+    assert 0 < certificate.rounding <= max(part.rounding for _, part in certificate.parts)
+
+
+def test_heads_of_constant_values_round_in_the_unit_of_all(rng):
+    case = _case(rng, [MILD, SHARP, MILD])
+    case["V"][1], case["V"][::2] = 1e6, case["V"][::2] * 1e-3
+    O, certificate = ropecy.attention(**case, return_certificate=True, causal=True)
+    dense = oracle.attention(**case, causal=True)
+    assert certificate.engine == "mixed"
+    allowed = certificate.truncation * dense.value_range + certificate.rounding * 2e-3
+    assert np.all(np.abs(O - dense.O) <= allowed)
+
+
+def test_every_head_is_in_one_part(rng):
+    case = _case(rng, np.geomspace(0.05, 4, 6), n=3000)
+    O, certificate = ropecy.attention(**case, eps=1e-3, method="polynomial", return_certificate=True)
     assert sorted(sum((heads for heads, _ in certificate.parts), ())) == [(h,) for h in range(6)]
     some = oracle.attention(**{**case, "Q": case["Q"][:, ::20]})
     _assert_within(O[:, ::20], certificate, some)
