@@ -393,6 +393,43 @@ def counted(function):
     return sum(ranks.sent for ranks in made), len(messages)
 
 
+def unlike_heads(rng, n=1600):
+    """Heads whose scores are small but for one, which a polynomial does not serve."""
+    Q, K = (cases.unit_rows(rng.standard_normal((2, n, 4))) for _ in "QK")
+    Q, K = (np.concatenate([X, cases.unit_rows(rng.standard_normal((2, n, 4)))]) for X in (Q, K))
+    Q[1] *= 40.0
+    return {"Q": Q, "K": K, "V": rng.uniform(-1, 1, (4, n, 3))}
+
+
+def test_heads_have_plans_of_their_own():
+    rng = np.random.default_rng(23)
+    slopes = np.array([0.02, 0.03, 0.05, 0.04])
+    dO = rng.standard_normal((4, 1600, 3))
+    for options in ({"causal": True}, {}, {"causal": True, "bias": ropecy.RelativeBias.alibi(slopes)}):
+        case = {**unlike_heads(rng), **options}
+        exact, alone = ropecy.attention(**case, method="exact"), ropecy.attention_vjp(**case)[1]
+        expected = ropecy.attention_vjp(**case, method="exact")[1](dO)
+        assert alone.certificate.engine == "mixed"
+        for how, same in (("unequal", True), ("empty first", False)):
+            own, mine = piece(case, how, same)
+            O, certificate = ropecy.mpi.attention(COMM, **own, return_certificate=True)
+            assert certificate.engine == "mixed"
+            assert [heads for heads, _ in certificate.parts] == [((0,), (2,), (3,)), ((1,),)]
+            assert np.all(np.abs(O - exact[:, mine["Q"]]) <= 2 * certificate.error)
+            np.testing.assert_allclose(O[1], exact[1][mine["Q"]], rtol=0, atol=1e-12)
+            _, vjp = ropecy.mpi.attention_vjp(COMM, **own)
+            g = vjp(dO[:, mine["Q"]])
+            assert vjp.certificate.engine == "mixed"
+            for name, rows in (("dQ", "Q"), ("dK", "K"), ("dV", "K")):
+                found, truth = getattr(g, name), getattr(expected, name)[:, mine[rows]]
+                assert np.linalg.norm(found - truth) <= 2e-2 * np.linalg.norm(truth) + 1e-12, name
+            if "bias" in case:
+                np.testing.assert_allclose(g.dbias, expected.dbias, rtol=2e-2)
+    case = {**unlike_heads(rng), "causal": True}
+    for plan, _ in check_exchange(case, "unequal"):
+        assert plan.engine == "mixed"
+
+
 def test_gradients_of_queries_and_keys_of_unlike_sizes():
     rng = np.random.default_rng(3)
     Q, K, V, dO = rng.uniform(-1, 1, (4, 2, 90, 3))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..problem.communicator import SERIAL, Communicator
-from ..problem.problem import Outline
+from ..problem.problem import Outline, Slots
 
 
 @dataclass(slots=True)
@@ -25,6 +25,10 @@ class Hidden:
     between: np.ndarray
     start: np.ndarray
     end: np.ndarray
+
+    def slots(self, which: Slots) -> Hidden:
+        """Those of some of the slots."""
+        return Hidden(self.between[which], self.start[which], self.end[which])
 
 
 def hidden_keys(problem: Outline, comm: Communicator = SERIAL) -> Hidden:

@@ -11,7 +11,7 @@ import numpy as np
 from ..approximation import minimax as poly
 from ..kernels import _quartic, _rows
 from ..problem.communicator import SERIAL, Communicator
-from ..problem.problem import Outline, Problem
+from ..problem.problem import Outline, Problem, Slots
 from .fourth_moments import Fourth
 from .moments import TILE, RowFits, far_keys, gradient_error
 from .once import once
@@ -119,6 +119,24 @@ class Sample:
         self._share, self._lost = values.share, scores.lost
         self._means: dict[int, np.ndarray] = {}
         self._seen: tuple[np.ndarray, np.ndarray] | None = None
+
+    def slots(self, which: Slots, scores: Scores, values: Values) -> Sample:
+        """The rows and keys of some of the slots, whose scores and values these are; of a sequence in pieces."""
+        H = len(self._y)
+        heads, of_head = np.arange(H)[which], self.n_rows // H
+        place = np.full(H, -1)
+        place[heads] = np.arange(len(heads))
+        rows = place[self._head] >= 0
+        found = object.__new__(Sample)
+        found._head, found._row, found._x = place[self._head[rows]], self._row[rows], self._x[rows]
+        found.index = self.index[rows] + (found._head - self._head[rows]) * of_head
+        found.weight, found.sizes = self.weight[rows], self.sizes[rows]
+        found.second, found.first = self.second[rows], self.first[rows]
+        found.n_rows, found.every = of_head * len(heads), None
+        found._y, found._products = self._y[which], self._products[which]
+        found._share, found._lost = values.share, scores.lost
+        found._means, found._seen = {}, None
+        return found
 
     @staticmethod
     def _some_keys(problem: Problem, scores: Scores, step: int) -> tuple[np.ndarray, np.ndarray]:

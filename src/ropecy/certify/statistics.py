@@ -71,11 +71,18 @@ class Statistics:
         return Sample(self.problem, self.scores, self.values, self._comm)
 
     def slots(self, which: Slots) -> Statistics:
-        """The statistics of some of the slots; the bounds of their scores are not measured again."""
+        """The statistics of some of the slots; the bounds of their scores are not measured again.
+
+        If the sequence is in pieces, nothing is, so that no messages are needed.
+        """
         found = Statistics(self.problem.slots(which), self._comm)
         found._norms = self._norms.slots(which)
         found.plain = plain_scores(found.problem, found._norms)
         found.scores = self.scores.slots(which, found.plain)
+        if self._comm.distributed:
+            found.values, found.hidden = self.values.slots(which, found.problem), self.hidden.slots(which)
+            if "sample" in vars(self):
+                found.sample = self.sample.slots(which, found.scores, found.values)
         return found
 
     def fourth(self, seed: int | None) -> Fourth:

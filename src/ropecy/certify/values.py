@@ -10,7 +10,7 @@ import numpy as np
 
 from ..kernels import _rows
 from ..problem.communicator import SERIAL, Communicator
-from ..problem.problem import Problem
+from ..problem.problem import Problem, Slots
 
 _MANY = 2**14  # the most values of a column that its median is taken of; of a longer column, some at equal distances
 
@@ -54,6 +54,11 @@ class Values:
     varied: float = 0.0
     spread: float = 0.0
 
+    def slots(self, which: Slots, problem: Problem) -> Values:
+        """Those of some of the slots, of which `problem` consists."""
+        ends = (X[which] for X in (self.low, self.high, self.mean))
+        return _sized(Values(self.middle[which], 1.0, *ends, self.far), problem)
+
     @property
     def extent(self) -> float:
         """max_c range_j(v_jc) before the normal form, 0 where all columns are constant."""
@@ -80,23 +85,27 @@ def measure_values(problem: Problem, comm: Communicator = SERIAL) -> Values:
         low[empty], high[empty] = 0, 0
     half_low, half_high = 0.5 * low, 0.5 * high
     middle = half_low + half_high
-    spread = float((half_high - half_low).max())
-    largest = max(float(high.max()), -float(low.min()))
     mean = total / kept_keys(problem, comm)[:, None]
     far = False
     if problem.mask.causal and not comm.distributed:
         crowded = np.abs(mean - middle) > 0.9 * (half_high - half_low)
         if far := bool(crowded.any()):
             middle = np.where(crowded, medians(problem).astype(v.dtype), middle)
-    found = Values(middle, 1.0, low, high, mean, far, 0.5 * largest / spread if spread else 1.0)
-    origin, unit = problem.origin, float(np.finfo(v.dtype).eps) / 2
-    found.varied = largest
+    return _sized(Values(middle, 1.0, low, high, mean, far), problem)
+
+
+def _sized(found: Values, problem: Problem) -> Values:
+    """The values with the numbers that follow from the ends of their columns."""
+    spread = float((0.5 * found.high - 0.5 * found.low).max())
+    largest = max(float(found.high.max()), -float(found.low.min()))
+    origin, unit = problem.origin, problem.unit
+    found.residual, found.varied = 0.5 * largest / spread if spread else 1.0, largest
     if origin.largest is not None:
         largest, found.varied = origin.largest, origin.varied
     # The range of float64 values may be past the largest number.
     found.spread = min(2 * math.ldexp(spread, origin.exponent), sys.float_info.max) or largest
     if found.spread:
-        found.offset = (found.storing(v.dtype) + origin.v_lost * largest / found.spread) / unit
+        found.offset = (found.storing(problem.dtype) + origin.v_lost * largest / found.spread) / unit
     return found
 
 

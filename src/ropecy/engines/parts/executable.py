@@ -12,6 +12,7 @@ from ...certify.statistics import Statistics
 from ...problem.input_gradients import InputGradients
 from ...problem.pieces import WHOLE, Pieces
 from ...problem.problem import Outline, Problem
+from ...problem.traffic import Sender, Traffic
 from ..base import Executable, Result
 from .selection import Selection
 
@@ -83,13 +84,17 @@ class InParts(Executable):
 
         return InParts(tuple(measured(part) for part in self.parts), self._grad)
 
+    def traffic(self, sender: Sender) -> Traffic:
+        own = (replace(sender, outline=part.selection.outline(sender.outline)) for part in self.parts)
+        return sum((part.executable.traffic(of) for part, of in zip(self.parts, own, strict=True)), Traffic())
+
     def forward(self, problem: Problem, want_lse: bool, pieces: Pieces = WHOLE) -> Result:
         rows = problem.q.shape[:3]
         o = np.zeros((*rows, problem.sizes.d_v), problem.dtype)
         lse, found = np.full(rows, -np.inf) if want_lse else None, []
         for part in self.parts:
             selection = part.selection
-            own = part.executable.forward(selection.problem(problem), want_lse, pieces)
+            own = part.executable.forward(selection.problem(problem), want_lse, selection.pieces(pieces))
             selection.put_rows(o, own.o)
             if lse is not None:
                 selection.put_rows(lse, own.lse)
@@ -100,7 +105,7 @@ class InParts(Executable):
         found = InputGradients(*(np.zeros_like(X) for X in (problem.q, problem.k, problem.v)))
         for part, own in zip(self.parts, result.saved, strict=True):
             selection = part.selection
-            of_part = own.backward(selection.problem(problem), selection.rows(do), pieces)
+            of_part = own.backward(selection.problem(problem), selection.rows(do), selection.pieces(pieces))
             selection.put_rows(found.dq, of_part.dq)
             selection.put_keys(found.dk, of_part.dk)
             selection.put_keys(found.dv, of_part.dv)

@@ -30,7 +30,7 @@ def groups(context: Context) -> list[Slots]:
     outline, request = context.outline, context.request
     H, _, n, n_k, *_ = outline.sizes
     one = [slice(0, H)]
-    if H < 2 or n * n_k < _FEW_PAIRS or context.distributed or outline.family is not None:
+    if H < 2 or n * n_k < _FEW_PAIRS or outline.family is not None:
         return one
     if request.method == "exact" or request.degree is not None:
         return one

@@ -12,6 +12,7 @@ from ...approximation.bias_forms import FarGradient
 from ...problem.input_gradients import SymbolGradient
 from ...problem.mask import Mask
 from ...problem.packed import Alike
+from ...problem.pieces import Pieces
 from ...problem.problem import Outline, Problem, Slots
 
 
@@ -23,6 +24,9 @@ class Selection(Protocol):
 
     def outline(self, whole: Outline) -> Outline:
         """The outline of that problem."""
+
+    def pieces(self, pieces: Pieces) -> Pieces:
+        """Where the part's pieces lie, if the sequence is in pieces."""
 
     def rows(self, X: np.ndarray) -> np.ndarray:
         """The part's rows of X (H, G, n, ...), contiguous."""
@@ -48,6 +52,17 @@ class Heads:
 
     def outline(self, whole: Outline) -> Outline:
         return Outline.slots(whole, self.slots)
+
+    def pieces(self, pieces: Pieces) -> Pieces:
+        whole = pieces.symbol
+        if whole is None:
+            return pieces
+
+        def symbol(first: int, last: int) -> np.ndarray:
+            found = whole(first, last)
+            return found if len(found) == 1 else found[self.slots]
+
+        return replace(pieces, symbol=symbol)
 
     def rows(self, X: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(X[self.slots])
@@ -93,6 +108,9 @@ class Sequences:
             bias = np.ascontiguousarray(bias[..., first : first + mask.n + mask.n_k - 1])
         sizes = found.sizes._replace(H=H * m, n=mask.n, n_k=mask.n_k)
         return found.outline(sizes=sizes, mask=mask, bias=bias)
+
+    def pieces(self, pieces: Pieces) -> Pieces:
+        return pieces
 
     def rows(self, X: np.ndarray) -> np.ndarray:
         return _taken(X, self.alike.rows, self.alike.n, 2)
