@@ -36,6 +36,7 @@ STATES = {
     "plain": {},
     "no_tokens": {"n": 0},
     "no_window": {"window": None, "lead": ()},
+    "near": {"window": None, "near": (5, 3.0)},
     "float64": {"dtype": np.float64, "window": 90},
     "decays": {"slopes": [0.5, 0.25, 0.0, 1e-3]},
     "history": {"on_break": "exact"},
@@ -130,7 +131,7 @@ def test_files_of_earlier_versions(window, slopes, version):
     # So many tokens that the ring holds no more than the window, as it did.
     state, q = make(n=128 + (window or 0), window=window, slopes=slopes, eps=1e-6)
     header, arrays = parts(content(state))
-    del header["folded"], header["asked"]
+    del header["folded"], header["asked"], header["options"]["near"]
     if version == 1:
         del header["slopes"]
     old = {"state": arrays["state"] / np.exp(state._sums.phase).reshape(-1, 1, 1), "centre": arrays["first"]}
@@ -158,7 +159,7 @@ HEADERS = {
     "largest": (-1.0, float("nan"), float("inf"), "x"),
     "lead": ([0], [2, 2], [-2], [10**18], "ab", [1.5], [[2]], [2] * 40),
     "dtype": ("int64", "nothing", None, 3),
-    "version": (0, 4, "3", None, 2),
+    "version": (0, 5, "4", None, 2),
     "slopes": ("a", [[1.0]], [0.5] * 3, [-1.0], -1.0, {}, float("nan")),
     "R": ([], {}, 3, {"base": 0}),
     "options": ([], {}, None),
@@ -170,6 +171,7 @@ OPTIONS = {
     "bound": (0, 1e9, None, 1e-9),
     "scale": (float("inf"), "1"),
     "window": (0, 10**18, 1.5, 80),
+    "near": (3, [1], [0, 1.0], [5, None], [5, float("nan")], {}),
     "on_break": ("ignore", None, "exact"),
 }
 

@@ -71,6 +71,7 @@ CASES = {
     "a token with a decay": (80, {"bias": ropecy.RelativeBias.alibi([0.1, 0.3])}, step, 1),
     "a token for which others leave the ring": (69, {"window": 5}, step, 1),
     "a token for which others decay": (64, {"bias": ropecy.RelativeBias.alibi(0.1)}, step, 2),
+    "a token of a near field": (10, {"near": (5, 30.0)}, step, 2),
     "tokens": (70, {}, extend, 5),
     "a token beside a history": (10, {"on_break": "exact"}, step, 1),
     "tokens beside a history": (10, {"on_break": "exact"}, extend, 5),

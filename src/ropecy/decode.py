@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from .approximation import minimax as poly
-from .certificate import BoundedEntryError, Certificate
+from .certificate import Certificate
 from .decoding import bounds, file
 from .decoding.arguments import check_decode, check_query, check_tokens
 from .decoding.exclusive import all_or_nothing, one_call_at_a_time
@@ -55,6 +55,10 @@ class DecodeState:
         first keys. The state itself is float64.
     window : int, optional
         How many of the last tokens, the newest included, have exact weights, in one softmax with all other tokens.
+    near : (int, float), optional
+        (w, scale_near): the last w tokens, the newest included, have exact weights of scores with scale_near in the
+        place of scale, whatever size these scores have; `bound` and `eps` concern the other tokens. It is the `near` of
+        `ropecy.attention`, and takes the place of `window`.
     bias : RelativeBias, optional
         ``RelativeBias.alibi(slope)`` with one slope of at least 0, or one for each query head.
     on_break : {"raise", "exact"}
@@ -78,13 +82,13 @@ class DecodeState:
     -----
     With F = C(d + g, g) monomials for degree g, a token takes 2 F (d_v + 1) operations for a key head and as many for
     a query head, and 16 F (d_v + 1) bytes are kept for a key head, whatever the length of the text: sums in float64,
-    and their rounding errors. The last tokens, `window` of them and at most 64 more, are kept as they are and are
-    exact, which takes 8 (window + 64) (d + d_v + 1) bytes; 64 of them enter the sums together, so one step in 64 takes
-    longer than the others. Where the query heads of a key head have different slopes, each query head has sums of its
-    own, and these numbers hold for each query head. Weights stay positive under a bias, so the proof of the error holds
-    as without one. The method is that of arXiv:2412.17316 and arXiv:2505.11892 for a running sum. Features and sums are
-    float64 for float32 data too, so that larger bounds can be certified. Blocks are added with compensation and decays
-    are exact: ten million tokens lose no digit.
+    and their rounding errors. The last tokens, `window` of them (or w of `near`) and at most 64 more, are kept as they
+    are and are exact, which takes 8 (window + 64) (d + d_v + 1) bytes; 64 of them enter the sums together, so one step
+    in 64 takes longer than the others. Where the query heads of a key head have different slopes, each query head has
+    sums of its own, and these numbers hold for each query head. Weights stay positive under a bias, and those of near
+    tokens are exact, so the proof of the error holds as without them. The method is that of arXiv:2412.17316 and
+    arXiv:2505.11892 for a running sum. Features and sums are float64 for float32 data too, so that larger bounds can be
+    certified. Blocks are added with compensation and decays are exact: ten million tokens lose no digit.
 
     Values may be of any size in float32 and narrower dtypes. In float64 they are refused past 2^900, since their sums
     would overflow. The error of a result is a fraction of the range of values, plus that of storing it in its dtype.
@@ -115,6 +119,7 @@ class DecodeState:
         scale: float | None = None,
         dtype: DTypeLike | None = None,
         window: int | None = None,
+        near: tuple[int, float] | None = None,
         bias: RelativeBias | None = None,
         on_break: str = "raise",
     ) -> None:
@@ -128,6 +133,7 @@ class DecodeState:
                 "scale": scale,
                 "dtype": dtype,
                 "window": window,
+                "near": near,
                 "bias": bias,
                 "on_break": on_break,
             },
@@ -188,7 +194,8 @@ class DecodeState:
         o, p = self._options, self._polynomial
         if self._exact or self._asked:
             largest = math.sqrt(self._largest * (self._asked or self._largest))
-            rounding = bounds.exact_rounding(o.d, dtype, self._slopes, self._length, largest)
+            reach = max(1.0, abs(o.stretched[1])) * largest
+            rounding = bounds.exact_rounding(o.d, dtype, self._slopes, self._length, reach)
             return Certificate("exact", None, None, largest, "exact", 0.0, rounding + stored)
         return Certificate(
             engine="polynomial",
@@ -197,14 +204,14 @@ class DecodeState:
             bound=p.B,
             rule="worst case",
             truncation=poly.tau(p.error),
-            rounding=bounds.rounding(self._limit(dtype)) + stored,
+            rounding=bounds.rounding(self._limit(dtype)) + bounds.rounding_of_near(o, self._limit(dtype)) + stored,
         )
 
     def __repr__(self) -> str:
         o = self._options
         return (
             f"DecodeState({o.d}, {o.d_v}, {o.R!r}, eps={o.eps:g}, bound={o.bound:g}, scale={o.scale:g}, "
-            f"dtype={self._dtype}, window={o.window}, bias={o.bias!r}, on_break={o.on_break!r}): "
+            f"dtype={self._dtype}, window={o.window}, near={o.near}, bias={o.bias!r}, on_break={o.on_break!r}): "
             f"{self._length:,} tokens in {self.nbytes:,} bytes"
         )
 
@@ -236,7 +243,7 @@ class DecodeState:
         K, V, lead = check_tokens({"K": K, "V": V}, (o.d, o.d_v), self._dtype, self._lead, o.bias, single=False)
         if K.shape[-2] == 0:
             return
-        largest = self._enforce("K", K)
+        largest = self._rows.within("K", K)
         self._begin(lead, K.dtype, largest)
         if self._length == 0:
             self._values.first[...] = flat(V[..., :1, :], lead)[:, 0]
@@ -277,7 +284,7 @@ class DecodeState:
         o = self._options
         k, v, lead = check_tokens({"k": k, "v": v}, (o.d, o.d_v), self._dtype, self._lead, o.bias, single=True)
         q = check_query(q, o.d, k.dtype, lead, o.bias)
-        largest_q, largest_k = self._enforce("q", q), self._enforce("k", k)
+        largest_q, largest_k = self._rows.within("q", q), self._rows.within("k", k)
         self._begin(lead, k.dtype, largest_k)
 
         new_k, new_v = self._rows.keys(k[..., None, :], lead), flat(v[..., None, :], lead)
@@ -310,7 +317,7 @@ class DecodeState:
             raise ValueError("attend: got a state without tokens, wants extend or step first")
         o = self._options
         q = check_query(q, o.d, self._dtype, self._lead, o.bias)
-        largest = self._enforce("q", q)
+        largest = self._rows.within("q", q)
         rows = self._rows.rotated(self._rows.queries(q, self._lead), np.int64(self._length - 1))
         past = self._sums is None or largest > self._limit(self._dtype)
         self._asked = largest if past else 0.0
@@ -401,7 +408,7 @@ class DecodeState:
             arrays = saved.arrays(o, heads, heads * states, exact, bounds.computed(dtype))
             state._begin(lead, dtype, math.inf if exact else 0.0, header["degree"])
             if state._history is not None:
-                state._history = History(arrays["keys"], arrays["values"])
+                state._history = History(arrays["keys"], arrays["values"], o.stretched)
             file.restore(header, arrays, state._values, state._sums, state._limit(dtype))
             state._length, state._largest, state._asked = header["length"], header["largest"], header["asked"]
         return state
@@ -436,23 +443,6 @@ class DecodeState:
     def _limit(self, dtype: np.dtype) -> float:
         return bounds.limit(self._options.bound, self._options.d, dtype)
 
-    def _enforce(self, name: str, X: np.ndarray) -> float:
-        """The largest |scale| ||x||^2 of rows x of X; BoundedEntryError where on_break does not allow one so large."""
-        sizes = self._rows.sizes(X)
-        largest = float(sizes.max(initial=0.0))
-        exact = self._options.on_break == "exact"
-        most = bounds.largest_score(X.dtype) if exact else self._limit(X.dtype)
-        if largest > most:
-            index = tuple(int(i) for i in np.unravel_index(sizes.argmax(), sizes.shape))
-            wants = f"bound = {self._options.bound:g}; rows normalised, a larger bound, or on_break='exact' help"
-            if exact:
-                wants = f"{most:.2g}, for exact attention in {bounds.computed(X.dtype)}"
-            raise BoundedEntryError(
-                f"{name}: got a row{f' at index {index}' if index else ''} with |scale| ||x||^2 = {largest:.6g}, wants "
-                f"at most {wants}"
-            )
-        return largest
-
     def _begin(self, lead: tuple[int, ...], dtype: np.dtype, largest: float, degree: int | None = None) -> None:
         """Allocate arrays when the first tokens come, and drop the sums for good at the first key past the bound.
 
@@ -467,9 +457,9 @@ class DecodeState:
             self._slopes = np.tile(slopes, (heads // len(slopes), 1))
             self._values = bounds.Values.none(heads, o.d_v)
             monomials = features.decoding_monomials(o.d, self._polynomial)
-            self._sums = Sums(monomials, o.d, self._slopes, o.window or 0, self._values.first)
+            self._sums = Sums(monomials, self._slopes, o, self._values.first)
             if o.on_break == "exact":
-                self._history = History.empty(heads, o.d, o.d_v, bounds.computed(dtype))
+                self._history = History.empty(heads, o, bounds.computed(dtype))
             self._lead, self._dtype = lead, dtype
         if largest > self._limit(self._dtype):
             self._sums = None

@@ -18,6 +18,7 @@ from ..problem.checks import (
     check_eps,
     check_finite,
     check_integer,
+    check_near,
     check_number,
     described,
 )
@@ -40,8 +41,19 @@ class DecodeOptions:
     scale: float
     dtype: np.dtype | None
     window: int | None
+    near: tuple[int, float] | None
     bias: RelativeBias | None
     on_break: str
+
+    @property
+    def recent(self) -> int:
+        """How many of the last tokens are exact."""
+        return self.near[0] if self.near else self.window or 0
+
+    @property
+    def stretched(self) -> tuple[int, float]:
+        """How many of the last tokens are near, and what their scores by `scale` are multiplied by."""
+        return (self.near[0], self.near[1] / self.scale) if self.near else (0, 1.0)
 
 
 def check_decode(d: Any, d_v: Any, R: Any, options: Mapping[str, Any]) -> DecodeOptions:
@@ -53,16 +65,28 @@ def check_decode(d: Any, d_v: Any, R: Any, options: Mapping[str, Any]) -> Decode
     bound = check_number("bound", options["bound"])
     if bound <= 0:
         raise ValueError(f"bound: got {bound}, wants a number above 0")
-    scale, dtype, window, bias = (options[name] for name in ("scale", "dtype", "window", "bias"))
+    scale, dtype, window, near, bias = (options[name] for name in ("scale", "dtype", "window", "near", "bias"))
     scale = 1 / d if scale is None else check_number("scale", scale)
     if dtype is not None:
         dtype = check_dtype("dtype", dtype)
     if window is not None:
         window = check_integer("window", window, least=1)
+    if near is not None:
+        near = _near(near, window, scale)
     if bias is not None:
         bias = _decaying(bias)
     check_choice("on_break", options["on_break"], ("raise", "exact"))
-    return DecodeOptions(d, d_v, R, eps, bound, scale, dtype, window, bias, options["on_break"])
+    return DecodeOptions(d, d_v, R, eps, bound, scale, dtype, window, near, bias, options["on_break"])
+
+
+def _near(near: Any, window: int | None, scale: float) -> tuple[int, float]:
+    """The pair (w, scale_near), if a scale of far tokens and no window stand beside it."""
+    near = check_near(near)
+    if window is not None:
+        raise ValueError(f"near: got {near} beside window={window}, wants one of the two: near tokens are exact")
+    if scale == 0 or not math.isfinite(near[1] / scale):
+        raise ValueError(f"near: got {near} beside scale={scale:g}, wants a finite multiple of a scale other than 0")
+    return near
 
 
 def _decaying(bias: Any) -> RelativeBias:

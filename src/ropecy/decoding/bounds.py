@@ -49,6 +49,18 @@ def rounding(B: float) -> float:
     return unit * (12 + (8 + 75) * math.exp(min(2 * B, 700)))
 
 
+def rounding_of_near(o: DecodeOptions, B: float) -> float:
+    """The rounding error that scores of near tokens add to results, in units of the range of values.
+
+    They are within [-S, S], S = |scale_near / scale| B, in float64, and each is off by (8 + sqrt(d) / 2) S units: rows
+    are multiplied and rotated, products are summed and multiplied, and the largest exponent is taken from them. Where
+    scores are off by e, a result moves by at most e times the range, and never by more than the range.
+    """
+    width, stretch = o.stretched
+    unit = float(np.finfo(np.float64).eps) / 2
+    return min(1.0, unit * (8 + math.sqrt(o.d) / 2) * abs(stretch) * B) if width else 0.0
+
+
 def exact_rounding(d: int, dtype: np.dtype, slopes: np.ndarray, length: int, largest: float) -> float:
     """The rounding error of exact attention over a text, in units of the range of values.
 
@@ -120,9 +132,9 @@ def largest_number(dtype: np.dtype) -> float:
     return float(np.finfo(dtype).max) if dtype.kind == "f" else (2 - 2.0**-7) * 2.0**127
 
 
-def largest_score(dtype: np.dtype) -> float:
+def largest_score(o: DecodeOptions, dtype: np.dtype) -> float:
     """The largest |scale| ||x||^2 that exact attention accepts: no part of a score comes near overflow below it."""
-    return largest_number(computed(dtype)) * 2.0**-20
+    return largest_number(computed(dtype)) * 2.0**-20 / max(1.0, abs(o.stretched[1]))
 
 
 def polynomial(o: DecodeOptions, dtype: np.dtype, degree: int | None = None) -> poly.Polynomial:
@@ -131,7 +143,7 @@ def polynomial(o: DecodeOptions, dtype: np.dtype, degree: int | None = None) -> 
     Rounding results to float16 or bfloat16 is not counted against eps, since it alone can be larger than eps.
     """
     B = limit(o.bound, o.d, dtype)
-    lost = rounding(B) + float(np.finfo(computed(dtype)).eps)
+    lost = rounding(B) + rounding_of_near(o, B) + float(np.finfo(computed(dtype)).eps)
     if lost < o.eps:
         e = poly.relative_error_for(o.eps - lost)
         needed = degree or poly.smallest_degree(B, e)
@@ -163,7 +175,7 @@ def check_memory(o: DecodeOptions, degree: int, heads: int, states: int, remembe
         The number of tokens in the history that is kept beside the sums; 0 without a history.
     """
     features = poly.n_features(o.d, degree)
-    ring = ((o.window or 0) + BLOCK) * (o.d + o.d_v + 1)
+    ring = (o.recent + BLOCK) * (o.d + o.d_v + 1)
     size = 8.0 * heads * (2 * (o.d_v + 1) * states * features + ring)
     if o.on_break == "exact":
         size += float(heads) * remembered * (o.d + o.d_v) * computed(o.dtype or np.dtype(np.float32)).itemsize

@@ -25,13 +25,13 @@ from .arguments import LARGEST_VALUE, DecodeOptions
 from .bounds import Values
 from .sums import BLOCK, Sums
 
-VERSION = 3
-_OPTIONS = ("d", "d_v", "eps", "bound", "scale", "window", "on_break")
+VERSION = 4
+_OPTIONS = ("d", "d_v", "eps", "bound", "scale", "window", "near", "on_break")
 _ROTARY = ("base", "pairing", "rotary_dim", "scaling", "length")
 _HEADER = {"version", "options", "R", "slopes", "dtype", "lead", "length", "degree", "largest", "folded", "asked"}
 # For each version of the format, the entries of the header that it lacks. Version 1 had no bias. Version 2 had no
-# compensation, and added each token to the sums as soon as it left the window.
-_LATER = {1: {"slopes", "folded", "asked"}, 2: {"folded", "asked"}, 3: set()}
+# compensation, and added each token to the sums as soon as it left the window. Before version 4 no option was `near`.
+_LATER = {1: {"slopes", "folded", "asked"}, 2: {"folded", "asked"}, 3: set(), 4: set()}
 # Up to here float64 holds every position and count exactly.
 _LONGEST = 2**53
 _LARGEST_HEADER = 2**24
@@ -154,6 +154,8 @@ class SavedState:
         wants = _HEADER - _LATER[version]
         if set(header) != wants:
             raise ValueError(f"header: got {sorted(header)}, wants {sorted(wants)}")
+        if version < 4 and isinstance(header["options"], dict):
+            header["options"].setdefault("near", None)
         _check_header(header)
         header.setdefault("slopes", None)
         header.setdefault("asked", 0.0)
@@ -193,7 +195,7 @@ class SavedState:
         """
         header = self.header
         length, folded, old = header["length"], header["folded"], header["version"] < 3
-        window, float64 = o.window or 0, np.dtype(np.float64)
+        window, float64 = o.recent, np.dtype(np.float64)
         if not exact and not min(window, length) <= length - folded <= window + BLOCK:
             raise ValueError(f"folded: got {folded} of {length} tokens, wants all but {window} to {window + BLOCK}")
         features = math.comb(o.d + header["degree"], o.d)
@@ -302,7 +304,7 @@ def _check_header(header: dict[str, Any]) -> None:
         _check_count("lead", size, 1, 2**62)
     if header["dtype"] is None:
         raise ValueError("dtype: got null, wants that of the tokens")
-    if header["length"] == 0 and header["version"] == 3:
+    if header["length"] == 0 and header["version"] >= 3:
         raise ValueError("length: got 0 beside leading axes")
     if len(flat) > 1 and lead and len(flat) % lead[-1]:
         raise ValueError(f"slopes: got {len(flat)}, wants a multiple of the {lead[-1]} heads")
@@ -343,7 +345,7 @@ def restore(
     if sums is None:
         return
     # Files of earlier versions don't say between which least and largest value the values were.
-    spread = values.spread if header["version"] == VERSION else np.full_like(values.first, 2 * LARGEST_VALUE)
+    spread = values.spread if header["version"] >= 3 else np.full_like(values.first, 2 * LARGEST_VALUE)
     _check_sums(arrays, values, spread, sums, folded, limit)
     sums.restore(arrays, length, folded)
 

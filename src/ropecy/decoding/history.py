@@ -10,11 +10,18 @@ from ..engines.exact import streaming
 from ..machine.threads import default_threads
 from ..problem.mask import Mask
 from ..problem.problem import Problem
+from .arguments import DecodeOptions
 from .bounds import Values
 
 
 class History:
     """Rotated, scaled keys and values of a text, in arrays that have room to grow.
+
+    Parameters
+    ----------
+    keys, values : arrays
+    near : (int, float)
+        How many of the last tokens have scores that are multiplied, and by what.
 
     Attributes
     ----------
@@ -23,21 +30,21 @@ class History:
         arrays is not kept here; the caller passes it to the methods.
     """
 
-    def __init__(self, keys: np.ndarray, values: np.ndarray) -> None:
-        self.keys, self.values = keys, values
+    def __init__(self, keys: np.ndarray, values: np.ndarray, near: tuple[int, float]) -> None:
+        self.keys, self.values, self._near = keys, values, near
 
     @classmethod
-    def empty(cls, heads: int, d: int, d_v: int, dtype: np.dtype) -> History:
+    def empty(cls, heads: int, o: DecodeOptions, dtype: np.dtype) -> History:
         """A history without tokens."""
-        return cls(np.empty((heads, 0, d), dtype), np.empty((heads, 0, d_v), dtype))
+        return cls(np.empty((heads, 0, o.d), dtype), np.empty((heads, 0, o.d_v), dtype), o.stretched)
 
     def draft(self) -> History:
         """A second object with the same arrays. Tokens that it appends leave this object's tokens as they are."""
-        return History(self.keys, self.values)
+        return History(self.keys, self.values, self._near)
 
     def copy(self) -> History:
         """A second history with copies of the arrays."""
-        return History(self.keys.copy(), self.values.copy())
+        return History(self.keys.copy(), self.values.copy(), self._near)
 
     def arrays(self, length: int | None = None) -> dict[str, np.ndarray]:
         """The arrays by name, at full capacity, or cut to the first `length` tokens if `length` is given."""
@@ -68,6 +75,7 @@ class History:
             scale=1.0,
             mask=Mask(1, length, offset=length - 1),
             bias=bias,
+            near=self._near if self._near[0] else None,
             threads=default_threads(),
         )
         o = streaming.forward(problem, math.inf, False)[0].reshape(*rows.shape[:2], -1)

@@ -6,10 +6,11 @@ import math
 
 import numpy as np
 
+from ..certificate import BoundedEntryError
 from ..machine.threads import default_threads
 from ..rotary import Planes, rotate_rows
 from .arguments import DecodeOptions
-from .bounds import largest_number
+from .bounds import computed, largest_number, largest_score, limit
 
 # The number of elements of an array that are worked on at a time.
 PIECE = 2**21
@@ -23,6 +24,7 @@ class Rows:
     """
 
     def __init__(self, options: DecodeOptions) -> None:
+        self._options = options
         self._R, self._sign = options.R, math.copysign(1.0, options.scale)
         self._root = np.full(options.d, math.sqrt(abs(options.scale)))
         if self._R is not None:
@@ -40,6 +42,23 @@ class Rows:
                 piece = rows[start : start + step].astype(np.float64) * self._root
                 np.einsum("ia,ia->i", piece, piece, out=sizes[start : start + step])
         return sizes.reshape(X.shape[:-1])
+
+    def within(self, name: str, X: np.ndarray) -> float:
+        """The largest |scale| ||x||^2 of rows x of X; BoundedEntryError where on_break does not allow one so large."""
+        o, sizes = self._options, self.sizes(X)
+        largest = float(sizes.max(initial=0.0))
+        exact = o.on_break == "exact"
+        most = largest_score(o, X.dtype) if exact else limit(o.bound, o.d, X.dtype)
+        if largest > most:
+            index = tuple(int(i) for i in np.unravel_index(sizes.argmax(), sizes.shape))
+            wants = f"bound = {o.bound:g}; rows normalised, a larger bound, or on_break='exact' help"
+            if exact:
+                wants = f"{most:.2g}, for exact attention in {computed(X.dtype)}"
+            raise BoundedEntryError(
+                f"{name}: got a row{f' at index {index}' if index else ''} with |scale| ||x||^2 = {largest:.6g}, wants "
+                f"at most {wants}"
+            )
+        return largest
 
     def keys(self, K: np.ndarray, lead: tuple[int, ...]) -> np.ndarray:
         """Keys (..., n, d) as scaled rows (H, n, d), not yet rotated."""

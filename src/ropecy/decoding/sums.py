@@ -12,6 +12,7 @@ import numpy as np
 from ..engines.polynomial import features
 from ..engines.polynomial.features import Monomials
 from ..kernels import _monomials
+from .arguments import DecodeOptions
 
 # How many tokens leave the ring together. Their sum is added to the state at once, with compensation, which takes no
 # longer than adding each token without compensation. The ring has room for BLOCK tokens beside the window. The time
@@ -41,8 +42,8 @@ class Sums:
     monomials : engines.polynomial.Monomials, for float64
     slopes : (H, S) array
         The rate of decay of each sum. S is 1, or the number of query heads of a key head where their slopes differ.
-    window : int
-        The number of last tokens that are exact.
+    options : DecodeOptions
+        They say how many of the last tokens are exact, and what the scores of near ones are multiplied by.
     centre : (H, d_v) array
         What is subtracted from values: the first value of each column.
 
@@ -51,30 +52,33 @@ class Sums:
     state, low : (H S, d_v + 1, pitch) arrays
         The sums, and the rounding errors of adding to them. `pitch` is the padded number of monomials.
     ring_keys, ring : (H, d, capacity), (H, d_v + 1, capacity) arrays
-        Rotated keys, and [v - centre, 1] of each token, one token a column; zeros where there is no token. The capacity
-        is a whole number of vectors.
+        Rotated keys, and [v - centre, 1] of each token, one token a column. The capacity is a whole number of vectors.
     length, folded : int
         The number of tokens, and how many of them are in the sums and no longer in the ring.
     """
 
-    def __init__(self, monomials: Monomials, d: int, slopes: np.ndarray, window: int, centre: np.ndarray) -> None:
+    def __init__(
+        self, monomials: Monomials, slopes: np.ndarray, options: DecodeOptions, centre: np.ndarray
+    ) -> None:
         heads, columns = slopes.shape[0], centre.shape[1] + 1
         lanes, _ = _monomials.blocking(np.float64)
-        pitch = -(-(window + BLOCK) // lanes) * lanes
-        self.monomials, self.slopes, self.window, self.centre = monomials, slopes, window, centre
-        self.decays, self._ones = bool(slopes.any()), np.ones_like(slopes)
+        self.monomials, self.slopes, self.centre = monomials, slopes, centre
+        self.window, self._near = options.recent, options.stretched
+        pitch = -(-(self.window + BLOCK) // lanes) * lanes
+        self.decays = bool(slopes.any())
         self.state = np.zeros((slopes.size, columns, monomials.pitch))
         self.low = np.zeros_like(self.state)
-        self.ring_keys, self.ring = np.zeros((heads, d, pitch)), np.zeros((heads, columns, pitch))
+        self.ring_keys, self.ring = np.zeros((heads, options.d, pitch)), np.zeros((heads, columns, pitch))
+        self.ring[:, -1] = 1
         self.length = 0
         self._has(self.state, self.low, 0)
 
     def _has(self, state: np.ndarray, low: np.ndarray, folded: int) -> None:
         """Let `state` and `low` be the arrays of the sums, which are over `folded` tokens."""
         self.state, self.low, self.folded = state, low, folded
-        self.shift, self.phase = self.frame(folded)
-        rings = self.ring_keys, self.ring
-        self._decoder = _monomials.Decoder(self.monomials, state, *rings, self.centre, self.slopes, self.window + BLOCK)
+        self.phase = self.frame(folded)[1]
+        ring = self.ring_keys, self.ring, self.window + BLOCK
+        self._decoder = _monomials.Decoder(self.monomials, state, ring, self.centre, self.slopes, self._near)
 
     def draft(self) -> Sums:
         """A second object with the same arrays. After `step` or `extend` of that object this one is still valid."""
@@ -104,20 +108,14 @@ class Sums:
         -----
         Of the arrays that a draft shares with its original, only the slot of the ring for the next token is written.
         """
-        full = self.length - self.folded == self.window + BLOCK
-        if v is not None and full:
+        if v is not None and self.length - self.folded == self.window + BLOCK:
             k, x = self._recent()
             state, low = self._folded(self.state, self.low, self.folded, k[:, :BLOCK], x[:, :BLOCK], threads)
             self._replace(state, low, self.folded + BLOCK, k[:, BLOCK:], x[:, BLOCK:], self.length)
-        elif v is None and not full:
-            # The slot for the next token must be empty. A step that was interrupted may have written its token there.
-            self.ring[..., self._slots(1, self.length + 1)] = 0
         length = self.length + (v is not None)
-        far = self._ones
-        if self.decays:
-            with np.errstate(over="ignore"):
-                far = np.exp(-(self.phase + self.slopes * (length - self.folded)))
-        o = self._decoder.step(rows, v, (length - 1) % (self.window + BLOCK), far, threads)
+        recent = length - self.folded
+        fall = -(self.phase + self.slopes * recent) if self.folded else np.full_like(self.slopes, -np.inf)
+        o = self._decoder.step(rows, v, length - 1, recent, fall, threads)
         self.length = length
         return o
 
@@ -204,10 +202,9 @@ class Sums:
         The ring receives the other tokens: rotated keys k (H, m, d) and values minus the centre x (H, m, d_v).
         """
         slots = self._slots(k.shape[1], length)
-        self.ring_keys, self.ring = np.zeros_like(self.ring_keys), np.zeros_like(self.ring)
+        self.ring_keys, self.ring = np.zeros_like(self.ring_keys), np.ones_like(self.ring)
         self.ring_keys[..., slots] = k.swapaxes(1, 2)
         self.ring[:, :-1, slots] = x.swapaxes(1, 2)
-        self.ring[:, -1, slots] = 1
         self.length = length
         self._has(state, low, folded)
 
@@ -233,7 +230,6 @@ class Sums:
         self.state[..., filled], self.low[..., filled] = saved["state"], saved["low"]
         self.ring_keys[..., slots] = saved["ring_keys"]
         self.ring[:, :-1, slots] = saved["ring"]
-        self.ring[:, -1, slots] = 1
         self.length = length
         self._has(self.state, self.low, folded)
 

@@ -76,13 +76,16 @@ cdef extern from "c/monomials.h" nogil:
         const ptrdiff_t *count
         const double *weights
         const double *slope
-        const double *far
+        const double *fall
         const double *state
         ptrdiff_t capacity
         ptrdiff_t ring_pitch
         double *ring_keys
         double *ring
         ptrdiff_t slot
+        ptrdiff_t recent
+        ptrdiff_t near
+        double stretch
         const double *value_centre
         const double *rows
         const double *v
@@ -346,36 +349,39 @@ cdef class Decoder:
     ----------
     monomials : engines.polynomial.Monomials, for float64
     state : (H S, d_v + 1, pitch)
-    ring_keys, ring : (H, d, ring_pitch), (H, d_v + 1, ring_pitch)
-        Recent tokens; ring_pitch is a whole number of vectors.
+    ring : (keys, tokens, capacity)
+        Recent tokens, (H, d, ring_pitch) and (H, d_v + 1, ring_pitch) with 1 in the last row, and for how many there is
+        room; ring_pitch is a whole number of vectors.
     value_centre : (H, d_v)
     slopes : (H, S)
         By how much a token's score falls with each that follows; S is 1, or as many as a key head has queries.
-    capacity : int
-        Tokens that the ring has room for.
+    near : (int, float)
+        How many of the last tokens have scores that are multiplied, and by what.
     """
 
     cdef rc_decode_problem p
     cdef object arrays, workspace
 
-    def __init__(self, monomials, state, ring_keys, ring, value_centre, slopes, ptrdiff_t capacity):
+    def __init__(self, monomials, state, ring, value_centre, slopes, near):
         cdef rc_decode_problem *p = &self.p
-        self.arrays = [monomials, state, ring_keys, ring, value_centre, slopes]
+        ring_keys, tokens, p.capacity = ring
+        self.arrays = [monomials, state, ring_keys, tokens, value_centre, slopes]
         p.heads, p.d, p.ring_pitch = ring_keys.shape
+        p.near, p.stretch = near
         p.d_v, p.degree, p.pitch = state.shape[1] - 1, monomials.degree, monomials.pitch
         p.offset, p.count = <const ptrdiff_t *>pointer(monomials.offset), <const ptrdiff_t *>pointer(monomials.count)
         p.weights = <const double *>pointer(monomials.weights)
         p.state = <const double *>pointer(state)
-        p.ring_keys, p.ring = <double *>pointer(ring_keys), <double *>pointer(ring)
+        p.ring_keys, p.ring = <double *>pointer(ring_keys), <double *>pointer(tokens)
         p.value_centre = <const double *>pointer(value_centre)
-        p.states, p.capacity, p.slope = slopes.shape[1], capacity, <const double *>pointer(slopes)
+        p.states, p.slope = slopes.shape[1], <const double *>pointer(slopes)
         self.workspace = np.empty(0, np.uint8)
 
-    def step(self, rows, v, ptrdiff_t slot, far, int threads):
+    def step(self, rows, v, ptrdiff_t last, ptrdiff_t recent, fall, int threads):
         """o (H, G, d_v) for rows (H, 1 + G, d), k before q, with v (H, d_v); for rows of q alone where v is None.
 
-        G is S where S is not 1, or 0 where v is there. The token comes to `slot`; without v the last one is there.
-        `far` (H, S) is what the state is multiplied by.
+        G is S where S is not 1, or 0 where v is there. `last` is the position of the token that comes, without v that
+        of the last one; the ring then holds `recent` tokens. The state is multiplied by e^fall, (H, S).
         """
         cdef rc_decode_problem *p = &self.p
         cdef Step x
@@ -386,7 +392,7 @@ cdef class Decoder:
             self.workspace = np.empty(threads * x.size + LINE, np.uint8)
         o = np.empty((p.heads, p.groups, p.d_v))
         p.rows, p.v, p.o = <const double *>pointer(rows), <const double *>pointer(v), <double *>pointer(o)
-        p.slot, p.far = slot, <const double *>pointer(far)
+        p.slot, p.recent, p.fall = last % p.capacity, recent, <const double *>pointer(fall)
         x.p, x.work = p, line(self.workspace)
         work = <double>p.heads * (p.d_v + 1) * (p.pitch + p.ring_pitch) * (p.states + p.groups)
         parallel_for(p.heads, team(threads, work / 2), run_step, &x)

@@ -27,6 +27,7 @@ from .checks import (
     check_finite,
     check_flag,
     check_integer,
+    check_near,
     check_number,
     described,
     without_repeats,
@@ -170,7 +171,7 @@ def _check_simple(R: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     threads = default_threads() if threads is None else min(check_integer("threads", threads, least=1), MOST_THREADS)
     lo, hi = band(check_flag("causal", options["causal"]), options["window"])
     if near is not None:
-        near = _near(near)
+        near = check_near(near)
     family = None
     if R is not None and isinstance(R, RelativeFamily):
         family, R = R, None
@@ -310,14 +311,6 @@ def _check_family(family: RelativeFamily, d: int, n: int, n_k: int) -> None:
             f"R: got a RelativeFamily of {M} offsets, wants n + n_k - 1 = {n + n_k - 1} for {n} queries and {n_k} "
             "keys, or RelativeFamily(values, n_k=...), which says where W_0 is"
         )
-
-
-def _near(near: Any) -> tuple[int, float]:
-    """The pair (w, scale_near), checked."""
-    pair = as_pair(near)
-    if pair is None:
-        raise TypeError(f"near: got {described(near)}, wants a pair (w, scale_near)")
-    return check_integer("near", pair[0], least=1), check_number("near", pair[1])
 
 
 def _product_shapes(given: dict[str, np.ndarray]) -> dict[str, tuple[int, ...]]:

@@ -78,6 +78,14 @@ def as_pair(value: Any) -> tuple[Any, Any] | None:
     return tuple(value) if isinstance(value, (tuple, list)) and len(value) == 2 else None
 
 
+def check_near(near: Any) -> tuple[int, float]:
+    """The pair (w, scale_near): an integer of at least 1 and a finite number."""
+    pair = as_pair(near)
+    if pair is None:
+        raise TypeError(f"near: got {described(near)}, wants a pair (w, scale_near)")
+    return check_integer("near", pair[0], least=1), check_number("near", pair[1])
+
+
 def check_flag(name: str, value: Any) -> bool:
     """The value if it is a bool. Other values that Python takes for true or false are refused: most are mistakes."""
     if value is True or value is False:

@@ -2,10 +2,12 @@
  *
  * A single query leaves the lanes of evaluate empty, so lanes are features here: a query's features with their
  * weights are a row of the state's pitch, and a numerator is one dot with a column of the state. Tokens of the ring
- * are exact in the same way, their features being exp(q . k_j - slope age_j).
+ * are exact in the same way, their features being exp(gain_j q . k_j - slope age_j).
  *
  * A step reads the state and writes only the ring, whose oldest tokens enter the state in blocks (add_block).
  */
+
+#include <math.h>
 
 /* phi[f] = all monomials of x up to `degree`, zeros elsewhere up to the pitch; stores run over by a vector. */
 static void RC_NAME(row_features)(const RC_NAME(monomials) * y, int degree, const REAL *x, REAL *phi) {
@@ -35,15 +37,45 @@ static REAL RC_NAME(row_dot)(ptrdiff_t length, const REAL *a, const REAL *b) {
     return sum;
 }
 
-/* E[j] = exp(x . k_j - slope age_j) for keys [a][j]; x . k_j is bounded, ages and the slope are not negative. */
-static void RC_NAME(row_exponentials)(ptrdiff_t d, ptrdiff_t length, const REAL *x, const REAL *keys, REAL slope,
-                                      const REAL *age, REAL *E) {
+/* What the slots of a ring are to every query of a head, in arrays of its pitch. */
+typedef struct {
+    REAL *age, *gain, *hidden; /* hidden: -inf where there is no token, else 0 */
+} RC_NAME(ring_slots);
+
+static RC_NAME(ring_slots) RC_NAME(slots_of)(const rc_decode_problem *p, REAL *room) {
+    const RC_NAME(ring_slots) y = {room, room + p->ring_pitch, room + 2 * p->ring_pitch};
+    for (ptrdiff_t j = 0; j < p->ring_pitch; j++) {
+        const ptrdiff_t age = j <= p->slot ? p->slot - j : p->slot - j + p->capacity;
+        const int seen = j < p->capacity && age < p->recent;
+        y.age[j] = seen ? (REAL)age : 0;
+        y.gain[j] = seen && age < p->near ? (REAL)p->stretch : 1;
+        y.hidden[j] = seen ? 0 : -(REAL)INFINITY;
+    }
+    return y;
+}
+
+/* S[j] = gain_j x . k_j - slope age_j for keys [a][j], -inf where there is no token; the largest of S and `least`. */
+static REAL RC_NAME(row_scores)(ptrdiff_t d, ptrdiff_t length, const REAL *x, const REAL *keys, REAL slope,
+                                const RC_NAME(ring_slots) * y, REAL least, REAL *S) {
+    vreal top = SPLAT(least);
     for (ptrdiff_t j = 0; j < length; j += LANES) {
         vreal acc = {0};
         for (ptrdiff_t a = 0; a < d; a++)
             acc += LOAD(keys + a * length + j) * x[a];
-        STORE(E + j, RC_NAME(exp2)((acc - LOAD(age + j) * slope) * (REAL)LOG2E));
+        acc = acc * LOAD(y->gain + j) - LOAD(y->age + j) * slope + LOAD(y->hidden + j);
+        STORE(S + j, acc);
+        top = RC_NAME(vector_max)(top, acc);
     }
+    REAL most = top[0];
+    for (int lane = 1; lane < LANES; lane++)
+        most = top[lane] > most ? top[lane] : most;
+    return most;
+}
+
+/* S[j] becomes exp(S[j] - top), for no S above top or, where top is 0, for S of moderate size. */
+static void RC_NAME(row_exponentials)(ptrdiff_t length, REAL top, REAL *S) {
+    for (ptrdiff_t j = 0; j < length; j += LANES)
+        STORE(S + j, RC_NAME(exp2)((LOAD(S + j) - top) * (REAL)LOG2E));
 }
 
 /* sum + rest = factor (state + low) + sum in nearly twice REAL's digits, for whole vectors: `rest` is what rounding takes
@@ -62,7 +94,7 @@ static void RC_NAME(add_block)(ptrdiff_t length, REAL factor, const REAL *state,
 
 static size_t RC_NAME(step_workspace)(const rc_decode_problem *p) {
     const ptrdiff_t columns = p->d_v + 1;
-    return sizeof(REAL) * (size_t)(p->groups * (p->pitch + LANES) + (1 + p->groups) * p->ring_pitch + p->groups * columns);
+    return sizeof(REAL) * (size_t)(p->groups * (p->pitch + LANES) + (3 + p->groups) * p->ring_pitch + p->groups * (columns + 1));
 }
 
 static void RC_NAME(step)(const rc_decode_problem *p, ptrdiff_t head, void *workspace) {
@@ -71,12 +103,12 @@ static void RC_NAME(step)(const rc_decode_problem *p, ptrdiff_t head, void *work
     const RC_NAME(monomials) y = {d, columns, p->pitch, p->offset, p->count};
     const REAL *weights = p->weights, *middle = (const REAL *)p->value_centre + head * p->d_v;
     const REAL *rows = (const REAL *)p->rows + head * (groups + (p->v != 0)) * d;
-    const REAL *slope = (const REAL *)p->slope + head * states, *far = (const REAL *)p->far + head * states;
+    const REAL *slope = (const REAL *)p->slope + head * states, *fall = (const REAL *)p->fall + head * states;
     const REAL *state = (const REAL *)p->state + head * states * columns * p->pitch;
     REAL *ring_keys = (REAL *)p->ring_keys + head * d * ring_pitch;
     REAL *ring = (REAL *)p->ring + head * columns * ring_pitch;
     REAL *phi = workspace, *E = phi + groups * features;
-    REAL *age = E + groups * ring_pitch, *N = age + ring_pitch;
+    REAL *room = E + groups * ring_pitch, *N = room + 3 * ring_pitch, *top = N + groups * columns;
 
     if (p->v) {
         const REAL *v = (const REAL *)p->v + head * p->d_v;
@@ -84,23 +116,25 @@ static void RC_NAME(step)(const rc_decode_problem *p, ptrdiff_t head, void *work
             ring_keys[a * ring_pitch + p->slot] = rows[a];
         for (ptrdiff_t c = 0; c < p->d_v; c++)
             ring[c * ring_pitch + p->slot] = v[c] - middle[c];
-        ring[p->d_v * ring_pitch + p->slot] = 1;
         rows += d;
     }
-    for (ptrdiff_t j = 0; j < ring_pitch; j++) /* 0 in padding */
-        age[j] = (REAL)(j <= p->slot ? p->slot - j : j < p->capacity ? p->slot - j + p->capacity : 0);
+    const RC_NAME(ring_slots) slots = RC_NAME(slots_of)(p, room);
     for (ptrdiff_t g = 0; g < groups; g++) {
         RC_NAME(row_features)(&y, p->degree, rows + g * d, phi + g * features);
         for (ptrdiff_t f = 0; f < p->pitch; f += LANES)
             STORE(phi + g * features + f, LOAD(phi + g * features + f) * LOAD(weights + f));
-        RC_NAME(row_exponentials)(d, ring_pitch, rows + g * d, ring_keys, slope[states == 1 ? 0 : g], age,
-                                  E + g * ring_pitch);
+        const ptrdiff_t s = states == 1 ? 0 : g;
+        REAL *S = E + g * ring_pitch;
+        const REAL most = RC_NAME(row_scores)(d, ring_pitch, rows + g * d, ring_keys, slope[s], &slots, fall[s], S);
+        top[g] = p->near ? most : 0;
+        RC_NAME(row_exponentials)(ring_pitch, top[g], S);
     }
     for (ptrdiff_t g = 0; g < groups; g++) {
         const ptrdiff_t s = states == 1 ? 0 : g;
+        const REAL far = (REAL)exp(fall[s] - top[g]);
         for (ptrdiff_t c = 0; c < columns; c++)
             N[g * columns + c] =
-                RC_NAME(row_dot)(p->pitch, state + (s * columns + c) * p->pitch, phi + g * features) * far[s] +
+                RC_NAME(row_dot)(p->pitch, state + (s * columns + c) * p->pitch, phi + g * features) * far +
                 RC_NAME(row_dot)(ring_pitch, ring + c * ring_pitch, E + g * ring_pitch);
     }
     REAL *o = (REAL *)p->o + head * groups * p->d_v;

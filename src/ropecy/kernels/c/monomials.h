@@ -86,19 +86,23 @@ typedef struct {
  * state under one sum. The caller makes room: it takes the oldest tokens out of the ring and adds them to the state.
  *
  * A token t before the last weighs e^{-slope t}, in the ring by its age, in the state by the weight it has there times
- * `far`. */
+ * e^fall. The scores of the `near` last tokens are multiplied by `stretch` and may be of any size: the largest exponent
+ * is then taken from all. */
 typedef struct {
     ptrdiff_t heads, groups, states, d, d_v; /* states: 1 for all groups of a head, or one for each */
     int degree; /* of the polynomial and the state */
     ptrdiff_t pitch;
     const ptrdiff_t *offset, *count; /* as above */
     const double *weights;
-    const double *slope, *far;   /* (heads, states) */
+    const double *slope, *fall;  /* (heads, states): fall is -inf where the state is empty */
     const double *state;         /* (heads, states, d_v + 1, pitch) */
     ptrdiff_t capacity;          /* tokens that the ring has room for: they go round its first `capacity` slots */
     ptrdiff_t ring_pitch;        /* the capacity padded to whole vectors */
-    double *ring_keys, *ring;    /* (heads, d, ring_pitch), (heads, d_v + 1, ring_pitch): ring is 0 where no token is */
+    double *ring_keys, *ring;    /* (heads, d, ring_pitch), (heads, d_v + 1, ring_pitch): the last row of ring is 1 */
     ptrdiff_t slot;              /* of the ring, for the token that comes, or of the last where none does */
+    ptrdiff_t recent;            /* tokens in the ring, the one that comes among them; other slots are not seen */
+    ptrdiff_t near;              /* 0 for none */
+    double stretch;
     const double *value_centre;  /* (heads, d_v) */
     const double *rows;          /* (heads, 1 + groups, d): k, then q; without v (heads, groups, d): q alone */
     const double *v;             /* (heads, d_v), or NULL where no token comes */
