@@ -109,7 +109,7 @@ def test_long_prefix(slope, window, rng):
     state.extend(K[:100_000], V[:100_000])
     state.extend(K[100_000:-1], V[100_000:-1])
     o = state.step(Q[-1], K[-1], V[-1])
-    assert np.isfinite(state._arrays["state"]).all()
+    assert np.isfinite(state._streams.sums.sums[0]).all()
     assert_within(o, exact(Q, K, V, slope, ropecy.Rotary(4), n - 1)[0], V, state.certificate.error)
 
 
@@ -137,7 +137,7 @@ def test_extend_in_pieces_is_steps(layout, window, rng, monkeypatch):
 
 
 def test_long_prefill_in_pieces_of_its_own(rng, monkeypatch):
-    for module in ("ropecy.decode", "ropecy.decoding.rows"):
+    for module in ("ropecy.decoding.streams", "ropecy.decoding.rows"):
         monkeypatch.setattr(f"{module}.PIECE", 2**10)
     Q, K, V = text(rng, 3000, (), (2,))
     slopes = [2.0**-10, 0.0]
@@ -156,8 +156,9 @@ def test_size(rng):
     assert size(5000, [0.5, 0.25], 40) == size(50, [0.5, 0.25], 40)
     shared, apart = size(50, [0.5, 0.5, 0.25, 0.25]), size(50, [0.5, 0.4, 0.25, 0.2])
     assert shared == size(50, 0.5)
-    # What a key head has whatever its slopes: recent tokens, and the first, least and largest values.
-    each_head = 2 * 8 * (64 * (6 + 5 + 1) + 3 * 5)
+    # What a key head has whatever its slopes: recent tokens, and the first, least and largest values. The ring has
+    # whole vectors.
+    each_head = 2 * 8 * (72 * (6 + 5 + 1) + 3 * 5)
     assert apart - each_head == 2 * (shared - each_head)
 
 
@@ -259,7 +260,7 @@ def test_heads_that_do_not_fit(rng):
 
 def test_memory_counts_a_state_for_each_slope(monkeypatch):
     # Three states of degree 1, d = 8, twice, for what rounding takes; and the recent tokens.
-    monkeypatch.setattr("ropecy.decoding.bounds.fits", lambda size: size < 3 * 2 * 8 * 9 * 3 + 8 * 64 * (8 + 2 + 1))
+    monkeypatch.setattr("ropecy.decoding.bounds.fits", lambda size: size < 3 * 2 * 8 * 9 * 3 + 8 * 65 * (8 + 2 + 1))
     rows = np.full((1, 1, 8), 0.01)
     ropecy.DecodeState(8, 2, eps=0.2, bias=ropecy.RelativeBias.alibi([0.1, 0.1])).extend(rows, rows[..., :2])
     state = ropecy.DecodeState(8, 2, eps=0.2, bias=ropecy.RelativeBias.alibi([0.1, 0.2, 0.3, 0.4]))

@@ -10,14 +10,15 @@ import zipfile
 import cases
 import numpy as np
 import pytest
+from decode_files import content, joined, of_version_3, parts
 
 import ropecy
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 
 
-def make(lead=(2,), dtype=np.float32, n=150, slopes=None, window=5, **options):
-    """A state of d = 4, d_v = 3 after n tokens, and a query."""
+def make(lead=(2,), dtype=np.float32, n=150, slopes=None, window=5, lengths=None, **options):
+    """A state of d = 4, d_v = 3 after n tokens, or of streams of some of them, and a query."""
     rng = np.random.default_rng(1)
     K = cases.unit_rows(rng.standard_normal((*lead, n, 4))).astype(dtype)
     V = (3 + rng.standard_normal((*lead, n, 3))).astype(dtype)
@@ -27,7 +28,7 @@ def make(lead=(2,), dtype=np.float32, n=150, slopes=None, window=5, **options):
     bias = None if slopes is None else ropecy.RelativeBias.alibi(slopes)
     state = ropecy.DecodeState(4, 3, ropecy.Rotary(4), window=window, bias=bias, **options)
     if n:
-        state.extend(K, V)
+        state.extend(K, V, lengths=lengths)
     q = K[..., 1, :] if n else None
     return state, q if np.ndim(slopes) == 0 else np.repeat(q, 2, axis=-2)
 
@@ -41,26 +42,9 @@ STATES = {
     "decays": {"slopes": [0.5, 0.25, 0.0, 1e-3]},
     "history": {"on_break": "exact"},
     "long_key": {"on_break": "long key"},
+    "streams": {"lead": (3, 2), "lengths": [150, 0, 40]},
+    "streams_with_history": {"lead": (3, 2), "lengths": [150, 3, 40], "on_break": "long key"},
 }
-
-
-def content(state):
-    file = io.BytesIO()
-    state.save(file)
-    return file.getvalue()
-
-
-def parts(data):
-    """Header and arrays of a file."""
-    with np.load(io.BytesIO(data)) as file:
-        arrays = dict(file)
-    return json.loads(str(arrays.pop("header"))), arrays
-
-
-def joined(header, arrays):
-    file = io.BytesIO()
-    np.savez(file, header=np.array(header if isinstance(header, str) else json.dumps(header)), **arrays)
-    return file.getvalue()
 
 
 def load(data):
@@ -81,7 +65,8 @@ def test_file_objects_and_pickles(name, tmp_path):
         assert (repr(other), other.certificate) == (repr(state), state.certificate)
     for other in others:
         if q is not None:
-            np.testing.assert_array_equal(other.attend(q), state.attend(q))
+            active = state.lengths > 0
+            np.testing.assert_array_equal(other.attend(q, active=active), state.attend(q, active=active))
 
 
 @pytest.mark.parametrize("how", ["disk", "interrupt", "rename"])
@@ -125,16 +110,18 @@ def test_save_keeps_links_and_permissions(tmp_path):
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("slopes", [None, [0.5, 0.25, 0.0, 1e-3]])
 @pytest.mark.parametrize("window", [None, 6])
-def test_files_of_earlier_versions(window, slopes, version):
+@pytest.mark.parametrize("lead", [(2,), (3, 2)])
+def test_files_of_earlier_versions(lead, window, slopes, version):
     if version == 1 and slopes is not None:
         pytest.skip("version 1 knew no bias")
     # So many tokens that the ring holds no more than the window, as it did.
-    state, q = make(n=128 + (window or 0), window=window, slopes=slopes, eps=1e-6)
-    header, arrays = parts(content(state))
-    del header["folded"], header["asked"], header["options"]["near"]
+    state, q = make(lead, n=128 + (window or 0), window=window, slopes=slopes, eps=1e-6)
+    header, arrays = parts(of_version_3(content(state)))
+    del header["folded"], header["asked"]
     if version == 1:
         del header["slopes"]
-    old = {"state": arrays["state"] / np.exp(state._sums.phase).reshape(-1, 1, 1), "centre": arrays["first"]}
+    phase = np.tile(state._streams.sums.frame(128)[1].reshape(-1), lead[0] if len(lead) > 1 else 1)
+    old = {"state": arrays["state"] / np.exp(phase).reshape(-1, 1, 1), "centre": arrays["first"]}
     # Token t was in slot t modulo the window.
     ring = np.concatenate([arrays["ring"], np.ones_like(arrays["ring"][:, :1])], axis=1)
     shift = 128 % window if window else 0
@@ -142,7 +129,7 @@ def test_files_of_earlier_versions(window, slopes, version):
     loaded = load(joined(header | {"version": version}, old))
     np.testing.assert_allclose(loaded.attend(q), state.attend(q), rtol=0, atol=1e-6)
     assert 0 < loaded.certificate.rounding < 3 * state.certificate.rounding
-    k, v = q[..., : state._lead[-1], :], np.ones((*state._lead, 3), q.dtype)
+    k, v = q[..., : lead[-1], :], np.ones((*lead, 3), q.dtype)
     for _ in range(100):
         o, expected = loaded.step(q, k, v), state.step(q, k, v)
     # Not the same tokens have left the ring.
@@ -150,13 +137,26 @@ def test_files_of_earlier_versions(window, slopes, version):
     np.testing.assert_array_equal(load(content(loaded)).attend(q), loaded.attend(q))
 
 
+@pytest.mark.parametrize("name", ["plain", "float64", "decays", "history", "long_key"])
+@pytest.mark.parametrize("lead", [(2,), (3, 2)])
+def test_files_of_version_3(lead, name):
+    state, q = make(lead, **STATES[name])
+    loaded = load(of_version_3(content(state)))
+    assert (repr(loaded), loaded.certificate) == (repr(state), state.certificate)
+    k, v = q[..., : lead[-1], :], np.ones((*lead, 3), q.dtype)
+    for _ in range(70):
+        np.testing.assert_array_equal(loaded.step(q, k, v), state.step(q, k, v))
+
+
 # ---- files of anybody's making ----
 
 HEADERS = {
-    "length": (-5, 1.5, 2**63 - 1, True, None, "5", 149, []),
-    "folded": (-1, 151, 10**30, 0, 0.5),
+    "lengths": ([-5], [1.5], [2**63 - 1], [True], None, ["5"], [149], [], 150, [150, 150]),
+    "folded": ([-1], [151], [10**30], [0], [0.5], 128),
+    "exact": ([True], [0], None, [False, False], False),
+    "asked": ([-1.0], [None], 0.0),
     "degree": (0, 41, 4.0, None, -1),
-    "largest": (-1.0, float("nan"), float("inf"), "x"),
+    "largest": ([-1.0], [float("nan")], [float("inf")], ["x"], [1.0, 1.0]),
     "lead": ([0], [2, 2], [-2], [10**18], "ab", [1.5], [[2]], [2] * 40),
     "dtype": ("int64", "nothing", None, 3),
     "version": (0, 5, "4", None, 2),
@@ -209,7 +209,9 @@ def test_arrays_that_do_not_fit(name):
             "nan": np.where(np.arange(array.size).reshape(array.shape) == array.size - 1, np.nan, array),
             "objects": np.array([None]),
         }
-        if each != "most":
+        if not array.size:
+            del wrong["nan"], wrong["short"]
+        elif each != "most":
             wrong["huge"] = array + np.array(1e30, array.dtype)
         for value in wrong.values():
             others = {key: value if key == each else kept for key, kept in arrays.items()}
@@ -225,10 +227,12 @@ def test_claims_of_more_than_there_is():
     large = header | {"lead": [10**9], "options": options}
     assert_refused(joined(large, arrays), MemoryError)
     assert_refused(joined(header | {"options": options | {"window": 10**14}}, arrays), MemoryError)
-    empty = header | {"lead": None, "length": 0, "folded": 0, "R": None}
+    empty = header | {"lead": None, "lengths": 0, "folded": 0, "exact": False, "largest": 0.0, "asked": 0.0, "R": None}
     assert_refused(joined(empty | {"options": options | {"d": 10**12}}, {}), MemoryError)
     history, kept = parts(content(make(**STATES["history"])[0]))
-    assert_refused(joined(history | {"length": 2**50}, kept), MemoryError)
+    assert_refused(joined(history | {"lengths": [2**50]}, kept), MemoryError)
+    old, kept = parts(of_version_3(content(make()[0])))
+    assert_refused(joined(old | {"lead": [10**12, 2]}, kept), MemoryError)
     # npy headers that claim more than the file has.
     data = content(make()[0])
     shape = str(arrays["state"].shape).encode()
@@ -296,14 +300,14 @@ def test_mutated_files(monkeypatch):
         except (ValueError, MemoryError):
             continue
         loaded += 1
-        if state.length == 0:
+        if state._streams is None:
             continue
-        lead, dtype = state._lead, state._dtype
+        lead, dtype = state._streams.lead, state._dtype
         heads = state._options.bias.heads if state._options.bias is not None else None
         q_lead = lead[:-1] + (heads,) if heads and heads > 1 else lead
         q, k, v = (np.full((*axes, width), 0.1, dtype) for axes, width in ((q_lead, 4), (lead, 4), (lead, 3)))
         with np.errstate(all="ignore"), contextlib.suppress(ropecy.BoundedEntryError):
-            state.attend(q)
+            state.attend(q, active=state.lengths > 0)
             for _ in range(5):
                 state.step(q, k, v)
             state.extend(np.repeat(k[..., None, :], 70, -2), np.repeat(v[..., None, :], 70, -2))

@@ -96,7 +96,10 @@ def test_interrupted_anywhere(name):
     n, options, call, every = CASES[name]
     state = ropecy.DecodeState(D, D, ropecy.Rotary(D, rotary_dim=2), bound=2.0, eps=1e-2, **options)
     if n:
-        state.extend(*tokens(n)[1:])
+        # The last by a step, which leaves a full ring full.
+        Q, K, V = tokens(n)
+        state.extend(K[:, :-1], V[:, :-1])
+        state.step(Q[:, -1], K[:, -1], V[:, -1])
     done = state.copy()
     call(done)
     before, after = says(state.copy()), says(done)

@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import io
-import math
 import os
 import threading
-from collections.abc import Iterator
 from typing import IO, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from .approximation import minimax as poly
 from .certificate import Certificate
-from .decoding import bounds, file
-from .decoding.arguments import check_decode, check_query, check_tokens
+from .decoding import bounds, file, saved
+from .decoding.arguments import check_counts, check_decode, check_query, check_streams, check_tokens
 from .decoding.exclusive import all_or_nothing, one_call_at_a_time
-from .decoding.history import History
-from .decoding.rows import PIECE, Rows, flat, stored
-from .decoding.sums import Sums, slopes_of_key_heads
-from .engines.polynomial import features
-from .machine.threads import default_threads
+from .decoding.rows import Rows, largest_of_streams, stored
+from .decoding.streams import Streams
 from .relative import RelativeBias
 from .rotary import Rotary
-
-# The largest number of tokens that `extend` works on at a time; `decoding.bounds.rounding` assumes blocks of that size.
-_TOKENS = 2**16
 
 
 class DecodeState:
@@ -35,6 +26,9 @@ class DecodeState:
     Instead of its keys and values a text leaves a state of fixed size, ``sum_j phi(k_j) [v_j 1]``, phi being the
     monomials of a polynomial that stands for exp on [-B, B]; the last `window` tokens may be kept beside it and are
     then exact. A bias of slope a is a decay: every token lets the state fall by e^-a.
+
+    An index of all leading axes of keys but the last, which is that of key heads, is a stream: a text of its own, with
+    a length, positions and a certificate of its own, which no other stream changes.
 
     Parameters
     ----------
@@ -64,8 +58,8 @@ class DecodeState:
     on_break : {"raise", "exact"}
         What happens to a key or a query past `bound`. "raise": BoundedEntryError, and the state is as it was.
         "exact": keys and values are kept from the start. A query past `bound` is answered from them, and so is every
-        query once a key was past it. This costs what the state is there to save: memory of d + d_v numbers for each
-        token, and time in proportion to the length of the text for each query that is answered so.
+        query of a stream once a key of it was past it. This costs what the state is there to save: memory of d + d_v
+        numbers for each token, and time in proportion to the length of the text for each query that is answered so.
 
     Raises
     ------
@@ -83,7 +77,7 @@ class DecodeState:
     With F = C(d + g, g) monomials for degree g, a token takes 2 F (d_v + 1) operations for a key head and as many for
     a query head, and 16 F (d_v + 1) bytes are kept for a key head, whatever the length of the text: sums in float64,
     and their rounding errors. The last tokens, `window` of them (or w of `near`) and at most 64 more, are kept as they
-    are and are exact, which takes 8 (window + 64) (d + d_v + 1) bytes; 64 of them enter the sums together, so one step
+    are and are exact, which takes 8 (window + 65) (d + d_v + 1) bytes; 64 of them enter the sums together, so one step
     in 64 takes longer than the others. Where the query heads of a key head have different slopes, each query head has
     sums of its own, and these numbers hold for each query head. Weights stay positive under a bias, and those of near
     tokens are exact, so the proof of the error holds as without them. The method is that of arXiv:2412.17316 and
@@ -139,93 +133,92 @@ class DecodeState:
             },
         )
         self._in_use = threading.Lock()
-        self._length = 0
-        # |scale| ||x||^2: the largest of all keys, and that of the last query if it was answered from the history.
-        self._largest = self._asked = 0.0
         self._dtype = o.dtype
-        self._lead: tuple[int, ...] | None = None
-        self._values: bounds.Values | None = None
-        # None before the first token, and from the first key past the bound on, when only the history can answer.
-        self._sums: Sums | None = None
-        # None before the first token, and always unless on_break="exact".
-        self._history: History | None = None
-        # The bias's slopes for each head; from the first token on those of each key head's sums, (H, S) as in `Sums`.
-        self._slopes = np.zeros(1) if o.bias is None else np.atleast_1d(o.bias._values)
         # A bound or a size that is impossible for every dtype and number of heads is refused here; what depends on them
         # is refused with the first tokens.
         self._polynomial = bounds.polynomial(o, o.dtype or np.dtype(np.float64))
         bounds.check_memory(o, self._polynomial.degree, 1, 1)
         self._rows = Rows(o)
+        # None before the first tokens.
+        self._streams: Streams | None = None
 
     # ---- what it is ----
 
     @property
     def length(self) -> int:
-        """How many tokens there have been."""
-        return self._length
+        """How many tokens there have been; ValueError where streams have had different numbers: see `lengths`."""
+        lengths = self.lengths
+        if lengths.size and (lengths != lengths.flat[0]).any():
+            raise ValueError(f"length: got streams of {lengths.min()} to {lengths.max()} tokens, wants `lengths`")
+        return int(lengths.flat[0]) if lengths.size else 0
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """How many tokens each stream has had, of the shape of all leading axes but the last; () before the first."""
+        return np.zeros((), np.intp) if self._streams is None else self._streams.lengths.copy()
 
     @property
     def nbytes(self) -> int:
         """Bytes of the state: 0 before the first token, afterwards constant, unless on_break="exact"."""
-        return sum(array.nbytes for array in self._arrays.values())
+        return 0 if self._streams is None else self._streams.nbytes
 
     @property
     @one_call_at_a_time
     def certificate(self) -> Certificate:
-        """What is promised of the last result, in units of max_c range_j(v_jc) over all tokens and heads.
+        """What is promised of the last result: the worst of `certificates`."""
+        found = self._certificates
+        return max(found.flat, key=lambda certificate: certificate.error)
 
-        Where a key or the query of that result was past `bound`, it is the exact engine's certificate. `rounding`
-        includes the error of storing a result in its dtype; `eps` is compared with the error before storing.
+    @property
+    @one_call_at_a_time
+    def certificates(self) -> np.ndarray:
+        """What is promised of each stream's last result, of the shape of `lengths`.
+
+        Errors are in units of max_c range_j(v_jc) over all tokens and heads of the stream. Where a key or the query of
+        that result was past `bound`, it is the exact engine's certificate. `rounding` includes the error of storing a
+        result in its dtype; `eps` is compared with the error before storing.
         """
-        dtype, half, stored = self._dtype or np.dtype(np.float64), 0.0, 0.0
-        if self._length:
-            # The first value is added to the result in float64, and that sum is rounded.
-            stored = 2 * self._values.storing(np.dtype(np.float64))
-            if dtype.itemsize == 4:
-                stored += self._values.storing(dtype)
-            elif dtype.itemsize == 2:
-                half = self._values.storing(dtype)
-        else:
-            stored = float(np.finfo(bounds.computed(dtype)).eps)
-        return self._computed(dtype, stored).stored(half)
+        return self._certificates
 
-    def _computed(self, dtype: np.dtype, stored: float) -> Certificate:
-        """The certificate of results before they are stored in half precision."""
-        o, p = self._options, self._polynomial
-        if self._exact or self._asked:
-            largest = math.sqrt(self._largest * (self._asked or self._largest))
-            reach = max(1.0, abs(o.stretched[1])) * largest
-            rounding = bounds.exact_rounding(o.d, dtype, self._slopes, self._length, reach)
-            return Certificate("exact", None, None, largest, "exact", 0.0, rounding + stored)
-        return Certificate(
-            engine="polynomial",
-            degree=p.degree,
-            n_features=poly.n_features(o.d, p.degree),
-            bound=p.B,
-            rule="worst case",
-            truncation=poly.tau(p.error),
-            rounding=bounds.rounding(self._limit(dtype)) + bounds.rounding_of_near(o, self._limit(dtype)) + stored,
-        )
+    @property
+    def _certificates(self) -> np.ndarray:
+        lengths = self.lengths
+        found = np.empty(lengths.size, object)
+        for i in range(lengths.size):
+            if self._streams is None:
+                dtype = self._dtype or np.dtype(np.float64)
+                stored = float(np.finfo(bounds.computed(dtype)).eps)
+                found[i] = bounds.certificate(self._options, self._polynomial, dtype, stored)
+            else:
+                found[i] = self._streams.certificate(i)
+        return found.reshape(lengths.shape)
 
     def __repr__(self) -> str:
-        o = self._options
+        o, lengths = self._options, np.unique(self.lengths)
+        tokens = f"{lengths[0]:,}" if lengths.size == 1 else f"{lengths[0]:,} to {lengths[-1]:,}"
         return (
             f"DecodeState({o.d}, {o.d_v}, {o.R!r}, eps={o.eps:g}, bound={o.bound:g}, scale={o.scale:g}, "
             f"dtype={self._dtype}, window={o.window}, near={o.near}, bias={o.bias!r}, on_break={o.on_break!r}): "
-            f"{self._length:,} tokens in {self.nbytes:,} bytes"
+            f"{tokens} tokens in {self.nbytes:,} bytes"
         )
 
     # ---- what it does ----
 
     @one_call_at_a_time
     @all_or_nothing
-    def extend(self, K: ArrayLike, V: ArrayLike) -> None:
+    def extend(
+        self, K: ArrayLike, V: ArrayLike, *, active: ArrayLike | None = None, lengths: ArrayLike | None = None
+    ) -> None:
         """Append n tokens at once (prefill): the state becomes what n steps would make it, up to rounding.
 
         Parameters
         ----------
         K, V : (..., n, d), (..., n, d_v) arrays
             Leading axes broadcast, the last of them being that of key heads. The first call fixes those of the state.
+        active : bool array, optional
+            Which streams the tokens come to, in the shape of `lengths`. Rows of others are not read.
+        lengths : integer array, optional
+            In the place of `active`: each stream takes its first so many of the n rows, and others are not read.
 
         Raises
         ------
@@ -233,32 +226,27 @@ class DecodeState:
             The dtype or the shapes don't fit, or there is NaN or Inf. K and V, broadcast together, must have the
             leading axes of the first tokens: tokens of one text are not appended to several texts.
         BoundedEntryError
-            A key is past `bound`. The state is then as it was.
+            A key is past `bound`; its index says in which stream. The state is then as it was.
 
         Notes
         -----
-        The time is that of 2 n F (d_v + 1) operations for each key head.
+        The time is that of 2 n F (d_v + 1) operations for each key head. Streams of one length that take as many tokens
+        are worked on together, and others in turn.
         """
-        o = self._options
-        K, V, lead = check_tokens({"K": K, "V": V}, (o.d, o.d_v), self._dtype, self._lead, o.bias, single=False)
-        if K.shape[-2] == 0:
+        told = {"active": active, "lengths": lengths}
+        K, V, lead, counts = check_tokens({"K": K, "V": V}, self._options, *self._form, told, single=False)
+        n = K.shape[-2]
+        if n == 0:
             return
-        largest = self._rows.within("K", K)
-        self._begin(lead, K.dtype, largest)
-        if self._length == 0:
-            self._values.first[...] = flat(V[..., :1, :], lead)[:, 0]
-        pieces = self._pieces(K, V)
-        if self._sums is None:
-            for _ in pieces:
-                pass
-        else:
-            self._sums.extend(pieces, default_threads())
-        self._largest = max(self._largest, largest)
-        self._length += K.shape[-2]
+        sizes = self._rows.within("K", K)
+        streams = self._begun(lead, K.dtype)
+        counts = np.full(streams.sums.length.size, n) if counts is None else counts
+        if counts.any():
+            streams.extend(K, V, counts, largest_of_streams(sizes.max(axis=-1), lead))
 
     @one_call_at_a_time
     @all_or_nothing
-    def step(self, q: ArrayLike, k: ArrayLike, v: ArrayLike) -> np.ndarray:
+    def step(self, q: ArrayLike, k: ArrayLike, v: ArrayLike, *, active: ArrayLike | None = None) -> np.ndarray:
         """Append one token, then attend with q at its position.
 
         Parameters
@@ -268,6 +256,9 @@ class DecodeState:
             key head h // (heads / key heads).
         k, v : (..., d), (..., d_v) arrays
             The key and the value of the token. Leading axes broadcast.
+        active : bool array, optional
+            Which streams take the token, in the shape of `lengths`. Rows of others are not read, and their results are
+            0.
 
         Returns
         -------
@@ -279,63 +270,98 @@ class DecodeState:
         TypeError, ValueError
             The dtype or the shapes don't fit, or there is NaN or Inf.
         BoundedEntryError
-            The key or the query is past `bound`. The state is then as it was.
+            The key or the query is past `bound`; its index says in which stream. The state is then as it was.
         """
-        o = self._options
-        k, v, lead = check_tokens({"k": k, "v": v}, (o.d, o.d_v), self._dtype, self._lead, o.bias, single=True)
-        q = check_query(q, o.d, k.dtype, lead, o.bias)
-        largest_q, largest_k = self._rows.within("q", q), self._rows.within("k", k)
-        self._begin(lead, k.dtype, largest_k)
-
-        new_k, new_v = self._rows.keys(k[..., None, :], lead), flat(v[..., None, :], lead)
-        queries = self._rows.queries(q, lead)
-        rows = self._rows.rotated(np.concatenate([new_k, queries], axis=1), np.int64(self._length))
-        if self._length == 0:
-            self._values.first[...] = new_v[:, 0]
-        if self._history is not None:
-            self._history.write(self._length, rows[:, :1], new_v)
-        past = self._sums is None or largest_q > self._limit(self._dtype)
-        result = None
-        if self._sums is not None:
-            for_sums = np.ascontiguousarray(rows[:, :1]) if past else rows
-            result = self._sums.step(for_sums, new_v[:, 0], default_threads())
-        self._values.see(new_v)
-        self._largest, self._asked = max(self._largest, largest_k), largest_q if past else 0.0
-        self._length += 1
-        return stored(self._exactly(rows[:, 1:]) if past else result, q)
+        o, told = self._options, {"active": active}
+        k, v, lead, counts = check_tokens({"k": k, "v": v}, o, *self._form, told, single=True)
+        q = check_query(q, o, k.dtype, lead, counts)
+        sizes = [largest_of_streams(self._rows.within(name, X), lead) for name, X in (("q", q), ("k", k))]
+        streams = self._begun(lead, k.dtype)
+        which = np.arange(streams.sums.length.size) if counts is None else np.flatnonzero(counts)
+        return stored(streams.step(q, (k, v), which, sizes), q)
 
     @one_call_at_a_time
     @all_or_nothing
-    def attend(self, q: ArrayLike) -> np.ndarray:
+    def attend(self, q: ArrayLike, *, active: ArrayLike | None = None) -> np.ndarray:
         """Attend with q (..., d), as in `step`, at the position of the last token, without appending a token.
 
         Returns
         -------
         (..., d_v) array
+            0 for streams that are not `active`, of which nothing is read.
         """
-        if self._length == 0:
+        streams = self._streams
+        if streams is None:
             raise ValueError("attend: got a state without tokens, wants extend or step first")
-        o = self._options
-        q = check_query(q, o.d, self._dtype, self._lead, o.bias)
-        largest = self._rows.within("q", q)
-        rows = self._rows.rotated(self._rows.queries(q, self._lead), np.int64(self._length - 1))
-        past = self._sums is None or largest > self._limit(self._dtype)
-        self._asked = largest if past else 0.0
-        result = self._exactly(rows) if past else self._sums.step(rows, None, default_threads())
-        return stored(result, q)
+        counts = check_counts({"active": active}, streams.lead, 1)
+        which = np.arange(streams.sums.length.size) if counts is None else np.flatnonzero(counts)
+        q = check_query(q, self._options, self._dtype, streams.lead, counts)
+        if not streams.sums.length[which].all():
+            raise ValueError("attend: got a stream without tokens, wants extend or step first, or it not active")
+        sizes = [largest_of_streams(self._rows.within("q", q), streams.lead)]
+        return stored(streams.step(q, None, which, sizes), q)
+
+    @one_call_at_a_time
+    @all_or_nothing
+    def reset(self, streams: Any = ...) -> None:
+        """Let streams have no tokens, so that others can begin in their place; other streams stay as they are.
+
+        Parameters
+        ----------
+        streams : index, optional
+            What indexes an array in the shape of `lengths`: an integer, integers, a slice, bools. By default all.
+
+        Raises
+        ------
+        ValueError
+            The index does not fit `lengths`.
+        """
+        if self._streams is None:
+            check_streams(streams, ())
+            return
+        self._streams.reset(np.unique(check_streams(streams, self._streams.lead)))
+
+    @one_call_at_a_time
+    def select(self, streams: Any) -> DecodeState:
+        """A second state of some streams of this one, copied, in another order or repeated.
+
+        Parameters
+        ----------
+        streams : index
+            What indexes an array in the shape of `lengths`: the streams of the new state are what it gives. From one
+            text without an axis of streams, ``select(None)`` makes a state with one. To add a stream, repeat one and
+            `reset` it.
+
+        Returns
+        -------
+        DecodeState
+            Later calls on it don't change this one. Sums are shared until a state changes them, so that branches of a
+            long text cost the bytes of their last tokens at first.
+
+        Raises
+        ------
+        ValueError
+            The index does not fit `lengths`, gives no stream, or there are no tokens yet.
+
+        Examples
+        --------
+        >>> state = DecodeState(2, 1)
+        >>> state.extend(np.zeros((3, 1, 4, 2)), np.ones((3, 1, 4, 1)), lengths=[1, 4, 2])
+        >>> state.select([1, 1, 0]).lengths
+        array([4, 4, 1])
+        """
+        if self._streams is None:
+            raise ValueError("select: got a state without tokens, wants extend or step first")
+        chosen = check_streams(streams, self._streams.lead)
+        if chosen.size == 0:
+            raise ValueError(f"streams: got an index of no stream (shape {chosen.shape}), wants at least one")
+        return self._apart(self._streams.select(chosen))
 
     @one_call_at_a_time
     def copy(self) -> DecodeState:
         """A second state with the same contents; later calls on one don't change the other."""
-        other = self._draft()
-        other._in_use = threading.Lock()
-        if self._history is not None:
-            other._history = self._history.copy()
-        if self._values is not None:
-            other._values = self._values.copy()
-        if self._sums is not None:
-            other._sums = self._sums.copy(other._values.first)
-        return other
+        streams = self._streams
+        return self._apart(streams and streams.select(np.arange(streams.sums.length.size).reshape(streams.lead[:-1])))
 
     __copy__ = copy
 
@@ -358,20 +384,7 @@ class DecodeState:
             place when it is complete and on the disk, so that an interrupted call leaves the old one. A file object is
             written to from its current position.
         """
-        arrays = {}
-        if self._length:
-            arrays = {} if self._history is None else self._history.arrays(self._length)
-            arrays |= self._values.arrays() | ({} if self._sums is None else self._sums.saved())
-        header = {
-            "dtype": self._dtype and self._dtype.name,
-            "lead": self._lead if self._length else None,
-            "length": self._length,
-            "folded": self._length if self._sums is None else self._sums.folded,
-            "degree": self._polynomial.degree,
-            "largest": self._largest,
-            "asked": self._asked,
-        }
-        file.write(path, self._options, header, arrays)
+        file.write(path, self._options, *saved.contents(self._dtype, self._polynomial.degree, self._streams))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str] | IO[bytes]) -> DecodeState:
@@ -392,95 +405,40 @@ class DecodeState:
         OSError
             The file is not there or cannot be read.
         """
-        with file.reading(path) as saved:
-            header = saved.header
-            state = cls(**saved.options())
-            if header["lead"] is None:
-                saved.check_arrays({})
-                return state
-            lead, dtype = tuple(header["lead"]), state._dtype
-            o = state._options
-            exact = o.on_break == "exact" and "state" not in saved.names
-            heads, key_heads = math.prod(lead), lead[-1] if lead else 1
-            states = slopes_of_key_heads(state._slopes, key_heads).shape[1]
-            state._polynomial = bounds.polynomial(o, dtype, header["degree"])
-            bounds.check_memory(o, header["degree"], heads, states, 0 if exact else header["length"])
-            arrays = saved.arrays(o, heads, heads * states, exact, bounds.computed(dtype))
-            state._begin(lead, dtype, math.inf if exact else 0.0, header["degree"])
-            if state._history is not None:
-                state._history = History(arrays["keys"], arrays["values"], o.stretched)
-            file.restore(header, arrays, state._values, state._sums, state._limit(dtype))
-            state._length, state._largest, state._asked = header["length"], header["largest"], header["asked"]
+        with file.reading(path) as source:
+            state = cls(**source.options())
+            streams = saved.streams(source, state._options, state._rows)
+            if streams is not None:
+                state._streams, state._dtype, state._polynomial = streams, streams.dtype, streams.polynomial
         return state
 
     # ---- inside ----
+
+    @property
+    def _form(self) -> tuple[np.dtype | None, tuple[int, ...] | None]:
+        """The dtype and the leading axes that tokens must have, where they are known."""
+        return self._dtype, self._streams and self._streams.lead
+
+    def _begun(self, lead: tuple[int, ...], dtype: np.dtype) -> Streams:
+        """The streams, which are made when the first tokens come."""
+        if self._streams is None:
+            self._streams = Streams(self._options, self._rows, lead, dtype)
+            self._dtype, self._polynomial = dtype, self._streams.polynomial
+        return self._streams
 
     def _draft(self) -> DecodeState:
         """A second object with the same arrays, on which a call that may be interrupted works."""
         other = object.__new__(DecodeState)
         other.__dict__.update(self.__dict__)
-        if self._lead is not None:
-            other._values = self._values.draft()
-            other._history = self._history and self._history.draft()
-            other._sums = self._sums and self._sums.draft()
+        other._streams = self._streams and self._streams.draft()
         return other
 
-    def _exactly(self, rows: np.ndarray) -> np.ndarray:
-        """Exact attention (H, G, d_v) of rotated, scaled queries (H, G, d) over the history."""
-        return self._history.attend(rows, self._length, self._values, self._slopes)
-
-    @property
-    def _exact(self) -> bool:
-        """Whether a key was past the bound, so that only the history can answer."""
-        return self._lead is not None and self._sums is None
-
-    @property
-    def _arrays(self) -> dict[str, np.ndarray]:
-        """All arrays that the state keeps, by name."""
-        kept = (self._history, self._values, self._sums)
-        return {name: array for part in kept if part is not None for name, array in part.arrays().items()}
-
-    def _limit(self, dtype: np.dtype) -> float:
-        return bounds.limit(self._options.bound, self._options.d, dtype)
-
-    def _begin(self, lead: tuple[int, ...], dtype: np.dtype, largest: float, degree: int | None = None) -> None:
-        """Allocate arrays when the first tokens come, and drop the sums for good at the first key past the bound.
-
-        `largest` is the largest |scale| ||k||^2 of the new keys.
-        """
-        o = self._options
-        if self._lead is None:
-            self._polynomial = bounds.polynomial(o, dtype, degree)
-            heads, key_heads = math.prod(lead), lead[-1] if lead else 1
-            slopes = slopes_of_key_heads(self._slopes, key_heads)
-            bounds.check_memory(o, self._polynomial.degree, heads, slopes.shape[1])
-            self._slopes = np.tile(slopes, (heads // len(slopes), 1))
-            self._values = bounds.Values.none(heads, o.d_v)
-            monomials = features.decoding_monomials(o.d, self._polynomial)
-            self._sums = Sums(monomials, self._slopes, o, self._values.first)
-            if o.on_break == "exact":
-                self._history = History.empty(heads, o, bounds.computed(dtype))
-            self._lead, self._dtype = lead, dtype
-        if largest > self._limit(self._dtype):
-            self._sums = None
-
-    def _pieces(self, K: np.ndarray, V: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Rotated keys (H, n, d) and values (H, n, d_v), piece by piece.
-
-        Each piece is also written into the history, if there is one, and its values update the ranges of columns.
-        """
-        o, n = self._options, K.shape[-2]
-        rows = PIECE // (math.prod(self._lead) * o.d + self._slopes.size * o.d_v)
-        rows = min(_TOKENS, max(1024, rows))
-        for start in range(0, n, rows):
-            piece = slice(start, min(n, start + rows))
-            positions = np.arange(piece.start, piece.stop) + self._length
-            k = self._rows.rotated(self._rows.keys(K[..., piece, :], self._lead), positions)
-            v = flat(V[..., piece, :], self._lead)
-            if self._history is not None:
-                self._history.write(self._length + start, k, v)
-            self._values.see(v)
-            yield k, v
+    def _apart(self, streams: Streams | None) -> DecodeState:
+        """A second object like this one, but for its streams, which calls may work on at the same time."""
+        other = object.__new__(DecodeState)
+        other.__dict__.update(self.__dict__)
+        other._streams, other._in_use = streams, threading.Lock()
+        return other
 
 
 def _unpickled(cls: type[DecodeState], content: bytes) -> DecodeState:

@@ -123,30 +123,33 @@ def _rotary_of_any_length(R: Any, d: int) -> None:
 
 def check_tokens(
     given: dict[str, Any],
-    widths: tuple[int, int],
+    o: DecodeOptions,
     dtype: np.dtype | None,
     lead: tuple[int, ...] | None,
-    bias: RelativeBias | None,
+    told: Mapping[str, Any],
     *,
     single: bool,
-) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
-    """Checked keys and values, and the leading axes of the state.
+) -> tuple[np.ndarray, np.ndarray, tuple[int, ...], np.ndarray | None]:
+    """Checked keys and values, the leading axes of the state, and how many of the rows each stream takes, None for all.
+
+    Rows that a stream does not take are 0 in what is returned.
 
     Parameters
     ----------
     given : dict
         Keys and values, in this order, by the names that the caller's method has for them. Their shape is
         (..., n, width), or (..., width) for a `single` token.
-    widths : (int, int)
-        d and d_v.
-    dtype, lead, bias
-        The dtype, the leading axes and the bias of the state. `dtype` and `lead` are None before the first token.
+    o : DecodeOptions
+    dtype, lead
+        The dtype and the leading axes of the state, None before the first token.
+    told : dict
+        `active` and `lengths`, by name, as `check_counts` takes them.
     single : bool
         Whether the arrays hold one token and have no axis of tokens.
     """
-    axes = 1 if single else 2
+    axes, bias = 1 if single else 2, o.bias
     arrays = []
-    for (name, X), width in zip(given.items(), widths, strict=True):
+    for (name, X), width in zip(given.items(), (o.d, o.d_v), strict=True):
         arrays.append(_rows(name, X, width, dtype, axes))
         dtype = arrays[-1].dtype
     names = ", ".join(given)
@@ -161,28 +164,33 @@ def check_tokens(
         raise ValueError(f"{names}: got leading axes {leads[0]} and {leads[1]}, wants axes that broadcast") from None
     if 0 in together:
         raise ValueError(f"{names}: got leading axes {together}, wants at least one of each")
-    # A state of several texts needs tokens for each of them. Those of a single step may broadcast, since the query of
+    # A state of several streams needs tokens for each of them. Those of a single step may broadcast, since the query of
     # that step has all leading axes.
     if lead is not None and not (broadcasts(together, lead) if single else together == lead):
         raise ValueError(f"{names}: got leading axes {together}, wants {lead} as the state has")
-    if bias is not None and bias.heads not in (None, 1) and together and bias.heads % (lead or together)[-1]:
+    lead = together if lead is None else lead
+    if bias is not None and bias.heads not in (None, 1) and lead and bias.heads % lead[-1]:
         raise ValueError(
             f"{names}: got leading axes {together}, wants a number of heads that divides the {bias.heads} of bias"
         )
+    counts = check_counts(told, lead, 1 if single else arrays[0].shape[-2])
+    if counts is not None:
+        arrays = [_taken(X, lead, counts, axes) for X in arrays]
     for name, X, most in zip(given, arrays, (math.inf, LARGEST_VALUE), strict=True):
         if (largest := check_finite(name, X)) > most:
             raise ValueError(f"{name}: got a value of size {largest:.3g}, wants at most 2^900, for sums would overflow")
-    return *arrays, together if lead is None else lead
+    return *arrays, lead, counts
 
 
 def check_query(
-    q: Any, width: int, dtype: np.dtype | None, lead: tuple[int, ...], bias: RelativeBias | None
+    q: Any, o: DecodeOptions, dtype: np.dtype | None, lead: tuple[int, ...], counts: np.ndarray | None
 ) -> np.ndarray:
     """A checked query (..., width). It has the leading axes of the keys, but may have a multiple of their heads.
 
-    A bias with slopes for several heads says how many heads it must have.
+    A bias with slopes for several heads says how many heads it must have. Rows of streams of which `counts` is 0 are 0
+    in what is returned.
     """
-    q = _rows("q", q, width, dtype, 1)
+    q, bias = _rows("q", q, o.d, dtype, 1), o.bias
     own, heads = q.shape[:-1], lead[-1] if lead else 1
     one_head = not lead and not own
     if not (one_head or (len(own) == max(1, len(lead)) and own[:-1] == lead[:-1] and own[-1] and own[-1] % heads == 0)):
@@ -190,8 +198,53 @@ def check_query(
         raise ValueError(f"q: got leading axes {own}, wants {wants}")
     if bias is not None and bias.heads not in (None, 1) and own[-1:] != (bias.heads,):
         raise ValueError(f"q: got leading axes {own}, wants {(*lead[:-1], bias.heads)}, heads as bias has")
+    if counts is not None:
+        q = _taken(q, lead, counts, 1)
     check_finite("q", q)
     return q
+
+
+def check_counts(told: Mapping[str, Any], lead: tuple[int, ...], n: int) -> np.ndarray | None:
+    """How many of n rows each stream takes, (streams,) intp; None if nothing says that it is not all.
+
+    Either `active`, bool, all or none, or `lengths`, integers from 0 to n: one for each stream.
+    """
+    given = {name: value for name, value in told.items() if value is not None}
+    if not given:
+        return None
+    if len(given) > 1:
+        raise ValueError(f"{', '.join(given)}: got both, wants one of the two")
+    [(name, value)] = given.items()
+    value, wants = np.asarray(value), ("bool", "b") if name == "active" else ("integers", "iu")
+    if value.dtype.kind not in wants[1]:
+        raise TypeError(f"{name}: got dtype {value.dtype}, wants {wants[0]}")
+    if value.shape != lead[:-1]:
+        raise ValueError(f"{name}: got shape {value.shape}, wants {lead[:-1]}, one for each stream")
+    if name == "active":
+        return value.reshape(-1) * np.intp(n)
+    if value.size and not 0 <= (worst := value.flat[np.abs(value - n / 2).argmax()]) <= n:
+        raise ValueError(f"{name}: got {worst}, wants from 0 to {n}, the rows that are given")
+    return value.reshape(-1).astype(np.intp)
+
+
+def check_streams(streams: Any, lead: tuple[int, ...]) -> np.ndarray:
+    """What indexing an array with one number for each stream, (...), gives, of the numbers 0, 1, ...; intp."""
+    shape = lead[:-1]
+    try:
+        chosen = np.arange(math.prod(shape), dtype=np.intp).reshape(shape)[streams]
+    except (IndexError, TypeError, ValueError) as error:
+        wants = f"what indexes an array of the streams, of shape {shape}"
+        raise ValueError(f"streams: got {described(streams)}, wants {wants} ({error})") from None
+    return chosen
+
+
+def _taken(X: np.ndarray, lead: tuple[int, ...], counts: np.ndarray, axes: int) -> np.ndarray:
+    """X (..., n, width), or (..., width) where `axes` is 1, with 0 in the rows that a stream does not take."""
+    n = 1 if axes == 1 else X.shape[-2]
+    taken = np.arange(n) < counts.reshape((*lead[:-1], 1))
+    if lead:
+        taken = taken[..., None, :]
+    return np.where(taken if axes == 1 else taken[..., None], X, X.dtype.type(0))
 
 
 def _rows(name: str, X: Any, width: int, dtype: np.dtype | None, axes: int) -> np.ndarray:

@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 
 from ..approximation import minimax as poly
-from ..certificate import BoundedEntryError
+from ..certificate import BoundedEntryError, Certificate
 from ..certify.rounding import sums_rounding
 from ..certify.values import storing
 from ..machine.memory import available_memory, fits
@@ -61,28 +61,28 @@ def rounding_of_near(o: DecodeOptions, B: float) -> float:
     return min(1.0, unit * (8 + math.sqrt(o.d) / 2) * abs(stretch) * B) if width else 0.0
 
 
-def exact_rounding(d: int, dtype: np.dtype, slopes: np.ndarray, length: int, largest: float) -> float:
+def exact_rounding(o: DecodeOptions, dtype: np.dtype, slope: float, length: int, largest: float) -> float:
     """The rounding error of exact attention over a text, in units of the range of values.
 
-    Scores s_j without their bias b_j are within [-largest, largest], and n = `length`. Rounding changes a score in
+    Scores s_j by `scale`, without their bias b_j, are within [-largest, largest], and n = `length`. Near ones are
+    larger where scale_near is, and the bias falls by `slope` at most. Rounding changes a score in
     proportion to its size, and the result by the mean of these changes over the softmax weights P. The mean of |b_j|
     over P is at most 2 `largest` + log n, since P maximises sum_j P_j (s_j + b_j) + entropy(P), which is at least s_m
     for the last token m, whose bias is 0. However wrong the weights are, the result changes by no more than the range.
     What summation adds is that of the exact engine.
     """
-    unit = float(np.finfo(computed(dtype)).eps) / 2
-    bias = min(float(slopes.max()) * length, 2 * largest + math.log(max(1, length)))
-    return sums_rounding(computed(dtype), length) + min(1.0, unit * (2 + math.sqrt(d) / 2) * (largest + bias))
+    unit, size = float(np.finfo(computed(dtype)).eps) / 2, largest * max(1.0, abs(o.stretched[1]))
+    bias = min(slope * length, 2 * size + math.log(max(1, length)))
+    return sums_rounding(computed(dtype), length) + min(1.0, unit * (2 + math.sqrt(o.d) / 2) * (size + bias))
 
 
 @dataclass(slots=True)
 class Values:
-    """The first, the least and the largest value of each column over all tokens.
+    """The first, the least and the largest value of each column over all tokens of a stream.
 
     Attributes
     ----------
-    first, least, most : (H, d_v) float64 arrays
-        H is the product of all leading axes of the state.
+    first, least, most : (streams, H, d_v) float64 arrays
     """
 
     first: np.ndarray
@@ -90,25 +90,36 @@ class Values:
     most: np.ndarray
 
     @classmethod
-    def none(cls, heads: int, d_v: int) -> Values:
+    def none(cls, shape: tuple[int, int, int]) -> Values:
         """The object before the first token."""
-        return cls(np.zeros((heads, d_v)), np.full((heads, d_v), math.inf), np.full((heads, d_v), -math.inf))
+        return cls(np.zeros(shape), np.full(shape, math.inf), np.full(shape, -math.inf))
 
-    def see(self, v: np.ndarray) -> None:
-        """Take the values (H, n, d_v) of new tokens into account."""
-        low, high = (v[:, 0], v[:, 0]) if v.shape[1] == 1 else (v.min(axis=1), v.max(axis=1))
-        self.least, self.most = np.minimum(self.least, low), np.maximum(self.most, high)
+    def see(self, v: np.ndarray, streams: np.ndarray) -> None:
+        """Take the values (m, H, n, d_v) of new tokens of these streams into account."""
+        low, high = (v[:, :, 0], v[:, :, 0]) if v.shape[2] == 1 else (v.min(axis=2), v.max(axis=2))
+        if len(streams) == len(self.least):
+            self.least, self.most = np.minimum(self.least, low), np.maximum(self.most, high)
+            return
+        least, most = self.least.copy(), self.most.copy()
+        least[streams], most[streams] = np.minimum(least[streams], low), np.maximum(most[streams], high)
+        self.least, self.most = least, most
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The three arrays by name."""
         return {"first": self.first, "least": self.least, "most": self.most}
 
+    def of(self, streams: np.ndarray | int) -> Values:
+        """An object with copies of the values of these streams, (m, H, d_v), or of one, (H, d_v)."""
+        return Values(*(array[streams].copy() for array in self.arrays().values()))
+
+    def forget(self, streams: np.ndarray) -> None:
+        """Let these streams have no tokens."""
+        self.least, self.most = self.least.copy(), self.most.copy()
+        self.least[streams], self.most[streams] = math.inf, -math.inf
+
     def draft(self) -> Values:
         """A second object with the same arrays: when it sees further values, this one does not change."""
         return Values(self.first, self.least, self.most)
-
-    def copy(self) -> Values:
-        return Values(self.first.copy(), self.least.copy(), self.most.copy())
 
     @property
     def spread(self) -> np.ndarray:
@@ -159,7 +170,21 @@ def polynomial(o: DecodeOptions, dtype: np.dtype, degree: int | None = None) -> 
     )
 
 
-def check_memory(o: DecodeOptions, degree: int, heads: int, states: int, remembered: int = 0) -> None:
+def certificate(o: DecodeOptions, p: poly.Polynomial, dtype: np.dtype, stored: float) -> Certificate:
+    """What is promised of a result by sums, whose storing adds the error `stored`."""
+    B = limit(o.bound, o.d, dtype)
+    return Certificate(
+        engine="polynomial",
+        degree=p.degree,
+        n_features=poly.n_features(o.d, p.degree),
+        bound=p.B,
+        rule="worst case",
+        truncation=poly.tau(p.error),
+        rounding=rounding(B) + rounding_of_near(o, B) + stored,
+    )
+
+
+def check_memory(o: DecodeOptions, degree: int, heads: int, states: int, remembered: float = 0) -> None:
     """MemoryError where a state doesn't fit into what the machine has left.
 
     Parameters
@@ -171,11 +196,11 @@ def check_memory(o: DecodeOptions, degree: int, heads: int, states: int, remembe
         H, the product of all leading axes.
     states : int
         The number of sums for each head: as many as there are different slopes, or 1.
-    remembered : int
-        The number of tokens in the history that is kept beside the sums; 0 without a history.
+    remembered : float
+        The mean number of tokens in the history of a stream; 0 without a history.
     """
     features = poly.n_features(o.d, degree)
-    ring = (o.recent + BLOCK) * (o.d + o.d_v + 1)
+    ring = (o.recent + BLOCK + 1) * (o.d + o.d_v + 1)
     size = 8.0 * heads * (2 * (o.d_v + 1) * states * features + ring)
     if o.on_break == "exact":
         size += float(heads) * remembered * (o.d + o.d_v) * computed(o.dtype or np.dtype(np.float32)).itemsize

@@ -21,17 +21,19 @@ import numpy as np
 from ..machine.memory import fits
 from ..relative import RelativeBias
 from ..rotary import Rotary
-from .arguments import LARGEST_VALUE, DecodeOptions
-from .bounds import Values
-from .sums import BLOCK, Sums
+from .arguments import DecodeOptions
 
 VERSION = 4
 _OPTIONS = ("d", "d_v", "eps", "bound", "scale", "window", "near", "on_break")
 _ROTARY = ("base", "pairing", "rotary_dim", "scaling", "length")
-_HEADER = {"version", "options", "R", "slopes", "dtype", "lead", "length", "degree", "largest", "folded", "asked"}
+_HEADER = {"version", "options", "R", "slopes", "dtype", "lead", "degree", "largest", "asked", "folded"}
+_HEADER |= {"lengths", "exact"}
 # For each version of the format, the entries of the header that it lacks. Version 1 had no bias. Version 2 had no
-# compensation, and added each token to the sums as soon as it left the window. Before version 4 no option was `near`.
-_LATER = {1: {"slopes", "folded", "asked"}, 2: {"folded", "asked"}, 3: set(), 4: set()}
+# compensation, and added each token to the sums as soon as it left the window. Before version 4 all streams had one
+# `length`, all were exact or none, and no option was `near`.
+_LATER = {4: set(), 3: {"lengths", "exact"}}
+_LATER[2] = _LATER[3] | {"folded", "asked"}
+_LATER[1] = _LATER[2] | {"slopes"}
 # Up to here float64 holds every position and count exactly.
 _LONGEST = 2**53
 _LARGEST_HEADER = 2**24
@@ -151,16 +153,28 @@ class SavedState:
         version = header.get("version") if isinstance(header, dict) else None
         if type(version) is not int or version not in _LATER:
             raise ValueError(f"header: got format version {version!r}, wants {VERSION} or an earlier one")
-        wants = _HEADER - _LATER[version]
+        wants = _HEADER - _LATER[version] | ({"length"} if version < 4 else set())
         if set(header) != wants:
             raise ValueError(f"header: got {sorted(header)}, wants {sorted(wants)}")
-        if version < 4 and isinstance(header["options"], dict):
-            header["options"].setdefault("near", None)
+        if version < 4:
+            header["lengths"] = header.pop("length")
+            if isinstance(header["options"], dict):
+                header["options"].setdefault("near", None)
         _check_header(header)
         header.setdefault("slopes", None)
         header.setdefault("asked", 0.0)
-        header.setdefault("folded", max(0, header["length"] - (header["options"]["window"] or 0)))
+        if version < 3:
+            header["folded"] = max(0, header["lengths"] - (header["options"]["window"] or 0))
+        if version < 4:
+            header["exact"] = header["options"]["on_break"] == "exact" and "state" not in self.names
         return header
+
+    def of_streams(self, name: str, streams: int) -> np.ndarray:
+        """The numbers of an entry of the header for each stream; in earlier versions all have the same."""
+        value = self.header[name]
+        if isinstance(value, list) and len(value) != streams:
+            raise ValueError(f"{name}: got {len(value)} entries, wants {streams}, one for each stream")
+        return np.broadcast_to(np.asarray(value), (streams,))
 
     def options(self) -> dict[str, Any]:
         """The arguments of `DecodeState` that the saved state was made with."""
@@ -177,42 +191,8 @@ class SavedState:
         if self.names != set(wants):
             raise ValueError(f"arrays: got {sorted(self.names)}, wants {sorted(wants)}")
 
-    def arrays(
-        self, o: DecodeOptions, heads: int, states: int, exact: bool, remembered: np.dtype
-    ) -> dict[str, np.ndarray]:
-        """All arrays by name. Shapes and dtypes of all of them are checked before the first is read.
-
-        Parameters
-        ----------
-        o : DecodeOptions
-        heads, states : int
-            H, the product of all leading axes, and the number of sums: H, or H times the number of query heads of a key
-            head where their slopes differ.
-        exact : bool
-            Whether there are no sums, because a key was past the bound.
-        remembered : dtype
-            The dtype of the history.
-        """
-        header = self.header
-        length, folded, old = header["length"], header["folded"], header["version"] < 3
-        window, float64 = o.recent, np.dtype(np.float64)
-        if not exact and not min(window, length) <= length - folded <= window + BLOCK:
-            raise ValueError(f"folded: got {folded} of {length} tokens, wants all but {window} to {window + BLOCK}")
-        features = math.comb(o.d + header["degree"], o.d)
-        recent = window if old else length - folded
-        wants: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
-        if not exact:
-            wants["state"] = (states, o.d_v + 1, features), float64
-            wants["ring_keys"] = (heads, o.d, recent), float64
-            wants["ring"] = (heads, o.d_v + old, recent), float64
-            if old:
-                wants["centre"] = (heads, o.d_v), float64
-            else:
-                wants["low"] = wants["state"]
-        if not old:
-            wants |= {name: ((heads, o.d_v), float64) for name in ("first", "least", "most")}
-        if o.on_break == "exact":
-            wants |= {name: ((heads, length, w), remembered) for name, w in (("keys", o.d), ("values", o.d_v))}
+    def arrays(self, wants: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> dict[str, np.ndarray]:
+        """All arrays by name, of these shapes and dtypes: all of them are checked before the first is read."""
         self.check_arrays(wants)
         for name, (shape, dtype) in wants.items():
             self._check_array(name, shape, dtype)
@@ -287,16 +267,22 @@ def _check_header(header: dict[str, Any]) -> None:
         raise ValueError(f"slopes: got {slopes!r:.200}, wants numbers or null")
     for name in ("d", "d_v"):
         _check_count(f"options: {name}", options[name], 1, 2**62)
-    for name in ("length", "folded"):
-        _check_count(name, header.get(name, 0), 0, _LONGEST)
     _check_count("degree", header["degree"], 1, 40)
-    for name in ("largest", "asked"):
-        value = header.get(name, 0.0)
-        if type(value) not in (int, float) or not 0 <= value < math.inf:
-            raise ValueError(f"{name}: got {value!r:.200}, wants a number of at least 0")
+    for name in ("lengths", "folded", "largest", "asked", "exact"):
+        value = header.get(name, 0)
+        if isinstance(value, list) != (header["version"] >= 4 and lead is not None):
+            raise ValueError(f"{name}: got {value!r:.200}, wants one for each stream")
+        for each in value if isinstance(value, list) else [value]:
+            if name in ("lengths", "folded"):
+                _check_count(name, each, 0, _LONGEST)
+            elif name == "exact":
+                if type(each) is not bool and name in header:
+                    raise ValueError(f"exact: got {each!r:.200}, wants true or false")
+            elif type(each) not in (int, float) or not 0 <= each < math.inf:
+                raise ValueError(f"{name}: got {each!r:.200}, wants a number of at least 0")
     if lead is None:
-        if header["length"]:
-            raise ValueError(f"lead: got null beside {header['length']} tokens")
+        if header["lengths"]:
+            raise ValueError(f"lead: got null beside {header['lengths']} tokens")
         return
     if not isinstance(lead, list) or len(lead) > 32:
         raise ValueError(f"lead: got {lead!r:.200}, wants up to 32 leading axes or null")
@@ -304,7 +290,7 @@ def _check_header(header: dict[str, Any]) -> None:
         _check_count("lead", size, 1, 2**62)
     if header["dtype"] is None:
         raise ValueError("dtype: got null, wants that of the tokens")
-    if header["length"] == 0 and header["version"] >= 3:
+    if header["lengths"] == 0 and header["version"] == 3:
         raise ValueError("length: got 0 beside leading axes")
     if len(flat) > 1 and lead and len(flat) % lead[-1]:
         raise ValueError(f"slopes: got {len(flat)}, wants a multiple of the {lead[-1]} heads")
@@ -314,107 +300,3 @@ def _check_count(name: str, value: Any, least: int, most: int) -> None:
     """Raise ValueError unless the value is an integer from least to most."""
     if type(value) is not int or not least <= value <= most:
         raise ValueError(f"{name}: got {value!r:.200}, wants an integer from {least} to {most}")
-
-
-# ---- making a state of what was read ----
-
-
-def restore(
-    header: dict[str, Any], arrays: dict[str, np.ndarray], values: Values, sums: Sums | None, limit: float
-) -> None:
-    """Fill `values` and `sums` of a new state with the arrays of a file.
-
-    The numbers are checked against each other, and against `limit`, the largest |scale| ||k||^2 of a key k in the sums.
-    """
-    length, folded = header["length"], header["folded"]
-    if header["version"] < 3:
-        arrays = _of_version_3(header, arrays, sums)
-    values.first[...], values.least, values.most = arrays["first"], arrays["least"], arrays["most"]
-    lowest, highest = values.least - 1e-9 * values.spread, values.most + 1e-9 * values.spread
-    if (
-        max(np.abs(values.least).max(), np.abs(values.most).max()) > LARGEST_VALUE
-        or not ((values.least <= values.first) & (values.first <= values.most)).all()
-    ):
-        raise ValueError("least, most: got no range that the first values are in, or one that is too wide")
-    if "keys" in arrays:
-        if (_sizes(arrays["keys"]) > header["largest"] * (1 + 1e-5)).any():
-            raise ValueError("keys: got a key that is longer than `largest` says")
-        v = arrays["values"]
-        if ((v < lowest[:, None]) | (v > highest[:, None])).any():
-            raise ValueError("values: got a value that is not between `least` and `most`")
-    if sums is None:
-        return
-    # Files of earlier versions don't say between which least and largest value the values were.
-    spread = values.spread if header["version"] >= 3 else np.full_like(values.first, 2 * LARGEST_VALUE)
-    _check_sums(arrays, values, spread, sums, folded, limit)
-    sums.restore(arrays, length, folded)
-
-
-def _sizes(keys: np.ndarray) -> np.ndarray:
-    """The squared norms of keys (H, n, d)."""
-    with np.errstate(over="ignore"):
-        return np.einsum("hna,hna->hn", keys, keys, dtype=np.float64)
-
-
-def _check_sums(
-    arrays: dict[str, np.ndarray], values: Values, spread: np.ndarray, sums: Sums, folded: int, limit: float
-) -> None:
-    """Raise ValueError where no keys within `limit` and no values within range `spread` can have left these sums."""
-    room = 1 + 1e-6
-    if (_sizes(arrays["ring_keys"].swapaxes(1, 2)) > limit * room).any():
-        raise ValueError("ring_keys: got a key that is past the bound")
-    x, first = arrays["ring"], values.first[..., None]
-    slack = 1e-9 * values.spread[..., None]
-    if (x < values.least[..., None] - first - slack).any() or (x > values.most[..., None] - first + slack).any():
-        raise ValueError("ring: got a value that is not between `least` and `most`")
-    state = arrays["state"]
-    # The first monomial is 1, so its sum is the sum of all weights. The sum of another monomial is at most as large as
-    # the sum of all weights times a power of the size of keys.
-    count = sums.weight(folded)
-    if (np.abs(state[:, -1, 0] - count) > 1e-6 * count).any():
-        raise ValueError(f"state: got sums of weights that are not those of {folded} tokens")
-    most = room * np.repeat(spread, len(state) // len(spread), axis=0)[..., None]
-    sizes = count[:, None, None] * max(1.0, limit) ** (sums.monomials.degree / 2)
-    if (np.abs(state[:, :-1]) > most * sizes).any() or (np.abs(state[:, -1:]) > room * sizes).any():
-        raise ValueError("state: got sums that are larger than those of such keys and values")
-    if (np.abs(arrays["low"]) > 1e-9 * np.maximum(most.max(), 1.0) * sizes).any():
-        raise ValueError("low: got more than rounding takes from sums")
-
-
-def _of_version_3(header: dict[str, Any], arrays: dict[str, np.ndarray], sums: Sums | None) -> dict[str, np.ndarray]:
-    """The arrays of a file of version 1 or 2, in the form that version 3 has.
-
-    In the earlier versions the last token in the sums has weight 1, sums have no compensation, and the ring is as long
-    as the window. The least and the largest value were not kept: they are taken from the values that are still known,
-    which are the means in the sums, the ring and the history.
-    """
-    history = {name: arrays[name] for name in ("keys", "values") if name in arrays}
-    if sums is None:
-        v = history["values"].astype(np.float64)
-        if v.shape[1] == 0:
-            raise ValueError("length: got 0, wants the token that was past the bound")
-        return history | {"first": v[:, 0], "least": v.min(axis=1), "most": v.max(axis=1)}
-    length, window, first = header["length"], header["options"]["window"] or 0, arrays["centre"]
-    slots = np.arange(length - min(window, length), length) % max(1, window)
-    x = arrays["ring"][:, :-1, slots]
-    state = arrays["state"]
-    weights = state[:, -1, 0].reshape(len(first), -1)
-    means = np.divide(
-        state[:, :-1, 0].reshape(*weights.shape, -1),
-        weights[..., None],
-        out=np.zeros((*weights.shape, first.shape[1])),
-        where=weights[..., None] > 0,
-    )
-    known = np.concatenate([np.zeros_like(first)[:, None], means, x.swapaxes(1, 2)], axis=1) + first[:, None]
-    if "values" in history:
-        known = np.concatenate([known, history["values"]], axis=1)
-    _, phase = sums.frame(header["folded"])
-    return history | {
-        "first": first,
-        "least": known.min(axis=1),
-        "most": known.max(axis=1),
-        "state": state * np.exp(phase).reshape(-1, 1, 1),
-        "low": np.zeros_like(state),
-        "ring_keys": arrays["ring_keys"][..., slots],
-        "ring": x,
-    }

@@ -15,7 +15,7 @@ from .bounds import Values
 
 
 class History:
-    """Rotated, scaled keys and values of a text, in arrays that have room to grow.
+    """Rotated, scaled keys and values of a stream, in arrays that have room to grow.
 
     Parameters
     ----------
@@ -26,7 +26,7 @@ class History:
     Attributes
     ----------
     keys, values : (H, capacity, d), (H, capacity, d_v) arrays
-        In the dtype that exact attention computes in. H is the product of all leading axes. The number of tokens in the
+        In the dtype that exact attention computes in. H is the number of key heads. The number of tokens in the
         arrays is not kept here; the caller passes it to the methods.
     """
 
@@ -46,9 +46,9 @@ class History:
         """A second history with copies of the arrays."""
         return History(self.keys.copy(), self.values.copy(), self._near)
 
-    def arrays(self, length: int | None = None) -> dict[str, np.ndarray]:
-        """The arrays by name, at full capacity, or cut to the first `length` tokens if `length` is given."""
-        return {"keys": self.keys[:, :length], "values": self.values[:, :length]}
+    def emptied(self) -> History:
+        """A history without tokens."""
+        return History(self.keys[:, :0].copy(), self.values[:, :0].copy(), self._near)
 
     def write(self, position: int, k: np.ndarray, v: np.ndarray) -> None:
         """Write keys (H, n, d) and values (H, n, d_v) as the tokens from `position` on. Capacity doubles when full."""

@@ -43,8 +43,8 @@ class Rows:
                 np.einsum("ia,ia->i", piece, piece, out=sizes[start : start + step])
         return sizes.reshape(X.shape[:-1])
 
-    def within(self, name: str, X: np.ndarray) -> float:
-        """The largest |scale| ||x||^2 of rows x of X; BoundedEntryError where on_break does not allow one so large."""
+    def within(self, name: str, X: np.ndarray) -> np.ndarray:
+        """`sizes` of X; BoundedEntryError where on_break does not allow one so large."""
         o, sizes = self._options, self.sizes(X)
         largest = float(sizes.max(initial=0.0))
         exact = o.on_break == "exact"
@@ -58,16 +58,15 @@ class Rows:
                 f"{name}: got a row{f' at index {index}' if index else ''} with |scale| ||x||^2 = {largest:.6g}, wants "
                 f"at most {wants}"
             )
-        return largest
+        return sizes
 
-    def keys(self, K: np.ndarray, lead: tuple[int, ...]) -> np.ndarray:
-        """Keys (..., n, d) as scaled rows (H, n, d), not yet rotated."""
-        return flat(K, lead) * self._root
+    def keys(self, K: np.ndarray) -> np.ndarray:
+        """Keys (..., d) as scaled float64 rows, not yet rotated."""
+        return K.astype(np.float64, order="C") * self._root
 
-    def queries(self, q: np.ndarray, lead: tuple[int, ...]) -> np.ndarray:
-        """Queries (..., d) as scaled rows (H, G, d), multiplied by the sign of the scale too, not yet rotated."""
-        rows = q.reshape(math.prod(lead), -1, q.shape[-1])
-        return rows * self._sign * self._root
+    def queries(self, q: np.ndarray) -> np.ndarray:
+        """Queries (..., d) as scaled float64 rows, multiplied by the sign of the scale too, not yet rotated."""
+        return self.keys(q) * self._sign
 
     def rotated(self, rows: np.ndarray, positions: np.ndarray | np.int64) -> np.ndarray:
         """Rows (H, n, d), rotated in place by the angles of their positions; without a Rotary they stay as they are."""
@@ -76,11 +75,11 @@ class Rows:
         return rotate_rows(rows, positions, self._planes, threads=default_threads(), out=rows)
 
 
-def flat(X: np.ndarray, lead: tuple[int, ...]) -> np.ndarray:
-    """X (..., n, width), with its leading axes broadcast to `lead`, as a contiguous float64 array (H, n, width)."""
-    if X.shape[:-2] != lead:
-        X = np.broadcast_to(X, lead + X.shape[-2:])
-    return np.ascontiguousarray(X.reshape((-1,) + X.shape[-2:]), np.float64)
+def largest_of_streams(sizes: np.ndarray, lead: tuple[int, ...]) -> np.ndarray:
+    """The largest of each stream, (streams,), of sizes that broadcast to `lead`, or have a multiple of its heads."""
+    if len(sizes.shape) < len(lead) or sizes.shape[:-1] != lead[:-1]:
+        sizes = np.broadcast_to(sizes, lead)
+    return sizes.reshape(math.prod(lead[:-1]), -1).max(axis=1)
 
 
 def stored(o: np.ndarray, q: np.ndarray) -> np.ndarray:

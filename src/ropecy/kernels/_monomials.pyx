@@ -77,13 +77,13 @@ cdef extern from "c/monomials.h" nogil:
         const double *weights
         const double *slope
         const double *fall
-        const double *state
+        const double *const *state
         ptrdiff_t capacity
         ptrdiff_t ring_pitch
         double *ring_keys
         double *ring
-        ptrdiff_t slot
-        ptrdiff_t recent
+        const ptrdiff_t *length
+        const ptrdiff_t *recent
         ptrdiff_t near
         double stretch
         const double *value_centre
@@ -95,8 +95,8 @@ cdef extern from "c/monomials.h" nogil:
         const rc_monomials_functions *f32
         const rc_monomials_functions *f64
         size_t (*step_workspace)(const rc_decode_problem *) noexcept nogil
-        void (*step)(const rc_decode_problem *, ptrdiff_t, void *) noexcept nogil
-        void (*add_block)(ptrdiff_t, double, const double *, const double *, double *, double *) noexcept nogil
+        void (*step)(const rc_decode_problem *, ptrdiff_t, ptrdiff_t, void *) noexcept nogil
+        void (*add_block)(ptrdiff_t, ptrdiff_t, double, const double *, const double *, double *) noexcept nogil
 
     const rc_monomials_kernels *rc_monomials_select(int level)
 
@@ -333,13 +333,25 @@ cdef class Scan:
 
 cdef struct Step:
     const rc_decode_problem *p
+    const ptrdiff_t *streams
     char *work
     size_t size
 
 
-cdef void run_step(void *context, ptrdiff_t head, const rc_worker *worker) noexcept nogil:
+cdef void run_step(void *context, ptrdiff_t task, const rc_worker *worker) noexcept nogil:
     cdef const Step *x = <const Step *>context
-    kernels.step(x.p, head, x.work + worker.slot * x.size)
+    kernels.step(x.p, x.streams[task // x.p.heads], task % x.p.heads, x.work + worker.slot * x.size)
+
+
+cdef addresses(sums):
+    """Where each of the arrays begins, and 0 for None."""
+    cdef ptrdiff_t i
+    found = np.zeros(len(sums), np.intp)
+    cdef Py_ssize_t *out = <Py_ssize_t *>pointer(found)
+    for i in range(len(sums)):
+        if sums[i] is not None:
+            out[i] = <Py_ssize_t>pointer(sums[i])
+    return found
 
 
 cdef class Decoder:
@@ -348,11 +360,12 @@ cdef class Decoder:
     Parameters
     ----------
     monomials : engines.polynomial.Monomials, for float64
-    state : (H S, d_v + 1, pitch)
+    sums : list
+        Of each stream, (2, H S, d_v + 1, pitch): the state, and behind it what rounding took from it; or None.
     ring : (keys, tokens, capacity)
-        Recent tokens, (H, d, ring_pitch) and (H, d_v + 1, ring_pitch) with 1 in the last row, and for how many there is
-        room; ring_pitch is a whole number of vectors.
-    value_centre : (H, d_v)
+        Recent tokens, (streams, H, d, ring_pitch) and (streams, H, d_v + 1, ring_pitch) with 1 in the last row, and for
+        how many of a stream there is room; ring_pitch is a whole number of vectors.
+    value_centre : (streams, H, d_v)
     slopes : (H, S)
         By how much a token's score falls with each that follows; S is 1, or as many as a key head has queries.
     near : (int, float)
@@ -362,82 +375,94 @@ cdef class Decoder:
     cdef rc_decode_problem p
     cdef object arrays, workspace
 
-    def __init__(self, monomials, state, ring, value_centre, slopes, near):
+    def __init__(self, monomials, sums, ring, value_centre, slopes, near):
         cdef rc_decode_problem *p = &self.p
         ring_keys, tokens, p.capacity = ring
-        self.arrays = [monomials, state, ring_keys, tokens, value_centre, slopes]
-        p.heads, p.d, p.ring_pitch = ring_keys.shape
+        states = addresses(sums)
+        self.arrays = [monomials, sums, states, ring_keys, tokens, value_centre, slopes]
+        p.heads, p.d, p.ring_pitch = ring_keys.shape[1:]
         p.near, p.stretch = near
-        p.d_v, p.degree, p.pitch = state.shape[1] - 1, monomials.degree, monomials.pitch
+        p.d_v, p.degree, p.pitch = value_centre.shape[2], monomials.degree, monomials.pitch
         p.offset, p.count = <const ptrdiff_t *>pointer(monomials.offset), <const ptrdiff_t *>pointer(monomials.count)
         p.weights = <const double *>pointer(monomials.weights)
-        p.state = <const double *>pointer(state)
+        p.state = <const double *const *>pointer(states)
         p.ring_keys, p.ring = <double *>pointer(ring_keys), <double *>pointer(tokens)
         p.value_centre = <const double *>pointer(value_centre)
         p.states, p.slope = slopes.shape[1], <const double *>pointer(slopes)
         self.workspace = np.empty(0, np.uint8)
 
-    def step(self, rows, v, ptrdiff_t last, ptrdiff_t recent, fall, int threads):
-        """o (H, G, d_v) for rows (H, 1 + G, d), k before q, with v (H, d_v); for rows of q alone where v is None.
+    def step(self, rows, v, streams, counts, fall, int threads):
+        """o (streams, H, G, d_v) of these streams, 0 of others.
 
-        G is S where S is not 1, or 0 where v is there. `last` is the position of the token that comes, without v that
-        of the last one; the ring then holds `recent` tokens. The state is multiplied by e^fall, (H, S).
+        Parameters
+        ----------
+        rows : (streams, H, 1 + G, d)
+            k before q; where v is None (streams, H, G, d), q alone. G is S where S is not 1.
+        v : (streams, H, d_v) or None
+            Of the token that comes.
+        streams : (m,) int64
+            Those that have sums.
+        counts : (length, recent), (streams,) int64 each
+            Tokens of each stream, the one that comes among them, and how many of these are in the ring.
+        fall : (streams, H, S)
+            The state is multiplied by e^fall.
+        threads : int
         """
         cdef rc_decode_problem *p = &self.p
         cdef Step x
         cdef double work
-        p.groups = rows.shape[1] - (v is not None)
+        cdef ptrdiff_t tasks = len(streams) * p.heads
+        length, recent = counts
+        p.groups = rows.shape[2] - (v is not None)
         x.size = (kernels.step_workspace(p) + LINE - 1) // LINE * LINE
         if self.workspace.size < threads * x.size + LINE:
             self.workspace = np.empty(threads * x.size + LINE, np.uint8)
-        o = np.empty((p.heads, p.groups, p.d_v))
+        o = np.zeros((len(length), p.heads, p.groups, p.d_v))
         p.rows, p.v, p.o = <const double *>pointer(rows), <const double *>pointer(v), <double *>pointer(o)
-        p.slot, p.recent, p.fall = last % p.capacity, recent, <const double *>pointer(fall)
-        x.p, x.work = p, line(self.workspace)
-        work = <double>p.heads * (p.d_v + 1) * (p.pitch + p.ring_pitch) * (p.states + p.groups)
-        parallel_for(p.heads, team(threads, work / 2), run_step, &x)
+        p.length, p.recent = <const ptrdiff_t *>pointer(length), <const ptrdiff_t *>pointer(recent)
+        p.fall = <const double *>pointer(fall)
+        x.p, x.streams, x.work = p, <const ptrdiff_t *>pointer(streams), line(self.workspace)
+        work = <double>tasks * (p.d_v + 1) * (p.pitch + p.ring_pitch) * (p.states + p.groups)
+        parallel_for(tasks, team(threads, work / 2), run_step, &x)
         return o
 
 
 cdef struct Block:
-    const double *state
-    const double *low
+    const double *const *state
+    const double *const *total
+    const double *added
     const double *factor
-    double *total
-    double *rest
-    ptrdiff_t length
+    ptrdiff_t heads, length
 
 
-cdef void run_add_block(void *context, ptrdiff_t head, const rc_worker *worker) noexcept nogil:
+cdef void run_add_block(void *context, ptrdiff_t task, const rc_worker *worker) noexcept nogil:
     cdef const Block *x = <const Block *>context
-    cdef ptrdiff_t start = head * x.length
-    kernels.add_block(x.length, x.factor[head], x.state + start, x.low + start, x.total + start, x.rest + start)
+    cdef ptrdiff_t stream = task // x.heads, start = task % x.heads * x.length
+    kernels.add_block(x.length, x.heads * x.length, x.factor[task], x.state[stream] + start, x.added + task * x.length,
+                      <double *>x.total[stream] + start)
 
 
-def add_block(state, low, added, factors, int threads):
-    """factors (state + low) + added in nearly twice the digits of float64: its first digits into `added`.
+def add_block(sums, added, factors, int threads):
+    """factors sums + added in nearly twice the digits of float64, in new arrays like those of the sums.
 
     Parameters
     ----------
-    state, low, added : (H, d_v + 1, pitch) float64, C-contiguous
-        The last is written to.
-    factors : (H,) float64
+    sums : list of m arrays
+        Each (2, H, d_v + 1, pitch) float64, C-contiguous: a state, and what rounding took from it.
+    added : (m H, d_v + 1, pitch) float64, C-contiguous
+    factors : (m H,) float64
         Powers of two.
     threads : int
-
-    Returns
-    -------
-    array like the others
-        What rounding took from the sums.
     """
     cdef Block x
-    cdef ptrdiff_t heads = state.shape[0]
-    rest = np.empty_like(low)
-    x.state, x.low = <const double *>pointer(state), <const double *>pointer(low)
-    x.factor, x.length = <const double *>pointer(factors), state.shape[1] * state.shape[2]
-    x.total, x.rest = <double *>pointer(added), <double *>pointer(rest)
-    parallel_for(heads, team(threads, <double>heads * x.length), run_add_block, &x)
-    return rest
+    cdef ptrdiff_t tasks = len(added)
+    totals = [np.empty_like(each) for each in sums]
+    state, total = addresses(sums), addresses(totals)
+    x.state, x.total = <const double *const *>pointer(state), <const double *const *>pointer(total)
+    x.added, x.factor = <const double *>pointer(added), <const double *>pointer(factors)
+    x.heads, x.length = tasks // len(sums), added.shape[1] * added.shape[2]
+    parallel_for(tasks, team(threads, <double>tasks * x.length), run_add_block, &x)
+    return totals
 
 
 def exclusive_sum(states, start, decay):

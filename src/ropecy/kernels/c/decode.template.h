@@ -42,11 +42,11 @@ typedef struct {
     REAL *age, *gain, *hidden; /* hidden: -inf where there is no token, else 0 */
 } RC_NAME(ring_slots);
 
-static RC_NAME(ring_slots) RC_NAME(slots_of)(const rc_decode_problem *p, REAL *room) {
+static RC_NAME(ring_slots) RC_NAME(slots_of)(const rc_decode_problem *p, ptrdiff_t slot, ptrdiff_t recent, REAL *room) {
     const RC_NAME(ring_slots) y = {room, room + p->ring_pitch, room + 2 * p->ring_pitch};
     for (ptrdiff_t j = 0; j < p->ring_pitch; j++) {
-        const ptrdiff_t age = j <= p->slot ? p->slot - j : p->slot - j + p->capacity;
-        const int seen = j < p->capacity && age < p->recent;
+        const ptrdiff_t age = j <= slot ? slot - j : slot - j + p->capacity;
+        const int seen = j < p->capacity && age < recent;
         y.age[j] = seen ? (REAL)age : 0;
         y.gain[j] = seen && age < p->near ? (REAL)p->stretch : 1;
         y.hidden[j] = seen ? 0 : -(REAL)INFINITY;
@@ -78,17 +78,18 @@ static void RC_NAME(row_exponentials)(ptrdiff_t length, REAL top, REAL *S) {
         STORE(S + j, RC_NAME(exp2)((LOAD(S + j) - top) * (REAL)LOG2E));
 }
 
-/* sum + rest = factor (state + low) + sum in nearly twice REAL's digits, for whole vectors: `rest` is what rounding takes
- * from the sum (Knuth's two-sum), so that many equal terms do not drift. The factor is a power of two, so the products
- * are exact, and it does not matter whether the compiler fuses them with the sums. */
-static void RC_NAME(add_block)(ptrdiff_t length, REAL factor, const REAL *state, const REAL *low, REAL *sum, REAL *rest) {
+/* sum = factor state + added in nearly twice REAL's digits, for whole vectors. State and sum have behind them, at a
+ * distance of `low`, what rounding takes from a sum (Knuth's two-sum), so that many equal terms do not drift. The
+ * factor is a power of two, so the products are exact, and it does not matter whether the compiler fuses them with the
+ * sums. */
+static void RC_NAME(add_block)(ptrdiff_t length, ptrdiff_t low, REAL factor, const REAL *state, const REAL *added, REAL *sum) {
     for (ptrdiff_t f = 0; f < length; f += LANES) {
-        const vreal kept = LOAD(state + f) * factor, more = LOAD(sum + f);
+        const vreal kept = LOAD(state + f) * factor, more = LOAD(added + f);
         const vreal total = kept + more, part = total - kept;
-        const vreal lost = (kept - (total - part)) + (more - part) + LOAD(low + f) * factor;
+        const vreal lost = (kept - (total - part)) + (more - part) + LOAD(state + low + f) * factor;
         const vreal whole = total + lost;
         STORE(sum + f, whole);
-        STORE(rest + f, lost - (whole - total));
+        STORE(sum + low + f, lost - (whole - total));
     }
 }
 
@@ -97,14 +98,15 @@ static size_t RC_NAME(step_workspace)(const rc_decode_problem *p) {
     return sizeof(REAL) * (size_t)(p->groups * (p->pitch + LANES) + (3 + p->groups) * p->ring_pitch + p->groups * (columns + 1));
 }
 
-static void RC_NAME(step)(const rc_decode_problem *p, ptrdiff_t head, void *workspace) {
+static void RC_NAME(step)(const rc_decode_problem *p, ptrdiff_t stream, ptrdiff_t own, void *workspace) {
     const ptrdiff_t d = p->d, columns = p->d_v + 1, groups = p->groups, ring_pitch = p->ring_pitch;
-    const ptrdiff_t features = p->pitch + LANES, states = p->states;
+    const ptrdiff_t features = p->pitch + LANES, states = p->states, head = stream * p->heads + own;
+    const ptrdiff_t slot = (p->length[stream] - 1) % p->capacity;
     const RC_NAME(monomials) y = {d, columns, p->pitch, p->offset, p->count};
     const REAL *weights = p->weights, *middle = (const REAL *)p->value_centre + head * p->d_v;
     const REAL *rows = (const REAL *)p->rows + head * (groups + (p->v != 0)) * d;
-    const REAL *slope = (const REAL *)p->slope + head * states, *fall = (const REAL *)p->fall + head * states;
-    const REAL *state = (const REAL *)p->state + head * states * columns * p->pitch;
+    const REAL *slope = (const REAL *)p->slope + own * states, *fall = (const REAL *)p->fall + head * states;
+    const REAL *state = (const REAL *)p->state[stream] + own * states * columns * p->pitch;
     REAL *ring_keys = (REAL *)p->ring_keys + head * d * ring_pitch;
     REAL *ring = (REAL *)p->ring + head * columns * ring_pitch;
     REAL *phi = workspace, *E = phi + groups * features;
@@ -113,12 +115,12 @@ static void RC_NAME(step)(const rc_decode_problem *p, ptrdiff_t head, void *work
     if (p->v) {
         const REAL *v = (const REAL *)p->v + head * p->d_v;
         for (ptrdiff_t a = 0; a < d; a++)
-            ring_keys[a * ring_pitch + p->slot] = rows[a];
+            ring_keys[a * ring_pitch + slot] = rows[a];
         for (ptrdiff_t c = 0; c < p->d_v; c++)
-            ring[c * ring_pitch + p->slot] = v[c] - middle[c];
+            ring[c * ring_pitch + slot] = v[c] - middle[c];
         rows += d;
     }
-    const RC_NAME(ring_slots) slots = RC_NAME(slots_of)(p, room);
+    const RC_NAME(ring_slots) slots = RC_NAME(slots_of)(p, slot, p->recent[stream], room);
     for (ptrdiff_t g = 0; g < groups; g++) {
         RC_NAME(row_features)(&y, p->degree, rows + g * d, phi + g * features);
         for (ptrdiff_t f = 0; f < p->pitch; f += LANES)

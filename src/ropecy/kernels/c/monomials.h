@@ -15,7 +15,8 @@
  *   forward, grad_queries, grad_keys                   no mask: one chunk of rows against a packed state
  *   scan_forward, scan_grad_queries, scan_grad_keys    causal: one segment, chunk by chunk from its first state (from
  *                                                      its last, backwards); pairs inside a chunk by exp itself
- *   step, add_block          decoding: one token of one head; a state added to a sum of several (decode.template.h)
+ *   step, add_block          decoding: one token of one head of one stream; a state added to a sum of several
+ *                            (decode.template.h)
  */
 #ifndef RC_MONOMIALS_H
 #define RC_MONOMIALS_H
@@ -89,31 +90,31 @@ typedef struct {
  * e^fall. The scores of the `near` last tokens are multiplied by `stretch` and may be of any size: the largest exponent
  * is then taken from all. */
 typedef struct {
-    ptrdiff_t heads, groups, states, d, d_v; /* states: 1 for all groups of a head, or one for each */
+    ptrdiff_t heads, groups, states, d, d_v; /* heads of a stream; states: 1 for all groups of a head, or one for each */
     int degree; /* of the polynomial and the state */
     ptrdiff_t pitch;
     const ptrdiff_t *offset, *count; /* as above */
     const double *weights;
-    const double *slope, *fall;  /* (heads, states): fall is -inf where the state is empty */
-    const double *state;         /* (heads, states, d_v + 1, pitch) */
+    const double *slope, *fall;  /* (heads, states), (streams, heads, states): fall is -inf where the state is empty */
+    const double *const *state;  /* of each stream, (heads, states, d_v + 1, pitch) */
     ptrdiff_t capacity;          /* tokens that the ring has room for: they go round its first `capacity` slots */
     ptrdiff_t ring_pitch;        /* the capacity padded to whole vectors */
-    double *ring_keys, *ring;    /* (heads, d, ring_pitch), (heads, d_v + 1, ring_pitch): the last row of ring is 1 */
-    ptrdiff_t slot;              /* of the ring, for the token that comes, or of the last where none does */
-    ptrdiff_t recent;            /* tokens in the ring, the one that comes among them; other slots are not seen */
+    double *ring_keys, *ring;    /* (streams, heads, d or d_v + 1, ring_pitch): the last row of ring is 1 */
+    const ptrdiff_t *length;     /* tokens of each stream, the one that comes among them */
+    const ptrdiff_t *recent;     /* how many of these are in the ring; other slots are not seen */
     ptrdiff_t near;              /* 0 for none */
     double stretch;
-    const double *value_centre;  /* (heads, d_v) */
-    const double *rows;          /* (heads, 1 + groups, d): k, then q; without v (heads, groups, d): q alone */
-    const double *v;             /* (heads, d_v), or NULL where no token comes */
-    double *o;                   /* (heads, groups, d_v) */
+    const double *value_centre;  /* (streams, heads, d_v) */
+    const double *rows;          /* (streams, heads, 1 + groups, d): k, then q; without v (.., groups, d): q alone */
+    const double *v;             /* (streams, heads, d_v), or NULL where no token comes */
+    double *o;                   /* (streams, heads, groups, d_v) */
 } rc_decode_problem;
 
 typedef struct {
     const rc_monomials_functions *f32, *f64;
     size_t (*step_workspace)(const rc_decode_problem *);
-    void (*step)(const rc_decode_problem *, ptrdiff_t head, void *workspace);
-    void (*add_block)(ptrdiff_t length, double factor, const double *state, const double *low, double *sum, double *rest);
+    void (*step)(const rc_decode_problem *, ptrdiff_t stream, ptrdiff_t head, void *workspace);
+    void (*add_block)(ptrdiff_t length, ptrdiff_t low, double factor, const double *state, const double *added, double *sum);
 } rc_monomials_kernels;
 
 extern const rc_monomials_kernels rc_monomials_baseline;
