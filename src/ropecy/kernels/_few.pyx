@@ -1,12 +1,14 @@
 """Attention of few queries: threads, memory and interrupts around the serial C kernels of ``c/few.h``.
 
-The parts into which keys are cut depend on the shapes alone, never on the number of threads, so that results are
-bitwise the same for every thread count.
+The parts into which the keys of a sequence are cut depend on their number alone, never on the number of threads or on
+other sequences, so that results are bitwise the same whatever these are.
 """
 
 import numpy as np
 
 cimport numpy as cnp
+from libc.stdint cimport int32_t
+from libc.string cimport memchr
 
 from ._arrays cimport LINE, line, pieces, pointer
 from ._parallel cimport parallel_for, rc_worker
@@ -14,25 +16,37 @@ from ._parallel cimport parallel_for, rc_worker
 cnp.import_array()
 
 cdef extern from "c/few.h" nogil:
+    ctypedef struct rc_few_strides:
+        ptrdiff_t row, column, head, page
+
+    ctypedef struct rc_few_sequence:
+        ptrdiff_t n, n_k, lo, hi, row
+        ptrdiff_t first "from"
+        const int32_t *pages
+        const void *k
+        const void *v
+        const unsigned char *keep
+        double most
+        ptrdiff_t first_part
+        size_t partial
+
     ctypedef struct rc_few_problem:
-        ptrdiff_t rows, n, n_k, d, d_v, lo, hi
-        const void *const *k
-        const void *const *v
-        const unsigned char *const *keep
-        ptrdiff_t k_row, k_column, v_row, v_column
+        const rc_few_sequence *sequences
+        ptrdiff_t heads, group, d, d_v, page
+        rc_few_strides k, v
         const void *q
-        void *partial
+        double scale
+        ptrdiff_t head_rows, query_rows
+        char *partial
         void *o
         double *lse
-        double most
 
     ctypedef struct rc_few_functions:
-        int (*queries)(const void *, ptrdiff_t, double, void *) noexcept nogil
-        size_t (*partial_size)(const rc_few_problem *) noexcept nogil
-        size_t (*workspace)(const rc_few_problem *) noexcept nogil
-        int (*of_part)(const rc_few_problem *, ptrdiff_t, ptrdiff_t, void *) noexcept nogil
-        int (*far)(const rc_few_problem *, ptrdiff_t, void *) noexcept nogil
-        void (*merge)(const rc_few_problem *, ptrdiff_t) noexcept nogil
+        size_t (*partial_size)(const rc_few_problem *, ptrdiff_t) noexcept nogil
+        size_t (*workspace)(const rc_few_problem *, ptrdiff_t) noexcept nogil
+        int (*of_part)(const rc_few_problem *, const rc_few_sequence *, ptrdiff_t, ptrdiff_t, void *) noexcept nogil
+        int (*far)(const rc_few_problem *, const rc_few_sequence *, ptrdiff_t, void *) noexcept nogil
+        void (*merge)(const rc_few_problem *, const rc_few_sequence *, ptrdiff_t) noexcept nogil
 
     ctypedef struct rc_few_kernels:
         ptrdiff_t part
@@ -51,10 +65,17 @@ cdef double READ = 2e6  # bytes, some 100 us: a thread with less to read is not 
 cdef struct Pass:
     rc_few_problem p
     const rc_few_functions *f
-    ptrdiff_t parts
-    char *work
+    ptrdiff_t parts  # of all sequences
+    size_t left  # bytes, by all parts
     size_t size  # of a thread's workspace
-    int *good  # of each task
+    double keys  # of all sequences
+    ptrdiff_t *owner  # the sequence of each part
+    char *work
+    unsigned char *good  # whether a part of a head is
+    unsigned char *done  # whether a head of a sequence is
+
+
+cdef int32_t FIRST_PAGE = 0  # where there is one page
 
 
 cdef const rc_few_functions *functions_of(dtype):
@@ -80,26 +101,71 @@ cdef addresses(cnp.ndarray x, int inner):
     return found
 
 
+cdef void cut(Pass *x, rc_few_sequence *sequences, ptrdiff_t count) noexcept nogil:
+    """The parts of each sequence, and what all of them take."""
+    cdef ptrdiff_t i, parts
+    cdef rc_few_sequence *s
+    x.p.sequences = sequences
+    x.parts, x.left, x.size, x.keys = 0, 0, 0, 0
+    for i in range(count):
+        s, parts = sequences + i, pieces(sequences[i].n_k, kernels.part)
+        s.first_part, s.partial = x.parts, x.left
+        x.parts += parts
+        x.left += parts * x.p.heads * x.f.partial_size(&x.p, s.n)
+        x.size = max(x.size, x.f.workspace(&x.p, s.n))
+        x.keys += s.n_k
+
+
 cdef void of_part(void *context, ptrdiff_t task, const rc_worker *worker) noexcept nogil:
+    # One head follows on another, for in memory their keys may lie side by side.
     cdef const Pass *x = <const Pass *>context
-    x.good[task] = x.f.of_part(&x.p, task // x.parts, task % x.parts, x.work + worker.slot * x.size)
+    cdef ptrdiff_t part = task // x.p.heads
+    cdef const rc_few_sequence *s = x.p.sequences + x.owner[part]
+    x.good[task] = x.f.of_part(&x.p, s, task % x.p.heads, part - s.first_part, x.work + worker.slot * x.size)
 
 
 cdef void merge(void *context, ptrdiff_t task, const rc_worker *worker) noexcept nogil:
     cdef const Pass *x = <const Pass *>context
-    x.good[task] = not x.f.far(&x.p, task, x.work + worker.slot * x.size)
-    x.f.merge(&x.p, task)
+    cdef const rc_few_sequence *s = x.p.sequences + task // x.p.heads
+    cdef ptrdiff_t part, head = task % x.p.heads
+    cdef bint good = not x.f.far(&x.p, s, head, x.work + worker.slot * x.size)
+    for part in range(s.first_part, s.first_part + pieces(s.n_k, kernels.part)):
+        good = good and x.good[part * x.p.heads + head]
+    if good:
+        x.f.merge(&x.p, s, head)
+    x.done[task] = good
 
 
-cdef bint all_good(const Pass *x, ptrdiff_t tasks) noexcept nogil:
-    cdef ptrdiff_t task
-    for task in range(tasks):
-        if not x.good[task]:
-            return False
-    return True
+cdef compute(Pass *x, sequences, ptrdiff_t itemsize, int threads):
+    """Fills o and lse; of which sequences and heads they are right, (sequences, heads) bool."""
+    cdef rc_few_problem *p = &x.p
+    cdef ptrdiff_t i, part, count = len(sequences) // <ptrdiff_t>sizeof(rc_few_sequence)
+    cut(x, <rc_few_sequence *>pointer(sequences), count)
+    done = np.empty((count, p.heads), np.bool_)
+    scratch = np.empty(LINE + x.left + x.parts * (sizeof(ptrdiff_t) + p.heads), np.uint8)
+    p.partial = line(scratch)
+    x.owner = <ptrdiff_t *>(p.partial + x.left)
+    x.good, x.done = <unsigned char *>(x.owner + x.parts), <unsigned char *>pointer(done)
+    for i in range(count):
+        for part in range(p.sequences[i].first_part, x.parts if i + 1 == count else p.sequences[i + 1].first_part):
+            x.owner[part] = i
+    threads = min(threads, max(1, <int>min(x.keys * p.heads * (p.d + p.d_v) * itemsize / READ, 2e9)))
+    workspace = np.empty(threads * x.size + LINE, np.uint8)
+    x.work = line(workspace)
+    parallel_for(x.parts * p.heads, threads, of_part, x)
+    parallel_for(count * p.heads, threads, merge, x)
+    return done
 
 
-def forward(queries, k, v, limits, bint want_lse, int threads):
+cdef rc_few_strides strides_of(cnp.ndarray x, int row):
+    """Those of an array whose rows follow on each other along the axis `row` and have the entries of the last axis."""
+    cdef rc_few_strides found
+    found.page = found.head = 0
+    found.row, found.column = x.strides[row], x.strides[x.ndim - 1]
+    return found
+
+
+def forward(cnp.ndarray queries, cnp.ndarray k, cnp.ndarray v, limits, bint want_lse, int threads):
     """o (H, rows, d_v) and lse float64 (H, rows) or None; None where something that was read is not finite, or where
     rounding would show: scores or sums overflow or are large, norms of queries and keys come to more than `most`, or
     values are far from 0 beside how far they spread, these two by a sample of keys.
@@ -119,33 +185,61 @@ def forward(queries, k, v, limits, bint want_lse, int threads):
     """
     cdef Pass x
     cdef rc_few_problem *p = &x.p
-    cdef ptrdiff_t tasks, H = queries.shape[0]
+    cdef ptrdiff_t i, H = queries.shape[0], rows = queries.shape[1]
     keep = limits.keep
-    x.f = functions_of(k.dtype)
-    q = np.empty(queries.shape, np.float64 if k.dtype.itemsize == 8 else np.float32)
-    if not x.f.queries(pointer(queries), q.size, limits.scale, pointer(q)):
-        return None
-    o = np.empty((H, q.shape[1], v.shape[v.ndim - 1]), q.dtype)
-    lse = np.empty((H, q.shape[1])) if want_lse else None
     keys, values, kept = addresses(k, 2), addresses(v, 2), None if keep is None else addresses(keep, 1)
-    p.rows, p.n, p.d, p.d_v, p.n_k = q.shape[1], limits.n, q.shape[2], o.shape[2], k.shape[k.ndim - 2]
-    p.lo, p.hi = limits.band
-    p.most = limits.most
-    p.k, p.v = <const void *const *>pointer(keys), <const void *const *>pointer(values)
-    p.keep = <const unsigned char *const *>pointer(kept)
-    p.k_row, p.k_column = k.strides[k.ndim - 2], k.strides[k.ndim - 1]
-    p.v_row, p.v_column = v.strides[v.ndim - 2], v.strides[v.ndim - 1]
-    p.q, p.o, p.lse = pointer(q), pointer(o), <double *>pointer(lse)
-    x.parts = pieces(p.n_k, kernels.part)
-    tasks = H * x.parts
-    threads = min(threads, max(1, <int>min(<double>H * p.n_k * (p.d + p.d_v) * k.itemsize / READ, 2e9)))
-    partial = np.empty(tasks * x.f.partial_size(p) + LINE, np.uint8)
-    p.partial = line(partial)
-    x.size = pieces(x.f.workspace(p), LINE) * LINE
-    workspace, good = np.empty(threads * x.size + LINE, np.uint8), np.empty(tasks, np.intc)
-    x.work, x.good = line(workspace), <int *>pointer(good)
-    parallel_for(tasks, threads, of_part, &x)
-    if not all_good(&x, tasks):
-        return None
-    parallel_for(H, threads, merge, &x)
-    return (o, lse) if all_good(&x, H) else None
+    sequences = np.empty(H * sizeof(rc_few_sequence), np.uint8)
+    cdef rc_few_sequence *s = <rc_few_sequence *>pointer(sequences)
+    x.f = functions_of(k.dtype)
+    o = np.empty((H, rows, v.shape[v.ndim - 1]), np.float64 if k.itemsize == 8 else np.float32)
+    lse = np.empty((H, rows)) if want_lse else None
+    s.n, s.n_k, s.first, s.pages, s.most = limits.n, k.shape[k.ndim - 2], 0, &FIRST_PAGE, limits.most
+    s.lo, s.hi = limits.band
+    for i in range(H):
+        s[i] = s[0]
+        s[i].row = i * rows
+        s[i].k, s[i].v = (<const void **>pointer(keys))[i], (<const void **>pointer(values))[i]
+        s[i].keep = NULL if keep is None else (<const unsigned char **>pointer(kept))[i]
+    p.heads, p.group, p.d, p.d_v, p.page = 1, rows // s.n, queries.shape[2], v.shape[v.ndim - 1], s.n_k
+    p.k, p.v = strides_of(k, k.ndim - 2), strides_of(v, v.ndim - 2)
+    p.head_rows, p.query_rows = s.n, 1
+    p.q, p.scale, p.o, p.lse = pointer(queries), limits.scale, pointer(o), <double *>pointer(lse)
+    done = compute(&x, sequences, k.itemsize, threads)
+    return None if memchr(pointer(done), 0, H) else (o, lse)
+
+
+def forward_packed(cnp.ndarray queries, cnp.ndarray k, cnp.ndarray v, packed, bint want_lse, int threads):
+    """o (T, heads, d_v), lse float64 (T, heads) or None, and of which sequences, (s,) bool, these are right: `forward`
+    says which they are not.
+
+    Parameters
+    ----------
+    queries : (T, heads, d) float32, float64, float16 or bfloat16, C-contiguous
+        Those of a sequence follow on each other.
+    k, v : (pages, page, key heads, d) and (pages, page, key heads, d_v) arrays
+        Of the same dtype and any strides.
+    packed : engines.exact.few_packed.Packed
+        Where each sequence has its queries and keys.
+    """
+    cdef Pass x
+    cdef rc_few_problem *p = &x.p
+    cdef const Py_ssize_t[:, ::1] rows = packed.rows
+    cdef const double[::1] most = packed.most
+    cdef const int32_t[:, :] pages = packed.pages
+    cdef ptrdiff_t i, heads = queries.shape[1]
+    sequences = np.empty(rows.shape[0] * sizeof(rc_few_sequence), np.uint8)
+    cdef rc_few_sequence *s = <rc_few_sequence *>pointer(sequences)
+    x.f = functions_of(k.dtype)
+    o = np.empty((queries.shape[0], heads, v.shape[3]), np.float64 if k.itemsize == 8 else np.float32)
+    lse = np.empty((queries.shape[0], heads)) if want_lse else None
+    for i in range(rows.shape[0]):
+        s[i].n, s[i].n_k, s[i].lo, s[i].hi = rows[i, 0], rows[i, 1], rows[i, 2], rows[i, 3]
+        s[i].row, s[i].first, s[i].most = rows[i, 4] * heads, rows[i, 5], most[i]
+        s[i].pages, s[i].keep, s[i].k, s[i].v = &pages[i, 0], NULL, pointer(k), pointer(v)
+    p.heads, p.page, p.d, p.d_v = k.shape[2], k.shape[1], queries.shape[2], v.shape[3]
+    p.group = heads // p.heads
+    p.k, p.v = strides_of(k, 1), strides_of(v, 1)
+    p.k.page, p.k.head, p.v.page, p.v.head = k.strides[0], k.strides[2], v.strides[0], v.strides[2]
+    p.head_rows, p.query_rows = 1, heads
+    p.q, p.scale, p.o, p.lse = pointer(queries), packed.scale, pointer(o), <double *>pointer(lse)
+    return o, lse, compute(&x, sequences, k.itemsize, threads).all(axis=1)

@@ -1,40 +1,58 @@
 /* Exact attention of a few queries over many keys: decoding. Keys and values are read where they lie, as they are stored,
  * once.
  *
- * The n_k keys of a slot are cut into parts of PART keys, whatever the number of threads: `part` leaves the softmax over
- * its own keys, `merge` makes one of all parts of a slot, in their order.
+ * Each of any number of sequences has its own number of queries and keys, and key heads that groups of query heads share.
+ * Its keys are cut into parts of PART keys, whatever the number of threads and whatever is beside it: `of_part` leaves the
+ * softmax over the keys of a part, `merge` makes one of all parts of a sequence, in their order.
  */
 #ifndef RC_FEW_H
 #define RC_FEW_H
 #include <stddef.h>
+#include <stdint.h>
 #include "isa.h"
 
+/* Where rows of keys, or of values, lie: bytes from one row of a page to the next, from entry to entry of a row, from the
+ * rows of a head to those of the next, from page to page. */
 typedef struct {
-    ptrdiff_t rows, n;                          /* queries of a slot; of those, row r is the query r % n of its head */
-    ptrdiff_t n_k, d, d_v, lo, hi;              /* query i sees the keys with lo <= j - i <= hi */
-    const void *const *k;                       /* of every slot, its first key and its first value, as stored */
-    const void *const *v;
-    const unsigned char *const *keep;           /* of every slot, n_k bytes, 0 for a key that is hidden and never read; or NULL */
-    ptrdiff_t k_row, k_column, v_row, v_column; /* bytes from one row, or entry of a row, to the next */
-    const void *q;                              /* (slots, rows, d) contiguous, times scale log2 e, as computed in */
-    double most; /* of the product of the norms of a query and a key: rounding of scores passes what is asked beyond it */
-    void *partial;                              /* of every part of every slot, partial_size bytes */
-    void *o;                                    /* (slots, rows, d_v) contiguous, as computed in */
-    double *lse;                                /* (slots, rows) or NULL */
+    ptrdiff_t row, column, head, page;
+} rc_few_strides;
+
+typedef struct {
+    ptrdiff_t n, n_k, lo, hi;  /* query i of n sees those of the n_k keys with lo <= j - i <= hi */
+    ptrdiff_t row;             /* its first query, counted in rows of q and o */
+    ptrdiff_t from;            /* its first key, counted in rows of its pages */
+    const int32_t *pages;      /* which pages these are, in their order */
+    const void *k, *v;         /* of its first head, the first row of page 0 */
+    const unsigned char *keep; /* n_k bytes, 0 for a key that is hidden and never read; or NULL */
+    double most;               /* of the product of the norms of a query and a key: rounding passes what is asked beyond it */
+    ptrdiff_t first_part;      /* parts of the sequences before it */
+    size_t partial;            /* bytes that these leave */
+} rc_few_sequence;
+
+typedef struct {
+    const rc_few_sequence *sequences;
+    ptrdiff_t heads, group;          /* key heads, and query heads that share one */
+    ptrdiff_t d, d_v, page;          /* page: rows of keys in one */
+    rc_few_strides k, v;
+    const void *q;                   /* rows of d entries, contiguous, as stored */
+    double scale;                    /* of scores, times log2 e */
+    ptrdiff_t head_rows, query_rows; /* of q and o, from one head of a sequence, and from one query of a head, to the next */
+    char *partial;                   /* of every part of every sequence and head */
+    void *o;                         /* rows of d_v entries, contiguous, as computed in */
+    double *lse;                     /* of each row; or NULL */
 } rc_few_problem;
 
 typedef struct {
-    /* `count` entries of queries, as stored, times `scale`, as computed with; whether all of them are finite. */
-    int (*queries)(const void *from, ptrdiff_t count, double scale, void *to);
-    size_t (*partial_size)(const rc_few_problem *); /* multiples of a cache line, as is the workspace of a thread */
-    size_t (*workspace)(const rc_few_problem *);
+    /* Of `n` queries a head: bytes of a part's partial, and of a thread's workspace; both multiples of a cache line. */
+    size_t (*partial_size)(const rc_few_problem *, ptrdiff_t n);
+    size_t (*workspace)(const rc_few_problem *, ptrdiff_t n);
     /* Whether all scores and sums are finite, and with them every query, key and value that was read, and none of the scores
      * is so large that its rounding would show in the weights. */
-    int (*of_part)(const rc_few_problem *, ptrdiff_t slot, ptrdiff_t part, void *workspace);
-    /* By a sample of keys and values: whether values lie so far from 0, beside how far they spread, that rounding of their
-     * sums would show, or queries and keys are longer than `most`. */
-    int (*far)(const rc_few_problem *, ptrdiff_t slot, void *workspace);
-    void (*merge)(const rc_few_problem *, ptrdiff_t slot);
+    int (*of_part)(const rc_few_problem *, const rc_few_sequence *, ptrdiff_t head, ptrdiff_t part, void *workspace);
+    /* Whether queries are not finite; or, by a sample of keys and values, whether values lie so far from 0, beside how far
+     * they spread, that rounding of their sums would show, or queries and keys are longer than `most`. */
+    int (*far)(const rc_few_problem *, const rc_few_sequence *, ptrdiff_t head, void *workspace);
+    void (*merge)(const rc_few_problem *, const rc_few_sequence *, ptrdiff_t head);
 } rc_few_functions;
 
 /* By what is stored; float16 and bfloat16 are computed in float32. */

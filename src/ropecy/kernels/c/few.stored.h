@@ -7,15 +7,20 @@
  * are 0 in those lanes.
  */
 typedef struct {
-    const char *first;
-    ptrdiff_t step, column; /* bytes from row to row, from entry to entry */
+    const char *first;      /* of page 0 */
+    const int32_t *pages;
+    rc_few_strides strides;
+    ptrdiff_t page;         /* rows of one */
+    ptrdiff_t from, apart;  /* key j is row from + j apart */
     ptrdiff_t width;        /* entries of a row */
     ptrdiff_t read;         /* those that are read, at least a vector of them */
     int copied;
 } FEW(matrix);
 
-static FEW(matrix) FEW(matrix_of)(const void *first, ptrdiff_t step, ptrdiff_t column, ptrdiff_t width) {
-    return (FEW(matrix)){first, step, column, width, rc_max(width, LANES), width < LANES || column != sizeof(STORED)};
+static FEW(matrix) FEW(matrix_of)(const rc_few_problem *p, const rc_few_sequence *s, const void *first, rc_few_strides strides,
+                                  ptrdiff_t width) {
+    return (FEW(matrix)){first, s->pages, strides, p->page, s->from, 1, width, rc_max(width, LANES),
+                         width < LANES || strides.column != sizeof(STORED)};
 }
 
 /* Where to read the rows of keys [j0, j0 + keys), and zeros up to BLOCK; how many of them are not hidden. */
@@ -23,8 +28,13 @@ static ptrdiff_t FEW(find)(const FEW(matrix) * m, ptrdiff_t j0, ptrdiff_t keys, 
                            STORED *copies, const STORED **row) {
     keys = rc_max(0, keys);
     ptrdiff_t kept = keys;
-    for (ptrdiff_t j = 0; j < keys; j++)
-        row[j] = (const STORED *)(m->first + (j0 + j) * m->step);
+    for (ptrdiff_t j = 0; j < keys;) {
+        const ptrdiff_t at = m->from + (j0 + j) * m->apart, within = at % m->page, step = m->strides.row * m->apart;
+        const ptrdiff_t end = rc_min(keys, j + (m->page - within + m->apart - 1) / m->apart);
+        const char *next = m->first + m->pages[at / m->page] * m->strides.page + within * m->strides.row;
+        for (; j < end; j++, next += step)
+            row[j] = (const STORED *)next;
+    }
     for (ptrdiff_t j = keys; j < BLOCK; j++)
         row[j] = zeros;
     for (ptrdiff_t j = 0; j < keys && (keep || m->copied); j++) {
@@ -35,7 +45,7 @@ static ptrdiff_t FEW(find)(const FEW(matrix) * m, ptrdiff_t j0, ptrdiff_t keys, 
             const char *from = (const char *)row[j];
             row[j] = memset(copies, 0, m->read * sizeof(STORED));
             for (ptrdiff_t a = 0; a < m->width; a++)
-                copies[a] = *(const STORED *)(from + a * m->column);
+                copies[a] = *(const STORED *)(from + a * m->strides.column);
             copies += m->read;
         }
     }
@@ -170,9 +180,10 @@ typedef struct {
     size_t queries, scores, sums, zeros, k_copies, v_copies, size;
 } FEW(task);
 
-static FEW(task) FEW(task_of)(const rc_few_problem *p, ptrdiff_t slot) {
-    FEW(task) t = {FEW(matrix_of)(p->k[slot], p->k_row, p->k_column, p->d),
-                   FEW(matrix_of)(p->v[slot], p->v_row, p->v_column, p->d_v), RC_NAME(few_layout_of)(p), BLOCK};
+static FEW(task) FEW(task_of)(const rc_few_problem *p, const rc_few_sequence *s, ptrdiff_t head) {
+    FEW(task) t = {FEW(matrix_of)(p, s, (const char *)s->k + head * p->k.head, p->k, p->d),
+                   FEW(matrix_of)(p, s, (const char *)s->v + head * p->v.head, p->v, p->d_v),
+                   RC_NAME(few_layout_of)(p, rc_rows(p, s)), BLOCK};
     const RC_NAME(few_layout) *l = &t.layout;
     while (t.block > LEAST_BLOCK && t.block * (p->d + p->d_v) * sizeof(STORED) > CLOSE_BYTES)
         t.block /= 2;
@@ -187,48 +198,96 @@ static FEW(task) FEW(task_of)(const rc_few_problem *p, ptrdiff_t slot) {
     return t;
 }
 
+/* Entries [a, a + LANES) of a row of queries, times the scale, and 0 past its end. It is a product in float64, for a scale may
+ * be far below the least number of the precision that queries make up for. */
+RC_INLINE vreal FEW(query)(const rc_few_problem *p, const STORED *row, ptrdiff_t a) {
+    REAL x[LANES];
+    if (a + LANES <= p->d) {
+        STORE(x, WIDEN(row + a));
+    } else {
+        STORED stored[LANES] = {0};
+        memcpy(stored, row + a, (p->d - a) * sizeof(STORED));
+        STORE(x, WIDEN(stored));
+    }
+    for (int l = 0; l < LANES; l++)
+        x[l] = (REAL)(x[l] * p->scale);
+    return LOAD(x);
+}
+
+/* Queries as scores take them, [vector][query][lane]. The last vector ends with the row: it is 0 where the one before has
+ * been. */
+static void FEW(pack)(const rc_few_problem *p, const rc_few_sequence *s, ptrdiff_t head, ptrdiff_t first, int R, REAL *out) {
+    const ptrdiff_t rows = rc_rows(p, s), read = rc_max(p->d, LANES);
+    for (ptrdiff_t row = first; row < first + R; row++, out += LANES) {
+        const STORED *q = (const STORED *)p->q + (row < rows ? rc_row(p, s, head, row) : 0) * p->d;
+        REAL *to = out;
+        for (ptrdiff_t a = 0; a < read; a += LANES, to += R * LANES) {
+            REAL x[2 * LANES] = {0};
+            if (row < rows)
+                STORE(x + LANES, FEW(query)(p, q, a));
+            STORE(to, LOAD(x + rc_min(LANES, read - a)));
+        }
+    }
+}
+
+/* The largest norm of a query; not finite where one of them is not. */
+static double FEW(longest_query)(const rc_few_problem *p, const rc_few_sequence *s, ptrdiff_t head) {
+    double longest = 0, off = 0;
+    for (ptrdiff_t row = 0; row < rc_rows(p, s); row++) {
+        const STORED *q = (const STORED *)p->q + rc_row(p, s, head, row) * p->d;
+        double sum = 0;
+        for (ptrdiff_t a = 0; a < p->d; a += LANES) {
+            const vreal x = FEW(query)(p, q, a);
+            for (int l = 0; l < LANES; l++)
+                sum += (double)x[l] * x[l];
+        }
+        off += sum - sum;
+        longest = sum > longest ? sum : longest;
+    }
+    return sqrt(longest) + off;
+}
+
 /* A sample of rows: where to read them, and which are kept. */
-static ptrdiff_t FEW(sample)(const rc_few_problem *p, ptrdiff_t slot, FEW(matrix) *m, const STORED *zeros, STORED *copies,
+static ptrdiff_t FEW(sample)(const rc_few_sequence *s, FEW(matrix) *m, const STORED *zeros, STORED *copies,
                              unsigned char *keep, const STORED **rows) {
-    const ptrdiff_t apart = (p->n_k + SAMPLE - 1) / SAMPLE, count = (p->n_k + apart - 1) / apart;
-    m->step *= apart;
+    const ptrdiff_t apart = rc_max(1, (s->n_k + SAMPLE - 1) / SAMPLE), count = (s->n_k + apart - 1) / apart;
+    m->apart = apart;
     for (ptrdiff_t i = 0; i < count; i++)
-        keep[i] = p->keep ? p->keep[slot][i * apart] : 1;
+        keep[i] = s->keep ? s->keep[i * apart] : 1;
     FEW(find)(m, 0, count, keep, zeros, copies, rows);
     return count;
 }
 
-/* Whether the norms of the longest query and of the longest key, by a sample of the kept ones, come to more than p->most. */
-static int FEW(long)(const rc_few_problem *p, ptrdiff_t slot, const FEW(task) * t, void *workspace) {
+/* The largest norm of a key, by a sample of the kept ones. */
+static double FEW(longest_key)(const rc_few_sequence *s, const FEW(task) * t, void *workspace) {
     const STORED *zeros = (const STORED *)((char *)workspace + t->zeros), *rows[BLOCK];
     FEW(matrix) sample = t->k;
     unsigned char keep[SAMPLE];
-    REAL wide[LANES];
     double longest = 0;
-    const ptrdiff_t count = FEW(sample)(p, slot, &sample, zeros, (STORED *)((char *)workspace + t->k_copies), keep, rows);
+    const ptrdiff_t count = FEW(sample)(s, &sample, zeros, (STORED *)((char *)workspace + t->k_copies), keep, rows);
     for (ptrdiff_t i = 0; i < count; i++) {
         double sum = 0;
         for (ptrdiff_t a = 0; a < sample.read; a += LANES) {
             const ptrdiff_t at = rc_min(a, sample.read - LANES);
-            STORE(wide, WIDEN(rows[i] + at));
-            sum += RC_NAME(few_longest)(wide + (a - at), 1, LANES - (a - at));
+            const vreal x = WIDEN(rows[i] + at);
+            for (ptrdiff_t l = a - at; l < LANES; l++)
+                sum += (double)x[l] * x[l];
         }
         longest = sum > longest ? sum : longest;
     }
-    const double queries = RC_NAME(few_longest)((const REAL *)p->q + slot * p->rows * p->d, p->rows, p->d);
-    return sqrt(queries) * sqrt(longest) > p->most;
+    return sqrt(longest);
 }
 
-/* Whether values lie much farther from 0 than from each other, by a sample of the kept ones, or queries and keys are long. */
-static int FEW(far)(const rc_few_problem *p, ptrdiff_t slot, void *workspace) {
-    const FEW(task) t = FEW(task_of)(p, slot);
+static int FEW(far)(const rc_few_problem *p, const rc_few_sequence *s, ptrdiff_t head, void *workspace) {
+    const FEW(task) t = FEW(task_of)(p, s, head);
     const STORED *zeros = (const STORED *)((char *)workspace + t.zeros), *rows[BLOCK];
     FEW(matrix) sample = t.v;
     unsigned char keep[SAMPLE];
     vreal size = {0}, spread = {0};
-    if (FEW(long)(p, slot, &t, workspace))
+    const double queries = FEW(longest_query)(p, s, head);
+    if (!isfinite(queries) || queries * FEW(longest_key)(s, &t, workspace) > s->most)
         return 1;
-    const ptrdiff_t count = FEW(sample)(p, slot, &sample, zeros, (STORED *)((char *)workspace + t.v_copies), keep, rows);
+    const ptrdiff_t count = FEW(sample)(s, &sample, zeros, (STORED *)((char *)workspace + t.v_copies), keep, rows);
     for (ptrdiff_t a = 0; a < sample.read; a += LANES) {
         vreal low = SPLAT(LARGEST), high = SPLAT(-LARGEST);
         for (ptrdiff_t i = 0; i < count; i++)
@@ -243,31 +302,15 @@ static int FEW(far)(const rc_few_problem *p, ptrdiff_t slot, void *workspace) {
     return RC_NAME(few_largest)(spread) > 0 && RC_NAME(few_largest)(size) > FAR * RC_NAME(few_largest)(spread);
 }
 
-/* `count` entries of queries times `scale`, a product in float64, for a scale may be far below the least number of the
- * precision that queries make up for; whether all entries are finite. */
-static int FEW(queries)(const void *from, ptrdiff_t count, double scale, void *to) {
-    vreal off = {0};
-    for (ptrdiff_t i = 0; i < count; i += LANES) {
-        const size_t here = rc_min(LANES, count - i);
-        STORED stored[LANES] = {0};
-        REAL x[LANES];
-        memcpy(stored, (const STORED *)from + i, here * sizeof(STORED));
-        const vreal y = WIDEN(stored);
-        off += y - y;
-        STORE(x, y);
-        for (int l = 0; l < LANES; l++)
-            x[l] = (REAL)(x[l] * scale);
-        memcpy((REAL *)to + i, x, here * sizeof(REAL));
-    }
-    return RC_NAME(few_zero)(off);
+static size_t FEW(workspace)(const rc_few_problem *p, ptrdiff_t n) {
+    const rc_few_sequence one = {.n = n};
+    return FEW(task_of)(p, &one, 0).size;
 }
 
-static size_t FEW(workspace)(const rc_few_problem *p) { return FEW(task_of)(p, 0).size; }
-
 /* The part's keys [j0, end), block by block; whether all scores are finite. */
-static int FEW(of_keys)(const rc_few_problem *p, const FEW(task) * t, ptrdiff_t j0, ptrdiff_t end, const unsigned char *keep,
-                        char *work) {
+static int FEW(of_keys)(const rc_few_sequence *s, const FEW(task) * t, ptrdiff_t j0, ptrdiff_t end, char *work) {
     const int R = t->layout.R;
+    const unsigned char *keep = s->keep;
     const STORED *zeros = (const STORED *)(work + t->zeros), *rows[3][BLOCK];
     STORED *k_copies = (STORED *)(work + t->k_copies), *v_copies = (STORED *)(work + t->v_copies);
     FEW(block) b = {rows[0], rows[1], rows[2], t->k.read, t->v.read};
@@ -284,9 +327,9 @@ static int FEW(of_keys)(const rc_few_problem *p, const FEW(task) * t, ptrdiff_t 
             b.masking.keys = keys;
             for (ptrdiff_t g = 0; g < t->layout.groups; g++) {
                 for (int r = 0; r < R; r++) {
-                    const ptrdiff_t i = (g * R + r) % p->n;
-                    b.masking.first[r] = p->lo + i - j0;
-                    b.masking.last[r] = p->hi + i - j0;
+                    const ptrdiff_t i = (g * R + r) % s->n;
+                    b.masking.first[r] = s->lo + i - j0;
+                    b.masking.last[r] = s->hi + i - j0;
                 }
                 finite &= FEW(of_block)(R, &b, (REAL *)(work + t->queries) + g * R * t->layout.k_pitch,
                                         (RC_NAME(few_state) *)work + g,
@@ -299,8 +342,8 @@ static int FEW(of_keys)(const rc_few_problem *p, const FEW(task) * t, ptrdiff_t 
     return finite;
 }
 
-static int FEW(of_part)(const rc_few_problem *p, ptrdiff_t slot, ptrdiff_t part, void *workspace) {
-    const FEW(task) t = FEW(task_of)(p, slot);
+static int FEW(of_part)(const rc_few_problem *p, const rc_few_sequence *s, ptrdiff_t head, ptrdiff_t part, void *workspace) {
+    const FEW(task) t = FEW(task_of)(p, s, head);
     char *work = workspace;
     memset(work + t.sums, 0, t.k_copies - t.sums);
     for (ptrdiff_t g = 0; g < t.layout.groups; g++) {
@@ -308,9 +351,10 @@ static int FEW(of_part)(const rc_few_problem *p, ptrdiff_t slot, ptrdiff_t part,
         for (int i = 0; i < LANES; i++)
             state->maximum[i] = -(REAL)INFINITY;
         state->sum = (vreal){0};
-        RC_NAME(few_pack)(p, t.layout.R, slot, g, t.k.read, (REAL *)(work + t.queries) + g * t.layout.R * t.layout.k_pitch);
+        FEW(pack)(p, s, head, g * t.layout.R, t.layout.R, (REAL *)(work + t.queries) + g * t.layout.R * t.layout.k_pitch);
     }
-    const ptrdiff_t end = rc_min(p->n_k, (part + 1) * PART);
-    const int finite = FEW(of_keys)(p, &t, part * PART, end, p->keep ? p->keep[slot] : 0, work);
-    return RC_NAME(few_leave)(p, slot, part, (const RC_NAME(few_state) *)work, (const REAL *)(work + t.sums), t.v.read) && finite;
+    const int finite = FEW(of_keys)(s, &t, part * PART, rc_min(s->n_k, (part + 1) * PART), work);
+    const RC_NAME(few_state) *states = (const RC_NAME(few_state) *)work;
+    double *stats = RC_NAME(few_partial)(p, s, head, part);
+    return RC_NAME(few_leave)(p, rc_rows(p, s), stats, states, (const REAL *)(work + t.sums), t.v.read) && finite;
 }

@@ -28,10 +28,18 @@ enum {
     BLOCK = 64, /* the most keys in a block; its sums start from 0, so that equal terms are not rounded to one side for long */
     LEAST_BLOCK = 16,
     CLOSE_BYTES = 32768, /* of a block's keys and values, which the caches next to a core then hold twice */
-    SAMPLE = 16, /* keys and values of a slot that say how long keys are, and whether values are far from 0 */
+    SAMPLE = 16, /* keys and values of a head that say how long keys are, and whether values are far from 0 */
     LINE = 64
 };
-static inline ptrdiff_t rc_parts(const rc_few_problem *p) { return (p->n_k + PART - 1) / PART; }
+static inline ptrdiff_t rc_parts(const rc_few_sequence *s) { return (s->n_k + PART - 1) / PART; }
+
+/* Rows that share a head's keys: row r is query r % n of the group's query head r / n. */
+static inline ptrdiff_t rc_rows(const rc_few_problem *p, const rc_few_sequence *s) { return p->group * s->n; }
+
+/* Where row r is among those of q and o. */
+static inline ptrdiff_t rc_row(const rc_few_problem *p, const rc_few_sequence *s, ptrdiff_t head, ptrdiff_t r) {
+    return s->row + (head * p->group + r / s->n) * p->head_rows + r % s->n * p->query_rows;
+}
 #endif
 #undef MOST_ROWS
 #undef ACCUMULATORS
@@ -78,18 +86,6 @@ RC_INLINE REAL RC_NAME(few_largest)(vreal x) {
     REAL most = x[0];
     for (int l = 1; l < LANES; l++)
         most = x[l] > most ? x[l] : most;
-    return most;
-}
-
-/* The largest sum of squares of `count` rows of REAL, (count, width) contiguous. */
-static double RC_NAME(few_longest)(const REAL *x, ptrdiff_t count, ptrdiff_t width) {
-    double most = 0;
-    for (ptrdiff_t i = 0; i < count; i++) {
-        double sum = 0;
-        for (ptrdiff_t a = 0; a < width; a++, x++)
-            sum += (double)*x * *x;
-        most = sum > most ? sum : most;
-    }
     return most;
 }
 
@@ -143,56 +139,39 @@ typedef struct {
     ptrdiff_t groups, k_pitch, v_pitch;
 } RC_NAME(few_layout);
 
-static RC_NAME(few_layout) RC_NAME(few_layout_of)(const rc_few_problem *p) {
+static RC_NAME(few_layout) RC_NAME(few_layout_of)(const rc_few_problem *p, ptrdiff_t rows) {
     int R = 1;
-    while (R < MOST_ROWS && R < p->rows)
+    while (R < MOST_ROWS && R < rows)
         R *= 2;
-    return (RC_NAME(few_layout)){R, (p->rows + R - 1) / R, rc_round_up(p->d, LANES), rc_round_up(p->d_v, LANES)};
-}
-
-/* Queries as scores take them, [vector][query][lane]. The last vector ends with the row: it is 0 where the one before has
- * been. */
-static void RC_NAME(few_pack)(const rc_few_problem *p, int R, ptrdiff_t slot, ptrdiff_t group, ptrdiff_t read, REAL *out) {
-    for (ptrdiff_t a = 0; a < read; a += LANES) {
-        const ptrdiff_t at = rc_min(a, read - LANES);
-        for (int r = 0; r < R; r++, out += LANES) {
-            const ptrdiff_t row = group * R + r;
-            const REAL *q = (const REAL *)p->q + (slot * p->rows + row) * p->d;
-            if (row < p->rows && a + LANES <= p->d)
-                STORE(out, LOAD(q + a));
-            else
-                for (int i = 0; i < LANES; i++)
-                    out[i] = row < p->rows && at + i >= a && at + i < p->d ? q[at + i] : 0;
-        }
-    }
+    return (RC_NAME(few_layout)){R, (rows + R - 1) / R, rc_round_up(p->d, LANES), rc_round_up(p->d_v, LANES)};
 }
 
 /* What a part leaves: of each row the maximum of its scores and the sum of its weights, then its sums over values. */
-static size_t RC_NAME(few_partial_size)(const rc_few_problem *p) {
-    return rc_round_up(p->rows * (2 * sizeof(double) + p->d_v * sizeof(REAL)), LINE);
+static size_t RC_NAME(few_partial_size)(const rc_few_problem *p, ptrdiff_t n) {
+    return rc_round_up(p->group * n * (2 * sizeof(double) + p->d_v * sizeof(REAL)), LINE);
 }
 
-static double *RC_NAME(few_partial)(const rc_few_problem *p, ptrdiff_t slot, ptrdiff_t part) {
-    return (double *)((char *)p->partial + (slot * rc_parts(p) + part) * RC_NAME(few_partial_size)(p));
+static double *RC_NAME(few_partial)(const rc_few_problem *p, const rc_few_sequence *s, ptrdiff_t head, ptrdiff_t part) {
+    return (double *)(p->partial + s->partial + (part * p->heads + head) * RC_NAME(few_partial_size)(p, s->n));
 }
 
-/* The partial of a part, of whose values `read` entries a row were read; whether all of it is finite, and no maximum HIGH. */
-static int RC_NAME(few_leave)(const rc_few_problem *p, ptrdiff_t slot, ptrdiff_t part, const RC_NAME(few_state) * states,
+/* Fills the partial of a part of `rows` rows, of whose values `read` entries a row were read; whether all of it is finite, and
+ * no maximum HIGH. */
+static int RC_NAME(few_leave)(const rc_few_problem *p, ptrdiff_t rows, double *stats, const RC_NAME(few_state) * states,
                               const REAL *sums, ptrdiff_t read) {
-    const RC_NAME(few_layout) l = RC_NAME(few_layout_of)(p);
+    const RC_NAME(few_layout) l = RC_NAME(few_layout_of)(p, rows);
     const ptrdiff_t whole = rc_min(read, p->d_v) / LANES * LANES, shift = l.v_pitch - read;
-    double *stats = RC_NAME(few_partial)(p, slot, part);
-    REAL *o = (REAL *)(stats + 2 * p->rows);
+    REAL *o = (REAL *)(stats + 2 * rows);
     vreal off = {0};
     int finite = 1;
-    for (ptrdiff_t row = 0; row < p->rows; row++, sums += l.v_pitch, o += p->d_v) {
+    for (ptrdiff_t row = 0; row < rows; row++, sums += l.v_pitch, o += p->d_v) {
         const RC_NAME(few_state) *state = states + row / l.R;
         double sum = 0;
         for (ptrdiff_t i = row % l.R; i < LANES; i += l.R)
             sum += state->sum[i];
         stats[row] = state->maximum[row % l.R];
         finite &= stats[row] == -INFINITY || fabs(stats[row]) <= HIGH;
-        stats[p->rows + row] = sum;
+        stats[rows + row] = sum;
         ptrdiff_t c = 0;
         for (; c < whole; c += LANES) {
             const vreal x = LOAD(sums + c);
@@ -208,23 +187,23 @@ static int RC_NAME(few_leave)(const rc_few_problem *p, ptrdiff_t slot, ptrdiff_t
 }
 
 /* One row of O from those of the parts, in float64: sum_part weight[part] o[part] / sum_part weight[part] sum[part]. */
-static void RC_NAME(few_merge_row)(const rc_few_problem *p, ptrdiff_t slot, ptrdiff_t row) {
-    const ptrdiff_t parts = rc_parts(p);
-    REAL *o = (REAL *)p->o + (slot * p->rows + row) * p->d_v;
+static void RC_NAME(few_merge_row)(const rc_few_problem *p, const rc_few_sequence *s, ptrdiff_t head, ptrdiff_t row) {
+    const ptrdiff_t parts = rc_parts(s), rows = rc_rows(p, s), at = rc_row(p, s, head, row);
+    REAL *o = (REAL *)p->o + at * p->d_v;
     double most = -INFINITY, sum = 0, columns[BLOCK];
     for (ptrdiff_t i = 0; i < parts; i++)
-        most = fmax(most, RC_NAME(few_partial)(p, slot, i)[row]);
+        most = fmax(most, RC_NAME(few_partial)(p, s, head, i)[row]);
     for (ptrdiff_t i = 0; i < parts; i++) {
-        double *stats = RC_NAME(few_partial)(p, slot, i);
+        double *stats = RC_NAME(few_partial)(p, s, head, i);
         stats[row] = stats[row] == -INFINITY ? 0 : exp2(stats[row] - most);
-        sum += stats[row] * stats[p->rows + row];
+        sum += stats[row] * stats[rows + row];
     }
     for (ptrdiff_t c0 = 0; c0 < p->d_v; c0 += BLOCK) {
         const ptrdiff_t count = rc_min(BLOCK, p->d_v - c0);
         memset(columns, 0, sizeof columns);
         for (ptrdiff_t i = 0; i < parts; i++) {
-            const double *stats = RC_NAME(few_partial)(p, slot, i), weight = stats[row];
-            const REAL *part = (const REAL *)(stats + 2 * p->rows) + row * p->d_v + c0;
+            const double *stats = RC_NAME(few_partial)(p, s, head, i), weight = stats[row];
+            const REAL *part = (const REAL *)(stats + 2 * rows) + row * p->d_v + c0;
             for (ptrdiff_t c = 0; c < count; c++)
                 columns[c] += weight * part[c];
         }
@@ -232,12 +211,12 @@ static void RC_NAME(few_merge_row)(const rc_few_problem *p, ptrdiff_t slot, ptrd
             o[c0 + c] = sum > 0 ? columns[c] / sum : 0;
     }
     if (p->lse)
-        p->lse[slot * p->rows + row] = (most + log2(sum)) * 0.69314718055994530942;
+        p->lse[at] = (most + log2(sum)) * 0.69314718055994530942;
 }
 
-static void RC_NAME(few_merge)(const rc_few_problem *p, ptrdiff_t slot) {
-    for (ptrdiff_t row = 0; row < p->rows; row++)
-        RC_NAME(few_merge_row)(p, slot, row);
+static void RC_NAME(few_merge)(const rc_few_problem *p, const rc_few_sequence *s, ptrdiff_t head) {
+    for (ptrdiff_t row = 0; row < rc_rows(p, s); row++)
+        RC_NAME(few_merge_row)(p, s, head, row);
 }
 
 #define STORED REAL
