@@ -41,10 +41,16 @@ cdef extern from "c/few.h" nogil:
         void *o
         double *lse
 
+    ctypedef struct rc_few_task:
+        ptrdiff_t sequence, part, parts, head, heads
+
+    enum:
+        RC_FEW_HEADS
+
     ctypedef struct rc_few_functions:
         size_t (*partial_size)(const rc_few_problem *, ptrdiff_t) noexcept nogil
-        size_t (*workspace)(const rc_few_problem *, ptrdiff_t) noexcept nogil
-        int (*of_part)(const rc_few_problem *, const rc_few_sequence *, ptrdiff_t, ptrdiff_t, void *) noexcept nogil
+        size_t (*workspace)(const rc_few_problem *, ptrdiff_t, ptrdiff_t) noexcept nogil
+        int (*of_parts)(const rc_few_problem *, const rc_few_sequence *, rc_few_task, void *) noexcept nogil
         int (*far)(const rc_few_problem *, const rc_few_sequence *, ptrdiff_t, void *) noexcept nogil
         void (*merge)(const rc_few_problem *, const rc_few_sequence *, ptrdiff_t) noexcept nogil
 
@@ -67,13 +73,18 @@ cdef struct Pass:
     const rc_few_functions *f
     ptrdiff_t parts  # of all sequences
     size_t left  # bytes, by all parts
-    size_t size  # of a thread's workspace
     double keys  # of all sequences
-    ptrdiff_t *owner  # the sequence of each part
+    rc_few_task *tasks
+    ptrdiff_t count  # of tasks
     char *work
-    unsigned char *good  # whether a part of a head is
+    size_t size  # of a thread's workspace
+    unsigned char *good  # whether a task is
     unsigned char *done  # whether a head of a sequence is
 
+
+cdef enum:
+    TASKS = 8  # that each thread has at least, where there is enough to do
+    LONGEST_RUN = 4  # parts of a task
 
 cdef int32_t FIRST_PAGE = 0  # where there is one page
 
@@ -102,58 +113,74 @@ cdef addresses(cnp.ndarray x, int inner):
 
 
 cdef void cut(Pass *x, rc_few_sequence *sequences, ptrdiff_t count) noexcept nogil:
-    """The parts of each sequence, and what all of them take."""
+    """The parts of each sequence, and what all of them leave."""
     cdef ptrdiff_t i, parts
     cdef rc_few_sequence *s
     x.p.sequences = sequences
-    x.parts, x.left, x.size, x.keys = 0, 0, 0, 0
+    x.parts, x.left, x.keys = 0, 0, 0
     for i in range(count):
         s, parts = sequences + i, pieces(sequences[i].n_k, kernels.part)
         s.first_part, s.partial = x.parts, x.left
         x.parts += parts
         x.left += parts * x.p.heads * x.f.partial_size(&x.p, s.n)
-        x.size = max(x.size, x.f.workspace(&x.p, s.n))
         x.keys += s.n_k
 
 
-cdef void of_part(void *context, ptrdiff_t task, const rc_worker *worker) noexcept nogil:
-    # One head follows on another, for in memory their keys may lie side by side.
+cdef ptrdiff_t heads_at_once(const Pass *x, int threads) noexcept nogil:
+    """How many heads a task has: as many as lie side by side, if that leaves every thread some tasks."""
+    cdef ptrdiff_t heads = min(<ptrdiff_t>RC_FEW_HEADS, x.p.heads & -x.p.heads)
+    while heads > 1 and x.parts * (x.p.heads // heads) < TASKS * threads:
+        heads //= 2
+    return heads
+
+
+cdef void share_out(Pass *x, ptrdiff_t count, ptrdiff_t heads, int threads) noexcept nogil:
+    """The tasks, where there are many of several parts: what comes next is asked for within a task."""
+    cdef ptrdiff_t i, head, part, parts
+    cdef ptrdiff_t run = max(1, min(<ptrdiff_t>LONGEST_RUN, x.parts * (x.p.heads // heads) // (TASKS * threads)))
+    x.count, x.size = 0, 0
+    for i in range(count):
+        parts = pieces(x.p.sequences[i].n_k, kernels.part)
+        x.size = max(x.size, x.f.workspace(&x.p, x.p.sequences[i].n, heads))
+        for part in range(pieces(parts, run)):
+            for head in range(x.p.heads // heads):
+                x.tasks[x.count] = rc_few_task(i, part * run, min(run, parts - part * run), head * heads, heads)
+                x.count += 1
+
+
+cdef void of_parts(void *context, ptrdiff_t task, const rc_worker *worker) noexcept nogil:
     cdef const Pass *x = <const Pass *>context
-    cdef ptrdiff_t part = task // x.p.heads
-    cdef const rc_few_sequence *s = x.p.sequences + x.owner[part]
-    x.good[task] = x.f.of_part(&x.p, s, task % x.p.heads, part - s.first_part, x.work + worker.slot * x.size)
+    cdef const rc_few_sequence *s = x.p.sequences + x.tasks[task].sequence
+    x.good[task] = x.f.of_parts(&x.p, s, x.tasks[task], x.work + worker.slot * x.size)
 
 
 cdef void merge(void *context, ptrdiff_t task, const rc_worker *worker) noexcept nogil:
     cdef const Pass *x = <const Pass *>context
     cdef const rc_few_sequence *s = x.p.sequences + task // x.p.heads
-    cdef ptrdiff_t part, head = task % x.p.heads
-    cdef bint good = not x.f.far(&x.p, s, head, x.work + worker.slot * x.size)
-    for part in range(s.first_part, s.first_part + pieces(s.n_k, kernels.part)):
-        good = good and x.good[part * x.p.heads + head]
-    if good:
-        x.f.merge(&x.p, s, head)
-    x.done[task] = good
+    x.done[task] = not x.f.far(&x.p, s, task % x.p.heads, x.work + worker.slot * x.size)
+    x.f.merge(&x.p, s, task % x.p.heads)
 
 
 cdef compute(Pass *x, sequences, ptrdiff_t itemsize, int threads):
-    """Fills o and lse; of which sequences and heads they are right, (sequences, heads) bool."""
+    """Fills o and lse; of which sequences they are right: no byte of (sequences, heads) is 0."""
     cdef rc_few_problem *p = &x.p
-    cdef ptrdiff_t i, part, count = len(sequences) // <ptrdiff_t>sizeof(rc_few_sequence)
+    cdef ptrdiff_t i, heads, count = len(sequences) // <ptrdiff_t>sizeof(rc_few_sequence)
     cut(x, <rc_few_sequence *>pointer(sequences), count)
-    done = np.empty((count, p.heads), np.bool_)
-    scratch = np.empty(LINE + x.left + x.parts * (sizeof(ptrdiff_t) + p.heads), np.uint8)
-    p.partial = line(scratch)
-    x.owner = <ptrdiff_t *>(p.partial + x.left)
-    x.good, x.done = <unsigned char *>(x.owner + x.parts), <unsigned char *>pointer(done)
-    for i in range(count):
-        for part in range(p.sequences[i].first_part, x.parts if i + 1 == count else p.sequences[i + 1].first_part):
-            x.owner[part] = i
     threads = min(threads, max(1, <int>min(x.keys * p.heads * (p.d + p.d_v) * itemsize / READ, 2e9)))
+    heads = heads_at_once(x, threads)
+    done = np.empty((count, p.heads), np.uint8)
+    scratch = np.empty(LINE + x.left + x.parts * (p.heads // heads) * (sizeof(rc_few_task) + 1), np.uint8)
+    p.partial = line(scratch)
+    x.tasks, x.done = <rc_few_task *>(p.partial + x.left), <unsigned char *>pointer(done)
+    share_out(x, count, heads, threads)
+    x.good = <unsigned char *>(x.tasks + x.count)
     workspace = np.empty(threads * x.size + LINE, np.uint8)
     x.work = line(workspace)
-    parallel_for(x.parts * p.heads, threads, of_part, x)
+    parallel_for(x.count, threads, of_parts, x)
     parallel_for(count * p.heads, threads, merge, x)
+    for i in range(x.count):
+        if not x.good[i]:
+            x.done[x.tasks[i].sequence * p.heads] = False
     return done
 
 

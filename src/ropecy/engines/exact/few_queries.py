@@ -21,10 +21,10 @@ from ...problem.mask import Mask
 from ...problem.request import Request
 from ...problem.rows import contiguous, head_count, spread
 
-_LOG2E = 1 / math.log(2)
+LOG2E = 1 / math.log(2)
 # Queries of a head, and of all heads that share a key head. The exact engine computes tiles of 16 to 48 queries of one
 # head, whole or not, after it has copied the keys; this path's time grows with the number of queries.
-MOST_QUERIES, _MOST_ROWS = 8, 32
+MOST_QUERIES, MOST_ROWS = 8, 32
 
 
 class Limits(NamedTuple):
@@ -62,7 +62,7 @@ def serves(a: Arguments, request: Request) -> bool:
         return False
     if request.method != "exact" and (request.method != "auto" or request.eps < sums_rounding(a.compute, a.n_k)):
         return False
-    return a.n * (a.heads // key_heads_of(a)) <= _MOST_ROWS and all(X.flags.aligned for X in (a.Q, a.K, a.V))
+    return a.n * (a.heads // key_heads_of(a)) <= MOST_ROWS and all(X.flags.aligned for X in (a.Q, a.K, a.V))
 
 
 def forward(
@@ -91,8 +91,8 @@ def forward(
     if a.key_mask is not None:
         keep = _by_slot(np.ascontiguousarray(a.key_mask), a.batch, key_heads, 1)
     band = Mask(a.n, a.n_k, a.lo, a.hi, a.q_offset).band_of_indices
-    most = math.inf if request.method == "exact" else _LOG2E * most_of_norms(a.compute, a.n_k, a.d, request.eps)
-    found = _few.forward(q, k, v, Limits(a.scale * _LOG2E, most, keep, a.n, band), want_lse, a.threads)
+    most = math.inf if request.method == "exact" else LOG2E * most_of_norms(a.compute, a.n_k, a.d, request.eps)
+    found = _few.forward(q, k, v, Limits(a.scale * LOG2E, most, keep, a.n, band), want_lse, a.threads)
     if found is None:
         return None
     o, lse = found

@@ -42,13 +42,22 @@ typedef struct {
     double *lse;                     /* of each row; or NULL */
 } rc_few_problem;
 
+/* Some parts of a sequence, one after the other, for some heads of it. What they leave does not depend on how they are put
+ * together. */
 typedef struct {
-    /* Of `n` queries a head: bytes of a part's partial, and of a thread's workspace; both multiples of a cache line. */
+    ptrdiff_t sequence, part, parts, head, heads; /* heads: 1, or a power of two up to RC_FEW_HEADS */
+} rc_few_task;
+
+enum { RC_FEW_HEADS = 8 };
+
+typedef struct {
+    /* Of n queries a head: bytes of what a part leaves of a head, and of a thread's workspace for so many heads at once; both
+     * multiples of a cache line. */
     size_t (*partial_size)(const rc_few_problem *, ptrdiff_t n);
-    size_t (*workspace)(const rc_few_problem *, ptrdiff_t n);
+    size_t (*workspace)(const rc_few_problem *, ptrdiff_t n, ptrdiff_t heads);
     /* Whether all scores and sums are finite, and with them every query, key and value that was read, and none of the scores
      * is so large that its rounding would show in the weights. */
-    int (*of_part)(const rc_few_problem *, const rc_few_sequence *, ptrdiff_t head, ptrdiff_t part, void *workspace);
+    int (*of_parts)(const rc_few_problem *, const rc_few_sequence *, rc_few_task, void *workspace);
     /* Whether queries are not finite; or, by a sample of keys and values, whether values lie so far from 0, beside how far
      * they spread, that rounding of their sums would show, or queries and keys are longer than `most`. */
     int (*far)(const rc_few_problem *, const rc_few_sequence *, ptrdiff_t head, void *workspace);

@@ -23,38 +23,74 @@ static FEW(matrix) FEW(matrix_of)(const rc_few_problem *p, const rc_few_sequence
                          width < LANES || strides.column != sizeof(STORED)};
 }
 
-/* Where to read the rows of keys [j0, j0 + keys), and zeros up to BLOCK; how many of them are not hidden. */
-static ptrdiff_t FEW(find)(const FEW(matrix) * m, ptrdiff_t j0, ptrdiff_t keys, const unsigned char *keep, const STORED *zeros,
-                           STORED *copies, const STORED **row) {
+/* Where the rows of keys [j0, j0 + keys) lie, zeros for hidden ones and up to BLOCK; how many of them are not hidden. */
+static ptrdiff_t FEW(locate)(const FEW(matrix) * m, ptrdiff_t j0, ptrdiff_t keys, const unsigned char *keep,
+                             const STORED *zeros, const STORED **at) {
     keys = rc_max(0, keys);
     ptrdiff_t kept = keys;
     for (ptrdiff_t j = 0; j < keys;) {
-        const ptrdiff_t at = m->from + (j0 + j) * m->apart, within = at % m->page, step = m->strides.row * m->apart;
+        const ptrdiff_t row = m->from + (j0 + j) * m->apart, within = row % m->page, step = m->strides.row * m->apart;
         const ptrdiff_t end = rc_min(keys, j + (m->page - within + m->apart - 1) / m->apart);
-        const char *next = m->first + m->pages[at / m->page] * m->strides.page + within * m->strides.row;
+        const char *next = m->first + m->pages[row / m->page] * m->strides.page + within * m->strides.row;
         for (; j < end; j++, next += step)
-            row[j] = (const STORED *)next;
+            at[j] = (const STORED *)next;
     }
     for (ptrdiff_t j = keys; j < BLOCK; j++)
-        row[j] = zeros;
-    for (ptrdiff_t j = 0; j < keys && (keep || m->copied); j++) {
-        if (keep && !keep[j0 + j]) {
-            row[j] = zeros;
+        at[j] = zeros;
+    for (ptrdiff_t j = 0; j < keys && keep; j++)
+        if (!keep[j0 + j]) {
+            at[j] = zeros;
             kept--;
-        } else if (m->copied) {
+        }
+    return kept;
+}
+
+/* The row of the head that is `head` heads on from the one whose row is `at`. */
+RC_INLINE const STORED *FEW(on)(const FEW(matrix) * m, const STORED *at, ptrdiff_t head, const STORED *zeros) {
+    return at == zeros ? zeros : (const STORED *)((const char *)at + head * m->strides.head);
+}
+
+/* Where to read BLOCK rows of the head that is `head` heads on: `row`, unless that is where they lie anyway. */
+static const STORED *const *FEW(find)(const FEW(matrix) * m, const STORED *const *at, ptrdiff_t head, const STORED *zeros,
+                                      STORED *copies, const STORED **row) {
+    if (!head && !m->copied)
+        return at;
+    for (ptrdiff_t j = 0; j < BLOCK; j++)
+        row[j] = FEW(on)(m, at[j], head, zeros);
+    for (ptrdiff_t j = 0; j < BLOCK && m->copied; j++)
+        if (at[j] != zeros) {
             const char *from = (const char *)row[j];
             row[j] = memset(copies, 0, m->read * sizeof(STORED));
             for (ptrdiff_t a = 0; a < m->width; a++)
                 copies[a] = *(const STORED *)(from + a * m->strides.column);
             copies += m->read;
         }
-    }
-    return kept;
+    return row;
 }
 
+/* The rows to ask for while one of so many heads is computed: by all heads in the order of memory, if these lie side by side
+ * there. */
+static const STORED *const *FEW(share)(const FEW(matrix) * m, const STORED *const *at, ptrdiff_t block, ptrdiff_t heads,
+                                       ptrdiff_t head, const STORED *zeros, const STORED **row) {
+    if (heads == 1)
+        return at;
+    for (ptrdiff_t j = head * block / heads, i = 0; i < block; j++)
+        for (ptrdiff_t h = 0; h < heads; h++, i++)
+            row[i] = FEW(on)(m, at[j], h, zeros);
+    for (ptrdiff_t i = block; i < BLOCK; i++)
+        row[i] = zeros;
+    return row;
+}
+
+/* Where the rows of a block lie. */
 typedef struct {
-    const STORED **k, **v, **next; /* rows of keys and values, and of the keys of the block that follows */
-    ptrdiff_t k_read, v_read, keys; /* keys: whole rounds of scores, zeros among them */
+    const STORED *k[BLOCK], *v[BLOCK];
+} FEW(places);
+
+typedef struct {
+    const STORED *const *k, *const *v;           /* where to read rows */
+    const STORED *const *next_k, *const *next_v; /* rows of the block that follows, to ask for */
+    ptrdiff_t k_read, v_read, keys;              /* keys: whole rounds of scores, zeros among them */
     RC_NAME(few_masking) masking;
 } FEW(block);
 
@@ -87,7 +123,7 @@ RC_INLINE int FEW(scores)(const int R, const FEW(block) * b, const REAL *q, REAL
             RC_UNROLL for (int l = 0; l < J * R; l++) acc[l] = (vreal){0};
             RC_UNROLL for (int l = 0; l < J; l++) k[l] = b->k[j + i + l];
             for (int l = 0; l < J; l++)
-                FEW(ask_for)(b->v[j + i + l], b->v_read);
+                FEW(ask_for)(b->next_v[j + i + l], b->v_read);
             ptrdiff_t a = 0;
             for (; a + LANES <= width; a += LANES, x += R * LANES)
                 FEW(dots)(R, J, k, a, x, acc);
@@ -133,7 +169,7 @@ RC_INLINE void FEW(values)(const int R, const FEW(block) * b, const REAL *S, con
     const int C = ACCUMULATORS / R < 8 ? ACCUMULATORS / R : 8, half = C / 2 > 1 ? C / 2 : 1;
     const ptrdiff_t width = b->v_read, vectors = (width + LANES - 1) / LANES;
     const ptrdiff_t passes = vectors / C + vectors % C / half + vectors % C % half;
-    const STORED *const *next = b->next;
+    const STORED *const *next = b->next_k;
     ptrdiff_t c = 0;
     for (; c + C * LANES <= width; c += C * LANES, next += b->keys / passes)
         FEW(columns)(R, C, b, c, S, factor, o + c, next, passes);
@@ -172,28 +208,29 @@ static int FEW(of_block)(int R, const FEW(block) * b, const REAL *q, RC_NAME(few
     return R == 2 ? FEW(block_2)(b, q, state, o, S) : FEW(block_1)(b, q, state, o, S);
 }
 
-/* A task: where it reads, and where in a workspace, in bytes, it has what. */
+/* A run of parts: where it reads, and where in a workspace, in bytes, it has what. What each of its heads has follows on that of
+ * the head before: states, then queries, then sums. */
 typedef struct {
-    FEW(matrix) k, v;
+    FEW(matrix) k, v; /* of the first head */
     RC_NAME(few_layout) layout;
-    ptrdiff_t block; /* keys in a block */
-    size_t queries, scores, sums, zeros, k_copies, v_copies, size;
+    ptrdiff_t heads, block; /* block: keys in one */
+    size_t queries, sums, head, scores, zeros, k_copies, v_copies, size;
 } FEW(task);
 
-static FEW(task) FEW(task_of)(const rc_few_problem *p, const rc_few_sequence *s, ptrdiff_t head) {
+static FEW(task) FEW(task_of)(const rc_few_problem *p, const rc_few_sequence *s, ptrdiff_t head, ptrdiff_t heads) {
     FEW(task) t = {FEW(matrix_of)(p, s, (const char *)s->k + head * p->k.head, p->k, p->d),
                    FEW(matrix_of)(p, s, (const char *)s->v + head * p->v.head, p->v, p->d_v),
-                   RC_NAME(few_layout_of)(p, rc_rows(p, s)), BLOCK};
+                   RC_NAME(few_layout_of)(p, rc_rows(p, s)), heads, BLOCK};
     const RC_NAME(few_layout) *l = &t.layout;
     while (t.block > LEAST_BLOCK && t.block * (p->d + p->d_v) * sizeof(STORED) > CLOSE_BYTES)
         t.block /= 2;
     t.queries = rc_round_up(l->groups * sizeof(RC_NAME(few_state)), LINE);
-    t.scores = t.queries + rc_round_up(l->groups * l->R * l->k_pitch * sizeof(REAL), LINE);
-    t.sums = t.scores + BLOCK * MOST_ROWS * sizeof(REAL);
-    t.zeros = t.sums + rc_round_up(l->groups * l->R * l->v_pitch * sizeof(REAL), LINE);
+    t.sums = t.queries + rc_round_up(l->groups * l->R * l->k_pitch * sizeof(REAL), LINE);
+    t.head = t.sums + rc_round_up(l->groups * l->R * l->v_pitch * sizeof(REAL), LINE);
+    t.scores = heads * t.head;
+    t.zeros = t.scores + BLOCK * MOST_ROWS * sizeof(REAL);
     t.k_copies = t.zeros + rc_round_up(rc_max(l->k_pitch, l->v_pitch) * sizeof(STORED), LINE);
-    /* Of this block and of the next one. */
-    t.v_copies = t.k_copies + (t.k.copied ? 2 * BLOCK * rc_round_up(t.k.read * sizeof(STORED), LINE) : 0);
+    t.v_copies = t.k_copies + (t.k.copied ? BLOCK * rc_round_up(t.k.read * sizeof(STORED), LINE) : 0);
     t.size = t.v_copies + (t.v.copied ? BLOCK * rc_round_up(t.v.read * sizeof(STORED), LINE) : 0);
     return t;
 }
@@ -248,27 +285,29 @@ static double FEW(longest_query)(const rc_few_problem *p, const rc_few_sequence 
 }
 
 /* A sample of rows: where to read them, and which are kept. */
-static ptrdiff_t FEW(sample)(const rc_few_sequence *s, FEW(matrix) *m, const STORED *zeros, STORED *copies,
+static ptrdiff_t FEW(sample)(const rc_few_sequence *s, const FEW(matrix) *all, const STORED *zeros, STORED *copies,
                              unsigned char *keep, const STORED **rows) {
+    const STORED *at[BLOCK];
+    FEW(matrix) m = *all;
     const ptrdiff_t apart = rc_max(1, (s->n_k + SAMPLE - 1) / SAMPLE), count = (s->n_k + apart - 1) / apart;
-    m->apart = apart;
+    m.apart = apart;
     for (ptrdiff_t i = 0; i < count; i++)
         keep[i] = s->keep ? s->keep[i * apart] : 1;
-    FEW(find)(m, 0, count, keep, zeros, copies, rows);
+    FEW(locate)(&m, 0, count, keep, zeros, at);
+    memcpy(rows, FEW(find)(&m, at, 0, zeros, copies, rows), sizeof at);
     return count;
 }
 
 /* The largest norm of a key, by a sample of the kept ones. */
 static double FEW(longest_key)(const rc_few_sequence *s, const FEW(task) * t, void *workspace) {
     const STORED *zeros = (const STORED *)((char *)workspace + t->zeros), *rows[BLOCK];
-    FEW(matrix) sample = t->k;
     unsigned char keep[SAMPLE];
     double longest = 0;
-    const ptrdiff_t count = FEW(sample)(s, &sample, zeros, (STORED *)((char *)workspace + t->k_copies), keep, rows);
+    const ptrdiff_t count = FEW(sample)(s, &t->k, zeros, (STORED *)((char *)workspace + t->k_copies), keep, rows);
     for (ptrdiff_t i = 0; i < count; i++) {
         double sum = 0;
-        for (ptrdiff_t a = 0; a < sample.read; a += LANES) {
-            const ptrdiff_t at = rc_min(a, sample.read - LANES);
+        for (ptrdiff_t a = 0; a < t->k.read; a += LANES) {
+            const ptrdiff_t at = rc_min(a, t->k.read - LANES);
             const vreal x = WIDEN(rows[i] + at);
             for (ptrdiff_t l = a - at; l < LANES; l++)
                 sum += (double)x[l] * x[l];
@@ -279,20 +318,19 @@ static double FEW(longest_key)(const rc_few_sequence *s, const FEW(task) * t, vo
 }
 
 static int FEW(far)(const rc_few_problem *p, const rc_few_sequence *s, ptrdiff_t head, void *workspace) {
-    const FEW(task) t = FEW(task_of)(p, s, head);
+    const FEW(task) t = FEW(task_of)(p, s, head, 1);
     const STORED *zeros = (const STORED *)((char *)workspace + t.zeros), *rows[BLOCK];
-    FEW(matrix) sample = t.v;
     unsigned char keep[SAMPLE];
     vreal size = {0}, spread = {0};
     const double queries = FEW(longest_query)(p, s, head);
     if (!isfinite(queries) || queries * FEW(longest_key)(s, &t, workspace) > s->most)
         return 1;
-    const ptrdiff_t count = FEW(sample)(s, &sample, zeros, (STORED *)((char *)workspace + t.v_copies), keep, rows);
-    for (ptrdiff_t a = 0; a < sample.read; a += LANES) {
+    const ptrdiff_t count = FEW(sample)(s, &t.v, zeros, (STORED *)((char *)workspace + t.v_copies), keep, rows);
+    for (ptrdiff_t a = 0; a < t.v.read; a += LANES) {
         vreal low = SPLAT(LARGEST), high = SPLAT(-LARGEST);
         for (ptrdiff_t i = 0; i < count; i++)
             if (keep[i]) {
-                const vreal y = WIDEN(rows[i] + rc_min(a, sample.read - LANES));
+                const vreal y = WIDEN(rows[i] + rc_min(a, t.v.read - LANES));
                 low = -RC_NAME(vector_max)(-low, -y);
                 high = RC_NAME(vector_max)(high, y);
             }
@@ -302,59 +340,89 @@ static int FEW(far)(const rc_few_problem *p, const rc_few_sequence *s, ptrdiff_t
     return RC_NAME(few_largest)(spread) > 0 && RC_NAME(few_largest)(size) > FAR * RC_NAME(few_largest)(spread);
 }
 
-static size_t FEW(workspace)(const rc_few_problem *p, ptrdiff_t n) {
+static size_t FEW(workspace)(const rc_few_problem *p, ptrdiff_t n, ptrdiff_t heads) {
     const rc_few_sequence one = {.n = n};
-    return FEW(task_of)(p, &one, 0).size;
+    return FEW(task_of)(p, &one, 0, heads).size;
 }
 
-/* The part's keys [j0, end), block by block; whether all scores are finite. */
-static int FEW(of_keys)(const rc_few_sequence *s, const FEW(task) * t, ptrdiff_t j0, ptrdiff_t end, char *work) {
+/* What a head has before a part's first key, but for its queries. */
+static void FEW(begin)(const FEW(task) * t, char *at) {
+    memset(at + t->sums, 0, t->head - t->sums);
+    for (ptrdiff_t g = 0; g < t->layout.groups; g++) {
+        RC_NAME(few_state) *state = (RC_NAME(few_state) *)at + g;
+        for (int i = 0; i < LANES; i++)
+            state->maximum[i] = -(REAL)INFINITY;
+        state->sum = (vreal){0};
+    }
+}
+
+/* One block of keys and one head, whose states, queries and sums are `at`; whether all scores are finite. */
+static int FEW(of_head)(const rc_few_sequence *s, const FEW(task) * t, FEW(block) *b, ptrdiff_t j0, char *at, REAL *scores) {
     const int R = t->layout.R;
-    const unsigned char *keep = s->keep;
-    const STORED *zeros = (const STORED *)(work + t->zeros), *rows[3][BLOCK];
-    STORED *k_copies = (STORED *)(work + t->k_copies), *v_copies = (STORED *)(work + t->v_copies);
-    FEW(block) b = {rows[0], rows[1], rows[2], t->k.read, t->v.read};
     int finite = 1;
-    ptrdiff_t kept = FEW(find)(&t->k, j0, rc_min(t->block, end - j0), keep, zeros, k_copies, b.k), coming;
-    for (int odd = 1; j0 < end; j0 += t->block, odd = !odd, kept = coming) {
-        const ptrdiff_t keys = rc_min(t->block, end - j0), after = j0 + t->block;
-        const STORED **k = b.k;
-        coming = FEW(find)(&t->k, after, rc_min(t->block, end - after), keep, zeros, k_copies + odd * BLOCK * t->k.read, b.next);
-        if (kept) {
-            FEW(find)(&t->v, j0, keys, keep, zeros, v_copies, b.v);
-            b.keys = rc_round_up(keys, KEYS_AT_ONCE(R));
-            b.masking.keep = kept < keys ? keep + j0 : 0;
-            b.masking.keys = keys;
-            for (ptrdiff_t g = 0; g < t->layout.groups; g++) {
-                for (int r = 0; r < R; r++) {
-                    const ptrdiff_t i = (g * R + r) % s->n;
-                    b.masking.first[r] = s->lo + i - j0;
-                    b.masking.last[r] = s->hi + i - j0;
-                }
-                finite &= FEW(of_block)(R, &b, (REAL *)(work + t->queries) + g * R * t->layout.k_pitch,
-                                        (RC_NAME(few_state) *)work + g,
-                                        (REAL *)(work + t->sums) + g * R * t->layout.v_pitch, (REAL *)(work + t->scores));
-            }
+    for (ptrdiff_t g = 0; g < t->layout.groups; g++) {
+        for (int r = 0; r < R; r++) {
+            const ptrdiff_t i = (g * R + r) % s->n;
+            b->masking.first[r] = s->lo + i - j0;
+            b->masking.last[r] = s->hi + i - j0;
         }
-        b.k = b.next;
-        b.next = k;
+        finite &= FEW(of_block)(R, b, (REAL *)(at + t->queries) + g * R * t->layout.k_pitch, (RC_NAME(few_state) *)at + g,
+                                (REAL *)(at + t->sums) + g * R * t->layout.v_pitch, scores);
     }
     return finite;
 }
 
-static int FEW(of_part)(const rc_few_problem *p, const rc_few_sequence *s, ptrdiff_t head, ptrdiff_t part, void *workspace) {
-    const FEW(task) t = FEW(task_of)(p, s, head);
-    char *work = workspace;
-    memset(work + t.sums, 0, t.k_copies - t.sums);
-    for (ptrdiff_t g = 0; g < t.layout.groups; g++) {
-        RC_NAME(few_state) *state = (RC_NAME(few_state) *)work + g;
-        for (int i = 0; i < LANES; i++)
-            state->maximum[i] = -(REAL)INFINITY;
-        state->sum = (vreal){0};
-        FEW(pack)(p, s, head, g * t.layout.R, t.layout.R, (REAL *)(work + t.queries) + g * t.layout.R * t.layout.k_pitch);
+/* The block of keys from j0 on, `kept` of which are not hidden, head by head, for these may lie side by side in memory, as
+ * may the rows of the next block that are asked for meanwhile; whether all scores are finite. */
+static int FEW(of_heads)(const rc_few_sequence *s, const FEW(task) * t, ptrdiff_t j0, ptrdiff_t kept, const FEW(places) * now,
+                         const FEW(places) * next, char *work) {
+    const ptrdiff_t keys = rc_min(t->block, s->n_k - j0);
+    const STORED *zeros = (const STORED *)(work + t->zeros), *k[BLOCK], *v[BLOCK], *next_k[BLOCK], *next_v[BLOCK];
+    FEW(block) b = {.k_read = t->k.read, .v_read = t->v.read, .keys = rc_round_up(keys, KEYS_AT_ONCE(t->layout.R))};
+    int finite = 1;
+    b.masking.keep = kept < keys ? s->keep + j0 : 0;
+    b.masking.keys = keys;
+    for (ptrdiff_t head = 0; head < t->heads; head++) {
+        b.k = FEW(find)(&t->k, now->k, head, zeros, (STORED *)(work + t->k_copies), k);
+        b.v = FEW(find)(&t->v, now->v, head, zeros, (STORED *)(work + t->v_copies), v);
+        b.next_k = FEW(share)(&t->k, next->k, t->block, t->heads, head, zeros, next_k);
+        b.next_v = FEW(share)(&t->v, next->v, t->block, t->heads, head, zeros, next_v);
+        finite &= FEW(of_head)(s, t, &b, j0, work + head * t->head, (REAL *)(work + t->scores));
     }
-    const int finite = FEW(of_keys)(s, &t, part * PART, rc_min(s->n_k, (part + 1) * PART), work);
-    const RC_NAME(few_state) *states = (const RC_NAME(few_state) *)work;
-    double *stats = RC_NAME(few_partial)(p, s, head, part);
-    return RC_NAME(few_leave)(p, rc_rows(p, s), stats, states, (const REAL *)(work + t.sums), t.v.read) && finite;
+    return finite;
+}
+
+static ptrdiff_t FEW(locate_both)(const rc_few_sequence *s, const FEW(task) * t, ptrdiff_t j0, ptrdiff_t end,
+                                  const STORED *zeros, FEW(places) *at) {
+    FEW(locate)(&t->v, j0, rc_min(t->block, end - j0), s->keep, zeros, at->v);
+    return FEW(locate)(&t->k, j0, rc_min(t->block, end - j0), s->keep, zeros, at->k);
+}
+
+static int FEW(of_parts)(const rc_few_problem *p, const rc_few_sequence *s, rc_few_task task, void *workspace) {
+    const FEW(task) t = FEW(task_of)(p, s, task.head, task.heads);
+    const ptrdiff_t end = rc_min(s->n_k, (task.part + task.parts) * PART);
+    const int R = t.layout.R;
+    char *work = workspace;
+    const STORED *zeros = memset(work + t.zeros, 0, t.k_copies - t.zeros);
+    FEW(places) at[2];
+    int good = 1, now = 0;
+    for (ptrdiff_t h = 0; h < task.heads; h++)
+        for (ptrdiff_t g = 0; g < t.layout.groups; g++)
+            FEW(pack)(p, s, task.head + h, g * R, R, (REAL *)(work + h * t.head + t.queries) + g * R * t.layout.k_pitch);
+    ptrdiff_t j0 = task.part * PART, kept = FEW(locate_both)(s, &t, j0, end, zeros, at);
+    for (; j0 < end; j0 += t.block, now = !now) {
+        const ptrdiff_t after = j0 + t.block, coming = FEW(locate_both)(s, &t, after, end, zeros, at + !now);
+        for (ptrdiff_t h = 0; h < task.heads && j0 % PART == 0; h++)
+            FEW(begin)(&t, work + h * t.head);
+        if (kept)
+            good &= FEW(of_heads)(s, &t, j0, kept, at + now, at + !now, work);
+        for (ptrdiff_t h = 0; h < task.heads && (after % PART == 0 || after >= end); h++) {
+            const char *own = work + h * t.head;
+            double *stats = RC_NAME(few_partial)(p, s, task.head + h, j0 / PART);
+            good &= RC_NAME(few_leave)(p, rc_rows(p, s), stats, (const RC_NAME(few_state) *)own, (const REAL *)(own + t.sums),
+                                       t.v.read);
+        }
+        kept = coming;
+    }
+    return good;
 }
