@@ -29,6 +29,7 @@ DOORS = {
     "evidence.py: check",
     "torch/function.py: scaled_dot_product_attention",
     "torch/layer.py: RoPEAttention.__init__",
+    "torch/varlen.py: varlen_attn",
 }
 # Functions whose parameters PyTorch or transformers prescribes.
 PRESCRIBED = {

@@ -8,6 +8,7 @@ Function with a forward mode: its graphs hold the operator itself, and break whe
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,9 +35,16 @@ _TILE = 2**22
 
 
 class Attention(Function):
-    """``ropecy::attention`` with derivatives in both modes; it takes what the operator takes, in the same order."""
+    """``ropecy::attention`` with derivatives in both modes; it takes what the operator takes, in the same order.
+
+    Attributes
+    ----------
+    compute : callable
+        What the operator, which `forward` is, does with tensors on the CPU.
+    """
 
     generate_vmap_rule = True
+    compute = staticmethod(compute_attention)
 
     @staticmethod
     def forward(*inputs: Any) -> Tensor:
@@ -49,7 +57,7 @@ class Attention(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return input_gradients(ctx, grad, Gradient.apply)
+        return input_gradients(ctx, grad, partial(Gradient.apply, backward_operator))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
@@ -62,18 +70,20 @@ class Attention(Function):
             return _tangent(ctx.saved_tensors, tangents[:7], ctx.options)
 
 
-def attend(*inputs: Any) -> Tensor:
-    """``ropecy::attention`` of its inputs, with derivatives in both modes, whether it is being compiled or not."""
+def attend(function: Any, *inputs: Any) -> Any:
+    """What `Attention`, or a function like it, gives for its inputs, whether it is being compiled or not. The first
+    seven of them are tensors or None.
+    """
     if not torch.compiler.is_compiling():
         if _may_be_differentiated(inputs):
-            return Attention.apply(*inputs)
+            return function.apply(*inputs)
         # To apply a Function takes longer than a short attention, and the operator's own way through PyTorch, which
         # would record nothing and change nothing here, a third of it.
         if _means_itself(inputs):
-            return compute_attention(*inputs)
+            return function.compute(*inputs)
         with torch._C._AutoDispatchBelowAutograd():
-            return attention_operator(*inputs)
-    return _attend_outside_graphs(*inputs) if _inside_derivative() else attention_operator(*inputs)
+            return function.forward(*inputs)
+    return _attend_outside_graphs(function, *inputs) if _inside_derivative() else function.forward(*inputs)
 
 
 def _may_be_differentiated(inputs: tuple[Any, ...]) -> bool:
@@ -95,8 +105,8 @@ def _means_itself(inputs: tuple[Any, ...]) -> bool:
 @torch.compiler.disable(
     reason="ropecy's attention is in no graph together with forward mode or torch.func's grad or vjp"
 )
-def _attend_outside_graphs(*inputs: Any) -> Tensor:
-    return Attention.apply(*inputs)
+def _attend_outside_graphs(function: Any, *inputs: Any) -> Any:
+    return function.apply(*inputs)
 
 
 @torch.compiler.assume_constant_result
@@ -107,13 +117,13 @@ def _inside_derivative() -> bool:
 
 
 class Gradient(Function):
-    """``ropecy::attention_backward``, whose own derivatives are refused in both modes."""
+    """An operator that computes gradients, of its inputs; its own derivatives are refused in both modes."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        return backward_operator(*inputs)
+    def forward(operator: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        return operator(*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..certificate import Certificate
 from ..rotary import Rotary
-from .derivatives import attend
+from .derivatives import Attention, attend
 from .operators import collect_certificates, encode
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -103,7 +103,8 @@ def scaled_dot_product_attention(
     """
     if dropout_p != 0:
         raise NotImplementedError(f"dropout_p: got {dropout_p}, wants 0.0: attention weights are never formed")
-    query, key, value = _check_tensors(query, key, value, enable_gqa)
+    query, key, value = of_one_dtype(query, key, value)
+    _check_shapes(query, key, value, enable_gqa)
     key_mask = None if attn_mask is None else _key_mask(attn_mask, query, key)
     if window is not None:
         window = list(window) if isinstance(window, (tuple, list)) else [window]
@@ -122,20 +123,20 @@ def scaled_dot_product_attention(
     )
     if return_certificate:
         return _certified(inputs, options)
-    return attend(*inputs, *options)
+    return attend(Attention, *inputs, *options)
 
 
 @torch.compiler.disable(reason="ropecy's return_certificate: a certificate is no tensor, so that no graph can hold it")
 def _certified(inputs: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> tuple[Tensor, Certificate]:
     """The result, and the worst certificate of the operator's calls that made it."""
     with collect_certificates() as found:
-        out = attend(*inputs, *options)
+        out = attend(Attention, *inputs, *options)
     if not found:
         raise NotImplementedError("return_certificate: got tensors without numbers, wants numbers to be certified")
     return out, max(found, key=lambda certificate: certificate.error)
 
 
-def _check_tensors(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> list[Tensor]:
+def of_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """query, key and value of one dtype, which under autocast is the one that PyTorch's own attention casts them to."""
     tensors = {"query": query, "key": key, "value": value}
     autocast = torch.is_autocast_enabled("cpu")
@@ -146,10 +147,15 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) 
             raise TypeError(f"{name}: got {x.dtype}, wants float32, float64, float16 or bfloat16")
         if autocast and x.dtype != torch.float64:
             tensors[name] = x.to(torch.get_autocast_dtype("cpu"))
-    query = tensors["query"]
+    query, key, value = tensors.values()
     for name, x in tensors.items():
         if x.dtype != query.dtype:
             raise TypeError(f"{name}: got {x.dtype}, wants {query.dtype} as query has")
+    return query, key, value
+
+
+def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
+    for name, x in {"query": query, "key": key, "value": value}.items():
         if x.dim() < 2:
             raise ValueError(f"{name}: got shape {tuple(x.shape)}, wants (..., rows, width)")
         if name != "value" and x.shape[-1] == 0:
@@ -158,7 +164,6 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) 
             raise ValueError(
                 f"{name}: got {x.shape[-3]} heads beside {query.shape[-3]} of query, wants as many, or enable_gqa=True"
             )
-    return list(tensors.values())
 
 
 def _near(near: tuple[int, float | Tensor] | None) -> tuple[int | None, Tensor | None]:

@@ -42,17 +42,17 @@ def _memory(x: Tensor) -> np.ndarray:
     return x.numpy(force=True) if x.requires_grad or x.is_neg() else x.numpy()
 
 
-def _array(x: Tensor) -> np.ndarray:
+def array(x: Tensor) -> np.ndarray:
     """x's own memory; halves become float32, in which they are computed anyway."""
     return _memory(x.float() if x.dtype.itemsize == 2 and x.is_floating_point() else x)
 
 
-def _stored(x: Tensor) -> np.ndarray:
+def stored(x: Tensor) -> np.ndarray:
     """x's own memory as it is stored, bfloat16 too where NumPy has been taught that type."""
     if x.dtype != torch.bfloat16:
         return _memory(x)
     if bfloat16 is None:
-        return _array(x)
+        return array(x)
     return x.detach().resolve_neg().view(torch.uint16).numpy().view(bfloat16)
 
 
@@ -68,7 +68,7 @@ def _keywords(key_mask, q_positions, k_positions, scale_near, *options):
     """What the operators are given beside Q, K and V, as the keyword arguments of `ropecy.attention`."""
     width, rotary, scale, causal, window, q_offset, eps, method, threads = options
     optional = {"key_mask": key_mask, "q_positions": q_positions, "k_positions": k_positions}
-    return {name: None if x is None else _array(x) for name, x in optional.items()} | {
+    return {name: None if x is None else array(x) for name, x in optional.items()} | {
         "R": None if rotary is None else decode(rotary),
         "scale": scale,
         "causal": causal,
@@ -121,7 +121,7 @@ def compute_attention(query, key, value, *given):
     # Few queries are computed from halves as they are; for others a cast by PyTorch is the quickest. A certificate has
     # to count that O is stored in half precision.
     decoding = query.shape[-2] <= MOST_QUERIES and how["R"] is None and how["near"] is None
-    arrays = [(_array if found is None and not decoding else _stored)(x) for x in (query, key, value)]
+    arrays = [(array if found is None and not decoding else stored)(x) for x in (query, key, value)]
     if found is None:
         return _tensor(attention(*arrays, **how), query)
     O, certificate = attention(*arrays, **how, return_certificate=True)
@@ -130,12 +130,12 @@ def compute_attention(query, key, value, *given):
 
 
 @torch.library.impl(library, "attention_backward", "CPU")
-def _backward(grad, query, key, value, *given):
-    _, vjp = attention_vjp(_array(query), _array(key), _array(value), **_keywords(*given))
+def compute_backward(grad, query, key, value, *given):
+    _, vjp = attention_vjp(array(query), array(key), array(value), **_keywords(*given))
     # A gradient scaler looks for NaN in gradients, by which it knows that it has to skip a step.
     lost = ~grad.isfinite().all(-1, keepdim=True)
     any_lost = bool(lost.any())
-    g = vjp(_array(grad.masked_fill(lost, 0) if any_lost else grad))
+    g = vjp(array(grad.masked_fill(lost, 0) if any_lost else grad))
     scale_near = given[3]
     near = query if scale_near is None else scale_near
     dscale_near = torch.tensor(0.0 if scale_near is None else g.dscale_near, dtype=near.dtype)
