@@ -83,10 +83,10 @@ def dense(tensors, q_lengths, k_lengths, window_size=(-1, -1), dtype=np.float64,
 def is_decoded(monkeypatch):
     """From here on, a sequence that is not decoded is a failure."""
 
-    def refuse(*_):
-        raise AssertionError("a sequence was computed alone")
+    def refuse(*_, **__):
+        raise AssertionError("a sequence was not decoded")
 
-    monkeypatch.setattr(packed, "_of_sequence", refuse)
+    monkeypatch.setattr(packed, "attention", refuse)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -124,7 +124,7 @@ def test_pages_change_no_bit(heads, key_heads, d, page, dtype, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("heads, key_heads", [(4, 2), (8, 8), (10, 5)])
 def test_bits_of_a_sequence_depend_on_nothing_beside_it(heads, key_heads, dtype):
-    q_lengths, k_lengths = [1, 4, 1, 2, 40], [9000, 700, 513, 5000, 77]
+    q_lengths, k_lengths = [1, 4, 1, 2, 40, 300, 40], [9000, 700, 513, 5000, 77, 300, 77]
     tensors = draw(q_lengths, k_lengths, heads, key_heads, dtype=dtype)
     options = {"window_size": (-1, 0), "return_aux": LSE}
     O, lse = attend(tensors, q_lengths, k_lengths, threads=1, **options)

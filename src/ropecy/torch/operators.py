@@ -130,15 +130,22 @@ def compute_attention(query, key, value, *given):
 
 
 @torch.library.impl(library, "attention_backward", "CPU")
-def compute_backward(grad, query, key, value, *given):
-    _, vjp = attention_vjp(array(query), array(key), array(value), **_keywords(*given))
+def _backward(grad, query, key, value, *given):
+    *gradients, dscale_near = differentiate(grad, query, key, value, _keywords(*given))
+    scale_near = given[3]
+    return *gradients, dscale_near.to((query if scale_near is None else scale_near).dtype)
+
+
+def differentiate(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, how: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of query, key, value and scale_near, 0 if there is none; `how` is keywords of `attention_vjp`."""
+    _, vjp = attention_vjp(array(query), array(key), array(value), **how)
     # A gradient scaler looks for NaN in gradients, by which it knows that it has to skip a step.
     lost = ~grad.isfinite().all(-1, keepdim=True)
     any_lost = bool(lost.any())
     g = vjp(array(grad.masked_fill(lost, 0) if any_lost else grad))
-    scale_near = given[3]
-    near = query if scale_near is None else scale_near
-    dscale_near = torch.tensor(0.0 if scale_near is None else g.dscale_near, dtype=near.dtype)
+    dscale_near = torch.tensor(0.0 if how["near"] is None else g.dscale_near, dtype=torch.float64)
     dQ, dK, dV = _tensor(g.dQ, query), _tensor(g.dK, key), _tensor(g.dV, value)
     if any_lost:
         nan = torch.zeros_like(lost, dtype=grad.dtype).masked_fill(lost, torch.nan)

@@ -1,12 +1,11 @@
 """The operator ``ropecy::varlen_attention`` and its backward: attention of sequences side by side, or in pages.
 
-Sequences with few queries are decoded in one call, and their keys are read where they lie. Others are computed one by
-one.
+Sequences with few queries are decoded in one call, their keys read where they lie; the others are `ropecy.attention` of
+packed sequences.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ from ..problem.arguments import check_method
 from ..problem.checks import check_integer
 from ..problem.request import Request
 from .derivatives import Gradient, refuse_second_order
-from .operators import array, compute_backward, decode, library, stored
+from .operators import array, decode, differentiate, library, stored
 
 _INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor cu_seq_q, Tensor? cu_seq_k, Tensor? seqused_k, "
@@ -116,10 +115,13 @@ def _check_pages(pages: np.ndarray, n_k: np.ndarray, shape: torch.Size) -> None:
 def _forward(query: Tensor, key: Tensor, value: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
     sequences, options = _given(query, key, *given)
     o, lse, right = _decode(query, key, value, sequences, options)
-    for s in np.flatnonzero(~right):
-        rows = slice(*sequences.q_starts[s : s + 2])
-        q, k, v = (array(x).swapaxes(0, 1) for x in _of_sequence(s, sequences, query, key, value))
-        found, found_lse = attention(q, k, v, **_keywords(s, sequences, options), return_lse=True)
+    rest = np.flatnonzero(~right)
+    if len(rest):
+        n, n_k = np.diff(sequences.q_starts)[rest], sequences.n_k[rest]
+        rows, keys = _rows(sequences.q_starts[rest], n), _rows(sequences.k_starts[rest], n_k)
+        k, v = (_of_keys(x, keys, n_k, sequences.pages[rest]) for x in (key, value))
+        inputs = (array(x.transpose(0, 1)) for x in (query[rows], k, v))
+        found, found_lse = attention(*inputs, **_keywords(n, n_k, options), return_lse=True)
         o[rows], lse[rows] = found.swapaxes(0, 1), found_lse.T
     end = sequences.q_starts[-1]
     o[end:], lse[end:] = 0, -np.inf
@@ -140,30 +142,35 @@ def _decode(
     return o, np.empty(query.shape[:2]), np.diff(sequences.q_starts) == 0
 
 
-def _of_sequence(s: int, sequences: few_packed.Sequences, query: Tensor, *keys: Tensor) -> Iterator[Tensor]:
-    """The rows of query, key and value that are sequence s's: views, or from pages copies."""
-    yield query[slice(*sequences.q_starts[s : s + 2])]
-    start, n_k = sequences.k_starts[s], sequences.n_k[s]
-    for x in keys:
-        if x.dim() == 4:
-            numbers = sequences.pages[s, : -(-n_k // max(1, x.shape[1]))]
-            x = x[torch.from_numpy(numbers).long()].flatten(0, 1)
-        yield x[start : start + n_k]
+def _rows(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray | slice:
+    """The rows of sequences that begin at these rows, as an index: a slice where no other row is between them."""
+    at = np.arange(lengths.sum()) + np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
+    return slice(at[0], at[-1] + 1) if len(at) and (np.diff(at) == 1).all() else at
 
 
-def _keywords(s: int, sequences: few_packed.Sequences, options: _Options) -> dict[str, Any]:
-    """The options of sequence s as `ropecy.attention` takes them."""
-    n, n_k = int(sequences.q_starts[s + 1] - sequences.q_starts[s]), int(sequences.n_k[s])
+def _of_keys(x: Tensor, rows: np.ndarray | slice, n_k: np.ndarray, pages: np.ndarray) -> Tensor:
+    """The rows of keys or values: a view where they lie one after the other, else a copy."""
+    if x.dim() == 3:
+        return x[rows]
+    at = np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
+    numbers = pages[np.repeat(np.arange(len(n_k)), n_k), at // x.shape[1]]
+    return x[torch.from_numpy(numbers).long(), torch.from_numpy(at % x.shape[1])]
+
+
+def _keywords(n: np.ndarray, n_k: np.ndarray, options: _Options) -> dict[str, Any]:
+    """The keywords of `ropecy.attention` for sequences of so many queries and keys."""
     left, right = options.window_size
-    window = None
+    window, most = None, int(n.sum() + n_k.sum())
     if left >= 0 or right > 0:
-        window = n_k + n if left < 0 else left, n_k + n if right < 0 else right
+        window = most if left < 0 else left, most if right < 0 else right
     return {
         "R": None if options.rotary is None else decode(options.rotary),
         "scale": options.scale,
         "causal": right == 0,
         "window": window,
+        "near": None,
         "q_offset": n_k - n,
+        "lengths": (n, n_k),
         "eps": options.request.eps,
         "method": options.request.method,
         "threads": options.threads,
@@ -173,18 +180,13 @@ def _keywords(s: int, sequences: few_packed.Sequences, options: _Options) -> dic
 @torch.library.impl(library, "varlen_attention_backward", "CPU")
 def _backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *given: Any) -> tuple[Tensor, ...]:
     sequences, options = _given(query, key, *given)
+    n, n_k = np.diff(sequences.q_starts), sequences.n_k
+    ends = n.sum(), n.sum(), n_k.sum(), n_k.sum()
+    inputs = (x[:end].transpose(0, 1) for x, end in zip((grad, query, key, value), ends, strict=True))
+    *found, _ = differentiate(*inputs, _keywords(n, n_k, options))
     gradients = tuple(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
-    for s in np.flatnonzero((np.diff(sequences.q_starts) > 0) & (sequences.n_k > 0)):
-        how = _keywords(s, sequences, options)
-        window = None if how["window"] is None else list(how["window"])
-        inputs = [x.transpose(0, 1) for x in _of_sequence(s, sequences, query, key, value)]
-        upstream = grad[slice(*sequences.q_starts[s : s + 2])].transpose(0, 1)
-        *found, _ = compute_backward(
-            upstream, *inputs, None, None, None, None, None, options.rotary, options.scale, how["causal"], window,
-            how["q_offset"], how["eps"], how["method"], options.threads,
-        )  # fmt: skip
-        for to, dX in zip(_of_sequence(s, sequences, *gradients), found, strict=True):
-            to += dX.transpose(0, 1)
+    for to, dX in zip(gradients, found, strict=True):
+        to[: dX.shape[1]] = dX.transpose(0, 1)
     return gradients
 
 

@@ -97,9 +97,9 @@ def varlen_attn(
     -----
     A sequence of at most 8 queries a head, and of at most 32 of all heads that share a key head, is decoded, if there
     is no `rotary`: those of its keys and values that a query sees are read once, where they lie and as they are stored,
-    paged or not, near the rate of memory, and threads share the work by parts of 512 keys. Other sequences are computed
-    one after the other, as `ropecy.attention` computes them, and copied from their pages then. The result of a sequence
-    is bitwise the same whatever is beside it, whatever the size of pages, and for every number of threads.
+    paged or not, near the rate of memory, and threads share the work by parts of 512 keys. Other sequences are one
+    call of `ropecy.attention` with their `lengths`, for which their keys are copied from pages. The result of a
+    sequence is bitwise the same whatever is beside it, whatever the size of pages, and for every number of threads.
 
     Examples
     --------
