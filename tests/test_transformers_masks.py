@@ -136,6 +136,46 @@ def test_packed_sequences_in_pieces_are_refused():
         ATTEND(torch.nn.Module(), *torch.ones(3, 1, 2, 4, 8), describe(1, 4, 4, mask_function=pieces))
 
 
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("high", [0, 2, None])
+@pytest.mark.parametrize("low", [-3, None])
+@pytest.mark.parametrize("n", [3, 12])
+@pytest.mark.parametrize("n_k, offset", [(12, 0), (15, 0), (15, 3)])
+def test_packed_sequences_of_every_band(n, n_k, offset, low, high, hidden):
+    """One call takes those whose last query is the token of the last key; the others are taken one by one."""
+    sequence = torch.tensor([[0] * 5 + [1] * 2 + [2] * 8, [0] + [1] * 13 + [2]])[:, :n_k]
+    offset = min(offset, n_k - n) if n == 12 else n_k - n
+    kept = torch.rand(2, n_k, generator=torch.Generator().manual_seed(2)) < 0.8 if hidden else None
+    mask = DescribedMask((2, 1, n, n_k), torch.bool, torch.device("cpu"), Band(low, high, offset), kept, sequence)
+    torch.manual_seed(4)
+    q, k, v = (torch.randn(2, heads, rows, 8) for heads, rows in ((4, n), (2, n_k), (2, n_k)))
+    j, i = torch.arange(n_k), torch.arange(n)[:, None] + offset
+    seen = (j - i >= (-99 if low is None else low)) & (j - i <= (99 if high is None else high))
+    seen = seen & (sequence[:, None, :] == sequence[:, offset : offset + n, None])
+    seen = (seen if kept is None else seen & kept[:, None, :])[:, None]
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True)
+    expected = torch.where(seen.any(-1, keepdim=True), expected, 0).transpose(1, 2)
+    torch.testing.assert_close(ATTEND(torch.nn.Module(), q, k, v, mask)[0], expected, rtol=0, atol=1e-5)
+
+
+def test_packed_sequences_are_one_call(monkeypatch):
+    monkeypatch.setattr("ropecy.transformers.attention._attend", None)
+    x = torch.randn(3, 2, 2, 12, 8)
+    mask = describe(2, 12, 12, mask_function=packed_causal(torch.tensor([[0] * 5 + [1] * 7, [0] * 12])))
+    assert ATTEND(torch.nn.Module(), *x, mask)[0].shape == (2, 12, 2, 8)
+
+
+def test_packed_sequences_of_a_band_without_its_diagonal_are_refused():
+    sequence = torch.tensor([[0] * 5 + [1] * 7])
+    mask = DescribedMask((1, 1, 12, 12), torch.bool, torch.device("cpu"), Band(None, -1, 0), None, sequence)
+    with pytest.raises(ValueError, match="window: got -1"):
+        ATTEND(torch.nn.Module(), *torch.randn(3, 1, 2, 12, 8), mask)
+
+
+def packed_causal(sequence):
+    return masks.and_masks(masks.causal_mask_function, masks.packed_sequence_mask_function(sequence))
+
+
 def test_a_mask_of_other_sizes_is_refused():
     with pytest.raises(NotImplementedError, match="got one of 4 queries and 6 keys beside 4 queries and 4 keys"):
         ATTEND(torch.nn.Module(), *torch.ones(3, 1, 2, 4, 8), describe(1, 4, 6))

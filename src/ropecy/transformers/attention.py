@@ -12,7 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from ..certificate import Certificate
 from ..problem.arguments import check_method
-from ..torch import scaled_dot_product_attention
+from ..torch import scaled_dot_product_attention, varlen_attn
 from .described_mask import Band, DescribedMask
 from .mask_functions import describe
 
@@ -108,18 +108,17 @@ def _attention(
     lengths = kwargs.get("cu_seq_lens_q")
     if sequence is None and lengths is not None and len(lengths) > 2:
         sequence = _numbers(lengths, kwargs.get("cu_seq_lens_k"), query, key)
-    run = partial(
-        scaled_dot_product_attention,
-        dropout_p=dropout,
-        scale=scaling,
-        enable_gqa=True,
-        eps=eps,
-        method="exact" if n == 1 else method,
-    )
+    how = {"scale": scaling, "enable_gqa": True, "eps": eps, "method": "exact" if n == 1 else method}
+    run = partial(scaled_dot_product_attention, dropout_p=dropout, **how)
     if on_certificate is not None:
         run = partial(_telling, run, partial(on_certificate, module))
-    attend = _attend if sequence is None else partial(_attend_packed, sequence)
-    return attend(run, query, key, value, kept, band).transpose(1, 2).contiguous(), None
+    if sequence is None:
+        out = _attend(run, query, key, value, kept, band)
+    elif kept is None and on_certificate is None and not dropout and _is_diagonal(band, n, n_k):
+        out = _attend_together(sequence, query, key, value, band, how)
+    else:
+        out = _attend_packed(sequence, run, query, key, value, kept, band)
+    return out.transpose(1, 2).contiguous(), None
 
 
 def _telling(run: Callable[..., Any], tell: Callable[[Certificate], None], *inputs: Any, **options: Any) -> Tensor:
@@ -212,6 +211,39 @@ def _attend(
     return run(query, key, value, mask, is_causal=high == 0, window=window, q_offset=offset)
 
 
+def _is_diagonal(band: Band, n: int, n_k: int) -> bool:
+    """Whether the last query is the token of the last key, and a query may see its own."""
+    low, high, offset = band
+    return n + offset == n_k and (low is None or low <= 0) and (high is None or high >= 0)
+
+
+def _attend_together(
+    sequence: Tensor, query: Tensor, key: Tensor, value: Tensor, band: Band, how: dict[str, Any]
+) -> Tensor:
+    """`_attend_packed` in one call, for a band that `_is_diagonal`, where no key is hidden."""
+    low, high, offset = band
+    lengths = zip(*(_lengths_of(row, offset) for row in sequence), strict=True)
+    q_lengths, k_lengths = (torch.cat(each) for each in lengths)
+    out = varlen_attn(
+        *(x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)),
+        *(torch.nn.functional.pad(each.cumsum(0), (1, 0)) for each in (q_lengths, k_lengths)),
+        int(q_lengths.max()),
+        int(k_lengths.max()),
+        window_size=(-1 if low is None else -low, -1 if high is None else high),
+        **how,
+    )
+    return out.unflatten(0, (len(query), -1)).transpose(1, 2)
+
+
+def _lengths_of(sequence: Tensor, offset: int) -> tuple[Tensor, Tensor]:
+    """How many queries and how many keys each sequence of a row has; its first `offset` keys have no queries."""
+    numbers, lengths = torch.unique_consecutive(sequence, return_counts=True)
+    if len(numbers.unique()) < len(numbers):
+        raise NotImplementedError("attention_mask: got packed sequences in pieces, wants each in one piece")
+    ends = lengths.cumsum(0)
+    return (ends - offset).clamp(min=0).minimum(lengths), lengths
+
+
 def _attend_packed(
     sequence: Tensor,
     run: Callable[..., Tensor],
@@ -227,9 +259,7 @@ def _attend_packed(
     n, offset = query.shape[-2], band.offset
     rows = []
     for place in range(len(query)):
-        numbers, lengths = torch.unique_consecutive(sequence[place], return_counts=True)
-        if len(numbers.unique()) < len(numbers):
-            raise NotImplementedError("attention_mask: got packed sequences in pieces, wants each in one piece")
+        _, lengths = _lengths_of(sequence[place], offset)
         q, k, v = (x[place, None] for x in (query, key, value))
         ends = lengths.cumsum(0).tolist()
         parts = []
