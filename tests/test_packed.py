@@ -93,8 +93,7 @@ def test_each_sequence_gives_what_it_givessequences(name, method, rng):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("name", ["plain", "causal", "rotary", "window", "key mask", "alibi", "offsets"])
 def test_exact_sequences_are_bitwise_what_they_aresequences(name, dtype, rng):
-    # Calls of at most 8 queries read keys where they lie, in an order of their own; and the keys of very few rows are
-    # centred.
+    # Calls of at most 8 queries read keys where they lie, in an order of their own.
     rows, keys = np.array([70, 33, 33, 150, 70]), np.array([70, 33, 35, 180, 70])
     case = {**_case(rng, rows, keys, heads=(2,), dtype=dtype), **OPTIONS[name][0]}
     if "key_mask" in case:
@@ -113,6 +112,30 @@ def test_exact_sequences_are_bitwise_what_they_aresequences(name, dtype, rng):
         h = of_one(dO[:, own])
         for gradient, where in (("dQ", own), ("dK", at), ("dV", at)):
             assert np.array_equal(getattr(g, gradient)[:, where], getattr(h, gradient)), gradient
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", ["K", "V"])
+@pytest.mark.parametrize("method", ["exact", "polynomial"])
+def test_sequences_far_from_0_have_centres_of_their_own(method, name, masked, rng):
+    case = _case(rng, heads=(2,), dtype=np.float32)
+    Q, K, V = (case[key] / 4 for key in "QKV")
+    given = {"Q": Q, "K": K, "V": V}
+    far = np.repeat(rng.choice([-1.0, 0.0, 1.0], len(KEYS)), KEYS)[:, None] * 2048
+    given[name] = (given[name] + far).astype(np.float32)
+    O, lse = np.zeros((2, ROWS.sum(), D_V)), np.full((2, ROWS.sum()), -np.inf)
+    options = {"method": method, "eps": 1e-3, "scale": 0.1, "key_mask": KEPT if masked else None}
+    ours, our_lse = ropecy.attention(**given, **options, lengths=(ROWS, KEYS), return_lse=True)
+    for own, at, one in sequences(given | ({"key_mask": KEPT} if masked else {}), ROWS, KEYS):
+        if own.start == own.stop or at.start == at.stop:
+            continue
+        dense = oracle.attention(**one, scale=0.1)
+        O[..., own, :], lse[..., own] = dense.O, dense.lse
+        if method == "exact" and own.stop - own.start > 8:
+            alone = ropecy.attention(**one, scale=0.1, method=method)
+            np.testing.assert_array_equal(ours[..., own, :], alone)
+    np.testing.assert_allclose(ours, O, rtol=0, atol=6e-3 if method == "polynomial" else 5e-4)
+    np.testing.assert_allclose(our_lse, lse, rtol=1e-6, atol=5e-3)
 
 
 def test_one_set_of_lengths_is_that_of_queries_and_keys(rng):

@@ -2,10 +2,11 @@
 
 A vector that is added to every key adds the same number to all scores of a row, which does not change the softmax; a
 vector that is added to every value is added to the result. So columns of keys and values whose distance from 0 is more
-than twice their range are centred. Rounding errors are then in proportion to the range of a column, and not to its
-distance from 0. Values so large that their sums would overflow, or so small that products with weights would vanish,
-are multiplied by a power of two. If gradients are wanted, powers of two also bring queries and keys of very different
-sizes to one size. Every engine computes with the normal form, and only the end result is turned back.
+than twice their range are centred, in each packed sequence by itself. Rounding errors are then in proportion to the
+range of a column, and not to its distance from 0. Values so large that their sums would overflow, or so small that
+products with weights would vanish, are multiplied by a power of two. If gradients are wanted, powers of two also bring
+queries and keys of very different sizes to one size. Every engine computes with the normal form, and only the end
+result is turned back.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from ..kernels import _rows
 from .communicator import SERIAL, Communicator
 from .input_gradients import Exponents
 from .mask import Mask
+from .packed import taken
 from .problem import LIMITS, Problem
 
 # If there is a bias, values and gradients outside [2^-8, 2^8] are brought to a size of about 1.
@@ -41,9 +43,9 @@ class Normal:
     Attributes
     ----------
     problem : Problem
-    key_centre : (H, d) array or None
-        What was subtracted from keys; None is 0.
-    value_centre : (H, d_v) array or None
+    key_centre : (H, s, d) array or None
+        What was subtracted from the keys of each of s packed sequences, or of the only one; None is 0.
+    value_centre : (H, s, d_v) array or None
         What was subtracted from values; None is 0.
     exponent : int
         Values were then multiplied by ``2^-exponent``.
@@ -78,7 +80,8 @@ class Normal:
                 o = np.ldexp(o, self.exponent)
             if self.value_centre is not None:
                 seen = ~np.isneginf(lse)[..., None]
-                o = np.where(seen, o + self.value_centre[:, None, None], o)
+                centre = _of_each(self.value_centre, self.problem.mask, keys=False)
+                o = np.where(seen, o + centre[:, None], o)
         most = LIMITS[o.dtype].max
         return np.clip(o, -most, most) if self.problem.origin.largest > most / 2 else o
 
@@ -86,8 +89,8 @@ class Normal:
         """lse of the problem as it was, (H, G, n) float64, from that of the normal form."""
         if self.key_centre is None:
             return lse
-        q = self.problem.q
-        common = np.einsum("hgna,ha->hgn", q, self.key_centre.astype(np.float64), dtype=np.float64)
+        q, centre = self.problem.q, _of_each(self.key_centre.astype(np.float64), self.problem.mask, keys=False)
+        common = np.einsum("hgna,hna->hgn", q, np.broadcast_to(centre, (len(q), *q.shape[2:])), dtype=np.float64)
         return lse + self.problem.scale * common
 
     def upstream(self, do: np.ndarray, largest: float) -> tuple[np.ndarray, int]:
@@ -136,7 +139,7 @@ def normal_form(problem: Problem, grad: bool, comm: Communicator = SERIAL) -> No
             normal.key_centre = _centre(low, high)
             size = np.maximum(np.abs(low), np.abs(high)).astype(np.float64)
             k = _taken(problem.k, normal.key_centre, 0, problem.mask)
-            origin = replace(problem.origin, k_norm=np.linalg.norm(size, axis=1))
+            origin = replace(problem.origin, k_norm=np.linalg.norm(size, axis=2).max(axis=1))
             normal.problem = problem = replace(problem, k=k, origin=origin)
     ends = low, high = _ends(problem.v, problem, comm)
     if _rows.far_from_zero(low, high):
@@ -184,9 +187,32 @@ def _sizes(X: np.ndarray, threads: int) -> np.ndarray:
 
 
 def _ends(X: np.ndarray, problem: Problem, comm: Communicator) -> tuple[np.ndarray, np.ndarray]:
+    """The least and the largest entry of each column of X (H, n_k, m) over kept keys, (H, s, m) for each of s packed
+    sequences, or for the only one; 0 if there are none.
+    """
+    if problem.mask.packed is not None:
+        return _ends_of_sequences(X, problem)
+    low, high = _ends_of_slots(X, problem.mask.kept, problem.threads, comm)
+    return low[:, None], high[:, None]
+
+
+def _ends_of_sequences(X: np.ndarray, problem: Problem) -> tuple[np.ndarray, np.ndarray]:
+    """`_ends` of packed sequences: what one of them has depends on no other."""
+    packed = problem.mask.packed
+    low, high = np.zeros((2, len(X), packed.size, X.shape[2]), X.dtype)
+    for alike in packed.alike():
+        kept = problem.mask.of_sequences(alike).kept
+        found = _ends_of_slots(taken(X, alike.keys, alike.n_k, 1), kept, problem.threads, SERIAL)
+        for ends, of_alike in zip((low, high), found, strict=True):
+            ends[:, alike.which] = of_alike.reshape(len(X), -1, X.shape[2])
+    return low, high
+
+
+def _ends_of_slots(
+    X: np.ndarray, kept: np.ndarray | None, threads: int, comm: Communicator
+) -> tuple[np.ndarray, np.ndarray]:
     """The least and the largest entry of each column of X (H, n_k, m) over kept keys, (H, m); 0 if there are none."""
-    kept = problem.mask.kept
-    _, low, high = _rows.columns(X, kept, problem.threads)
+    _, low, high = _rows.columns(X, kept, threads)
     if kept is None and X.shape[1] and not comm.distributed:
         return low, high
     low, high = -comm.largest(-low), comm.largest(high)
@@ -225,8 +251,15 @@ def _exponent(largest: float, keys: int, dtype: np.dtype, biased: bool) -> int:
     return size if size < -(most // 2) else 0
 
 
+def _of_each(centre: np.ndarray, mask: Mask, *, keys: bool) -> np.ndarray:
+    """The centre (H, s, m) of the sequence of each key, or of each row, (H, n_k or n or 1, m)."""
+    if mask.packed is None:
+        return centre
+    return centre[:, mask.packed.of_keys if keys else mask.packed.of_rows]
+
+
 def _taken(X: np.ndarray, centre: np.ndarray | None, exponent: int, mask: Mask) -> np.ndarray:
     """``(X - centre) 2^-exponent`` in the kept rows of X (H, n_k, m), and 0 in the others."""
-    X = X if centre is None else X - centre[:, None]
+    X = X if centre is None else X - _of_each(centre, mask, keys=True)
     X = np.ldexp(X, -exponent) if exponent else X
     return mask.hide(X)

@@ -11,7 +11,7 @@ import numpy as np
 from ...approximation.bias_forms import FarGradient
 from ...problem.input_gradients import SymbolGradient
 from ...problem.mask import Mask
-from ...problem.packed import Alike
+from ...problem.packed import Alike, stretches, taken
 from ...problem.pieces import Pieces
 from ...problem.problem import Outline, Problem, Slots
 
@@ -113,10 +113,10 @@ class Sequences:
         return pieces
 
     def rows(self, X: np.ndarray) -> np.ndarray:
-        return _taken(X, self.alike.rows, self.alike.n, 2)
+        return taken(X, self.alike.rows, self.alike.n, 2)
 
     def _keys(self, X: np.ndarray) -> np.ndarray:
-        return _taken(X, self.alike.keys, self.alike.n_k, 1)
+        return taken(X, self.alike.keys, self.alike.n_k, 1)
 
     def put_rows(self, into: np.ndarray, X: np.ndarray) -> None:
         _put(into, X, self.alike.rows, self.alike.n, 2)
@@ -157,22 +157,8 @@ def _changed(found: SymbolGradient, change: Callable[[np.ndarray, int], np.ndarr
     )
 
 
-def _index(starts: np.ndarray, length: int) -> slice | np.ndarray:
-    """Where stretches of this length from these starts on lie; a slice where each begins where the last one ends."""
-    if (np.diff(starts) == length).all():
-        return slice(int(starts[0]), int(starts[0]) + len(starts) * length)
-    return (starts[:, None] + np.arange(length)).reshape(-1)
-
-
-def _taken(X: np.ndarray, starts: np.ndarray, length: int, axis: int) -> np.ndarray:
-    """Stretches of X (H, ..., n, ...) along `axis` as slots of their own, (H m, ..., length, ...), contiguous."""
-    found = X[(slice(None),) * axis + (_index(starts, length),)]
-    found = found.reshape(*X.shape[:axis], len(starts), length, *X.shape[axis + 1 :])
-    found = np.ascontiguousarray(np.moveaxis(found, axis, 1))
-    return found.reshape(-1, *found.shape[2:])
-
-
 def _put(into: np.ndarray, X: np.ndarray, starts: np.ndarray, length: int, axis: int) -> None:
-    """The inverse of `_taken`."""
+    """The inverse of `taken`."""
     X = np.moveaxis(X.reshape(len(into), len(starts), *X.shape[1:]), 1, axis)
-    into[(slice(None),) * axis + (_index(starts, length),)] = X.reshape(*into.shape[:axis], -1, *into.shape[axis + 1 :])
+    index = (slice(None),) * axis + (stretches(starts, length),)
+    into[index] = X.reshape(*into.shape[:axis], -1, *into.shape[axis + 1 :])
