@@ -21,6 +21,10 @@ attention one of these:
 * a choice of keys for each query (indices): axk2, deepseek_v32, dots3_note_text, glm_moe_dsa, mistral_large4,
   mistral_large4_text
 
+Continuous batching (``generate_batch``) refuses ropecy: it takes "paged|eager" and "sdpa", which are handed masks of
+n x n_k numbers, and names with "flash" in them, for which transformers loads a kernel of that name. Caches in pages are
+read by `ropecy.torch.varlen_attn`.
+
 There is no cache made of `ropecy.DecodeState`. A model hands its attention what ``Cache.update`` returns, tensors of
 all keys and values, and neither the cache nor a state, so one would have to be smuggled through them, while masks
 are made for keys that are gone. A running sum can't be cropped either, nor can padding be taken out of it, which
