@@ -71,7 +71,7 @@ CASES = [(name, method) for name, (_, methods) in OPTIONS.items() for method in 
 
 
 @pytest.mark.parametrize(("name", "method"), CASES)
-def test_each_sequence_gives_what_it_givessequences(name, method, rng):
+def test_each_sequence_gives_what_it_gives_alone(name, method, rng):
     case = {**_case(rng), **OPTIONS[name][0]}
     dO = rng.standard_normal((ROWS.sum(), D_V))
     O, lse, ranges, gradients = _expected(case, ROWS, KEYS, dO)
@@ -92,7 +92,7 @@ def test_each_sequence_gives_what_it_givessequences(name, method, rng):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("name", ["plain", "causal", "rotary", "window", "key mask", "alibi", "offsets"])
-def test_exact_sequences_are_bitwise_what_they_aresequences(name, dtype, rng):
+def test_exact_sequences_are_bitwise_what_they_are_alone(name, dtype, rng):
     # Calls of at most 8 queries read keys where they lie, in an order of their own.
     rows, keys = np.array([70, 33, 33, 150, 70]), np.array([70, 33, 35, 180, 70])
     case = {**_case(rng, rows, keys, heads=(2,), dtype=dtype), **OPTIONS[name][0]}
