@@ -66,7 +66,7 @@ def operator_arguments(dtype=torch.float64, masked=False, near=False):
     inputs = tensors((2, 4, 6, 8), (2, 2, 9, 8), (2, 2, 9, 3), dtype=dtype)
     mask = padding(2, 9)[:, None] if masked else None
     near = (torch.tensor(1.5, requires_grad=True), 3) if near else (None, None)
-    return (*inputs, mask, None, None, *near, None, 0.3, True, None, 3, 1e-3, "exact", None)
+    return (*inputs, mask, None, None, *near, None, 0.3, True, None, 3, None, 1e-3, "exact", None)
 
 
 @pytest.mark.parametrize("near", [False, True])
@@ -140,7 +140,7 @@ def test_vmap(lead, axes):
 
     def backward(Q, K, V, mask):
         dO = torch.linspace(-1, 1, math.prod((*lead, 7, 3)), dtype=torch.float64).reshape(*lead, 7, 3)
-        options = (None, None, None, None, None, 0.3, True, None, 2, 1e-3, "exact", None)
+        options = (None, None, None, None, None, 0.3, True, None, 2, None, 1e-3, "exact", None)
         return torch.ops.ropecy.attention_backward(dO, Q, K, V, mask, *options)
 
     inputs = [x.detach() for x in inputs]
@@ -171,7 +171,7 @@ def test_vmap_with_a_near_field(axis):
 
     def backward(Q, K, V, scale_near):
         dO = torch.linspace(-1, 1, 2 * 4 * 7 * 3, dtype=torch.float64).reshape(2, 4, 7, 3)
-        options = (None, None, None, scale_near, 3, None, 0.3, True, None, 2, 1e-3, "exact", None)
+        options = (None, None, None, scale_near, 3, None, 0.3, True, None, 2, None, 1e-3, "exact", None)
         return torch.ops.ropecy.attention_backward(dO, Q, K, V, *options)
 
     inputs = [x.detach() for x in inputs]

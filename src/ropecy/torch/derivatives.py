@@ -61,6 +61,8 @@ class Attention(Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        if ctx.options[6] is not None:
+            raise NotImplementedError("lengths: got packed sequences, wants None for a derivative in forward mode")
         if ctx.options[-2] in ("polynomial", "fft"):
             raise NotImplementedError(
                 f"method: got {ctx.options[-2]!r}, wants 'auto' or 'exact' for a derivative in forward mode, which is "

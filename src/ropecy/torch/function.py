@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ def scaled_dot_product_attention(
     window: int | tuple[int, int] | None = None,
     near: tuple[int, float | Tensor] | None = None,
     q_offset: int = 0,
+    lengths: Tensor | Sequence[int] | tuple[Tensor | Sequence[int], Tensor | Sequence[int]] | None = None,
     eps: float = 1e-3,
     method: str = "auto",
     threads: int | None = None,
@@ -59,6 +61,9 @@ def scaled_dot_product_attention(
         Rotates query and key by their positions; by default they come as they are.
     q_positions, k_positions, window, q_offset, eps, method
         As in `ropecy.attention`; positions are integer tensors.
+    lengths : (s,) integers or a pair of such, optional
+        Rows are sequences packed side by side, each of which sees itself alone, as in `ropecy.attention`: their
+        lengths, or (those of queries, those of keys). All leading axes have the same sequences.
     near : (int, float or tensor), optional
         (w, scale_near) as in `ropecy.attention`; where scale_near is a tensor of one number, it has a gradient.
     threads : int, optional
@@ -81,7 +86,7 @@ def scaled_dot_product_attention(
         dtypes that disagree, a mask that is not bool, a `near` that is no pair.
     NotImplementedError
         Dropout, a mask that differs from query to query, a device other than the CPU; a derivative of
-        the gradient; a derivative in forward mode by the polynomial or the fft engine.
+        the gradient; a derivative in forward mode by the polynomial or the fft engine, or of packed sequences.
     ValueError
         All that `ropecy.attention` refuses, NaN and Inf in query, key and value among it; a mask that might mean two
         things.
@@ -117,6 +122,7 @@ def scaled_dot_product_attention(
         is_causal,
         window,
         q_offset,
+        None if lengths is None else _lengths(lengths),
         eps,
         method,
         threads,
@@ -164,6 +170,20 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -
             raise ValueError(
                 f"{name}: got {x.shape[-3]} heads beside {query.shape[-3]} of query, wants as many, or enable_gqa=True"
             )
+
+
+def _lengths(lengths: Any) -> Tensor:
+    """The lengths of queries and those of keys, (2, s)."""
+    pair = isinstance(lengths, tuple | list) and len(lengths) == 2 and all(torch.as_tensor(x).dim() for x in lengths)
+    found = [torch.as_tensor(part, device="cpu") for part in (lengths if pair else (lengths, lengths))]
+    for part in found:
+        if part.dim() != 1 or (part.numel() and (part.is_floating_point() or part.dtype == torch.bool)):
+            raise ValueError(f"lengths: got {part.dtype} of shape {tuple(part.shape)}, wants a vector of integers")
+    if found[0].shape != found[1].shape:
+        raise ValueError(
+            f"lengths: got {len(found[0])} lengths of queries and {len(found[1])} of keys, wants one of each a sequence"
+        )
+    return torch.stack([part.long() for part in found])
 
 
 def _near(near: tuple[int, float | Tensor] | None) -> tuple[int | None, Tensor | None]:

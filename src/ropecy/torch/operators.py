@@ -66,7 +66,7 @@ def _tensor(x: np.ndarray, like: Tensor) -> Tensor:
 
 def _keywords(key_mask, q_positions, k_positions, scale_near, *options):
     """What the operators are given beside Q, K and V, as the keyword arguments of `ropecy.attention`."""
-    width, rotary, scale, causal, window, q_offset, eps, method, threads = options
+    width, rotary, scale, causal, window, q_offset, lengths, eps, method, threads = options
     optional = {"key_mask": key_mask, "q_positions": q_positions, "k_positions": k_positions}
     return {name: None if x is None else array(x) for name, x in optional.items()} | {
         "R": None if rotary is None else decode(rotary),
@@ -75,6 +75,7 @@ def _keywords(key_mask, q_positions, k_positions, scale_near, *options):
         "window": window if window is None or len(window) > 1 else window[0],
         "near": None if width is None else (width, scale_near.item()),
         "q_offset": q_offset,
+        "lengths": None if lengths is None else tuple(array(lengths)),
         "eps": eps,
         "method": method,
         "threads": torch.get_num_threads() if threads is None else threads,
@@ -99,7 +100,7 @@ def collect_certificates() -> Iterator[list[Certificate]]:
 _INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? key_mask, Tensor? q_positions, Tensor? k_positions, "
     "Tensor? scale_near, SymInt? width, str? rotary, float scale, bool causal, SymInt[]? window, SymInt q_offset, "
-    "float eps, str method, SymInt? threads"
+    "Tensor? lengths, float eps, str method, SymInt? threads"
 )
 
 
