@@ -67,7 +67,7 @@ MAY_IMPORT = {
     "decode": INSIDE | {"decoding"},
     "plan": INSIDE | {"options", "mpi"},
     "mpi": INSIDE | {"distributed", "attention", "loss", "gradients", "options"},
-    "torch": INSIDE | {"attention", "plan"},
+    "torch": INSIDE | {"attention", "decode", "plan"},
     "transformers": INSIDE | {"torch"},
     "torch_demo": INSIDE | {"torch", "attention"},
     "cli": INSIDE | {"attention", "loss", "gradients", "plan"},

@@ -17,6 +17,7 @@ from ..plan import Alternative, Plan
 from ..plan import plan as make_plan
 from ..rotary import Rotary
 from .function import scaled_dot_product_attention
+from .steps import LayerState, extend, new_state, step, without_padding
 
 # Where temperatures start: of sigmoid, so that scores are within 0.88 B. From 0, or beside a near field twice as sharp
 # as the far one, a layer took far longer to recall what is far.
@@ -112,17 +113,7 @@ class RoPEAttention(nn.Module):
         method: str | None = None,
     ) -> None:
         super().__init__()
-        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
-        for name, size in sizes.items():
-            if size is not None and size < 1:
-                raise ValueError(f"{name}: got {size}, wants at least 1")
-        if num_heads % num_kv_heads:
-            raise ValueError(f"num_kv_heads: got {num_kv_heads}, wants a divisor of num_heads = {num_heads}")
-        if head_dim is None:
-            if embed_dim % num_heads:
-                raise ValueError(f"num_heads: got {num_heads}, wants a divisor of embed_dim = {embed_dim}, or head_dim")
-            head_dim = embed_dim // num_heads
+        num_kv_heads, head_dim = _sizes(embed_dim, num_heads, num_kv_heads, head_dim)
         if rotary is not None and rotary.d != head_dim:
             raise ValueError(f"rotary: got a Rotary of width {rotary.d}, wants head_dim = {head_dim}")
         if eps is None:
@@ -149,13 +140,28 @@ class RoPEAttention(nn.Module):
         if bound is None:
             self.register_parameter("temperature", None)
         else:
-            self.temperature = nn.Parameter(torch.full((num_heads, 1, 1), _TEMPERATURE))
+            self.temperature = nn.Parameter(torch.empty(num_heads, 1, 1))
         if self.near is None:
             self.register_parameter("log_scale_near", None)
         else:
-            self.log_scale_near = nn.Parameter(torch.tensor(math.log(bound)))
+            # With an axis, by which parameters are sharded.
+            self.log_scale_near = nn.Parameter(torch.empty(1))
+        self._reset_scales()
         # An attention factor a multiplies rotated coordinates on both sides: R_0 has a^2 there.
         self._gain = max(1.0, float(self.rotary[0].max()))
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew, as a new layer has them: of use after ``layer.to_empty``."""
+        for projection in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
+            projection.reset_parameters()
+        self._reset_scales()
+
+    def _reset_scales(self) -> None:
+        with torch.no_grad():
+            if self.temperature is not None:
+                self.temperature.fill_(_TEMPERATURE)
+            if self.log_scale_near is not None:
+                self.log_scale_near.fill_(math.log(self.bound))
 
     def forward(
         self,
@@ -192,7 +198,7 @@ class RoPEAttention(nn.Module):
             A key_mask that is not bool, or of another shape; NaN or Inf in a token that is kept.
         """
         if key_mask is not None:
-            x = _without_padding(x, key_mask)
+            x = without_padding(x, key_mask)
         q, k, v, scale = self._heads(x)
         if positions is not None and positions.dim() == 2:
             positions = positions[:, None]
@@ -204,7 +210,7 @@ class RoPEAttention(nn.Module):
                 None if key_mask is None else key_mask[:, None, None],
                 is_causal=self.causal,
                 scale=scale,
-                near=None if self.near is None else (self.near, self.log_scale_near.exp()),
+                near=None if self.near is None else (self.near, self.log_scale_near.exp().squeeze()),
                 enable_gqa=True,
                 rotary=self.rotary,
                 q_positions=positions,
@@ -233,6 +239,97 @@ class RoPEAttention(nn.Module):
         # Autocast computes norms in float32, and what is attended has one dtype.
         q = (nn.functional.normalize(q, dim=-1) * torch.sigmoid(self.temperature)).to(v.dtype)
         return q, nn.functional.normalize(k, dim=-1).to(v.dtype), v, self.bound / self._gain
+
+    # ---- a token at a time ----
+
+    def new_state(self, batch: int) -> LayerState:
+        """A state without tokens for so many streams, which `extend` and `step` fill.
+
+        Parameters
+        ----------
+        batch : int
+
+        Returns
+        -------
+        LayerState
+            Its `lengths`, `nbytes`, `certificate`, ``reset(streams)`` and ``select(streams)`` are those of
+            `ropecy.DecodeState`, which is inside where the layer has a bound: a stream then takes the same number of
+            bytes at any length. Without a bound it keeps all keys and values, and steps are exact.
+
+        Raises
+        ------
+        ValueError
+            The layer is not causal, `batch` is not positive, or angles of its rotary depend on the length.
+        RuntimeError
+            The layer is in training mode: steps have no gradients.
+        BoundedEntryError
+            No degree certifies `eps` under the bound.
+
+        Notes
+        -----
+        The temperatures of the near field are those of this moment.
+
+        Examples
+        --------
+        >>> layer = RoPEAttention(32, 4, bound=1.0).eval()
+        >>> x, state = torch.ones(2, 10, 32), layer.new_state(2)
+        >>> y = layer.extend(x[:, :9], state)
+        >>> torch.allclose(layer.step(x[:, 9], state), layer(x)[:, 9], atol=1e-3)
+        True
+        """
+        return new_state(self, batch)
+
+    def extend(self, x: Tensor, state: LayerState, key_mask: Tensor | None = None) -> Tensor:
+        """Attention of the tokens x (batch, n, embed_dim), which come after those of the state, and join them.
+
+        Parameters
+        ----------
+        x : (batch, n, embed_dim) tensor
+        state : LayerState
+        key_mask : (batch, n) bool tensor, optional
+            True for tokens that are kept. What a stream keeps must be in one piece; a stream that keeps none is left
+            as it is.
+
+        Returns
+        -------
+        (batch, n, embed_dim) tensor
+            Where none of the streams that take tokens has any yet, that of ``layer(x, key_mask)``, in its time; else
+            tokens go one by one. It is 0 for streams that keep none.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Shapes or dtypes that don't fit, NaN or Inf in a token that is kept, a state of another layer.
+        RuntimeError
+            The layer is in training mode.
+        """
+        return extend(self, x, state, key_mask)
+
+    def step(self, x: Tensor, state: LayerState, *, active: Tensor | None = None) -> Tensor:
+        """Attention of one token of each stream, x (batch, embed_dim), which joins those of the state.
+
+        Parameters
+        ----------
+        x : (batch, embed_dim) tensor
+        state : LayerState
+        active : (batch,) bool tensor, optional
+            Which streams have a token. Rows of others are not read, and come out as 0.
+
+        Returns
+        -------
+        (batch, embed_dim) tensor
+            What ``layer`` makes of the last of all tokens, within the certificates of both.
+
+        Raises
+        ------
+        TypeError, ValueError, RuntimeError
+            As in `extend`.
+
+        Notes
+        -----
+        With a bound, time and memory do not depend on how many tokens there have been.
+        """
+        return step(self, x, state, active)
 
     def plan(self, n: int) -> Plan:
         """The plan of one head, with certificates of forward and backward that hold for every input of n tokens.
@@ -298,6 +395,10 @@ class RoPEAttention(nn.Module):
     ) -> None:
         *_, errors = found
         own = self.get_extra_state()
+        scale_near = state_dict.get(prefix + "log_scale_near")
+        if scale_near is not None and scale_near.dim() == 0:
+            # As it was before it had an axis.
+            state_dict[prefix + "log_scale_near"] = scale_near.reshape(1)
         if prefix + _RECORD not in state_dict and self.bound is not None:
             warnings.warn(
                 f"bound: the weights of {prefix or 'the layer'} do not say which bound they were trained under; this "
@@ -322,16 +423,22 @@ class RoPEAttention(nn.Module):
         )
 
 
+def _sizes(embed_dim: int, num_heads: int, num_kv_heads: int | None, head_dim: int | None) -> tuple[int, int]:
+    """num_kv_heads and head_dim, checked, or what they are where they are None."""
+    num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+    sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise ValueError(f"{name}: got {size}, wants at least 1")
+    if num_heads % num_kv_heads:
+        raise ValueError(f"num_kv_heads: got {num_kv_heads}, wants a divisor of num_heads = {num_heads}")
+    if head_dim is None:
+        if embed_dim % num_heads:
+            raise ValueError(f"num_heads: got {num_heads}, wants a divisor of embed_dim = {embed_dim}, or head_dim")
+        head_dim = embed_dim // num_heads
+    return num_kv_heads, head_dim
+
+
 def _bound_for(head_dim: int) -> float:
     """The bound that ``bound=True`` is for heads of this width."""
     return next(bound for width, bound in _BOUNDS if head_dim <= width)
-
-
-def _without_padding(x: Tensor, key_mask: Tensor) -> Tensor:
-    """x with 0 for the tokens that key_mask hides, so that nothing reads what they hold."""
-    if key_mask.dtype != torch.bool:
-        raise TypeError(f"key_mask: got {key_mask.dtype}, wants bool, True for a token that is kept")
-    wants = tuple(x.shape[:-1])
-    if tuple(key_mask.shape) not in (wants, (1, *wants[1:])):
-        raise ValueError(f"key_mask: got shape {tuple(key_mask.shape)}, wants (batch, n) = {wants}")
-    return torch.where(key_mask[..., None], x, 0)
