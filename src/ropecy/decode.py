@@ -88,8 +88,8 @@ class DecodeState:
     would overflow. The error of a result is a fraction of the range of values, plus that of storing it in its dtype.
 
     One state serves one call at a time: a call while another thread's call works on the same state raises RuntimeError,
-    except `length`, `nbytes` and `repr`. A call that is interrupted, as by Ctrl-C, has changed the state wholly or not
-    at all; `length` tells which. States can be pickled.
+    except `length`, `lengths`, `nbytes` and `repr`. A call that is interrupted, as by Ctrl-C, has changed the state
+    wholly or not at all; `lengths` tells which. States can be pickled.
 
     Examples
     --------
@@ -148,9 +148,9 @@ class DecodeState:
     def length(self) -> int:
         """How many tokens there have been; ValueError where streams have had different numbers: see `lengths`."""
         lengths = self.lengths
-        if lengths.size and (lengths != lengths.flat[0]).any():
+        if (lengths != lengths.flat[0]).any():
             raise ValueError(f"length: got streams of {lengths.min()} to {lengths.max()} tokens, wants `lengths`")
-        return int(lengths.flat[0]) if lengths.size else 0
+        return int(lengths.flat[0])
 
     @property
     def lengths(self) -> np.ndarray:
