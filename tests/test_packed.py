@@ -308,3 +308,18 @@ def test_what_does_not_go_with_lengths(rng):
         ropecy.attention(Q, Q, Q, family, **how)
     with pytest.raises(NotImplementedError, match=r"method='polynomial' does not do a window"):
         ropecy.attention(Q, Q, Q, **how, window=2, method="polynomial")
+
+
+@pytest.mark.parametrize("method", ["exact", "polynomial", "auto"])
+def test_query_heads_of_one_key_head_with_slopes_of_their_own(method, rng):
+    rows = np.array([60, 60, 25])
+    case = _case(rng, rows, rows)
+    case |= {"Q": rng.standard_normal((3, 145, D)), "bias": oracle.Alibi(np.array([0.1, 0.3, 1.0]))}
+    dO = rng.standard_normal((3, 145, D_V))
+    O, *_, gradients = _expected(case, rows, rows, dO)
+    found, vjp = ropecy.attention_vjp(**_ours(case), lengths=rows, method=method)
+    np.testing.assert_allclose(found, O, atol=5e-3)
+    g = vjp(dO)
+    for gradient, expected in gradients.items():
+        size = np.abs(expected).max()
+        np.testing.assert_allclose(getattr(g, gradient), expected, atol=1e-2 * size, err_msg=gradient)

@@ -120,7 +120,8 @@ def attention(
         Index of the first query among the keys; with `lengths` one for all sequences, or (s,) integers.
     lengths : (s,) integers or a pair of such, optional
         Rows are sequences packed side by side, each of which sees itself alone: their lengths, or (those of queries,
-        those of keys), of which some may be 0. Masks, windows, biases and default positions count within a sequence.
+        those of keys), of which some may be 0. Masks, windows, biases and default positions count within a sequence; a
+        scaled Rotary without a `length` of its own goes by the longest one.
     eps : float
         Every entry of the result is within eps * (max_j V_jc - min_j V_jc), over the keys that its row sees.
     certify : {"proof", "sample"}

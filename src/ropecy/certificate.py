@@ -76,7 +76,7 @@ class Certificate:
         The seed of the random numbers, where the rule uses any ("sampled", and the fourth moments of degrees 2 and 3),
         and the probability that they make a proved rule wrong.
     n_sampled : int
-        How many rows were computed exactly for comparison with the polynomial's.
+        How many rows were computed exactly for comparison with the polynomial's; of each part, where there are parts.
     storing : float
         The part of `rounding` that is due to storing a result, which is computed in float32, as float16 or bfloat16; 0
         for float32 and float64. eps bounds the result before it is stored: where an engine certifies eps,
@@ -84,7 +84,8 @@ class Certificate:
     parts : tuple of (tuple, Certificate)
         Where heads have plans of their own: (heads, certificate) for those that were computed together. A head is the
         tuple of its indices along the leading axes of the keys, such as (batch, key head). The units of a part's
-        `rounding` are those of its own values. () where all have one plan.
+        `rounding` are those of its own values, and its `rows_truncation` is by slot, query head and row. () where all
+        have one plan.
 
     Notes
     -----
@@ -139,7 +140,7 @@ class Certificate:
         if self.degree is not None:
             how += f", degree {self.degree} ({self.n_features:,} features)"
         coins = f" but for a probability of {self.failure:g} (seed {self.seed})" if self.failure else ""
-        if self.rule == "sampled" and not self.parts and self.seed is not None:
+        if self.rule == "sampled":
             coins = f", {self._evidence()}, not proved"
         rows = f", {self.n_exact_rows:,} rows exactly" if self.n_exact_rows else ""
         storing = f", of which {self.storing:.2g} for storing it in half precision" if self.storing else ""
@@ -173,6 +174,7 @@ def together(
     def one(values: set[str]) -> str:
         return values.pop() if len(values) == 1 else "mixed"
 
+    sampled = [c.n_sampled for c in certificates if c.rule == "sampled"]
     polynomials = [c for c in certificates if c.degree is not None]
     seeds = [c.seed for c in certificates if c.seed is not None]
     return Certificate(
@@ -180,14 +182,15 @@ def together(
         max((c.degree for c in polynomials), default=None),
         max((c.n_features for c in polynomials), default=None),
         max(c.bound for c in certificates),
-        one({c.rule for c in certificates}),
+        "sampled" if sampled else one({c.rule for c in certificates}),
         max(c.truncation for c in certificates),
         max(unit * c.rounding for unit, c in zip(units, certificates, strict=True)),
         n_exact_rows=sum(c.n_exact_rows for c in certificates),
         seed=seeds[0] if seeds else None,
         failure=sum(c.failure for c in certificates),
-        n_sampled=sum(c.n_sampled for c in certificates),
-        parts=tuple((own, replace(c, rows_truncation=None)) for own, c in zip(heads, certificates, strict=True) if own),
+        # If more than a fraction of all rows is off, it is in some part, whose own sample would have to miss it.
+        n_sampled=min(sampled, default=0),
+        parts=tuple((own, c) for own, c in zip(heads, certificates, strict=True) if own),
     )
 
 

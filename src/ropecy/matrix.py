@@ -303,10 +303,16 @@ class AttentionMatrix(Operator):
             product = np.where(o == 0, 0, np.exp(normal.log_sums(result.lse))[..., None] * o)
         # Each weight has a relative error of at most e. Rounding changes a normalised row by at most the fraction
         # `rounding` of range(X) <= 2 max |X|, and the sum of its weights by at most the same fraction: together 3.
-        of_row, planned = result.certificate, result.executable.certificate.truncation
-        # e is the relative error of a weight. Under a causal mask it may exceed what follows from the error of a row.
-        e = relative_error_for(planned) if planned else 0.0
-        return product, replace(of_row, truncation=e, rounding=3 * of_row.rounding, rows_truncation=None)
+        return product, _of_product(result.certificate, result.executable.certificate)
+
+
+def _of_product(of_row: Certificate, planned: Certificate) -> Certificate:
+    """The certificate of a product, from that of its normalised rows and from the one that was planned."""
+    # e is the relative error of a weight. Under a causal mask it may exceed what follows from the error of a row.
+    e = relative_error_for(planned.truncation) if planned.truncation else 0.0
+    pairs = zip(of_row.parts, planned.parts, strict=True)
+    parts = tuple((heads, _of_product(part, of_plan)) for (heads, part), (_, of_plan) in pairs)
+    return replace(of_row, truncation=e, rounding=3 * of_row.rounding, rows_truncation=None, parts=parts)
 
 
 class AffineMatrix(Operator):

@@ -74,7 +74,7 @@ def fourth_moments(problem: Problem, scores: Scores, seed: int | None) -> Fourth
     is `FAILURE`. Time 40 n_k d^2 in products of matrices, twice that in a causal problem; memory 2 n_k d.
     """
     if seed is None:
-        seed = secrets.randbits(63)
+        seed = secrets.randbits(62)
     rng = np.random.default_rng(seed)
     H, _, d = problem.k.shape
     stops = prefixes(problem)

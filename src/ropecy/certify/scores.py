@@ -133,9 +133,10 @@ def plain_scores(problem: Problem, norms: Norms) -> Scores:
         if not math.isfinite(plain):
             return unbounded(problem, math.inf)
         # Keys were projected and rotated before they were centred, so their error is relative to their norms before.
-        before = problem.origin.k_norm
-        lost = problem.origin.q_lost * products
-        lost += problem.origin.k_lost * (products if before is None else float((norms.q * before).max()))
+        origin = problem.origin
+        q, k = norms.q if origin.q_norm is None else origin.q_norm, norms.k if origin.k_norm is None else origin.k_norm
+        lost = origin.q_lost * float((q * norms.k).max()) * room(problem)
+        lost += origin.k_lost * float((norms.q * k).max()) * room(problem)
     return unbounded(problem, plain, products, lost)
 
 

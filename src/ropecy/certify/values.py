@@ -40,6 +40,9 @@ class Values:
         The least and the largest value of each column.
     mean : (H, d_v) float64 array
         The mean of each column.
+    exact : bool
+        Whether all columns are constant and carry no rounding errors: what is left of them in the normal form is 0, so
+        that O is exact but for storing it.
     far : bool
         Whether a value may be as far from `middle` as the whole range, instead of half of it.
     """
@@ -53,6 +56,7 @@ class Values:
     residual: float = 1.0
     varied: float = 0.0
     spread: float = 0.0
+    exact: bool = False
 
     def slots(self, which: Slots, problem: Problem) -> Values:
         """Those of some of the slots, of which `problem` consists."""
@@ -99,6 +103,7 @@ def _sized(found: Values, problem: Problem) -> Values:
     spread = float((0.5 * found.high - 0.5 * found.low).max())
     largest = max(float(found.high.max()), -float(found.low.min()))
     origin, unit = problem.origin, problem.unit
+    found.exact = not spread and not origin.v_lost
     found.residual, found.varied = 0.5 * largest / spread if spread else 1.0, largest
     if origin.largest is not None:
         largest, found.varied = origin.largest, origin.varied

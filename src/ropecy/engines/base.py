@@ -147,14 +147,19 @@ class Executable(ABC):
 
     @property
     def unit(self) -> tuple[float, float]:
-        """The size of values that rounding is in units of, and the largest range of a column of values; they differ
-        where all columns are constant, so that the latter is 0.
+        """The size of values that rounding is in units of, 0 where there is none, and the largest range of a column of
+        values; they differ where all columns are constant, so that the latter is 0.
         """
-        return (1.0, 0.0) if self.values is None else (self.values.spread, self.values.extent)
+        values = self.values
+        return (1.0, 0.0) if values is None else (0.0 if values.exact else values.spread, values.extent)
 
     def storing(self, dtype: np.dtype) -> float:
         """What storing O in the dtype of the call adds to its error, in units of the range; 0 but in half precision."""
         return self.values.storing(dtype) if dtype.itemsize == 2 and self.values is not None else 0.0
+
+    def stored(self, certificate: Certificate, dtype: np.dtype) -> Certificate:
+        """The certificate of O stored in the dtype of the call."""
+        return certificate.stored(self.storing(dtype))
 
 
 @dataclass(slots=True)

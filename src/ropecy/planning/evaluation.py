@@ -114,7 +114,7 @@ def _outlines(call: Call, pieces: Pieces) -> tuple[Outline, Outline]:
             mask=Mask(n, n_k, a.lo, a.hi, layout.offset, nothing).simplified(),
             near=own.near,
             threads=threads,
-            origin=Origin(hidden=pieces.masked),
+            origin=Origin(hidden=pieces.masked, axes=own.origin.axes),
         )
 
     whole = outline(sum(layout.n), sum(layout.n_k), sum(threads))
@@ -166,7 +166,7 @@ class Evaluation:
         if rows is None:
             rows = np.full(self._result.o.shape[:3], found.truncation)
         found = replace(found, rows_truncation=self.call.lse_to_user(rows))
-        return found.stored(self._executable.storing(self.call.dtype))
+        return self._executable.stored(found, self.call.dtype)
 
     @property
     def gradient_certificate(self) -> Certificate:

@@ -34,7 +34,7 @@ def plan_of(context: Context, choice: Choice, dtype: np.dtype, scores: Scores | 
     priced = choice.priced
     return Plan(
         executable.engine,
-        executable.certificate.stored(executable.storing(dtype)),
+        executable.stored(executable.certificate, dtype),
         executable.gradient_certificate,
         choice.candidate.reason,
         {name: seconds_of(c.work, context.outline.threads, grad) for name, c in priced.items()},

@@ -70,7 +70,12 @@ def choose(context: Context) -> Choice:
     """
     if context.outline.mask.packed is not None:
         return _by_sequence(context)
-    found = _by_head(context) or _by_sample(context) or _by_proof(context)
+    return _by_head(context) or _of_one_plan(context)
+
+
+def _of_one_plan(context: Context) -> Choice:
+    """`choose`, with one plan for all heads."""
+    found = _by_sample(context) or _by_proof(context)
     require(found.candidate.bytes, f"the {found.candidate.engine} engine, beyond inputs and outputs,")
     if found.candidate.engine == "exact" and context.request.method == "auto":
         if found.executable.certificate.error > context.request.eps:
@@ -104,7 +109,9 @@ def choose_and_warn(context: Context) -> Choice:
         of_degree = "" if degree is None else f" of degree {degree}, {certificate.n_features:,} features,"
         warn(f"{candidate.engine} attention{of_degree} is predicted to take {seconds:,.0f} s: {candidate.reason}")
     if request.method == "auto" and not request.each_weight:
-        certificate = candidate.executable.certificate
+        # Parts are judged by themselves: the largest truncation and the largest rounding may be those of two of them.
+        leaves = [own.certificate for _, own in candidate.executable.leaves(outline)]
+        certificate = max(leaves, key=lambda found: found.error)
         if certificate.error > request.eps:
             cure = "; float64 holds more" if outline.dtype.itemsize == 4 else ""
             warn(
@@ -143,9 +150,10 @@ def _by_sequence(context: Context) -> Choice:
 
 def _by_head(context: Context) -> Choice | None:
     """The choice of a plan for each group of heads, or None where one plan serves all."""
-    answer = ByHead(plan=lambda own: choose(own).candidate).offer(context, Search(context.request))
+    answer = ByHead(plan=lambda own: _of_one_plan(own).candidate).offer(context, Search(context.request))
     if isinstance(answer, Refusal):
         return None
+    require(answer.bytes, "plans of heads, beyond inputs and outputs,")
     return _answered(Search(context.request, [_EXACT.offer(context, Search(context.request))]), answer)
 
 

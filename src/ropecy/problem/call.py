@@ -12,6 +12,7 @@ import numpy as np
 
 from ..approximation import bias_forms as forms
 from ..approximation.bias_forms import FarGradient
+from ..machine.memory import require
 from ..rotary import Planes, rotate_rows
 from .arguments import Arguments, check_arguments, check_entries, check_method
 from .communicator import SERIAL, Communicator
@@ -88,7 +89,13 @@ class Call:
             tail=None if a.bias is None else self.tail,
             family=None if a.family is None else self._family(),
             threads=a.threads,
-            origin=Origin(self._q.lost, self._k.lost, self._v.lost, axes=(*a.lead[:-1], self.key_heads)),
+            origin=Origin(
+                self._q.lost,
+                self._k.lost,
+                self._v.lost,
+                projected=a.W is not None or a.W_Q is not None or a.W_K is not None,
+                axes=(*a.lead[:-1], self.key_heads),
+            ),
         )
 
     def _mask(self) -> Mask:
@@ -96,7 +103,11 @@ class Call:
         if kept is not None:
             kept = kept if kept.ndim > 1 else kept[None]
             kept = np.ascontiguousarray(spread(kept[..., None], a.batch, self.key_heads)[..., 0])
-        return Mask(a.n, a.n_k, a.lo, a.hi, a.q_offset, kept, a.packed).simplified()
+        packed = a.packed
+        if packed is not None and a.lo is None and a.hi is None and a.bias is None and a.near is None:
+            # Where nothing goes by j - i, sequences whose offsets alone differ are alike.
+            packed = replace(packed, offsets=np.zeros_like(packed.offsets))
+        return Mask(a.n, a.n_k, a.lo, a.hi, a.q_offset, kept, packed).simplified()
 
     def _family(self) -> Family:
         values, pairs, zero = self.arguments.family._table(self.arguments.n_k)
@@ -105,6 +116,9 @@ class Call:
     def symbol(self, first: int, last: int) -> np.ndarray:
         """The bias at offsets t from first to last, as `Problem.bias` holds it."""
         a = self.arguments
+        if a.packed is not None:
+            # Sequences may begin far apart from their keys, and from each other.
+            require((last - first + 1) * 8.0 * (a.bias.heads or 1), "the bias at the offsets of all sequences")
         symbol = a.bias._symbol(first, last)
         if len(symbol) == 1:
             return symbol[None]

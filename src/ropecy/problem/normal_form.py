@@ -192,7 +192,10 @@ def _ends(X: np.ndarray, problem: Problem, comm: Communicator) -> tuple[np.ndarr
     """
     if problem.mask.packed is not None:
         return _ends_of_sequences(X, problem)
-    low, high = _ends_of_slots(X, problem.mask.kept, problem.threads, comm)
+    if problem.mask.kept is None and X.shape[1] and not comm.distributed:
+        _, low, high = _rows.columns(X, None, problem.threads)
+    else:
+        low, high = _ends_of_slots(X, problem.mask.kept, problem.threads, comm)
     return low[:, None], high[:, None]
 
 
@@ -213,8 +216,6 @@ def _ends_of_slots(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The least and the largest entry of each column of X (H, n_k, m) over kept keys, (H, m); 0 if there are none."""
     _, low, high = _rows.columns(X, kept, threads)
-    if kept is None and X.shape[1] and not comm.distributed:
-        return low, high
     low, high = -comm.largest(-low), comm.largest(high)
     empty = low > high
     low[empty], high[empty] = 0, 0

@@ -134,7 +134,7 @@ def check_lengths(lengths: Any, q_offset: Any, n: int, n_k: int) -> Packed:
         The lengths of sequences of as many rows as keys, or those of rows and those of keys.
     q_offset : int or (s,) integers
     """
-    pair = isinstance(lengths, (tuple, list)) and len(lengths) == 2 and all(np.ndim(part) for part in lengths)
+    pair = isinstance(lengths, (tuple, list)) and len(lengths) == 2 and any(_is_vector(part) for part in lengths)
     q, k = (_integers("lengths", part) for part in (lengths if pair else (lengths, lengths)))
     if len(q) != len(k):
         raise ValueError(f"lengths: got {len(q)} lengths of queries and {len(k)} of keys, wants one of each a sequence")
@@ -153,9 +153,16 @@ def check_lengths(lengths: Any, q_offset: Any, n: int, n_k: int) -> Packed:
     return Packed(q, k, offsets)
 
 
+def _is_vector(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) or np.ndim(value) > 0
+
+
 def _integers(name: str, value: Any) -> np.ndarray:
     """A vector of integers below 2^62 in size, as int64."""
-    found = np.asarray(value)
+    try:
+        found = np.asarray(value)
+    except ValueError:
+        raise TypeError(f"{name}: got {described(value)} of unlike things, wants a vector of integers") from None
     if found.ndim != 1:
         raise ValueError(f"{name}: got {described(value)} of shape {found.shape}, wants a vector of integers")
     if found.dtype.kind not in "iu" and found.size:

@@ -48,8 +48,11 @@ class Origin:
         The rounding error that projections and rotations left in the rows of q and k, relative to the norm of the
         slot's longest row, and in the entries of v, relative to the largest. 0 for arrays that are as the user gave
         them.
-    k_norm : (H,) array or None
-        An upper bound of ``||k_j||`` before keys were centred (`normal_form`); None if they were not.
+    q_norm, k_norm : (H,) arrays or None
+        Upper bounds of ``||q_i||`` and of ``||k_j||``, before keys were centred (`normal_form`), that q_lost and k_lost
+        are relative to; None if they are those of the problem as it is.
+    projected : bool
+        Whether q or k are products with projections.
     largest, varied : float or None
         max |v| before values were centred and scaled, over all columns and over those that are not constant; None if
         they were not.
@@ -68,7 +71,9 @@ class Origin:
     q_lost: float = 0.0
     k_lost: float = 0.0
     v_lost: float = 0.0
+    q_norm: np.ndarray | None = None
     k_norm: np.ndarray | None = None
+    projected: bool = False
     largest: float | None = None
     varied: float | None = None
     exponent: int = 0
@@ -78,8 +83,8 @@ class Origin:
 
     def slots(self, which: Slots, H: int) -> Origin:
         """The origin of some of H slots."""
-        k_norm = None if self.k_norm is None else self.k_norm[which]
-        return replace(self, k_norm=k_norm, axes=(), heads=self.heads or H)
+        q_norm, k_norm = (None if norm is None else norm[which] for norm in (self.q_norm, self.k_norm))
+        return replace(self, q_norm=q_norm, k_norm=k_norm, axes=(), heads=self.heads or H)
 
     def named(self, slots: Slots, H: int) -> tuple[tuple[int, ...], ...]:
         """The indices of these of H slots along the user's leading axes."""
@@ -169,7 +174,10 @@ class Outline:
 
     def _of_slots(self, which: Slots) -> dict[str, object]:
         """The fields that slots may differ in, for some of the slots."""
-        bias = self.bias if self.bias is None or len(self.bias) == 1 else self.bias[which]
+        bias = self.bias
+        # Query heads of the only slot may have biases of their own; then every slot is to have its own.
+        if bias is not None and (len(bias) > 1 or (self.sizes.H == 1 and bias.shape[1] > 1)):
+            bias = bias[which]
         tail = None if self.tail is None else partial(_tail_of_slots, self.tail, self.sizes, which)
         origin = self.origin.slots(which, self.sizes.H)
         return {"mask": self.mask.slots(which), "bias": bias, "tail": tail, "origin": origin}
@@ -237,6 +245,7 @@ class Problem(Outline):
             v=np.repeat(self.v, G, axis=0),
             bias=bias,
             mask=self.mask.repeated(G),
+            origin=replace(self.origin, axes=(*self.origin.axes[:-1], *(G * axis for axis in self.origin.axes[-1:]))),
         )
 
     def transposed(self, v: np.ndarray) -> Problem:
@@ -254,7 +263,12 @@ class Problem(Outline):
             v=np.ascontiguousarray(v[:, ::-1]),
             mask=self.mask.transposed(),
             family=None if self.family is None else self.family.transposed(),
-            origin=Origin(q_lost=self.origin.k_lost, k_lost=self.origin.q_lost),
+            origin=Origin(
+                q_lost=self.origin.k_lost,
+                k_lost=self.origin.q_lost,
+                projected=self.origin.projected,
+                axes=one.origin.axes,
+            ),
         )
 
     def reversed(self) -> Problem:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -9,6 +10,7 @@ from typing import ClassVar
 import numpy as np
 
 from ...certificate import BoundedEntryError, named
+from ...certify.scores import measure_norms
 from ...problem.problem import Slots
 from ..base import Candidate, Context, Engine, Refusal, Search
 from ..cost import Work
@@ -54,12 +56,13 @@ class ByHead(Engine):
         origin, H = context.outline.origin, context.outline.sizes.H
         parts = [Part(Heads(slots), candidate.executable, origin.named(slots, H)) for slots, candidate in found]
         reasons = _joined([(part.heads, own.reason) for part, (_, own) in zip(parts, found, strict=True)], named)
-        extra = max(0 if isinstance(slots, slice) else len(slots) for slots, _ in found) * _slot(context)
+        # Executables keep the copies that they were planned for, and each is copied again to be computed.
+        extra = 2 * sum(0 if isinstance(slots, slice) else len(slots) for slots, _ in found) * _slot(context)
         candidate = _of_parts(context, parts, [own for _, own in found], reasons, extra)
         return candidate if context.request.method != "auto" or candidate.fits else Refusal(self.name)
 
     def _planned(self, context: Context, together: list[Slots]) -> list[tuple[Slots, Candidate]]:
-        found, refused = [], []
+        found, refused, context = [], [], _with_a_seed(context)
         for slots in together:
             try:
                 found.append((slots, self.plan(context.slots(slots))))
@@ -90,17 +93,27 @@ class BySequence(Engine):
         lacking = self.lacks(context.outline)
         if lacking:
             return self.unable(lacking)
-        parts, found = [], []
+        whole, request, parts, found = context.problem, _with_a_seed(context).request, [], []
+        if whole.origin.projected:
+            # What projections lost is relative to the longest row of a head, which may be in another sequence.
+            norms = measure_norms(whole)
+            k_norm = norms.k if whole.origin.k_norm is None else whole.origin.k_norm
+            whole = replace(whole, origin=replace(whole.origin, q_norm=norms.q, k_norm=k_norm))
         for alike in context.outline.mask.packed.alike():
             selection = Sequences(alike)
-            problem = selection.problem(context.problem)
+            problem = selection.problem(whole)
             if not problem.empty:
-                found.append(self.plan(Context.of(problem, context.request)))
+                found.append(self.plan(Context.of(problem, request)))
                 parts.append(Part(selection, found[-1].executable))
         reasons = [(part.selection.alike.which, own.reason) for part, own in zip(parts, found, strict=True)]
-        largest = max(part.selection.alike.which.size / context.outline.mask.packed.size for part in parts)
-        extra = largest * context.outline.sizes.H * _slot(context)
+        # Executables keep the sequences that they were planned for, and each is taken out again to be computed.
+        extra = 2 * context.outline.sizes.H * _slot(context)
         return _of_parts(context, parts, found, _joined(reasons, _counted), extra)
+
+
+def _with_a_seed(context: Context) -> Context:
+    """The context with a seed, one for all parts, so that what was drawn can be drawn again."""
+    return context if context.request.seed is not None else context.asking(seed=secrets.randbits(62))
 
 
 def _exact_in_one(context: Context, found: list[tuple[Slots, Candidate]]) -> list[tuple[Slots, Candidate]]:

@@ -56,11 +56,17 @@ class InParts(Executable):
 
     @once
     def gradient_certificate(self) -> Certificate | None:
-        return self.together([part.executable.gradient_certificate for part in self.parts]) if self._grad else None
+        if not self._grad:
+            return None
+        return self.together_of_gradients([part.executable.gradient_certificate for part in self.parts])
 
     def together(self, certificates: list[Certificate]) -> Certificate:
-        """The certificate of the whole, given those of the parts."""
+        """The certificate of O of the whole, given those of the parts."""
         return together([part.heads for part in self.parts], certificates, self._weights)
+
+    def together_of_gradients(self, certificates: list[Certificate]) -> Certificate:
+        """The certificate of the gradients of the whole. Their rounding is in units of each row's own values."""
+        return together([part.heads for part in self.parts], certificates, [1.0] * len(certificates))
 
     @once
     def unit(self) -> tuple[float, float]:
@@ -76,6 +82,12 @@ class InParts(Executable):
     def storing(self, dtype: np.dtype) -> float:
         parts = zip(self.parts, self._weights, strict=True)
         return max(weight * part.executable.storing(dtype) for part, weight in parts)
+
+    def stored(self, certificate: Certificate, dtype: np.dtype) -> Certificate:
+        own = [part.executable for part in self.parts if part.heads]
+        pairs = zip(certificate.parts, own, strict=True)
+        parts = tuple((heads, executable.stored(found, dtype)) for (heads, found), executable in pairs)
+        return replace(certificate.stored(self.storing(dtype)), parts=parts)
 
     def measured_by(self, statistics: Statistics | None) -> InParts:
         def measured(part: Part) -> Part:
@@ -98,6 +110,9 @@ class InParts(Executable):
             selection.put_rows(o, own.o)
             if lse is not None:
                 selection.put_rows(lse, own.lse)
+            if not self._grad and type(own) is Result:
+                # What the part computed is in its place already.
+                own = replace(own, o=np.empty((*own.o.shape[:3], 0), own.o.dtype), lse=None, saved=None)
             found.append(own)
         return _Results(o, lse, self, found)
 
@@ -121,16 +136,20 @@ class _Results(Result):
 
     @property
     def certificate(self) -> Certificate:
-        return self._together([own.certificate for own in self.saved])
+        certificates = [own.certificate for own in self.saved]
+        return self._with_rows(self.executable.together(certificates), certificates)
 
     @property
     def gradient_certificate(self) -> Certificate | None:
-        return self._together([own.gradient_certificate for own in self.saved]) if self.executable.grad else None
+        if not self.executable.grad:
+            return None
+        certificates = [own.gradient_certificate for own in self.saved]
+        return self._with_rows(self.executable.together_of_gradients(certificates), certificates)
 
-    def _together(self, certificates: list[Certificate]) -> Certificate:
-        """The certificate of the whole, each row with the truncation of its own part."""
+    def _with_rows(self, found: Certificate, certificates: list[Certificate]) -> Certificate:
+        """The certificate of the whole with the truncation of each row, which is that of its part."""
         rows = np.zeros(self.o.shape[:3])
         for part, result, own in zip(self.executable.parts, self.saved, certificates, strict=True):
             of_rows = own.rows_truncation
             part.selection.put_rows(rows, np.full(result.o.shape[:3], own.truncation) if of_rows is None else of_rows)
-        return replace(self.executable.together(certificates), rows_truncation=rows)
+        return replace(found, rows_truncation=rows)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ...approximation.minimax import B_grid
+from ...approximation.minimax import MAX_DEGREE, B_grid
 from ...problem.problem import Slots
 from ..base import Context
 from ..exact.cost import exact_work
@@ -51,7 +51,7 @@ def _keys(context: Context, limit: float, many: bool) -> dict[tuple[int, float],
     bounds = context.statistics.scores.of_slots.tolist()
     degrees = {B: _degree(context, B) for B in {_rounded(B) for B in bounds}}
     needed = {degree for degree in degrees.values() if degree is not None}
-    steps = list(_steps(context, needed, limit)) if needed else []
+    steps = list(_steps(context, limit)) if len(needed) > 1 else list(needed)
     found: dict[tuple[int, float], list[int]] = {}
     for slot, B in enumerate(bounds):
         degree = degrees[_rounded(B)]
@@ -74,15 +74,19 @@ def _degree(context: Context, B: float) -> int | None:
     return expected_degree(context, B, square, request.eps / 4 if request.grad else request.eps)
 
 
-def _steps(context: Context, needed: set[int], limit: float) -> Iterator[int]:
+def _steps(context: Context, limit: float) -> Iterator[int]:
     """Degrees, ascending, so far apart that it pays to compute slots of one apart from slots of the next."""
     outline, grad = context.outline, context.request.grad
+    seconds = []
+    for degree in range(1, MAX_DEGREE + 1):
+        seconds.append(polynomial_work(outline, degree, grad).nominal)
+        if seconds[-1] >= limit:
+            break
     found, price = [], math.inf
-    for degree in range(max(needed), min(needed) - 1, -1):
-        seconds = polynomial_work(outline, degree, grad).nominal
-        if seconds < limit and (not found or seconds + _PART * _PLAN <= price):
+    for degree, own in reversed(list(enumerate(seconds, start=1))):
+        if own < limit and (not found or own + _PART * _PLAN <= price):
             found.append(degree)
-            price = seconds
+            price = own
     return reversed(found)
 
 

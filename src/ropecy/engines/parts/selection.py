@@ -100,14 +100,12 @@ class Sequences:
 
     def outline(self, whole: Outline) -> Outline:
         H, m = whole.sizes.H, len(self.alike.which)
-        mask = whole.mask.of_sequences(self.alike)
-        found = whole.outline(mask=Mask(mask.n, mask.n_k)).slots(np.repeat(np.arange(H), m))
-        bias = found.bias
+        mask, bias = whole.mask.of_sequences(self.alike), whole.bias
         if bias is not None:
             first = mask.least - whole.mask.least
             bias = np.ascontiguousarray(bias[..., first : first + mask.n + mask.n_k - 1])
-        sizes = found.sizes._replace(H=H * m, n=mask.n, n_k=mask.n_k)
-        return found.outline(sizes=sizes, mask=mask, bias=bias)
+        found = whole.outline(mask=Mask(mask.n, mask.n_k), bias=bias).slots(np.repeat(np.arange(H), m))
+        return found.outline(sizes=found.sizes._replace(n=mask.n, n_k=mask.n_k), mask=mask)
 
     def pieces(self, pieces: Pieces) -> Pieces:
         return pieces

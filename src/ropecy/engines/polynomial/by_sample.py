@@ -70,7 +70,7 @@ class Sampled(Engine):
             "sampled",
             request.eps - rounding,
             rounding,
-            seed=secrets.randbits(63) if request.seed is None else request.seed,
+            seed=secrets.randbits(62) if request.seed is None else request.seed,
             n_sampled=rows,
         )
         fallback = proved.executable if self._prove is None and proved is not None else None
