@@ -112,7 +112,7 @@ def choose_and_warn(context: Context) -> Choice:
         # Parts are judged by themselves: the largest truncation and the largest rounding may be those of two of them.
         leaves = [own.certificate for _, own in candidate.executable.leaves(outline)]
         certificate = max(leaves, key=lambda found: found.error)
-        if certificate.error > request.eps:
+        if min(certificate.error, candidate.executable.certificate.error) > request.eps:
             cure = "; float64 holds more" if outline.dtype.itemsize == 4 else ""
             warn(
                 f"no engine certifies eps = {request.eps:g}: rounding in {outline.dtype} alone may be "
