@@ -6,7 +6,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from ropecy import torch_demo  # noqa: E402
+from ropecy import serve_demo, torch_demo  # noqa: E402
 from ropecy.torch import RoPEAttention  # noqa: E402
 
 
@@ -60,3 +60,23 @@ def test_command(tmp_path, capsys):
     assert rows["near and far, ropecy"][:2] == rows["near and far, exact"][:2]
     assert "layer 0   " in out and "error <= " in out
     assert drawn.stat().st_size > 10_000
+
+
+def test_serving_is_the_model_and_the_command_runs(tmp_path, capsys):
+    """Steps on states give the logits of the whole text; the command trains, saves, loads and prints each way."""
+    model, text = torch_demo.to_serve(1, tmp_path / "weights")
+    states = serve_demo.States(model, text[:200], 3)
+    with torch.no_grad():
+        for i in range(200, 210):
+            logits = states.step(text[i - 2 : i + 1].expand(3, 3))
+        whole = model(text[None, :210])[:, -1:]
+    torch.testing.assert_close(logits, whole.expand(3, 1, 256), rtol=0, atol=0.02)
+    sizes = {"train-steps": 1, "weights": tmp_path / "weights", "streams": 2, "steps": 3, "plot": tmp_path / "plot.png"}
+    pytest.importorskip("matplotlib")
+    torch_demo.main(["serve", *(f"--{name}={size}" for name, size in sizes.items()), "--contexts", "70", "200"])
+    printed = capsys.readouterr().out
+    for way in ("states", "caches"):
+        assert printed.count(f"\n{way}") == 2
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+    own = {line.split()[5] for line in printed.splitlines() if line.startswith("states")}
+    assert len(own) == 1  # bytes a stream

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from . import attention
+from . import attention, serve_demo
 from .rotary import Rotary
 from .torch import RoPEAttention, scaled_dot_product_attention
 
@@ -88,13 +88,24 @@ class Model(nn.Module):
         for table in (self.embed, self.triples):
             nn.init.normal_(table.weight, std=0.5)
 
-    def forward(self, text: Tensor) -> Tensor:
-        """Logits (batch, n, 256) of the byte that follows each of text (batch, n)."""
+    def forward(
+        self,
+        text: Tensor,
+        attend: Callable[[int, RoPEAttention, Tensor], Tensor] = lambda i, layer, x: layer(x),
+        *,
+        last: bool = False,
+    ) -> Tensor:
+        """Logits (batch, n, 256) of the byte that follows each of text (batch, n), or of the last alone, n = 1.
+
+        The i-th block has ``attend(i, layer, x)`` of its layer.
+        """
         before = [nn.functional.pad(text, (shift, 0))[:, : text.shape[1]] for shift in (1, 2)]
         triple = (text + 256 * before[0] + 65536 * before[1]) * 2654435761 % 2**32 % len(self.triples.weight)
         x = self.embed(text) + self.triples(triple)
-        for norm, layer, second, network in self.blocks:
-            x = x + layer(norm(x))
+        if last:
+            x = x[:, -1:]
+        for i, (norm, layer, second, network) in enumerate(self.blocks):
+            x = x + attend(i, layer, norm(x))
             x = x + network(second(x))
         return self.head(self.norm(x))
 
@@ -275,8 +286,25 @@ def draw(path: Path, runs: dict[str, list[Run]], context: int) -> None:
     figure.savefig(path, dpi=110)
 
 
+def to_serve(steps: int, weights: Path | None) -> tuple[Model, Tensor]:
+    """The bounded model, read from a file of weights or trained (and written there), and the text to train with."""
+    torch.manual_seed(0)
+    model, text = Model("near and far, ropecy", width=96, heads=4, blocks=2, eps=0.1), read_sources()[0]
+    if weights is not None and weights.exists():
+        model.load_state_dict(torch.load(weights, weights_only=True))
+        return model.eval(), text
+    starts = torch.randint(len(text) - 1025, (steps,)).tolist()
+    optimise(model, lambda: loss(model, text[(at := starts.pop()) : at + 1025]), steps, 1e-2)
+    if weights is not None:
+        torch.save(model.state_dict(), weights)
+    return model.eval(), text
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Train every kind with every seed, print what was measured, and draw it where ``--plot`` says."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["serve"]:
+        return serve_demo.main(arguments[1:], to_serve)
     parser = argparse.ArgumentParser(prog="python -m ropecy.torch_demo", description=__doc__.split("\n\n")[0])
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=150)
