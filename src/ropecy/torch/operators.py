@@ -56,7 +56,7 @@ def stored(x: Tensor) -> np.ndarray:
     return x.detach().resolve_neg().view(torch.uint16).numpy().view(bfloat16)
 
 
-def _tensor(x: np.ndarray, like: Tensor) -> Tensor:
+def tensor(x: np.ndarray, like: Tensor) -> Tensor:
     x = np.ascontiguousarray(x)
     if bfloat16 is not None and x.dtype == bfloat16:
         return torch.from_numpy(x.view(np.uint16)).view(torch.bfloat16)
@@ -124,10 +124,10 @@ def compute_attention(query, key, value, *given):
     decoding = query.shape[-2] <= MOST_QUERIES and how["R"] is None and how["near"] is None
     arrays = [(array if found is None and not decoding else stored)(x) for x in (query, key, value)]
     if found is None:
-        return _tensor(attention(*arrays, **how), query)
+        return tensor(attention(*arrays, **how), query)
     O, certificate = attention(*arrays, **how, return_certificate=True)
     found.append(certificate)
-    return _tensor(O, query)
+    return tensor(O, query)
 
 
 @torch.library.impl(library, "attention_backward", "CPU")
@@ -147,7 +147,7 @@ def differentiate(
     any_lost = bool(lost.any())
     g = vjp(array(grad.masked_fill(lost, 0) if any_lost else grad))
     dscale_near = torch.tensor(0.0 if how["near"] is None else g.dscale_near, dtype=torch.float64)
-    dQ, dK, dV = _tensor(g.dQ, query), _tensor(g.dK, key), _tensor(g.dV, value)
+    dQ, dK, dV = tensor(g.dQ, query), tensor(g.dK, key), tensor(g.dV, value)
     if any_lost:
         nan = torch.zeros_like(lost, dtype=grad.dtype).masked_fill(lost, torch.nan)
         dQ, dscale_near = _spoilt(dQ, nan), dscale_near + nan.sum()

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..certificate import Certificate
 from ..decode import DecodeState
 from .key_values import KeyValues
-from .operators import _stored, _tensor
+from .operators import stored, tensor
 
 if TYPE_CHECKING:
     from .layer import RoPEAttention
@@ -103,7 +103,7 @@ def extend(layer: RoPEAttention, x: Tensor, state: LayerState, key_mask: Tensor 
     taking = counts > 0
     y = _among(layer(x[taking], key_mask[taking]), taking)
     _, k, v, _ = layer._heads(own[taking])
-    state.kept.extend(*(_stored(_among(X, taking)) for X in (k, v)), lengths=lengths)
+    state.kept.extend(*(stored(_among(X, taking)) for X in (k, v)), lengths=lengths)
     return y
 
 
@@ -122,8 +122,8 @@ def step(layer: RoPEAttention, x: Tensor, state: LayerState, active: Tensor | No
     if not active.any():
         return torch.zeros_like(x)
     q, k, v, _ = layer._heads(x[:, None])
-    o = state.kept.step(*(_stored(X)[:, :, 0] for X in (q, k, v)), active=active.numpy())
-    return torch.where(active[:, None], layer.o_proj(_tensor(o, v).flatten(-2)), 0)
+    o = state.kept.step(*(stored(X)[:, :, 0] for X in (q, k, v)), active=active.numpy())
+    return torch.where(active[:, None], layer.o_proj(tensor(o, v).flatten(-2)), 0)
 
 
 def without_padding(x: Tensor, key_mask: Tensor) -> Tensor:
