@@ -250,6 +250,29 @@ def test_many_queries_beside_few_ones(page):
     np.testing.assert_allclose(O.numpy(), dense(tensors, *lengths, (-1, 0))[0], atol=1e-12)
 
 
+@pytest.mark.parametrize("seed", range(30))
+def test_random_problems(seed):
+    """Of few and of many queries: against the oracle, in pages, and each sequence alone."""
+    rng = np.random.default_rng(seed)
+    key_heads, group = int(rng.choice([1, 2, 3, 8])), int(rng.choice([1, 2, 4, 8]))
+    q_lengths = rng.choice([0, 1, 1, 2, 5, 8] if seed % 3 else [0, 1, 3, 9, 40, 130], rng.integers(1, 8)).tolist()
+    k_lengths = [int(10 ** rng.uniform(0, 3.3)) - 1 for _ in q_lengths]
+    d, d_v, dtype = int(rng.choice([1, 8, 20, 64])), int(rng.choice([1, 8, 20])), DTYPES[rng.integers(4)]
+    tensors = draw(q_lengths, k_lengths, key_heads * group, key_heads, d, d_v, dtype)
+    window_size = int(rng.choice([-1, 0, 3, 100])), int(rng.choice([-1, 0, 0, 5]))
+    options = {"window_size": window_size, "method": "exact", "return_aux": LSE, "threads": int(rng.integers(1, 4))}
+    O, lse = attend(tensors, q_lengths, k_lengths, **options)
+    in_pages, lse_in_pages = attend_paged(tensors, q_lengths, k_lengths, int(rng.choice([1, 7, 16])), **options)
+    assert torch.equal(in_pages, O) and torch.equal(lse_in_pages, lse)
+    parts = (x.split(n) for x, n in zip((*tensors, O), (q_lengths, k_lengths, k_lengths, q_lengths), strict=True))
+    for n, n_k, *alone, rows in zip(q_lengths, k_lengths, *parts, strict=True):
+        assert torch.equal(attend(alone, [n], [n_k], **options)[0], rows)
+    if sum(q_lengths):
+        expected, unit = dense(tensors, q_lengths, k_lengths, window_size)[0], torch.finfo(dtype).eps
+        atol = 1e-12 if dtype == torch.float64 else 5e-6
+        np.testing.assert_allclose(O.double().numpy(), expected, rtol=unit, atol=atol)
+
+
 def test_ten_thousand_sequences_of_ten_tokens():
     lengths = [1] * 10_000, [10] * 10_000
     q, k, v = draw(*lengths, heads=2, key_heads=1, d=16)
