@@ -167,8 +167,8 @@ RC_INLINE void FEW(columns)(const int R, const int C, const FEW(block) * b, ptrd
 
 RC_INLINE void FEW(values)(const int R, const FEW(block) * b, const REAL *S, const REAL *factor, REAL *o) {
     const int C = ACCUMULATORS / R < 8 ? ACCUMULATORS / R : 8, half = C / 2 > 1 ? C / 2 : 1;
-    const ptrdiff_t width = b->v_read, vectors = (width + LANES - 1) / LANES;
-    const ptrdiff_t passes = vectors / C + vectors % C / half + vectors % C % half;
+    const ptrdiff_t width = b->v_read, whole = width / LANES; /* vectors, beside the one that ends with the row */
+    const ptrdiff_t passes = whole / C + whole % C / half + whole % C % half + (width % LANES != 0);
     const STORED *const *next = b->next_k;
     ptrdiff_t c = 0;
     for (; c + C * LANES <= width; c += C * LANES, next += b->keys / passes)
