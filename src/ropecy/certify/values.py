@@ -110,7 +110,8 @@ def _sized(found: Values, problem: Problem) -> Values:
     # The range of float64 values may be past the largest number.
     found.spread = min(2 * math.ldexp(spread, origin.exponent), sys.float_info.max) or largest
     if found.spread:
-        found.offset = (found.storing(problem.dtype) + origin.v_lost * largest / found.spread) / unit
+        size = largest if origin.v_size is None else origin.v_size
+        found.offset = (found.storing(problem.dtype) + origin.v_lost * size / found.spread) / unit
     return found
 
 

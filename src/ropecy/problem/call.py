@@ -12,6 +12,7 @@ import numpy as np
 
 from ..approximation import bias_forms as forms
 from ..approximation.bias_forms import FarGradient
+from ..kernels import _rows
 from ..machine.memory import require
 from ..rotary import Planes, rotate_rows
 from .arguments import Arguments, check_arguments, check_entries, check_method
@@ -94,6 +95,7 @@ class Call:
                 self._k.lost,
                 self._v.lost,
                 projected=a.W is not None or a.W_Q is not None or a.W_K is not None,
+                v_size=_rows.largest(v) if self._v.lost else None,
                 axes=(*a.lead[:-1], self.key_heads),
             ),
         )

@@ -53,6 +53,8 @@ class Origin:
         are relative to; None if they are those of the problem as it is.
     projected : bool
         Whether q or k are products with projections.
+    v_size : float or None
+        max |v|, before the normal form, that v_lost is relative to; None if it is that of the problem as it is.
     largest, varied : float or None
         max |v| before values were centred and scaled, over all columns and over those that are not constant; None if
         they were not.
@@ -74,6 +76,7 @@ class Origin:
     q_norm: np.ndarray | None = None
     k_norm: np.ndarray | None = None
     projected: bool = False
+    v_size: float | None = None
     largest: float | None = None
     varied: float | None = None
     exponent: int = 0
@@ -245,7 +248,11 @@ class Problem(Outline):
             v=np.repeat(self.v, G, axis=0),
             bias=bias,
             mask=self.mask.repeated(G),
-            origin=replace(self.origin, axes=(*self.origin.axes[:-1], *(G * axis for axis in self.origin.axes[-1:]))),
+            origin=replace(
+                self.origin.slots(np.repeat(np.arange(H), G), H),
+                axes=(*self.origin.axes[:-1], *(G * axis for axis in self.origin.axes[-1:])),
+                heads=None,
+            ),
         )
 
     def transposed(self, v: np.ndarray) -> Problem:
