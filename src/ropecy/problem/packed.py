@@ -107,7 +107,7 @@ class Packed:
 
 def stretches(starts: np.ndarray, length: int) -> slice | np.ndarray:
     """Where stretches of this length from these starts on lie; a slice where each begins where the last one ends."""
-    if (np.diff(starts) == length).all():
+    if len(starts) == 1 or (np.diff(starts) == length).all():
         return slice(int(starts[0]), int(starts[0]) + len(starts) * length)
     return (starts[:, None] + np.arange(length)).reshape(-1)
 
@@ -115,6 +115,8 @@ def stretches(starts: np.ndarray, length: int) -> slice | np.ndarray:
 def taken(X: np.ndarray, starts: np.ndarray, length: int, axis: int) -> np.ndarray:
     """Stretches of X (H, ..., n, ...) along `axis` as slots of their own, (H m, ..., length, ...), contiguous."""
     found = X[(slice(None),) * axis + (stretches(starts, length),)]
+    if len(starts) == 1:
+        return np.ascontiguousarray(found)
     found = found.reshape(*X.shape[:axis], len(starts), length, *X.shape[axis + 1 :])
     found = np.ascontiguousarray(np.moveaxis(found, axis, 1))
     return found.reshape(-1, *found.shape[2:])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -20,6 +20,14 @@ from .groups import groups, in_order
 from .selection import Heads, Sequences
 
 Plan = Callable[[Context], Candidate]
+
+
+class _Group(NamedTuple):
+    """Some slots, the context that they were planned in, and their candidate."""
+
+    slots: Slots
+    context: Context
+    candidate: Candidate
 
 
 @dataclass(slots=True)
@@ -52,20 +60,24 @@ class ByHead(Engine):
             return Refusal(self.name)
         found = _exact_in_one(context, self._planned(context, together))
         if len(found) == 1:
-            return found[0][1]
+            return found[0].candidate
         origin, H = context.outline.origin, context.outline.sizes.H
-        parts = [Part(Heads(slots), candidate.executable, origin.named(slots, H)) for slots, candidate in found]
-        reasons = _joined([(part.heads, own.reason) for part, (_, own) in zip(parts, found, strict=True)], named)
-        # Executables keep the copies that they were planned for, and each is copied again to be computed.
-        extra = 2 * sum(0 if isinstance(slots, slice) else len(slots) for slots, _ in found) * _slot(context)
-        candidate = _of_parts(context, parts, [own for _, own in found], reasons, extra)
+        parts = []
+        for slots, own, candidate in found:
+            planned = context.problem, own.problem
+            parts.append(Part(Heads(slots), candidate.executable, origin.named(slots, H), planned))
+        candidates = [group.candidate for group in found]
+        reasons = _joined([(part.heads, own.reason) for part, own in zip(parts, candidates, strict=True)], named)
+        copied = sum(0 if isinstance(group.slots, slice) else len(group.slots) for group in found)
+        candidate = _of_parts(context, parts, candidates, reasons, copied * _slot(context))
         return candidate if context.request.method != "auto" or candidate.fits else Refusal(self.name)
 
-    def _planned(self, context: Context, together: list[Slots]) -> list[tuple[Slots, Candidate]]:
+    def _planned(self, context: Context, together: list[Slots]) -> list[_Group]:
         found, refused, context = [], [], _with_a_seed(context)
         for slots in together:
+            own = context.slots(slots)
             try:
-                found.append((slots, self.plan(context.slots(slots))))
+                found.append(_Group(slots, own, self.plan(own)))
             except BoundedEntryError as error:
                 heads = context.outline.origin.named(slots, context.outline.sizes.H)
                 refused.append(f"{named(heads)}: {error}")
@@ -104,10 +116,10 @@ class BySequence(Engine):
             problem = selection.problem(whole)
             if not problem.empty:
                 found.append(self.plan(Context.of(problem, request)))
-                parts.append(Part(selection, found[-1].executable))
+                parts.append(Part(selection, found[-1].executable, planned=(context.problem, problem)))
         reasons = [(part.selection.alike.which, own.reason) for part, own in zip(parts, found, strict=True)]
-        # Executables keep the sequences that they were planned for, and each is taken out again to be computed.
-        extra = 2 * context.outline.sizes.H * _slot(context)
+        # The sequences, which are taken out of the whole.
+        extra = context.outline.sizes.H * _slot(context)
         return _of_parts(context, parts, found, _joined(reasons, _counted), extra)
 
 
@@ -116,17 +128,17 @@ def _with_a_seed(context: Context) -> Context:
     return context if context.request.seed is not None else context.asking(seed=secrets.randbits(62))
 
 
-def _exact_in_one(context: Context, found: list[tuple[Slots, Candidate]]) -> list[tuple[Slots, Candidate]]:
+def _exact_in_one(context: Context, found: list[_Group]) -> list[_Group]:
     """The groups, with all heads that are computed exactly in one of them, the last."""
-    exact = [(slots, candidate) for slots, candidate in found if candidate.engine == "exact"]
+    exact = [group for group in found if group.candidate.engine == "exact"]
     if len(exact) < 2:
         return found
     every = np.arange(context.outline.sizes.H)
-    slots = in_order(np.sort(np.concatenate([every[own] for own, _ in exact])))
+    slots = in_order(np.sort(np.concatenate([every[group.slots] for group in exact])))
     own = context if len(exact) == len(found) else context.slots(slots)
     merged = ExactEngine().offer(own, Search(context.request))
-    merged = replace(merged, reason=exact[-1][1].reason)
-    return [pair for pair in found if pair[1].engine != "exact"] + [(slots, merged)]
+    merged = replace(merged, reason=exact[-1].candidate.reason)
+    return [group for group in found if group.candidate.engine != "exact"] + [_Group(slots, own, merged)]
 
 
 def _of_parts(

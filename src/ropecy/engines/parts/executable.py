@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -19,12 +19,28 @@ from .selection import Selection
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A part of a problem, what runs it, and the heads that it has, as users know them; () where it is not some heads.
+    """A part of a problem, and what runs it.
+
+    Attributes
+    ----------
+    selection : Selection
+    executable : Executable
+    heads : tuple of tuple of int
+        The heads that it has, as users know them; () where it is not some heads.
+    planned : (Problem, Problem) or None
+        The whole and the part for which the executable was planned; None where they are in another process.
     """
 
     selection: Selection
     executable: Executable
     heads: tuple[tuple[int, ...], ...] = ()
+    planned: tuple[Problem, Problem] | None = field(default=None, repr=False)
+
+    def problem(self, whole: Problem) -> Problem:
+        """The part of a problem; it is not taken out twice."""
+        if self.planned is not None and self.planned[0].q is whole.q and self.planned[0].v is whole.v:
+            return self.planned[1]
+        return self.selection.problem(whole)
 
 
 class InParts(Executable):
@@ -92,7 +108,7 @@ class InParts(Executable):
     def measured_by(self, statistics: Statistics | None) -> InParts:
         def measured(part: Part) -> Part:
             own = None if statistics is None else statistics.slots(part.selection.slots)
-            return replace(part, executable=part.executable.measured_by(own))
+            return replace(part, executable=part.executable.measured_by(own), planned=None)
 
         return InParts(tuple(measured(part) for part in self.parts), self._grad)
 
@@ -106,7 +122,7 @@ class InParts(Executable):
         lse, found = np.full(rows, -np.inf) if want_lse else None, []
         for part in self.parts:
             selection = part.selection
-            own = part.executable.forward(selection.problem(problem), want_lse, selection.pieces(pieces))
+            own = part.executable.forward(part.problem(problem), want_lse, selection.pieces(pieces))
             selection.put_rows(o, own.o)
             if lse is not None:
                 selection.put_rows(lse, own.lse)
@@ -120,7 +136,7 @@ class InParts(Executable):
         found = InputGradients(*(np.zeros_like(X) for X in (problem.q, problem.k, problem.v)))
         for part, own in zip(self.parts, result.saved, strict=True):
             selection = part.selection
-            of_part = own.backward(selection.problem(problem), selection.rows(do), selection.pieces(pieces))
+            of_part = own.backward(part.problem(problem), selection.rows(do), selection.pieces(pieces))
             selection.put_rows(found.dq, of_part.dq)
             selection.put_keys(found.dk, of_part.dk)
             selection.put_keys(found.dv, of_part.dv)

@@ -18,6 +18,9 @@ from ..polynomial.worst_case import WorstCase, worth_measuring
 _PLAN = 4e-4  # seconds that planning and calling one more group takes
 _PART = 4  # slots are told apart where this pays if the groups differ in every so many of them
 _LOOK = 0.03  # what planning one more group may cost, as a part of its exact work
+# Bounds that differ by less than this factor are no reason to tell slots apart: what a look at the bound alone expects
+# is not what is planned in the end, by moments.
+_ALIKE = 1.1
 # Below so many pairs of rows and keys a slot is computed exactly, whatever its scores are.
 _FEW_PAIRS = 2**14
 
@@ -25,7 +28,8 @@ _FEW_PAIRS = 2**14
 def groups(context: Context) -> list[Slots]:
     """The slots in groups, those with the smallest scores first; one group if it does not pay to tell them apart.
 
-    The group of a slot depends on the bound of its own scores and on the shape of the call, and not on other slots.
+    The group of a slot depends on the bound of its own scores and on the shape of the call; only a slot whose bound is
+    nearly that of the next group joins it, if there is one.
     """
     outline, request = context.outline, context.request
     H, _, n, n_k, *_ = outline.sizes
@@ -39,7 +43,7 @@ def groups(context: Context) -> list[Slots]:
         return one
     limit = exact.nominal if request.method == "auto" else math.inf
     keys = _keys(context, limit, _LOOK * exact.nominal > _PART * _PLAN)
-    return [in_order(np.array(slots)) for _, slots in sorted(keys.items())]
+    return [in_order(np.sort(slots)) for _, slots in sorted(keys.items())]
 
 
 def _keys(context: Context, limit: float, many: bool) -> dict[tuple[int, float], list[int]]:
@@ -48,16 +52,22 @@ def _keys(context: Context, limit: float, many: bool) -> dict[tuple[int, float],
     Where no degree serves, slots are told apart by the power of two that their scores are within, if `many` are to be
     told apart: moments, or a split of outliers, may serve some of them.
     """
-    bounds = context.statistics.scores.of_slots.tolist()
-    degrees = {B: _degree(context, B) for B in {_rounded(B) for B in bounds}}
+    bounds = context.statistics.scores.of_slots
+    degrees = {B: _degree(context, B) for B in {_rounded(B) for at in bounds.tolist() for B in (at, _ALIKE * at)}}
     needed = {degree for degree in degrees.values() if degree is not None}
     steps = list(_steps(context, limit)) if len(needed) > 1 else list(needed)
-    found: dict[tuple[int, float], list[int]] = {}
-    for slot, B in enumerate(bounds):
+
+    def key(B: float) -> tuple[int, float]:
         degree = degrees[_rounded(B)]
         step = None if degree is None else next((step for step in steps if step >= degree), None)
-        key = (0, float(step)) if step is not None else (1, float(math.frexp(B)[1]) if many and B < math.inf else 0.0)
-        found.setdefault(key, []).append(slot)
+        if step is not None:
+            return 0, float(step)
+        return 1, float(math.frexp(B)[1]) if many and B < math.inf else 0.0
+
+    found: dict[tuple[int, float], list[int]] = {}
+    for slot in np.argsort(-bounds, kind="stable").tolist():
+        own, above = (key(float(factor * bounds[slot])) for factor in (1, _ALIKE))
+        found.setdefault(above if above in found else own, []).append(slot)
     return found
 
 

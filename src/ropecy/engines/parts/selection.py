@@ -157,6 +157,9 @@ def _changed(found: SymbolGradient, change: Callable[[np.ndarray, int], np.ndarr
 
 def _put(into: np.ndarray, X: np.ndarray, starts: np.ndarray, length: int, axis: int) -> None:
     """The inverse of `taken`."""
-    X = np.moveaxis(X.reshape(len(into), len(starts), *X.shape[1:]), 1, axis)
     index = (slice(None),) * axis + (stretches(starts, length),)
+    if len(starts) == 1:
+        into[index] = X
+        return
+    X = np.moveaxis(X.reshape(len(into), len(starts), *X.shape[1:]), 1, axis)
     into[index] = X.reshape(*into.shape[:axis], -1, *into.shape[axis + 1 :])
