@@ -229,3 +229,11 @@ def test_the_group_of_a_head_is_its_own(bounds, rng):
 def test_slots_that_follow_one_another_are_no_copies():
     assert in_order(np.array([2, 3, 4])) == slice(2, 5)
     assert in_order(np.array([1, 3])).tolist() == [1, 3]
+
+
+def test_heads_of_nearly_equal_scores_have_one_plan(rng):
+    """Wherever their bounds lie among those at which one more degree is needed."""
+    for size in np.geomspace(0.2, 2, 12):
+        case = _case(rng, size * np.array([1.0, 0.95, 1.04, 0.98]), n=1000)
+        problem = Problem(q=case["Q"][:, None], k=case["K"], v=case["V"])
+        assert len(groups(Context.of(problem, Request(method="polynomial")))) == 1, size

@@ -41,6 +41,9 @@ def groups(context: Context) -> list[Slots]:
     exact = exact_work(outline, request.grad)
     if not worth_measuring(context, exact, any_slot=True):
         return one
+    bounds = context.statistics.scores.of_slots
+    if bounds.max() <= _ALIKE * bounds.min():
+        return one
     limit = exact.nominal if request.method == "auto" else math.inf
     keys = _keys(context, limit, _LOOK * exact.nominal > _PART * _PLAN)
     return [in_order(np.sort(slots)) for _, slots in sorted(keys.items())]
@@ -67,7 +70,8 @@ def _keys(context: Context, limit: float, many: bool) -> dict[tuple[int, float],
     found: dict[tuple[int, float], list[int]] = {}
     for slot in np.argsort(-bounds, kind="stable").tolist():
         own, above = (key(float(factor * bounds[slot])) for factor in (1, _ALIKE))
-        found.setdefault(above if above in found else own, []).append(slot)
+        joined = min((other for other in found if own <= other <= above), default=own)
+        found.setdefault(joined, []).append(slot)
     return found
 
 
