@@ -5,7 +5,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import ropecy  # noqa: E402
-from ropecy.torch import scaled_dot_product_attention  # noqa: E402
+from ropecy.torch import RoPEAttention, scaled_dot_product_attention  # noqa: E402
 
 Q_LENGTHS, K_LENGTHS = [20, 0, 35, 20], [20, 3, 40, 20]
 EXACT = {"method": "exact"}
@@ -74,6 +74,18 @@ def test_bfloat16_is_rounded_once():
     found = scaled_dot_product_attention(*inputs, **options)
     expected = scaled_dot_product_attention(*(x.float() for x in inputs), **options)
     torch.testing.assert_close(found, expected.bfloat16(), rtol=2**-7, atol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"bound": 1.0}, {"bound": 1.0, "near": 0, "causal": False}])
+def test_a_layer_of_packed_documents(options):
+    torch.manual_seed(1)
+    layer = RoPEAttention(32, 4, eps=1e-6, **options).double()
+    x, documents = torch.randn(2, 70, 32, dtype=torch.float64), [30, 0, 25, 15]
+    found = layer(x, lengths=torch.tensor(documents))
+    expected = torch.cat([layer(each) for each in x.split(documents, 1) if each.shape[1]], dim=1)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    ours, theirs = (torch.autograd.grad(y.sin().sum(), list(layer.parameters())) for y in (found, expected))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
 def test_what_is_refused():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -169,6 +169,7 @@ class RoPEAttention(nn.Module):
         key_mask: Tensor | None = None,
         positions: Tensor | None = None,
         *,
+        lengths: Tensor | Sequence[int] | None = None,
         return_certificate: bool = False,
     ) -> Tensor | tuple[Tensor, Certificate]:
         """Attention of the tokens x (batch, n, embed_dim) among themselves.
@@ -180,9 +181,11 @@ class RoPEAttention(nn.Module):
             True for tokens that are kept. Others are padding: whatever they hold, NaN among it, they are read as 0,
             reach no other token, and have gradient 0. What comes out at their places means nothing.
         positions : (n,) or (batch, n) integer tensor, optional
-            What the rotations go by, by default 0 to n - 1. Positions do not say which tokens see each other: where
-            they start again, as in a row of packed documents, tokens of one document still attend to those before
-            it. Give each document a row of its own, with padding.
+            What the rotations go by, by default 0 to n - 1, or from 0 on in each document. Positions do not say which
+            tokens see each other: where they start again, tokens still attend to those before; `lengths` says so.
+        lengths : (s,) integers, optional
+            Rows are documents packed side by side, of these lengths in every row of the batch, each of which sees
+            itself alone. Documents of unlike batches go into one row, ``x.flatten(0, 1)[None]``.
         return_certificate : bool
             Return the certificate too: of attention's result, before the output projection.
 
@@ -215,6 +218,7 @@ class RoPEAttention(nn.Module):
                 rotary=self.rotary,
                 q_positions=positions,
                 k_positions=positions,
+                lengths=lengths,
                 eps=self.eps,
                 method=self.method,
                 return_certificate=return_certificate,
