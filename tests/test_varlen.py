@@ -3,14 +3,16 @@
 import numpy as np
 import oracle
 import pytest
-import torch
-from torch.autograd import forward_ad
-from torch.nn.attention.bias import causal_lower_right
-from torch.nn.attention.varlen import AuxRequest
-from torch_cases import SDPA, check_same
 
-import ropecy
-from ropecy.torch import packed, varlen_attn
+torch = pytest.importorskip("torch")
+
+from torch.autograd import forward_ad  # noqa: E402
+from torch.nn.attention.bias import causal_lower_right  # noqa: E402
+from torch.nn.attention.varlen import AuxRequest  # noqa: E402
+from torch_cases import SDPA, check_same  # noqa: E402
+
+import ropecy  # noqa: E402
+from ropecy.torch import packed, varlen_attn  # noqa: E402
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 LSE = AuxRequest(lse=True)

@@ -63,11 +63,6 @@ class Values:
         ends = (X[which] for X in (self.low, self.high, self.mean))
         return _sized(Values(self.middle[which], 1.0, *ends, self.far), problem)
 
-    @property
-    def extent(self) -> float:
-        """max_c range_j(v_jc) before the normal form, 0 where all columns are constant."""
-        return self.spread if (self.high > self.low).any() else 0.0
-
     def storing(self, dtype: np.dtype) -> float:
         """The error of storing O in a dtype, in units of max_c range_j(v_jc)."""
         return storing(dtype, self.varied) / self.spread if self.varied else 0.0

@@ -146,12 +146,9 @@ class Executable(ABC):
         return Traffic()
 
     @property
-    def unit(self) -> tuple[float, float]:
-        """The size of values that rounding is in units of, 0 where there is none, and the largest range of a column of
-        values; they differ where all columns are constant, so that the latter is 0.
-        """
-        values = self.values
-        return (1.0, 0.0) if values is None else (0.0 if values.exact else values.spread, values.extent)
+    def unit(self) -> float:
+        """The size of values that rounding is in units of, 0 where there is no rounding."""
+        return 0.0 if self.values.exact else self.values.spread
 
     def storing(self, dtype: np.dtype) -> float:
         """What storing O in the dtype of the call adds to its error, in units of the range; 0 but in half precision."""

@@ -145,7 +145,7 @@ def _of_parts(
     context: Context, parts: list[Part], found: list[Candidate], reason: str, extra: float
 ) -> Candidate:
     """The candidate that runs all parts; `extra` are the bytes of the copies that are taken out of the whole."""
-    executable = InParts(tuple(parts), context.request.grad)
+    executable = InParts(tuple(parts), context.statistics, context.request.grad)
     work = sum((candidate.work for candidate in found), Work())
     return Candidate(executable, work, sum(candidate.bytes for candidate in found) + extra, reason)
 

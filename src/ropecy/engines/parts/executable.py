@@ -9,6 +9,7 @@ import numpy as np
 from ...certificate import Certificate, together
 from ...certify.once import once
 from ...certify.statistics import Statistics
+from ...certify.values import Values
 from ...problem.input_gradients import InputGradients
 from ...problem.pieces import WHOLE, Pieces
 from ...problem.problem import Outline, Problem
@@ -51,8 +52,13 @@ class InParts(Executable):
     parts : tuple of Part
     """
 
-    def __init__(self, parts: tuple[Part, ...], grad: bool) -> None:
+    def __init__(self, parts: tuple[Part, ...], statistics: Statistics, grad: bool) -> None:
         self.parts, self._grad = parts, grad
+        self._statistics: Statistics | None = statistics
+
+    @once
+    def values(self) -> Values:
+        return self._statistics.values
 
     @property
     def engine(self) -> str:
@@ -84,16 +90,11 @@ class InParts(Executable):
         """The certificate of the gradients of the whole. Their rounding is in units of each row's own values."""
         return together([part.heads for part in self.parts], certificates, [1.0] * len(certificates))
 
-    @once
-    def unit(self) -> tuple[float, float]:
-        units, extents = zip(*(part.executable.unit for part in self.parts), strict=True)
-        return max(extents) or max(units), max(extents)
-
     @property
     def _weights(self) -> list[float]:
         """The unit of each part's rounding, in units of that of the whole."""
-        whole = self.unit[0] or 1.0
-        return [part.executable.unit[0] / whole for part in self.parts]
+        whole = self.unit or 1.0
+        return [part.executable.unit / whole for part in self.parts]
 
     def storing(self, dtype: np.dtype) -> float:
         parts = zip(self.parts, self._weights, strict=True)
@@ -110,7 +111,11 @@ class InParts(Executable):
             own = None if statistics is None else statistics.slots(part.selection.slots)
             return replace(part, executable=part.executable.measured_by(own), planned=None)
 
-        return InParts(tuple(measured(part) for part in self.parts), self._grad)
+        assert self.values is not None
+        found = object.__new__(InParts)
+        found.__dict__.update(self.__dict__)
+        found.parts, found._statistics = tuple(measured(part) for part in self.parts), statistics
+        return found
 
     def traffic(self, sender: Sender) -> Traffic:
         own = (replace(sender, outline=part.selection.outline(sender.outline)) for part in self.parts)
