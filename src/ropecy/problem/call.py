@@ -20,7 +20,7 @@ from .communicator import SERIAL, Communicator
 from .family import Family
 from .input_gradients import AS_IT_IS, Exponents, InputGradients, SymbolGradient
 from .mask import Mask
-from .problem import Origin, Problem
+from .problem import Origin, Problem, unit_of
 from .request import Request
 from .rows import Rows, contiguous, spread
 
@@ -96,6 +96,7 @@ class Call:
                 self._v.lost,
                 projected=a.W is not None or a.W_Q is not None or a.W_K is not None,
                 v_size=_rows.largest(v) if self._v.lost else None,
+                unit=None if a.packed is None else unit_of(v, mask, a.threads),
                 axes=(*a.lead[:-1], self.key_heads),
             ),
         )

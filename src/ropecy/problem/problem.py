@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..approximation import bias_forms as forms
+from ..kernels import _rows
 from .family import Family
 from .mask import Mask
 
@@ -55,6 +56,9 @@ class Origin:
         Whether q or k are products with projections.
     v_size : float or None
         max |v|, before the normal form, that v_lost is relative to; None if it is that of the problem as it is.
+    unit : float or None
+        Of packed sequences: the largest range of a column of v, or max |v| where all are constant; it is that of the
+        values of all sequences, before each is centred by itself.
     largest, varied : float or None
         max |v| before values were centred and scaled, over all columns and over those that are not constant; None if
         they were not.
@@ -77,6 +81,7 @@ class Origin:
     k_norm: np.ndarray | None = None
     projected: bool = False
     v_size: float | None = None
+    unit: float | None = None
     largest: float | None = None
     varied: float | None = None
     exponent: int = 0
@@ -230,8 +235,10 @@ class Problem(Outline):
 
     def with_values(self, v: np.ndarray) -> Problem:
         """The problem with the same scores and other values, (H, n_k, m), which carry no rounding error."""
-        origin = replace(self.origin, v_lost=0.0, largest=None, varied=None, exponent=0)
-        return replace(self, v=self.mask.hide(v), origin=origin)
+        v = self.mask.hide(v)
+        unit = None if self.mask.packed is None else unit_of(v, self.mask, self.threads)
+        origin = replace(self.origin, v_lost=0.0, v_size=None, unit=unit, largest=None, varied=None, exponent=0)
+        return replace(self, v=v, origin=origin)
 
     def ungrouped(self) -> Problem:
         """The same problem with every query head in a slot of its own: keys are repeated."""
@@ -282,6 +289,15 @@ class Problem(Outline):
         """The problem with both sequences reversed, so that j - i becomes i - j; it must have no bias and no family."""
         q, k, v = (np.ascontiguousarray(X) for X in (self.q[:, :, ::-1], self.k[:, ::-1], self.v[:, ::-1]))
         return replace(self, q=q, k=k, v=v, mask=self.mask.reversed())
+
+
+def unit_of(v: np.ndarray, mask: Mask, threads: int) -> float:
+    """The largest range of a column of v (H, n_k, m) over kept keys, or max |v| where all columns are constant."""
+    if not v.size:
+        return 0.0
+    _, low, high = _rows.columns(v, mask.kept, threads)
+    low, high = low.astype(np.float64), high.astype(np.float64)
+    return float((high - low).max()) or _rows.largest(v) if (low <= high).any() else 0.0
 
 
 def _tail_of_slots(

@@ -60,6 +60,11 @@ class InParts(Executable):
     def values(self) -> Values:
         return self._statistics.values
 
+    @once
+    def unit(self) -> float:
+        unit = self._statistics.problem.origin.unit
+        return super().unit if unit is None else unit
+
     @property
     def engine(self) -> str:
         engines = {part.executable.engine for part in self.parts}
@@ -111,7 +116,7 @@ class InParts(Executable):
             own = None if statistics is None else statistics.slots(part.selection.slots)
             return replace(part, executable=part.executable.measured_by(own), planned=None)
 
-        assert self.values is not None
+        assert self.unit is not None
         found = object.__new__(InParts)
         found.__dict__.update(self.__dict__)
         found.parts, found._statistics = tuple(measured(part) for part in self.parts), statistics
