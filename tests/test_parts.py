@@ -3,12 +3,20 @@
 import numpy as np
 import oracle
 import pytest
+from inside import chosen_for, problem_for
 
 import ropecy
+from ropecy.problem.normal_form import normal_form
 
 
 def unit(X):
     return X / np.linalg.norm(X, axis=-1, keepdims=True)
+
+
+def chosen_parts(Q, K, V, **how):
+    problem = problem_for(Q, K, V, **how)
+    request = {name: how[name] for name in ("eps", "certify")}
+    return chosen_for(normal_form(problem, False).problem, **request).executable.parts
 
 
 def heads(rng, bounds, n=1500, d=4):
@@ -86,13 +94,14 @@ def test_names_of_heads_in_products(columns, rng):
 
 
 def test_sampled_parts_say_what_every_sample_shows(rng):
-    lengths = [9000, *(3000 + i for i in range(4))]
+    lengths = [6000, 6001, 9000]
     X = unit(rng.standard_normal((2, sum(lengths), 16))) * 1.6
     V = rng.uniform(-1, 1, (sum(lengths), 3))
     how = {"scale": 1.0, "eps": 1e-2, "certify": "sample", "lengths": lengths}
     _, certificate = ropecy.attention(*X, V, **how, return_certificate=True)
     assert certificate.rule == "sampled"
     # Each part has a sample of its own, and no more rows than that speak of the longest sequence.
+    assert all(own.executable.certificate.rule == "sampled" for own in chosen_parts(*X, V, **how))
     assert certificate.n_sampled == 192
     assert "not proved" in str(certificate)
     O, again = (ropecy.attention(*X, V, **how, seed=certificate.seed) for _ in range(2))
