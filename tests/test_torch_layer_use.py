@@ -69,6 +69,8 @@ def test_positions_separate_nothing():
     torch.testing.assert_close(packed[:, :10], apart[:, :10])
     assert (packed[:, 10:] - apart[:, 10:]).abs().max() > 1e-3
     assert "Positions do not say which tokens see each other" in RoPEAttention.forward.__doc__
+    # Their lengths do.
+    torch.testing.assert_close(layer(x, lengths=[10, 10]), apart)
 
 
 @pytest.mark.parametrize("method", ["exact", "polynomial"])

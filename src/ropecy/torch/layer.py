@@ -181,8 +181,9 @@ class RoPEAttention(nn.Module):
             True for tokens that are kept. Others are padding: whatever they hold, NaN among it, they are read as 0,
             reach no other token, and have gradient 0. What comes out at their places means nothing.
         positions : (n,) or (batch, n) integer tensor, optional
-            What the rotations go by, by default 0 to n - 1, or from 0 on in each document. Positions do not say which
-            tokens see each other: where they start again, tokens still attend to those before; `lengths` says so.
+            What the rotations go by, by default 0 to n - 1, or from 0 on in each document of `lengths`.
+            Positions do not say which tokens see each other: where they start again, tokens still attend to those
+            before.
         lengths : (s,) integers, optional
             Rows are documents packed side by side, of these lengths in every row of the batch, each of which sees
             itself alone. Documents of unlike batches go into one row, ``x.flatten(0, 1)[None]``.
