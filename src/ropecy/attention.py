@@ -222,7 +222,7 @@ def _exact_certificate(arguments: Arguments, request: Request) -> Certificate:
     context = Context.of(call.problem, request)
     exact = Exact(context.outline, context.statistics, False)
     certificate = replace(exact.certificate, rows_truncation=np.zeros(call.shape[:-1]))
-    return certificate.stored(exact.storing(call.dtype))
+    return exact.stored(certificate, call.dtype)
 
 
 def attention_vjp(

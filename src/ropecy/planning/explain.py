@@ -127,14 +127,13 @@ def _tried(name: str, context: Context) -> Alternative:
 
 def _alternative(name: str, context: Context, choice: Choice) -> Alternative:
     outline, candidate, executable = context.outline, choice.candidate, choice.executable
-    served, least = [], None
-    for part, own in executable.leaves(outline):
-        if own.engine == "polynomial" and WorstCase().lacks(outline) is None:
+    served = []
+    for part, own in executable.leaves(outline) if WorstCase().lacks(outline) is None else ():
+        if own.engine == "polynomial":
             certificate, gradient = own.certificate, own.gradient_certificate
             rule = {"moments": certificate.rule == "moments", "fourth": certificate.failure > 0}
             served.append(Served(part, certificate.degree, gradient and gradient.degree, **rule))
-    if served:
-        least = pays_from(served)
+    least = pays_from(served) if served else None
     seconds = seconds_of(candidate.work, outline.threads, context.request.grad)
     return Alternative(name, executable.certificate, seconds, candidate.bytes, least)
 

@@ -109,17 +109,23 @@ def choose_and_warn(context: Context) -> Choice:
         of_degree = "" if degree is None else f" of degree {degree}, {certificate.n_features:,} features,"
         warn(f"{candidate.engine} attention{of_degree} is predicted to take {seconds:,.0f} s: {candidate.reason}")
     if request.method == "auto" and not request.each_weight:
-        # Parts are judged by themselves: the largest truncation and the largest rounding may be those of two of them.
-        leaves = [own.certificate for _, own in candidate.executable.leaves(outline)]
-        certificate = max(leaves, key=lambda found: found.error)
-        if min(certificate.error, candidate.executable.certificate.error) > request.eps:
-            cure = "; float64 holds more" if outline.dtype.itemsize == 4 else ""
-            warn(
-                f"no engine certifies eps = {request.eps:g}: rounding in {outline.dtype} alone may be "
-                f"{certificate.rounding:.2g} of the range of the values{cure}",
-                AccuracyWarning,
-            )
+        if candidate.executable.certificate.error > request.eps:
+            _warn_of_rounding(context, candidate.executable)
     return found
+
+
+def _warn_of_rounding(context: Context, executable: Executable) -> None:
+    """Warn where some part is past eps: the whole may be by the largest truncation and the largest rounding of two."""
+    outline, eps = context.outline, context.request.eps
+    leaves = [own.certificate for _, own in executable.leaves(outline)]
+    certificate = max(leaves, key=lambda found: found.error)
+    if certificate.error > eps:
+        cure = "; float64 holds more" if outline.dtype.itemsize == 4 else ""
+        warn(
+            f"no engine certifies eps = {eps:g}: rounding in {outline.dtype} alone may be "
+            f"{certificate.rounding:.2g} of the range of the values{cure}",
+            AccuracyWarning,
+        )
 
 
 def looks_at_a_sample(context: Context) -> bool:

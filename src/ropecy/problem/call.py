@@ -107,7 +107,8 @@ class Call:
             kept = kept if kept.ndim > 1 else kept[None]
             kept = np.ascontiguousarray(spread(kept[..., None], a.batch, self.key_heads)[..., 0])
         packed = a.packed
-        if packed is not None and a.lo is None and a.hi is None and a.bias is None and a.near is None:
+        by_offset = a.lo is not None or a.hi is not None or a.bias is not None or a.near is not None
+        if packed is not None and not by_offset and packed.offsets.any():
             # Where nothing goes by j - i, sequences whose offsets alone differ are alike.
             packed = replace(packed, offsets=np.zeros_like(packed.offsets))
         return Mask(a.n, a.n_k, a.lo, a.hi, a.q_offset, kept, packed).simplified()

@@ -96,7 +96,7 @@ class Mask:
         if self.n == 0 or self.n_k == 0 or (self.kept is not None and not self.kept.any()):
             return True
         if self.packed is not None:
-            return all(self.of_sequences(alike).empty for alike in self.packed.alike())
+            return all(self.of_sequences(alike).empty for alike in self.packed.alike)
         if self.lo is None and self.hi is None:
             return False
         first, stop = self.seen

@@ -203,7 +203,7 @@ def _ends_of_sequences(X: np.ndarray, problem: Problem) -> tuple[np.ndarray, np.
     """`_ends` of packed sequences: what one of them has depends on no other."""
     packed = problem.mask.packed
     low, high = np.zeros((2, len(X), packed.size, X.shape[2]), X.dtype)
-    for alike in packed.alike():
+    for alike in packed.alike:
         kept = problem.mask.of_sequences(alike).kept
         found = _ends_of_slots(taken(X, alike.keys, alike.n_k, 1), kept, problem.threads, SERIAL)
         for ends, of_alike in zip((low, high), found, strict=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,11 +41,18 @@ class Packed:
         How many rows, and how many keys, each sequence has.
     offsets : (s,) int64 array
         The index of the first row of each sequence among its keys.
+    alike : tuple of Alike
+        The sequences that have rows and keys, those of one shape together. Found once, since sorting many shapes takes
+        longer than computing short sequences.
     """
 
     q_lengths: np.ndarray
     k_lengths: np.ndarray
     offsets: np.ndarray
+    alike: tuple[Alike, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "alike", tuple(self._kinds()))
 
     @property
     def size(self) -> int:
@@ -55,12 +62,12 @@ class Packed:
     @property
     def q_positions(self) -> np.ndarray:
         """The index of each row among the keys of its sequence, (n,)."""
-        return _counted(self.q_lengths) + np.repeat(self.offsets, self.q_lengths)
+        return counted(self.q_lengths) + np.repeat(self.offsets, self.q_lengths)
 
     @property
     def k_positions(self) -> np.ndarray:
         """The index of each key in its sequence, (n_k,)."""
-        return _counted(self.k_lengths)
+        return counted(self.k_lengths)
 
     @property
     def of_rows(self) -> np.ndarray:
@@ -87,8 +94,7 @@ class Packed:
         """Which sequences have both rows and keys."""
         return (self.q_lengths > 0) & (self.k_lengths > 0)
 
-    def alike(self) -> Iterator[Alike]:
-        """The sequences that have rows and keys, those of one shape together."""
+    def _kinds(self) -> Iterator[Alike]:
         shapes = np.stack([self.q_lengths, self.k_lengths, self.offsets], axis=1)
         rows, keys = (np.cumsum(lengths) - lengths for lengths in (self.q_lengths, self.k_lengths))
         which = np.flatnonzero(self._both)
@@ -122,7 +128,7 @@ def taken(X: np.ndarray, starts: np.ndarray, length: int, axis: int) -> np.ndarr
     return found.reshape(-1, *found.shape[2:])
 
 
-def _counted(lengths: np.ndarray) -> np.ndarray:
+def counted(lengths: np.ndarray) -> np.ndarray:
     """0, 1, ... in each of these lengths."""
     return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
 

@@ -258,7 +258,7 @@ class Problem(Outline):
             origin=replace(
                 self.origin.slots(np.repeat(np.arange(H), G), H),
                 axes=(*self.origin.axes[:-1], *(G * axis for axis in self.origin.axes[-1:])),
-                heads=None,
+                heads=self.origin.heads and self.origin.heads * G,
             ),
         )
 

@@ -19,6 +19,7 @@ from ..engines.exact import few_packed
 from ..machine.threads import MOST_THREADS
 from ..problem.arguments import check_method
 from ..problem.checks import check_integer
+from ..problem.packed import counted
 from ..problem.request import Request
 from .derivatives import Gradient, refuse_second_order
 from .operators import array, decode, differentiate, library, stored
@@ -144,7 +145,7 @@ def _decode(
 
 def _rows(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray | slice:
     """The rows of sequences that begin at these rows, as an index: a slice where no other row is between them."""
-    at = np.arange(lengths.sum()) + np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
+    at = counted(lengths) + np.repeat(starts, lengths)
     return slice(at[0], at[-1] + 1) if len(at) and (np.diff(at) == 1).all() else at
 
 

@@ -64,7 +64,7 @@ def varlen_attn(
     block_table : (N, _) int32 tensor, optional
         The pages of each sequence, in their order; it wants `seqused_k`. What is past its last page in use is not read.
     num_splits : int, optional
-        Has no effect: results depend neither on threads nor on other sequences.
+        Has no effect: how work is cut depends on the number of keys alone.
     rotary : Rotary, optional
         Rotates keys by their positions in their sequence, from 0, and query i as key i + n_k - n; by default they come
         as they are.
@@ -99,7 +99,8 @@ def varlen_attn(
     is no `rotary`: those of its keys and values that a query sees are read once, where they lie and as they are stored,
     paged or not, near the rate of memory, and threads share the work by parts of 512 keys. Other sequences are one
     call of `ropecy.attention` with their `lengths`, for which their keys are copied from pages. The result of a
-    sequence is bitwise the same whatever is beside it, whatever the size of pages, and for every number of threads.
+    sequence is bitwise the same whatever the size of pages and for every number of threads, and, where it is computed
+    exactly, whatever is beside it; sequences of one shape may share a polynomial.
 
     Examples
     --------

@@ -111,7 +111,7 @@ class BySequence(Engine):
             norms = measure_norms(whole)
             k_norm = norms.k if whole.origin.k_norm is None else whole.origin.k_norm
             whole = replace(whole, origin=replace(whole.origin, q_norm=norms.q, k_norm=k_norm))
-        for alike in context.outline.mask.packed.alike():
+        for alike in context.outline.mask.packed.alike:
             selection = Sequences(alike)
             problem = selection.problem(whole)
             if not problem.empty:

@@ -140,7 +140,7 @@ def parts_of(problem: Problem) -> Iterator[Selection]:
     if packed is None:
         yield Heads(slice(None))
         return
-    for alike in packed.alike():
+    for alike in packed.alike:
         yield Sequences(alike)
 
 
