@@ -7,6 +7,7 @@ from inside import chosen_for, problem_for
 
 import ropecy
 from ropecy.problem.normal_form import normal_form
+from ropecy.problem.problem import Problem
 
 
 def unit(X):
@@ -127,6 +128,61 @@ def test_parts_within_eps_are_no_cause_to_warn(rng, recwarn):
     _, certificate = ropecy.attention(Q, K, V, scale=1.0, return_certificate=True)
     assert all(part.error <= 1e-3 for _, part in certificate.parts)
     assert not [one for one in recwarn if one.category is ropecy.AccuracyWarning]
+
+
+def test_storing_is_in_the_unit_of_all_values(rng):
+    Q, K, V = heads(rng, [0.5, 60.0])
+    V[1] = 1 + 1e-2 * V[1]
+    Q, K, V = (X.astype(np.float16) for X in (Q, K, V))
+    O, certificate = ropecy.attention(Q, K, V, scale=1.0, return_certificate=True)
+    assert certificate.engine == "mixed"
+    most, spread = np.abs(V.astype(float)).max(), np.ptp(V.astype(float), axis=1).max()
+    assert certificate.storing == pytest.approx(2.0**-11 * most / spread, rel=1e-6)
+    # In units of its own values, which lie close together, the second part loses far more.
+    assert certificate.parts[1][1].storing > 10 * certificate.storing
+
+
+def test_the_unit_is_that_of_values_before_sequences_are_centred(rng):
+    # The first keys have no rows, so that nothing centres their values, which are as far from 0 as all others.
+    Q, K = rng.standard_normal((16, 4)), rng.standard_normal((20, 4))
+    V = 3e4 + rng.uniform(0, 1, (20, 3))
+    case = {name: X.astype(np.float32) for name, X in (("Q", Q), ("K", K), ("V", V))}
+    how = {"lengths": ([0, 16], [4, 16]), "method": "exact"}
+    O, certificate = ropecy.attention(**case, **how, return_certificate=True)
+    expected = oracle.attention(Q=case["Q"], K=case["K"][4:], V=case["V"][4:], scale=0.25).O
+    error, spread = np.abs(O - expected).max(), np.ptp(case["V"].astype(float), axis=0).max()
+    assert 0 < error <= certificate.rounding * spread
+
+
+def test_the_unit_of_a_product_is_that_of_its_factor(rng):
+    Q, X = rng.uniform(-1, 1, (40, 4)), 1e6 * rng.uniform(-1, 1, (40, 2))
+    _, certificate = ropecy.AttentionMatrix(Q, Q, lengths=[25, 15]).dot(X, return_certificate=True)
+    assert certificate.rounding < 1e-12
+
+
+def test_work_of_a_part_is_cut_as_that_of_the_whole(rng):
+    Q, K, V = heads(rng, [1.0] * 6, n=10)
+    problem = Problem(q=np.stack([Q, Q], axis=1), k=K, v=V)
+    part = problem.slots(np.array([0, 3]))
+    assert part.cut_for == problem.cut_for == 6
+    assert part.slots(slice(0, 1)).cut_for == 6
+    assert part.ungrouped().cut_for == problem.ungrouped().cut_for == 12
+
+
+def test_a_seed_that_is_given_back_is_taken_again(rng, monkeypatch):
+    # The largest number of so many bits.
+    monkeypatch.setattr("secrets.randbits", lambda bits: 2**bits - 1)
+    Q, K, V = (X[0] for X in heads(rng, [1.0], n=600))
+    O = ropecy.attention(Q, K, V, method="exact")
+    seed = ropecy.check(O, Q, K, V, rows=50).seed
+    assert ropecy.check(O, Q, K, V, rows=50, seed=seed).seed == seed
+    X = unit(rng.standard_normal((2, 12001, 16))) * 1.6
+    V = rng.uniform(-1, 1, (12001, 3))
+    for lengths in (None, [6000, 6001]):
+        how = {"scale": 1.0, "eps": 1e-2, "certify": "sample", "lengths": lengths}
+        O, certificate = ropecy.attention(*X, V, **how, return_certificate=True)
+        assert certificate.rule == "sampled"
+        assert np.array_equal(O, ropecy.attention(*X, V, **how, seed=certificate.seed))
 
 
 def test_a_row_without_keys_is_checked_too(rng):

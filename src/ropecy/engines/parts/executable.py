@@ -39,7 +39,7 @@ class Part:
 
     def problem(self, whole: Problem) -> Problem:
         """The part of a problem; it is not taken out twice."""
-        if self.planned is not None and self.planned[0].q is whole.q and self.planned[0].v is whole.v:
+        if self.planned is not None and self.planned[0] is whole:
             return self.planned[1]
         return self.selection.problem(whole)
 
