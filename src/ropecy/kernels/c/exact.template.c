@@ -1,5 +1,6 @@
 #include "simd.h"
 #include "product.template.h"
+#include "transpose.template.h"
 #include "exp2.template.h"
 #include "scores.template.h"
 
@@ -26,11 +27,12 @@ static RC_NAME(masking) RC_NAME(masking_of)(const rc_exact_problem *p, ptrdiff_t
     return m;
 }
 
-/* Whether the tile at row0 and the keys [j0, j0 + BLOCK) need the tables; if not, every pair is allowed, unbiased. */
-static int RC_NAME(needs_tables)(const RC_NAME(masking) * m, ptrdiff_t row0, ptrdiff_t j0) {
-    if (m->everywhere || m->masked || j0 + BLOCK > m->n_k)
+/* Whether the tile at row0 and `keys` keys from j0 on need the tables; if not, every pair is allowed, unbiased. Keys are
+ * computed KEYS at once, of which the last ones may have to be hidden. */
+static int RC_NAME(needs_tables)(const RC_NAME(masking) * m, ptrdiff_t row0, ptrdiff_t j0, ptrdiff_t keys) {
+    if (m->everywhere || m->masked || keys % KEYS)
         return 1;
-    return j0 - (row0 + TILE - 1) < m->lo || j0 + BLOCK - 1 - row0 > m->hi;
+    return j0 - (row0 + TILE - 1) < m->lo || j0 + keys - 1 - row0 > m->hi;
 }
 
 /* The keys [*first, *last) that some row of [row0, row1) sees. */
@@ -164,7 +166,7 @@ static void RC_NAME(forward)(const rc_exact_problem *p, ptrdiff_t head, ptrdiff_
     RC_NAME(visible_keys)(p, row0, row0 + rows, &first, &last);
     for (ptrdiff_t j0 = first / BLOCK * BLOCK; j0 < last; j0 += BLOCK, blocks++) {
         const ptrdiff_t keys = rc_min(BLOCK, last - j0);
-        const RC_NAME(masking) *m = RC_NAME(needs_tables)(&masking, row0, j0) || keys % KEYS ? &masking : 0;
+        const RC_NAME(masking) *m = RC_NAME(needs_tables)(&masking, row0, j0, keys) ? &masking : 0;
         if (blocks && blocks % RC_NAME(STRETCH) == 0) {
             for (ptrdiff_t i = 0; i < d_v * TILE; i++) {
                 before[i] = N[i] + (blocks == RC_NAME(STRETCH) ? 0 : before[i]);
@@ -226,17 +228,23 @@ static void RC_NAME(forward)(const rc_exact_problem *p, ptrdiff_t head, ptrdiff_
             sum[i] += flat[i];
         RC_NAME(product_tile)((int)d_v, V, keys, P, (const REAL *)p->v + (head * p->n_k + j0) * d_v, d_v, N);
     }
-    REAL *o = (REAL *)p->o + slot * d_v;
-    for (ptrdiff_t i = 0; i < rows; i++) {
+    REAL inverse[TILE];
+    for (ptrdiff_t i = 0; i < TILE; i++) {
         const double whole = sum_before[i] + sum[i];
-        const REAL inverse = whole > 0 ? (REAL)(1 / whole) : 0;
-        for (ptrdiff_t c = 0; c < d_v; c++)
-            o[i * d_v + c] = (REAL)(N[c * TILE + i] + (blocks > RC_NAME(STRETCH) ? before[c * TILE + i] : 0)) * inverse;
-        ((REAL *)p->maximum)[slot + i] = maximum[i];
-        ((REAL *)p->inverse)[slot + i] = inverse;
-        if (p->lse)
-            p->lse[slot + i] = whole > 0 ? LN2 * (maximum[i] * p->gain + __builtin_log2(whole)) : -__builtin_inf();
+        inverse[i] = whole > 0 ? (REAL)(1 / whole) : 0;
+        if (i < rows) {
+            ((REAL *)p->maximum)[slot + i] = maximum[i];
+            ((REAL *)p->inverse)[slot + i] = inverse[i];
+            if (p->lse)
+                p->lse[slot + i] = whole > 0 ? LN2 * (maximum[i] * p->gain + __builtin_log2(whole)) : -__builtin_inf();
+        }
     }
+    for (ptrdiff_t i = 0; blocks > RC_NAME(STRETCH) && i < d_v * TILE; i++)
+        N[i] = (REAL)(N[i] + before[i]);
+    for (ptrdiff_t c = 0; c < d_v; c++)
+        for (int v = 0; v < V; v++)
+            STORE(N + c * TILE + v * LANES, LOAD(N + c * TILE + v * LANES) * LOAD(inverse + v * LANES));
+    RC_NAME(tile_load)(N, TILE, d_v, rows, 1, 0, (REAL *)p->o + slot * d_v, d_v);
 }
 
 static void RC_NAME(prepare)(const rc_exact_problem *p, ptrdiff_t head, ptrdiff_t group, ptrdiff_t tile) {
@@ -329,7 +337,7 @@ static void RC_NAME(backward)(const rc_exact_problem *p, ptrdiff_t head, ptrdiff
                 const ptrdiff_t row0 = tile * TILE, rows = rc_min(TILE, n - row0), at = lane * tiles + tile;
                 const REAL *q = (const REAL *)p->q_tiles + at * d * TILE, *g = (const REAL *)p->grad_tiles + at * d_v * TILE;
                 const REAL *stats = (const REAL *)p->row_stats + at * 3 * TILE;
-                const RC_NAME(masking) *m = RC_NAME(needs_tables)(&masking, row0, j0) ? &masking : 0;
+                const RC_NAME(masking) *m = RC_NAME(needs_tables)(&masking, row0, j0, keys) ? &masking : 0;
                 for (ptrdiff_t j = 0; j < keys_up; j += KEYS)
                     RC_NAME(weights_known)(d, q, k_pack + j * d, P + j * TILE, stats, (REAL)p->gain, m, row0, j0 + j);
                 for (ptrdiff_t j = 0; j < keys_up; j += KEYS)

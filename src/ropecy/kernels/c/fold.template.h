@@ -3,35 +3,15 @@
  * A step takes two vectors of partial sums and adds the halves, quarters or pairs of both into one, so LANES - 1 additions
  * do it all. Vectors are paired so that the sum of a[i] ends in lane i without a shuffle to put it there.
  */
+#include "shuffle.template.h"
+
 #ifndef RC_FOLD_ONCE
 #define RC_FOLD_ONCE
-#ifdef __clang__
-#define RC_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define RC_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vint){__VA_ARGS__})
-#endif
 /* Numbers of lanes, those of b following those of a; the other lanes of the same step are `next` further. */
 #define RC_HALVES(i, next) ((i) / (LANES / 2) * LANES + (i) % (LANES / 2) + (next) * (LANES / 2))
 #define RC_QUARTERS(i, next) ((i) / (LANES / 4) * (LANES / 2) + (i) % (LANES / 4) + (next) * (LANES / 4))
 #define RC_PAIRS(i, next) ((i) % QUAD / (QUAD / 2) * LANES + (i) / QUAD * QUAD + (i) % (QUAD / 2) * 2 + (next))
-#define RC_TO_2(f, n) f(0, n), f(1, n)
-#define RC_TO_4(f, n) RC_TO_2(f, n), f(2, n), f(3, n)
-#define RC_TO_8(f, n) RC_TO_4(f, n), f(4, n), f(5, n), f(6, n), f(7, n)
-#define RC_TO_16(f, n) RC_TO_8(f, n), f(8, n), f(9, n), f(10, n), f(11, n), f(12, n), f(13, n), f(14, n), f(15, n)
 #define RC_STEP(f, a, b) (RC_SHUFFLE(a, b, RC_EACH(f, 0)) + RC_SHUFFLE(a, b, RC_EACH(f, 1)))
-#endif
-
-#undef QUAD
-#undef RC_EACH
-#define QUAD ((int)(16 / sizeof(REAL))) /* lanes of 128 bits, inside which shuffles are cheap */
-#if RC_VECTOR_BYTES * 8 == 16 * RC_BITS
-#define RC_EACH RC_TO_16
-#elif RC_VECTOR_BYTES * 8 == 8 * RC_BITS
-#define RC_EACH RC_TO_8
-#elif RC_VECTOR_BYTES * 8 == 4 * RC_BITS
-#define RC_EACH RC_TO_4
-#else
-#define RC_EACH RC_TO_2
 #endif
 
 RC_INLINE vreal RC_NAME(fold)(vreal a[LANES]) {

@@ -1,5 +1,6 @@
 #include "simd.h"
 #include "product.template.h"
+#include "transpose.template.h"
 #include "exp2.template.h"
 #include "scores.template.h"
 #include "features.template.h"

@@ -102,15 +102,3 @@ RC_INLINE void RC_NAME(product_tile)(int columns, const int V, ptrdiff_t K, cons
         RC_NAME(product)[c1 - c0][V](K, A, TILE, B + c0, ldb, C + (ptrdiff_t)c0 * TILE, TILE, RC_ADD, 0);
     }
 }
-
-/* xt[a][token] = factor * (x[token][a] - shift[a]) for a tile of `rows` tokens; the lanes past them are 0. */
-RC_INLINE void RC_NAME(tile_load)(const REAL *x, ptrdiff_t ld, ptrdiff_t rows, ptrdiff_t width, REAL factor, const REAL *shift,
-                                  REAL *xt, const int tile) {
-    for (ptrdiff_t a = 0; a < width; a++) {
-        const REAL s = shift ? shift[a] : 0;
-        for (ptrdiff_t i = 0; i < rows; i++)
-            xt[a * tile + i] = factor * (x[i * ld + a] - s);
-        for (ptrdiff_t i = rows; i < tile; i++)
-            xt[a * tile + i] = 0;
-    }
-}

@@ -1,5 +1,6 @@
 #include "simd.h"
 #include "product.template.h"
+#include "transpose.template.h"
 
 #define ROWS_SUMMED 32
 #define PARTS 4 /* independent sums, so that a row does not wait for its own additions */
