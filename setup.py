@@ -21,7 +21,7 @@ EXTENSIONS = {
     "_parallel": [],
     "_rotary": ["rotary"],
     "_rows": ["rows"],
-    "_exact": ["exact"],
+    "_exact": ["exact", "rows"],
     "_few": ["few"],
     "_monomials": ["monomials"],
     "_quartic": ["quartic"],

@@ -7,9 +7,12 @@ for every thread count.
 import numpy as np
 
 cimport numpy as cnp
+from cython cimport floating
+from libc.math cimport INFINITY, fabs, isfinite, sqrt
 
 from ._arrays cimport LINE, line, pieces, pointer
 from ._parallel cimport interrupted, parallel_for, rc_worker, team
+from ._rows cimport far, rc_rows_kernels, rc_rows_select
 
 cnp.import_array()
 
@@ -61,7 +64,6 @@ cdef extern from "c/exact.h" nogil:
         const rc_exact_functions *f32
         const rc_exact_functions *f64
 
-    const rc_exact_kernels rc_exact_baseline
     const rc_exact_kernels *rc_exact_select(int level)
 
 cdef extern from "c/isa.h" nogil:
@@ -69,6 +71,7 @@ cdef extern from "c/isa.h" nogil:
 
 LEVEL = rc_level()
 cdef const rc_exact_kernels *kernels = rc_exact_select(LEVEL)
+cdef const rc_rows_kernels *kernels_of_rows = rc_rows_select(LEVEL)
 
 
 cdef struct Pass:
@@ -168,6 +171,104 @@ def forward(q, k, v, tables, bint want_lse, int threads):
     parallel_for(p.heads * x.blocks, team(threads, 4.0 * p.heads * p.n_k * p.d), pack_keys, &x)
     parallel_for(p.heads * p.groups * x.tiles, threads, forward_tile, &x)
     return o, maximum, inverse, lse
+
+
+cdef struct Heads:
+    # Whole heads as tasks: how the pass over one of them is told from that over all, and what they all must be.
+    Pass x
+    ptrdiff_t item
+    double factor         # the largest score of a head is at most this times its largest norms of queries and keys
+    double most           # of scores
+    double least_value    # of a head's values the largest is between these, or 0
+    double largest_value
+    int strange           # some head is otherwise
+
+
+cdef double spread(const floating *x, ptrdiff_t n, ptrdiff_t d, double *total, floating *low, floating *high) noexcept nogil:
+    """max |x| of n rows; inf where a number is not finite or a column is far from 0, so that it would be centred."""
+    cdef ptrdiff_t a
+    cdef double largest = 0
+    (kernels_of_rows.columns_f32 if floating is float else kernels_of_rows.columns_f64)(x, n, d, NULL, total, low, high)
+    for a in range(d):
+        if not isfinite(total[a]):
+            return INFINITY
+        largest = max(largest, max(fabs(low[a]), fabs(high[a])))
+    return INFINITY if far(low, high, d) else largest
+
+
+cdef bint mild(const Heads *h, const rc_exact_problem *p, const floating *q, char *work) noexcept nogil:
+    """Whether one head's numbers are finite and of such sizes that they are computed as they are; q is what p.q is."""
+    cdef bint single = floating is float
+    cdef ptrdiff_t rows = p.groups * p.n, width = max(p.d, p.d_v)
+    cdef double *total = <double *>work
+    cdef floating *low = <floating *>(total + width)
+    cdef double largest, q_norm, k_norm
+    if (kernels_of_rows.largest_f32 if single else kernels_of_rows.largest_f64)(q, rows * p.d) < INFINITY:
+        q_norm = sqrt((kernels_of_rows.norm_f32 if single else kernels_of_rows.norm_f64)(q, rows, p.d, NULL, NULL))
+        k_norm = sqrt((kernels_of_rows.norm_f32 if single else kernels_of_rows.norm_f64)(p.k, p.n_k, p.d, NULL, NULL))
+        # NaN fails each comparison.
+        if q_norm * k_norm * h.factor <= h.most:
+            if spread(<const floating *>p.k, p.n_k, p.d, total, low, low + width) < INFINITY:
+                largest = spread(<const floating *>p.v, p.n_k, p.d_v, total, low, low + width)
+                return largest <= h.largest_value and (largest >= h.least_value or largest == 0)
+    return False
+
+
+cdef void forward_head(void *context, ptrdiff_t head, const rc_worker *worker) noexcept nogil:
+    cdef Heads *h = <Heads *>context
+    cdef const Pass *x = &h.x
+    cdef rc_exact_problem p = x.p
+    cdef ptrdiff_t rows = p.groups * p.n, block, group, tile
+    cdef char *work = x.work + worker.slot * x.size
+    if h.strange:
+        return
+    p.q = <const char *>p.q + head * rows * p.d * h.item
+    p.k = <const char *>p.k + head * p.n_k * p.d * h.item
+    p.v = <const char *>p.v + head * p.n_k * p.d_v * h.item
+    p.o = <char *>p.o + head * rows * p.d_v * h.item
+    p.maximum = <char *>p.maximum + head * rows * h.item
+    p.inverse = <char *>p.inverse + head * rows * h.item
+    p.lse = NULL if p.lse == NULL else p.lse + head * rows
+    # Keys of one head are packed where those of the one before were.
+    p.key_pack = work
+    work += pieces(x.blocks * x.f.block * p.d * h.item, LINE) * LINE
+    if not (mild(h, &p, <const float *>p.q, work) if h.item == 4 else mild(h, &p, <const double *>p.q, work)):
+        h.strange = 1
+        return
+    for block in range(x.blocks):
+        x.f.pack_keys(&p, 0, block)
+    for group in range(p.groups):
+        for tile in range(x.tiles):
+            x.f.forward(&p, 0, group, tile, work)
+
+
+def forward_of_heads(q, k, v, tables, sizes, bint want_lse, int threads):
+    """As `forward`, o (H, G, n, d_v) and lse float64 or None, with a task for each head instead of one for each tile,
+    and with tables of one head for all; or None where a head's numbers are not finite, far from 0, or past `sizes`.
+
+    ``sizes`` is (factor, most, least, largest): a bound of the scores is the factor times norms of queries and keys, and
+    may be `most`; the largest value of a head is between `least` and `largest`, or 0.
+    """
+    cdef Heads h
+    cdef Pass *x = &h.x
+    cdef rc_exact_problem *p = &x.p
+    describe(p, q, k, v, tables)
+    x.f = functions_of(q.dtype)
+    x.blocks, x.tiles = pieces(p.n_k, x.f.block), pieces(p.n, x.f.tile)
+    h.item, h.strange = q.itemsize, 0
+    h.factor, h.most, h.least_value, h.largest_value = sizes
+    o, rows = np.empty(q.shape[:3] + (p.d_v,), q.dtype), np.empty((2, *q.shape[:3]), q.dtype)
+    lse = np.empty(q.shape[:3]) if want_lse else None
+    p.o, p.maximum, p.lse = pointer(o), pointer(rows), <double *>pointer(lse)
+    p.inverse = <char *>p.maximum + p.heads * p.groups * p.n * h.item
+    threads = team(threads, <double>p.heads * p.groups * p.n * p.n_k * (p.d + p.d_v + 30))
+    # Of a tile, or of columns that are measured; and a head's packed keys.
+    x.size = pieces(max(x.f.forward_workspace(p), max(p.d, p.d_v) * (8 + 2 * h.item)), LINE) * LINE + LINE
+    x.size += pieces(x.blocks * x.f.block * p.d * h.item, LINE) * LINE
+    workspace = np.empty(threads * x.size + LINE, np.uint8)
+    x.work = line(workspace)
+    parallel_for(p.heads, threads, forward_head, &h)
+    return None if h.strange else (o, lse)
 
 
 def segments_of(ptrdiff_t heads, ptrdiff_t n_k, dtype):

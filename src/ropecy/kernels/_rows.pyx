@@ -7,30 +7,18 @@ from cython cimport floating
 
 from ._arrays cimport LINE, line, pieces, pointer
 from ._parallel cimport parallel_for, rc_worker, task_function
+from ._rows cimport (
+    columns_function,
+    far,
+    largest_function,
+    norm_function,
+    norms_function,
+    quadratic_function,
+    rc_rows_kernels,
+    rc_rows_select,
+)
 
 cnp.import_array()
-
-cdef extern from "c/rows.h" nogil:
-    ctypedef double (*largest_function "rc_largest_function")(const void *, ptrdiff_t) noexcept nogil
-    ctypedef double (*norm_function "rc_norm_function")(const void *, ptrdiff_t, ptrdiff_t, const unsigned char *,
-                                                        const void *) noexcept nogil
-    ctypedef void (*norms_function "rc_norms_function")(const void *, ptrdiff_t, ptrdiff_t, double,
-                                                        double *) noexcept nogil
-    ctypedef void (*quadratic_function "rc_quadratic_function")(const void *, ptrdiff_t, ptrdiff_t, const void *,
-                                                                double *, void *) noexcept nogil
-    ctypedef void (*columns_function "rc_columns_function")(const void *, ptrdiff_t, ptrdiff_t, const unsigned char *,
-                                                            double *, void *, void *) noexcept nogil
-
-    ctypedef struct rc_rows_kernels:
-        largest_function largest_f32, largest_f64
-        norm_function norm_f32, norm_f64
-        norms_function norms_f32, norms_f64
-        size_t (*quadratic_workspace_f32)(ptrdiff_t) noexcept nogil
-        size_t (*quadratic_workspace_f64)(ptrdiff_t) noexcept nogil
-        quadratic_function quadratic_f32, quadratic_f64
-        columns_function columns_f32, columns_f64
-
-    const rc_rows_kernels *rc_rows_select(int level)
 
 cdef extern from "c/isa.h" nogil:
     int rc_level()
@@ -131,17 +119,6 @@ def far_from_zero(low, high):
     if low.dtype == np.float32:
         return far[float](<const float *>pointer(low), <const float *>pointer(high), low.size)
     return far[double](<const double *>pointer(low), <const double *>pointer(high), low.size)
-
-
-cdef bint far(const floating *low, const floating *high, ptrdiff_t count) noexcept nogil:
-    cdef ptrdiff_t a
-    cdef double least, most
-    for a in range(count):
-        # Halves, so that no difference passes the largest number.
-        least, most = 0.5 * <double>low[a], 0.5 * <double>high[a]
-        if max(-least, most) > 2 * (most - least):
-            return True
-    return False
 
 
 def largest_norms(x, keep, shift, int threads):

@@ -243,13 +243,21 @@ def _exponent(largest: float, keys: int, dtype: np.dtype, biased: bool) -> int:
     """
     if not largest:
         return 0
-    most, size = LIMITS[dtype].maxexp, math.frexp(largest)[1]
+    size = math.frexp(largest)[1]
     if biased:
         return size if abs(size) > _NEAR_ONE else 0
-    highest = 3 * most // 4 - math.frexp(keys)[1]
+    lowest, highest = usual_exponents(dtype, keys)
     if size > highest:
         return size - highest
-    return size if size < -(most // 2) else 0
+    return size if size < lowest else 0
+
+
+def usual_exponents(dtype: np.dtype, keys: int) -> tuple[int, int]:
+    """(e, f): values of so many keys whose largest has an exponent of two from e to f need no power of two, if there is
+    no bias.
+    """
+    most = LIMITS[dtype].maxexp
+    return -(most // 2), 3 * most // 4 - math.frexp(keys)[1]
 
 
 def _of_each(centre: np.ndarray, mask: Mask, *, keys: bool) -> np.ndarray:

@@ -69,17 +69,19 @@ def worth_measuring(context: Context, exact: Work, any_slot: bool = False) -> bo
     if not math.isfinite(statistics.plain.plain):
         return not any_slot
     grad = request.grad
-
-    def hopeful(degree: int | None) -> bool:
-        return degree is not None and polynomial_work(outline, max(1, degree), grad).nominal + _LOOKING < exact.nominal
-
-    if not hopeful(1):
+    if not would_pay(outline, 1, exact, grad):
         return False
     bounds = statistics.least_bounds
     least = float(bounds.min() if any_slot else bounds.max())
     if not least or sample_work(outline, grad).nominal <= LOOK_IF_EXPECTED * exact.nominal:
         return True
-    return hopeful(poly.smallest_degree(least, poly.relative_error_for(request.eps)))
+    degree = poly.smallest_degree(least, poly.relative_error_for(request.eps))
+    return degree is not None and would_pay(outline, degree, exact, grad)
+
+
+def would_pay(outline: Outline, degree: int, exact: Work, grad: bool) -> bool:
+    """Whether a polynomial of this degree would beat exact attention by more than looking for it costs."""
+    return polynomial_work(outline, max(1, degree), grad).nominal + _LOOKING < exact.nominal
 
 
 def certificate_of(

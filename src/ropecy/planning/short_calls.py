@@ -1,0 +1,103 @@
+"""Exact attention of plain problems so small that planning them would take as long as computing them.
+
+Most short calls need nothing but scores and values: no rotation, bias or key mask; numbers near 0 and of usual sizes;
+shapes for which the exact engine is the cheapest whatever the numbers are. The kernel itself sees whether the numbers
+are such, head by head, and where they are it computes what the exact engine would have computed, bit by bit. All other
+calls go the usual way.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import lru_cache
+
+import numpy as np
+
+from ..certify.rounding import most_of_norms, sums_rounding
+from ..certify.scores import room
+from ..engines.exact import streaming
+from ..engines.exact.cost import exact_work
+from ..engines.polynomial.worst_case import would_pay
+from ..kernels import _exact
+from ..machine.memory import require
+from ..problem.arguments import Arguments
+from ..problem.call import key_heads_of
+from ..problem.mask import Mask
+from ..problem.normal_form import usual_exponents
+from ..problem.problem import Outline, Sizes
+from ..problem.request import Request
+from ..problem.rows import contiguous, spread
+
+# Multiply-adds of a head, some 0.2 ms: more are worth several tasks, and one head alone is so from a quarter of it on.
+_MOST_OF_A_HEAD, _MOST_OF_FEW = 2**22, 2**20
+_ENOUGH_HEADS = 8
+
+
+def serves(a: Arguments, request: Request) -> bool:
+    """Whether these arguments are asked nothing of but scores, a causal mask or a window, and values."""
+    more = (a.R, a.family, a.packed, a.bias, a.near, a.key_mask, a.W, a.W_Q, a.W_K, a.W_V, request.degree)
+    if a.V is None or a.dtype != a.compute or any(part is not None for part in more):
+        return False
+    return request.method in ("auto", "exact")
+
+
+def forward(
+    a: Arguments, request: Request, want_lse: bool
+) -> tuple[np.ndarray, np.ndarray | None] | None:
+    """O (..., n, d_v) in the caller's dtype and lse (..., n) float64 or None; None where the call is to go the usual way.
+
+    Raises
+    ------
+    MemoryError
+        The result does not fit.
+    """
+    heads = key_heads_of(a)
+    slots = math.prod(a.batch) * heads
+    sizes = Sizes(slots, a.heads // (heads or 1), a.n, a.n_k, a.d, a.d_v)
+    if 0 in sizes:
+        return None
+    band = a.lo, a.hi, a.q_offset
+    found = _prepared(sizes, a.compute, a.scale, band, request.eps if request.method == "auto" else None)
+    if found is None:
+        return None
+    shape = a.lead + (a.n, a.d_v)
+    require(math.prod(shape) * a.compute.itemsize, f"the result, of shape {shape},")
+    q = contiguous(spread(a.Q, a.batch, a.heads)).reshape(sizes.H, sizes.G, a.n, a.d)
+    k, v = (contiguous(spread(X, a.batch, heads)) for X in (a.K, a.V))
+    computed = _exact.forward_of_heads(q, k, v, *found, want_lse, a.threads)
+    if computed is None:
+        return None
+    o, lse = computed
+    return o.reshape(shape), None if lse is None else lse.reshape(shape[:-1])
+
+
+@lru_cache(maxsize=32)
+def _prepared(
+    sizes: Sizes, dtype: np.dtype, scale: float, band: tuple[int | None, int | None, int], eps: float | None
+) -> tuple[streaming.Tables, tuple[float, float, float, float]] | None:
+    """What the kernel is told of scores, and of which sizes numbers may be, for a problem of these sizes; None where it
+    is not surely one for the exact engine, or not small. `eps` is that of method="auto", None for "exact".
+    """
+    H, G, n, n_k, d, d_v = sizes
+    mask = Mask(n, n_k, *band).simplified()
+    work = G * n * n_k * (d + d_v + 30)
+    if work > (_MOST_OF_A_HEAD if H >= _ENOUGH_HEADS else _MOST_OF_FEW) or mask.empty:
+        return None
+    outline = Outline(sizes=sizes._replace(H=1), dtype=dtype, scale=scale, mask=mask)
+    # Just below the bound up to which the exact engine keeps no running maximum.
+    most = 0.99 * streaming.BOUNDED / streaming.LOG2E
+    if eps is not None:
+        if sums_rounding(dtype, n_k) > eps / 4:
+            return None
+        whole = replace(outline, sizes=sizes)
+        if would_pay(whole, 1, exact_work(whole, False), False):
+            return None
+        # Values that are not centred may be twice as large as their range is wide, which errors are given in.
+        most = min(most, most_of_norms(dtype, n_k, d, eps / 4))
+    if streaming.power_of_scale(outline):
+        return None
+    tables = streaming.tables_of(outline, most, streaming.Sized(None, None), 0.0)
+    least, largest = (math.ldexp(1.0, exponent) for exponent in usual_exponents(dtype, n_k))
+    largest = min(largest, streaming.most_of_sums(dtype) / n_k) / 2
+    return tables, (room(outline) * abs(scale), most, least, largest)
