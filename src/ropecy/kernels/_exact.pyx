@@ -184,7 +184,9 @@ cdef struct Heads:
     int strange           # some head is otherwise
 
 
-cdef double spread(const floating *x, ptrdiff_t n, ptrdiff_t d, double *total, floating *low, floating *high) noexcept nogil:
+cdef double spread(
+    const floating *x, ptrdiff_t n, ptrdiff_t d, double *total, floating *low, floating *high
+) noexcept nogil:
     """max |x| of n rows; inf where a number is not finite or a column is far from 0, so that it would be centred."""
     cdef ptrdiff_t a
     cdef double largest = 0
@@ -203,15 +205,15 @@ cdef bint mild(const Heads *h, const rc_exact_problem *p, const floating *q, cha
     cdef double *total = <double *>work
     cdef floating *low = <floating *>(total + width)
     cdef double largest, q_norm, k_norm
-    if (kernels_of_rows.largest_f32 if single else kernels_of_rows.largest_f64)(q, rows * p.d) < INFINITY:
-        q_norm = sqrt((kernels_of_rows.norm_f32 if single else kernels_of_rows.norm_f64)(q, rows, p.d, NULL, NULL))
-        k_norm = sqrt((kernels_of_rows.norm_f32 if single else kernels_of_rows.norm_f64)(p.k, p.n_k, p.d, NULL, NULL))
-        # NaN fails each comparison.
-        if q_norm * k_norm * h.factor <= h.most:
-            if spread(<const floating *>p.k, p.n_k, p.d, total, low, low + width) < INFINITY:
-                largest = spread(<const floating *>p.v, p.n_k, p.d_v, total, low, low + width)
-                return largest <= h.largest_value and (largest >= h.least_value or largest == 0)
-    return False
+    q_norm = sqrt((kernels_of_rows.norm_f32 if single else kernels_of_rows.norm_f64)(q, rows, p.d, NULL, NULL))
+    k_norm = sqrt((kernels_of_rows.norm_f32 if single else kernels_of_rows.norm_f64)(p.k, p.n_k, p.d, NULL, NULL))
+    # NaN fails each comparison, and Inf times 0 is NaN.
+    if not q_norm * k_norm * h.factor <= h.most:
+        return False
+    if spread(<const floating *>p.k, p.n_k, p.d, total, low, low + width) == INFINITY:
+        return False
+    largest = spread(<const floating *>p.v, p.n_k, p.d_v, total, low, low + width)
+    return largest <= h.largest_value and (largest >= h.least_value or largest == 0)
 
 
 cdef void forward_head(void *context, ptrdiff_t head, const rc_worker *worker) noexcept nogil:
@@ -246,8 +248,8 @@ def forward_of_heads(q, k, v, tables, sizes, bint want_lse, int threads):
     """As `forward`, o (H, G, n, d_v) and lse float64 or None, with a task for each head instead of one for each tile,
     and with tables of one head for all; or None where a head's numbers are not finite, far from 0, or past `sizes`.
 
-    ``sizes`` is (factor, most, least, largest): a bound of the scores is the factor times norms of queries and keys, and
-    may be `most`; the largest value of a head is between `least` and `largest`, or 0.
+    ``sizes`` is (factor, most, least, largest): the factor times the norms of a query and a key is at most `most`; the
+    largest value of a head is between `least` and `largest`, or 0.
     """
     cdef Heads h
     cdef Pass *x = &h.x
@@ -263,7 +265,7 @@ def forward_of_heads(q, k, v, tables, sizes, bint want_lse, int threads):
     p.inverse = <char *>p.maximum + p.heads * p.groups * p.n * h.item
     threads = team(threads, <double>p.heads * p.groups * p.n * p.n_k * (p.d + p.d_v + 30))
     # Of a tile, or of columns that are measured; and a head's packed keys.
-    x.size = pieces(max(x.f.forward_workspace(p), max(p.d, p.d_v) * (8 + 2 * h.item)), LINE) * LINE + LINE
+    x.size = pieces(max(<ptrdiff_t>x.f.forward_workspace(p), max(p.d, p.d_v) * (8 + 2 * h.item)), LINE) * LINE + LINE
     x.size += pieces(x.blocks * x.f.block * p.d * h.item, LINE) * LINE
     workspace = np.empty(threads * x.size + LINE, np.uint8)
     x.work = line(workspace)

@@ -42,10 +42,8 @@ def serves(a: Arguments, request: Request) -> bool:
     return request.method in ("auto", "exact")
 
 
-def forward(
-    a: Arguments, request: Request, want_lse: bool
-) -> tuple[np.ndarray, np.ndarray | None] | None:
-    """O (..., n, d_v) in the caller's dtype and lse (..., n) float64 or None; None where the call is to go the usual way.
+def forward(a: Arguments, request: Request, want_lse: bool) -> tuple[np.ndarray, np.ndarray | None] | None:
+    """O (..., n, d_v) in the caller's dtype and lse (..., n) float64 or None; None sends the call the usual way.
 
     Raises
     ------

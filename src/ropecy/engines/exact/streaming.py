@@ -169,7 +169,7 @@ def _largest_scale(problem: Outline) -> float:
 
 
 def most_of_sums(dtype: np.dtype) -> float:
-    """What the sum of a column's values must be below, so that weights need no running maximum to be taken from them."""
+    """What the sum of a column's values must be below, so that no running maximum is needed for their weights."""
     return float(LIMITS[dtype].max) / 2**BOUNDED
 
 

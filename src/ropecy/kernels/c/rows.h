@@ -9,7 +9,7 @@
 
 /* max |x_i| of n numbers; inf or NaN where one of them is. */
 typedef double (*rc_largest_function)(const void *x, ptrdiff_t n);
-/* norm2 = max_i ||x_i - shift||^2, or 0; shift may be NULL. */
+/* norm2 = max_i ||x_i - shift||^2, or 0; inf or NaN where a number is; shift may be NULL. */
 typedef double (*rc_norm_function)(const void *x, ptrdiff_t n, ptrdiff_t d, const unsigned char *keep, const void *shift);
 /* norms[i] = factor ||x_i|| */
 typedef void (*rc_norms_function)(const void *x, ptrdiff_t n, ptrdiff_t d, double factor, double *norms);

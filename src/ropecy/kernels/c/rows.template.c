@@ -68,7 +68,8 @@ static double RC_NAME(norm)(const void *rows, ptrdiff_t n, ptrdiff_t d, const un
         if (keep && !keep[i])
             continue;
         const double size = RC_NAME(norm2)(x, d, centre);
-        largest = size > largest ? size : largest;
+        if (size > largest || size != size) /* nothing is above NaN, so that it stays */
+            largest = size;
     }
     return largest;
 }
