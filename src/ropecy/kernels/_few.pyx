@@ -65,7 +65,7 @@ cdef extern from "c/isa.h" nogil:
 
 cdef const rc_few_kernels *kernels = rc_few_select(rc_level())
 
-cdef double READ = 2e6  # bytes, some 100 us: a thread with less to read is not worth waking
+cdef double READ = 1e6  # bytes, some 50 us: a thread with less to read is not worth waking
 
 
 cdef struct Pass:

@@ -36,10 +36,9 @@ _ENOUGH_HEADS = 8
 
 def serves(a: Arguments, request: Request) -> bool:
     """Whether these arguments are asked nothing of but scores, a causal mask or a window, and values."""
-    more = (a.R, a.family, a.packed, a.bias, a.near, a.key_mask, a.W, a.W_Q, a.W_K, a.W_V, request.degree)
-    if a.V is None or a.dtype != a.compute or any(part is not None for part in more):
+    if not a.plain or a.key_mask is not None or a.dtype != a.compute:
         return False
-    return request.method in ("auto", "exact")
+    return request.degree is None and request.method in ("auto", "exact")
 
 
 def forward(a: Arguments, request: Request, want_lse: bool) -> tuple[np.ndarray, np.ndarray | None] | None:

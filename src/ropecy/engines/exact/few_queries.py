@@ -55,14 +55,13 @@ def serves(a: Arguments, request: Request) -> bool:
     """Whether these arguments are few queries, and no more is asked of them than scores and masks, with an eps that
     rounding leaves room for: else "auto" has to look for another engine, or to warn.
     """
-    if a.V is None or a.n > MOST_QUERIES or 0 in a.lead or 0 in (a.n, a.n_k, a.d_v):
-        return False
-    more = (a.R, a.family, a.packed, a.bias, a.near, a.W, a.W_Q, a.W_K, a.W_V)
-    if request.degree is not None or any(part is not None for part in more):
+    if a.n > MOST_QUERIES or not a.plain or request.degree is not None or 0 in a.lead or 0 in (a.n, a.n_k, a.d_v):
         return False
     if request.method != "exact" and (request.method != "auto" or request.eps < sums_rounding(a.compute, a.n_k)):
         return False
-    return a.n * (a.heads // key_heads_of(a)) <= MOST_ROWS and all(X.flags.aligned for X in (a.Q, a.K, a.V))
+    if not (a.Q.flags.aligned and a.K.flags.aligned and a.V.flags.aligned):
+        return False
+    return a.n * (a.heads // key_heads_of(a)) <= MOST_ROWS
 
 
 def forward(
