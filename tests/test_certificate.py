@@ -7,7 +7,7 @@ import oracle
 import pytest
 
 import ropecy
-from ropecy.planning import planner, short_calls
+from ropecy.planning import planner, plain_calls
 
 
 def _bounded(rng, n=97, d=4, dtype=np.float64):
@@ -219,7 +219,7 @@ def test_every_method_warns_of_long_work_once(method, rng, monkeypatch):
     Q, K, V = _bounded(rng)
     monkeypatch.setattr(planner, "_MINUTE", 0.0)
     monkeypatch.setattr(planner, "_SMALL", 0)
-    monkeypatch.setattr(short_calls, "serves", lambda *arguments: False)
+    monkeypatch.setattr(plain_calls, "serves", lambda *arguments: False)
     said = "exact attention" if method == "exact" else rf"{method} attention of degree \d, [\d,]+ features,"
     for call in (ropecy.attention, ropecy.attention_vjp, ropecy.plan):
         with pytest.warns(ropecy.PerformanceWarning, match=rf"^{said} is predicted to take .* s: ") as caught:

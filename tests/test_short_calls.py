@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import ropecy
 from ropecy.certify import statistics
 from ropecy.engines.exact import few_queries
-from ropecy.planning import short_calls
+from ropecy.planning import plain_calls
 from ropecy.problem.call import check_forms
 
 
@@ -55,7 +55,7 @@ def test_values_are_measured_where_a_certificate_is_asked_for(arrays, monkeypatc
     assert certificate == ropecy.plan(*arrays, method="exact").certificate
 
 
-SIZES = st.sampled_from([1, 2, 3, 5, 8, 12, 15, 16, 17, 30, 47, 48, 50, 64, 95, 97, 130])
+SIZES = st.sampled_from([1, 2, 3, 5, 8, 12, 15, 16, 17, 30, 47, 48, 50, 64, 95, 97, 130, 300])
 
 
 @settings(max_examples=150)
@@ -86,7 +86,7 @@ def ways():
             # Few queries have a way of their own, which comes first.
             patch.setattr(few_queries, "serves", lambda *arguments: False)
             found = function()
-            patch.setattr(short_calls, "serves", lambda *arguments: False)
+            patch.setattr(plain_calls, "serves", lambda *arguments: False)
             return found, function()
 
     return both
@@ -114,5 +114,5 @@ def test_an_entry_that_is_not_finite_is_named(arrays, name, place, entry):
 def test_one_unusual_head_sends_all_the_usual_way(arrays, ways, place, change):
     """Scores past the bound, keys and values to be centred, values to be scaled."""
     arrays[place, 3] = change(arrays[place, 3])
-    assert short_calls.forward(*check_forms(*arrays), False) is None
+    assert plain_calls.forward(*check_forms(*arrays), False) is None
     assert np.array_equal(*ways(lambda: ropecy.attention(*arrays)))

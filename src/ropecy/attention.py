@@ -15,7 +15,7 @@ from .engines.exact import few_queries
 from .engines.exact.engine import Exact
 from .gradients import Gradients
 from .options import Integers, Options
-from .planning import short_calls
+from .planning import plain_calls
 from .planning.evaluation import Evaluation
 from .problem import checks
 from .problem.arguments import Arguments, check_arguments, check_entries, check_method
@@ -204,8 +204,8 @@ def attention(
     found = None
     if few_queries.serves(arguments, request):
         found = few_queries.forward(arguments, request, return_lse)
-    elif short_calls.serves(arguments, request):
-        found = short_calls.forward(arguments, request, return_lse)
+    elif plain_calls.serves(arguments, request):
+        found = plain_calls.forward(arguments, request, return_lse)
     if found is not None:
         O, lse = found
         certificate = partial(_exact_certificate, arguments, request)
@@ -300,7 +300,7 @@ class VJP:
 
         def checked() -> tuple[np.ndarray, float]:
             X = checks.check_like("dO", dO, call.dtype, call.shape)
-            return X, checks.check_finite("dO", X)
+            return X, checks.check_finite("dO", X, call.arguments.threads)
 
         gradients = evaluation.gradients(*evaluation.pieces.comm.together(checked))
         return Gradients(**gradients, certificate=evaluation.gradient_certificate)

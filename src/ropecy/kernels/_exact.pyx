@@ -108,6 +108,28 @@ cdef void describe(rc_exact_problem *p, q, k, v, tables):
         p.symbol_head = length * tables.symbol.shape[1] if tables.symbol.shape[0] > 1 else 0
 
 
+cdef enum:
+    KEPT = 4 << 20  # bytes
+    MOST_KEPT = 4
+
+# Memory of calls that have ended, for the next ones: the system clears each page of what was given back to it.
+spare = []
+
+
+cdef borrowed(ptrdiff_t size):
+    """So many bytes or more, and a line."""
+    try:
+        found = spare.pop()
+    except IndexError:
+        return np.empty(size + LINE, np.uint8)
+    return found if len(found) >= size + LINE else np.empty(size + LINE, np.uint8)
+
+
+cdef void returned(memory):
+    if len(memory) <= KEPT and len(spare) < MOST_KEPT:
+        spare.append(memory)
+
+
 cdef void pack_keys(void *context, ptrdiff_t task, const rc_worker *worker) noexcept nogil:
     cdef const Pass *x = <const Pass *>context
     x.f.pack_keys(&x.p, task // x.blocks, task % x.blocks)
@@ -162,25 +184,26 @@ def forward(q, k, v, tables, bint want_lse, int threads):
     lse = np.empty(q.shape[:3]) if want_lse else None
     pairs = <double>p.heads * p.groups * p.n * p.n_k
     threads = team(threads, pairs * (p.d + p.d_v + 30))
-    key_pack = np.empty((p.heads, x.blocks * x.f.block, p.d), q.dtype)
-    p.key_pack = pointer(key_pack)
     p.o, p.maximum, p.inverse, p.lse = pointer(o), pointer(maximum), pointer(inverse), <double *>pointer(lse)
     x.size = pieces(x.f.forward_workspace(p), LINE) * LINE + LINE
-    workspace = np.empty(threads * x.size + LINE, np.uint8)
-    x.work = line(workspace)
+    memory = borrowed(threads * x.size + p.heads * x.blocks * x.f.block * p.d * q.itemsize)
+    x.work = line(memory)
+    p.key_pack = x.work + threads * x.size
     parallel_for(p.heads * x.blocks, team(threads, 4.0 * p.heads * p.n_k * p.d), pack_keys, &x)
     parallel_for(p.heads * p.groups * x.tiles, threads, forward_tile, &x)
+    returned(memory)
     return o, maximum, inverse, lse
 
 
 cdef struct Heads:
-    # Whole heads as tasks: how the pass over one of them is told from that over all, and what they all must be.
+    # Whole heads as tasks, or a head's keys and then its tiles: what numbers must be, and whether those of some are not.
     Pass x
-    ptrdiff_t item
+    ptrdiff_t item, packed  # bytes of a number, and of the packed keys of a head
     double factor         # the largest score of a head is at most this times its largest norms of queries and keys
     double most           # of scores
     double least_value    # of a head's values the largest is between these, or 0
     double largest_value
+    char *keys            # packed, of all heads; NULL where a thread packs those of one head after the other
     int strange           # some head is otherwise
 
 
@@ -216,14 +239,10 @@ cdef bint mild(const Heads *h, const rc_exact_problem *p, const floating *q, cha
     return largest <= h.largest_value and (largest >= h.least_value or largest == 0)
 
 
-cdef void forward_head(void *context, ptrdiff_t head, const rc_worker *worker) noexcept nogil:
-    cdef Heads *h = <Heads *>context
-    cdef const Pass *x = &h.x
-    cdef rc_exact_problem p = x.p
-    cdef ptrdiff_t rows = p.groups * p.n, block, group, tile
-    cdef char *work = x.work + worker.slot * x.size
-    if h.strange:
-        return
+cdef rc_exact_problem one_head(const Heads *h, ptrdiff_t head, char *work) noexcept nogil:
+    """The problem of one head by itself. The tables of scores are the same for all."""
+    cdef rc_exact_problem p = h.x.p
+    cdef ptrdiff_t rows = p.groups * p.n
     p.q = <const char *>p.q + head * rows * p.d * h.item
     p.k = <const char *>p.k + head * p.n_k * p.d * h.item
     p.v = <const char *>p.v + head * p.n_k * p.d_v * h.item
@@ -231,22 +250,56 @@ cdef void forward_head(void *context, ptrdiff_t head, const rc_worker *worker) n
     p.maximum = <char *>p.maximum + head * rows * h.item
     p.inverse = <char *>p.inverse + head * rows * h.item
     p.lse = NULL if p.lse == NULL else p.lse + head * rows
-    # Keys of one head are packed where those of the one before were.
-    p.key_pack = work
-    work += pieces(x.blocks * x.f.block * p.d * h.item, LINE) * LINE
+    p.key_pack = work + h.x.size if h.keys == NULL else h.keys + head * h.packed
+    return p
+
+
+cdef void pack_head(void *context, ptrdiff_t head, const rc_worker *worker) noexcept nogil:
+    cdef Heads *h = <Heads *>context
+    cdef char *work = h.x.work + worker.slot * (h.x.size + h.packed)
+    cdef rc_exact_problem p = one_head(h, head, work)
+    cdef ptrdiff_t block
+    if h.strange:
+        return
     if not (mild(h, &p, <const float *>p.q, work) if h.item == 4 else mild(h, &p, <const double *>p.q, work)):
         h.strange = 1
         return
-    for block in range(x.blocks):
-        x.f.pack_keys(&p, 0, block)
+    for block in range(h.x.blocks):
+        h.x.f.pack_keys(&p, 0, block)
+
+
+cdef void tile_of_head(void *context, ptrdiff_t task, const rc_worker *worker) noexcept nogil:
+    cdef const Heads *h = <const Heads *>context
+    cdef const Pass *x = &h.x
+    cdef char *work = x.work + worker.slot * (x.size + h.packed)
+    # Long rows first, as in `forward_tile`.
+    cdef ptrdiff_t tile = x.p.heads * x.p.groups * x.tiles - 1 - task
+    cdef rc_exact_problem p = one_head(h, tile // x.tiles // x.p.groups, work)
+    x.f.forward(&p, 0, tile // x.tiles % x.p.groups, tile % x.tiles, work)
+
+
+cdef void whole_head(void *context, ptrdiff_t head, const rc_worker *worker) noexcept nogil:
+    cdef const Heads *h = <const Heads *>context
+    cdef const Pass *x = &h.x
+    cdef char *work = x.work + worker.slot * (x.size + h.packed)
+    cdef rc_exact_problem p = one_head(h, head, work)
+    cdef ptrdiff_t group, tile
+    pack_head(context, head, worker)
     for group in range(p.groups):
         for tile in range(x.tiles):
+            if h.strange:
+                return
             x.f.forward(&p, 0, group, tile, work)
 
 
-def forward_of_heads(q, k, v, tables, sizes, bint want_lse, int threads):
-    """As `forward`, o (H, G, n, d_v) and lse float64 or None, with a task for each head instead of one for each tile,
-    and with tables of one head for all; or None where a head's numbers are not finite, far from 0, or past `sizes`.
+cdef enum:
+    HEAD = 4 << 20  # multiply-adds of a head, some 0.2 ms: more are worth several tasks
+    HEADS = 8  # as many tasks keep some threads busy
+
+
+def forward_mild(q, k, v, tables, sizes, bint want_lse, int threads):
+    """As `forward`, o (H, G, n, d_v) and lse float64 or None, with tables of one head for all, without a look at the
+    numbers beforehand: None where those of a head turn out not to be finite, or far from 0, or past `sizes`.
 
     ``sizes`` is (factor, most, least, largest): the factor times the norms of a query and a key is at most `most`; the
     largest value of a head is between `least` and `largest`, or 0.
@@ -254,22 +307,33 @@ def forward_of_heads(q, k, v, tables, sizes, bint want_lse, int threads):
     cdef Heads h
     cdef Pass *x = &h.x
     cdef rc_exact_problem *p = &x.p
+    cdef double operations
+    cdef bint apart
     describe(p, q, k, v, tables)
     x.f = functions_of(q.dtype)
     x.blocks, x.tiles = pieces(p.n_k, x.f.block), pieces(p.n, x.f.tile)
-    h.item, h.strange = q.itemsize, 0
+    h.item, h.strange, h.keys = q.itemsize, 0, NULL
     h.factor, h.most, h.least_value, h.largest_value = sizes
     o, rows = np.empty(q.shape[:3] + (p.d_v,), q.dtype), np.empty((2, *q.shape[:3]), q.dtype)
     lse = np.empty(q.shape[:3]) if want_lse else None
     p.o, p.maximum, p.lse = pointer(o), pointer(rows), <double *>pointer(lse)
     p.inverse = <char *>p.maximum + p.heads * p.groups * p.n * h.item
-    threads = team(threads, <double>p.heads * p.groups * p.n * p.n_k * (p.d + p.d_v + 30))
-    # Of a tile, or of columns that are measured; and a head's packed keys.
+    operations = <double>p.groups * p.n * p.n_k * (p.d + p.d_v + 30)
+    threads = team(threads, p.heads * operations)
+    # Of a tile, or of columns that are measured.
     x.size = pieces(max(<ptrdiff_t>x.f.forward_workspace(p), max(p.d, p.d_v) * (8 + 2 * h.item)), LINE) * LINE + LINE
-    x.size += pieces(x.blocks * x.f.block * p.d * h.item, LINE) * LINE
-    workspace = np.empty(threads * x.size + LINE, np.uint8)
-    x.work = line(workspace)
-    parallel_for(p.heads, threads, forward_head, &h)
+    h.packed = pieces(x.blocks * x.f.block * p.d * h.item, LINE) * LINE
+    apart = p.heads < HEADS or operations > HEAD
+    memory = borrowed(threads * (x.size + h.packed) + apart * p.heads * h.packed)
+    x.work = line(memory)
+    if not apart:
+        parallel_for(p.heads, threads, whole_head, &h)
+    else:
+        h.keys = x.work + threads * (x.size + h.packed)
+        parallel_for(p.heads, team(threads, 8.0 * p.heads * p.n_k * p.d), pack_head, &h)
+        if not h.strange:
+            parallel_for(p.heads * p.groups * x.tiles, threads, tile_of_head, &h)
+    returned(memory)
     return None if h.strange else (o, lse)
 
 

@@ -103,15 +103,38 @@ cdef void columns_of_piece(void *context, ptrdiff_t task, const rc_worker *worke
               p.high + task * p.d * p.item)
 
 
-def largest(cnp.ndarray x):
+cdef struct Numbers:
+    const char *x
+    ptrdiff_t count, item
+    largest_function largest
+    double *out
+
+
+cdef void largest_of_piece(void *context, ptrdiff_t task, const rc_worker *worker) noexcept nogil:
+    cdef const Numbers *n = <const Numbers *>context
+    cdef ptrdiff_t first = task * WORTH
+    n.out[task] = n.largest(n.x + first * n.item, min(WORTH, n.count - first))
+
+
+def largest(cnp.ndarray x, int threads=1):
     """max |x|, 0 for none, of contiguous float32 or float64 numbers; inf or NaN where one of them is."""
-    cdef largest_function size = kernels.largest_f32 if x.itemsize == 4 else kernels.largest_f64
-    cdef const void *data = <const void *>cnp.PyArray_DATA(x)
-    cdef ptrdiff_t count = cnp.PyArray_SIZE(x)
-    cdef double found
-    with nogil:
-        found = size(data, count)
-    return found
+    cdef Numbers n
+    cdef double most = 0, found
+    cdef ptrdiff_t task
+    n.largest = kernels.largest_f32 if x.itemsize == 4 else kernels.largest_f64
+    n.x, n.count, n.item = <const char *>cnp.PyArray_DATA(x), cnp.PyArray_SIZE(x), x.itemsize
+    if n.count <= WORTH:
+        with nogil:
+            most = n.largest(n.x, n.count)
+        return most
+    of_pieces = np.empty(pieces(n.count, WORTH))
+    n.out = <double *>pointer(of_pieces)
+    parallel_for(pieces(n.count, WORTH), threads, largest_of_piece, &n)
+    for task in range(pieces(n.count, WORTH)):
+        found = n.out[task]
+        if found > most or found != found:  # nothing is above NaN, so that it stays
+            most = found
+    return most
 
 
 def far_from_zero(low, high):

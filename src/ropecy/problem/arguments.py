@@ -272,7 +272,7 @@ def check_entries(a: Arguments) -> Arguments:
     if a.key_mask is not None:
         given.update({name: _hide(given[name], a.key_mask, a.lead) for name in ("K", "V") if name in given})
     for name in given:
-        check_finite(name, given[name])
+        check_finite(name, given[name], a.threads)
     if a.key_mask is None and a.dtype == compute:
         return a
     return replace(a, **{name: X.astype(compute, copy=False) for name, X in given.items()})

@@ -146,14 +146,14 @@ def check_real(name: str, X: Any, dtype: np.dtype) -> np.ndarray:
         return X.astype(dtype, copy=False)
 
 
-def check_finite(name: str, X: np.ndarray) -> float:
+def check_finite(name: str, X: np.ndarray, threads: int = 1) -> float:
     """max |X|, which is 0 for an empty X; ValueError where X has NaN or Inf, saying where the first one is."""
     if X.size == 0:
         return 0.0
     if 0 in X.strides:
         X = without_repeats(X)
     if X.dtype in _COMPUTED and X.flags.forc and X.flags.aligned:
-        largest = _rows.largest(X)
+        largest = _rows.largest(X, threads)
     else:
         # max and min take two passes but no temporary array. Where an entry is NaN, both are NaN.
         with np.errstate(invalid="ignore"):

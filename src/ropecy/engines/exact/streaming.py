@@ -83,7 +83,7 @@ def forward(problem: Problem, bound: float | np.ndarray, want_lse: bool) -> tupl
     Time ``n n_k (2 d + 2 d_v + exp)`` for each query head; memory: packed keys (n_k d) and a tile a thread.
     """
     sized = _sized(problem, bound)
-    tables = tables_of(problem, bound, sized, _rows.largest(problem.v))
+    tables = tables_of(problem, bound, sized, _rows.largest(problem.v, problem.threads))
     o, maximum, inverse, lse = _exact.forward(sized.q, sized.k, problem.v, tables, want_lse, problem.threads)
     if want_lse and problem.bias is not None:
         lse += tables.bias_shift
@@ -116,7 +116,7 @@ def backward(problem: Problem, saved: Saved, do: np.ndarray) -> InputGradients:
 def resume(problem: Problem, bound: float, o: np.ndarray, lse: np.ndarray) -> Saved:
     """What `backward` needs of a forward pass that had more keys than `problem`, of which o and lse are the results."""
     sized = _sized(problem, bound)
-    tables, gain = tables_of(problem, bound, sized, _rows.largest(problem.v)), sized.gain
+    tables, gain = tables_of(problem, bound, sized, _rows.largest(problem.v, problem.threads)), sized.gain
     log2_sum = np.where(np.isfinite(lse), (lse - tables.bias_shift) * LOG2E, 0)
     # What rounding the maximum loses, its partner keeps.
     maximum = (log2_sum / gain).astype(o.dtype)

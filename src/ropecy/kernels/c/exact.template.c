@@ -244,7 +244,7 @@ static void RC_NAME(forward)(const rc_exact_problem *p, ptrdiff_t head, ptrdiff_
     for (ptrdiff_t c = 0; c < d_v; c++)
         for (int v = 0; v < V; v++)
             STORE(N + c * TILE + v * LANES, LOAD(N + c * TILE + v * LANES) * LOAD(inverse + v * LANES));
-    RC_NAME(tile_load)(N, TILE, d_v, rows, 1, 0, (REAL *)p->o + slot * d_v, d_v);
+    RC_NAME(tile_load)(N, TILE, d_v, rows, 1, 0, (REAL *)p->o + slot * d_v, (int)d_v);
 }
 
 static void RC_NAME(prepare)(const rc_exact_problem *p, ptrdiff_t head, ptrdiff_t group, ptrdiff_t tile) {

@@ -42,10 +42,10 @@ RC_INLINE void RC_NAME(transpose)(vreal a[LANES]) {
 #endif
 }
 
-/* `count` rows from x on, with zeros below them, become LANES columns, of which the first `columns` are written to xt: the
- * first `whole` of them as vectors, of the others `left` elements each. */
+/* `count` rows from x on, with zeros below them, become LANES columns in xt: the first `whole` of them as vectors, of the
+ * others `left` elements each. */
 RC_INLINE void RC_NAME(transposed)(const REAL *x, ptrdiff_t ld, int count, REAL factor, vreal shift, REAL *xt, ptrdiff_t tile,
-                                   ptrdiff_t columns, ptrdiff_t whole, ptrdiff_t left) {
+                                   ptrdiff_t whole, ptrdiff_t left) {
     vreal block[LANES];
     RC_UNROLL for (int r = 0; r < LANES; r++) {
         if (r < count)
@@ -55,41 +55,45 @@ RC_INLINE void RC_NAME(transposed)(const REAL *x, ptrdiff_t ld, int count, REAL 
     }
     RC_NAME(transpose)(block);
     RC_UNROLL for (int k = 0; k < LANES; k++) if (k < whole) STORE(xt + k * tile, block[k]);
-    if (whole < columns) {
+    if (whole < LANES) {
         REAL flat[LANES * LANES];
         RC_UNROLL for (int k = 0; k < LANES; k++) STORE(flat + k * LANES, block[k]);
-        for (ptrdiff_t k = rc_max(whole, 0); k < columns; k++)
+        for (ptrdiff_t k = rc_max(whole, 0); k < LANES; k++)
             for (ptrdiff_t i = 0; i < left; i++)
                 xt[k * tile + i] = flat[k * LANES + i];
     }
 }
 
-/* xt[a][token] = factor * (x[token][a] - shift[a]) for a tile of `rows` tokens; the columns past them are 0. */
-RC_NOINLINE void RC_NAME(tile_load)(const REAL *x, ptrdiff_t ld, ptrdiff_t rows, ptrdiff_t width, REAL factor,
-                                    const REAL *shift, REAL *xt, ptrdiff_t tile) {
-    /* A vector may be read past the end of its row and written past the end of its column, but not past those of all:
-     * what was read is not used, and what was written there comes to be overwritten. So tokens go from the last to the
-     * first, and columns from the first to the last. */
-    const ptrdiff_t read_end = (rows - 1) * ld + width, written_end = width * tile;
-    for (ptrdiff_t a0 = 0; a0 < width; a0 += LANES) {
-        const ptrdiff_t columns = rc_min(LANES, width - a0);
-        REAL s[LANES] = {0};
-        for (ptrdiff_t a = 0; shift && a < columns; a++)
-            s[a] = shift[a0 + a];
-        for (ptrdiff_t i0 = (tile - 1) / LANES * LANES; i0 >= 0; i0 -= LANES) {
-            const int count = (int)rc_max(0, rc_min(LANES, rows - i0));
-            const ptrdiff_t whole = written_end < i0 + LANES ? 0 : rc_min(columns, (written_end - i0 - LANES) / tile + 1 - a0);
-            const REAL *from = x + i0 * ld + a0;
-            ptrdiff_t pitch = ld;
-            REAL copy[LANES * LANES];
-            if (count && (i0 + count - 1) * ld + a0 + LANES > read_end) {
-                for (int r = 0; r < LANES; r++)
-                    for (ptrdiff_t a = 0; a < LANES; a++)
-                        copy[r * LANES + a] = r < count && a < columns ? from[r * ld + a] : 0;
-                from = copy, pitch = LANES;
-            }
-            RC_NAME(transposed)(from, pitch, count, factor, LOAD(s), xt + a0 * tile + i0, tile, columns, whole,
-                                rc_min(LANES, tile - i0));
+/* The first `whole` columns of `tile_load`, a multiple of LANES. */
+RC_NOINLINE void RC_NAME(tile_load_vectors)(const REAL *x, ptrdiff_t ld, ptrdiff_t rows, ptrdiff_t whole, REAL factor,
+                                            const REAL *shift, REAL *xt, ptrdiff_t tile) {
+    /* A vector may be written past the end of its column, but not past those of all: what was written there comes to be
+     * overwritten. So tokens go from the last to the first, and columns from the first to the last. */
+    for (ptrdiff_t a = 0; a < whole; a += LANES) {
+        vreal s = {0};
+        if (shift)
+            s = LOAD(shift + a);
+        for (ptrdiff_t i = (tile - 1) / LANES * LANES; i >= 0; i -= LANES) {
+            const int count = (int)rc_max(0, rc_min(LANES, rows - i));
+            const ptrdiff_t room = whole * tile - i - LANES;
+            RC_NAME(transposed)(x + i * ld + a, ld, count, factor, s, xt + a * tile + i, tile,
+                                room < 0 ? 0 : rc_min(LANES, room / tile + 1 - a), rc_min(LANES, tile - i));
         }
+    }
+}
+
+/* xt[a][token] = factor * (x[token][a] - shift[a]) for a tile of `rows` tokens; the columns past them are 0. Whole vectors of
+ * a are transposed in registers, the rest one by one. */
+RC_INLINE void RC_NAME(tile_load)(const REAL *x, ptrdiff_t ld, ptrdiff_t rows, ptrdiff_t width, REAL factor, const REAL *shift,
+                                  REAL *xt, const int tile) {
+    const ptrdiff_t whole = width / LANES * LANES;
+    if (whole)
+        RC_NAME(tile_load_vectors)(x, ld, rows, whole, factor, shift, xt, tile);
+    for (ptrdiff_t a = whole; a < width; a++) {
+        const REAL s = shift ? shift[a] : 0;
+        for (ptrdiff_t i = 0; i < rows; i++)
+            xt[a * tile + i] = factor * (x[i * ld + a] - s);
+        for (ptrdiff_t i = rows; i < tile; i++)
+            xt[a * tile + i] = 0;
     }
 }

@@ -1,9 +1,9 @@
-"""Exact attention of plain problems so small that planning them would take as long as computing them.
+"""Exact attention of plain problems without a plan, for which a short call has no time, nor looks at its numbers.
 
-Most short calls need nothing but scores and values: no rotation, bias or key mask; numbers near 0 and of usual sizes;
-shapes for which the exact engine is the cheapest whatever the numbers are. The kernel itself sees whether the numbers
-are such, head by head, and where they are it computes what the exact engine would have computed, bit by bit. All other
-calls go the usual way.
+Most calls that are computed exactly need nothing but scores and values: no rotation, bias or key mask; numbers near 0 and
+of usual sizes; shapes for which the exact engine is the cheapest whatever the numbers are. The kernel sees for itself
+whether the numbers are such, when it reads them to pack keys, and then computes what the exact engine would have
+computed, bit by bit. All other calls go the usual way.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ from ..problem.problem import Outline, Sizes
 from ..problem.request import Request
 from ..problem.rows import contiguous, spread
 
-# Multiply-adds of a head, some 0.2 ms: more are worth several tasks, and one head alone is so from a quarter of it on.
-_MOST_OF_A_HEAD, _MOST_OF_FEW = 2**22, 2**20
-_ENOUGH_HEADS = 8
+# So many multiply-adds take seconds at most, far less than what would have to be warned of.
+_MOST_WORK = 2**32
+# Queries and keys of a problem whose tables are kept, half a megabyte each.
+_MOST_ROWS, _KEPT = 2**16, 16
 
 
 def serves(a: Arguments, request: Request) -> bool:
@@ -62,24 +63,23 @@ def forward(a: Arguments, request: Request, want_lse: bool) -> tuple[np.ndarray,
     require(math.prod(shape) * a.compute.itemsize, f"the result, of shape {shape},")
     q = contiguous(spread(a.Q, a.batch, a.heads)).reshape(sizes.H, sizes.G, a.n, a.d)
     k, v = (contiguous(spread(X, a.batch, heads)) for X in (a.K, a.V))
-    computed = _exact.forward_of_heads(q, k, v, *found, want_lse, a.threads)
+    computed = _exact.forward_mild(q, k, v, *found, want_lse, a.threads)
     if computed is None:
         return None
     o, lse = computed
     return o.reshape(shape), None if lse is None else lse.reshape(shape[:-1])
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=_KEPT)
 def _prepared(
     sizes: Sizes, dtype: np.dtype, scale: float, band: tuple[int | None, int | None, int], eps: float | None
 ) -> tuple[streaming.Tables, tuple[float, float, float, float]] | None:
     """What the kernel is told of scores, and of which sizes numbers may be, for a problem of these sizes; None where it
-    is not surely one for the exact engine, or not small. `eps` is that of method="auto", None for "exact".
+    is not surely one for the exact engine, or a large one. `eps` is that of method="auto", None for "exact".
     """
     H, G, n, n_k, d, d_v = sizes
     mask = Mask(n, n_k, *band).simplified()
-    work = G * n * n_k * (d + d_v + 30)
-    if work > (_MOST_OF_A_HEAD if H >= _ENOUGH_HEADS else _MOST_OF_FEW) or mask.empty:
+    if H * G * n * n_k * (d + d_v) > _MOST_WORK or n + n_k > _MOST_ROWS or mask.empty:
         return None
     outline = Outline(sizes=sizes._replace(H=1), dtype=dtype, scale=scale, mask=mask)
     # Just below the bound up to which the exact engine keeps no running maximum.
