@@ -7,7 +7,7 @@ import oracle
 import pytest
 
 import ropecy
-from ropecy.planning import planner, plain_calls
+from ropecy.planning import plain_calls, planner
 
 
 def _bounded(rng, n=97, d=4, dtype=np.float64):

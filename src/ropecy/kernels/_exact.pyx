@@ -196,7 +196,7 @@ def forward(q, k, v, tables, bint want_lse, int threads):
 
 
 cdef struct Heads:
-    # Whole heads as tasks, or a head's keys and then its tiles: what numbers must be, and whether those of some are not.
+    # Whole heads as tasks, or a head's keys and then its tiles: what numbers must be, and whether some are not.
     Pass x
     ptrdiff_t item, packed  # bytes of a number, and of the packed keys of a head
     double factor         # the largest score of a head is at most this times its largest norms of queries and keys

@@ -1,8 +1,8 @@
 """Exact attention of plain problems without a plan, for which a short call has no time, nor looks at its numbers.
 
-Most calls that are computed exactly need nothing but scores and values: no rotation, bias or key mask; numbers near 0 and
-of usual sizes; shapes for which the exact engine is the cheapest whatever the numbers are. The kernel sees for itself
-whether the numbers are such, when it reads them to pack keys, and then computes what the exact engine would have
+Most calls that are computed exactly need nothing but scores and values: no rotation, bias or key mask; numbers near 0
+and of usual sizes; shapes for which the exact engine is the cheapest whatever the numbers are. The kernel sees for
+itself whether the numbers are such, when it reads them to pack keys, and then computes what the exact engine would have
 computed, bit by bit. All other calls go the usual way.
 """
 
