@@ -25,7 +25,7 @@ cdef extern from "c/isa.h" nogil:
 
 cdef const rc_rows_kernels *kernels = rc_rows_select(rc_level())
 cdef ptrdiff_t PIECE = 16384  # elements of a piece
-cdef ptrdiff_t WORTH = 131072  # elements: fewer are not worth a second thread
+cdef ptrdiff_t WORTH = 32768  # elements, some 10 us: fewer are not worth a second thread
 
 cdef struct Pieces:
     # Of x (H, n, d): `count` of each head, so many rows in each.
