@@ -9,6 +9,7 @@ import numpy as np
 cimport numpy as cnp
 from cython cimport floating
 from libc.math cimport INFINITY, fabs, isfinite, sqrt
+from libc.string cimport memchr
 
 from ._arrays cimport LINE, line, pieces, pointer
 from ._parallel cimport interrupted, parallel_for, rc_worker, team
@@ -204,7 +205,7 @@ cdef struct Heads:
     double least_value    # of a head's values the largest is between these, or 0
     double largest_value
     char *keys            # packed, of all heads; NULL where a thread packs those of one head after the other
-    int strange           # some head is otherwise
+    unsigned char *mild   # (heads,): whether a head's are so
 
 
 cdef double spread(
@@ -255,16 +256,12 @@ cdef rc_exact_problem one_head(const Heads *h, ptrdiff_t head, char *work) noexc
 
 
 cdef void pack_head(void *context, ptrdiff_t head, const rc_worker *worker) noexcept nogil:
-    cdef Heads *h = <Heads *>context
+    cdef const Heads *h = <const Heads *>context
     cdef char *work = h.x.work + worker.slot * (h.x.size + h.packed)
     cdef rc_exact_problem p = one_head(h, head, work)
     cdef ptrdiff_t block
-    if h.strange:
-        return
-    if not (mild(h, &p, <const float *>p.q, work) if h.item == 4 else mild(h, &p, <const double *>p.q, work)):
-        h.strange = 1
-        return
-    for block in range(h.x.blocks):
+    h.mild[head] = mild(h, &p, <const float *>p.q, work) if h.item == 4 else mild(h, &p, <const double *>p.q, work)
+    for block in range(h.x.blocks if h.mild[head] else 0):
         h.x.f.pack_keys(&p, 0, block)
 
 
@@ -285,10 +282,8 @@ cdef void whole_head(void *context, ptrdiff_t head, const rc_worker *worker) noe
     cdef rc_exact_problem p = one_head(h, head, work)
     cdef ptrdiff_t group, tile
     pack_head(context, head, worker)
-    for group in range(p.groups):
+    for group in range(p.groups if h.mild[head] else 0):
         for tile in range(x.tiles):
-            if h.strange:
-                return
             x.f.forward(&p, 0, group, tile, work)
 
 
@@ -312,11 +307,12 @@ def forward_mild(q, k, v, tables, sizes, bint want_lse, int threads):
     describe(p, q, k, v, tables)
     x.f = functions_of(q.dtype)
     x.blocks, x.tiles = pieces(p.n_k, x.f.block), pieces(p.n, x.f.tile)
-    h.item, h.strange, h.keys = q.itemsize, 0, NULL
+    h.item, h.keys = q.itemsize, NULL
     h.factor, h.most, h.least_value, h.largest_value = sizes
     o, rows = np.empty(q.shape[:3] + (p.d_v,), q.dtype), np.empty((2, *q.shape[:3]), q.dtype)
-    lse = np.empty(q.shape[:3]) if want_lse else None
+    lse, are_mild = np.empty(q.shape[:3]) if want_lse else None, np.empty(p.heads, np.uint8)
     p.o, p.maximum, p.lse = pointer(o), pointer(rows), <double *>pointer(lse)
+    h.mild = <unsigned char *>pointer(are_mild)
     p.inverse = <char *>p.maximum + p.heads * p.groups * p.n * h.item
     operations = <double>p.groups * p.n * p.n_k * (p.d + p.d_v + 30)
     threads = team(threads, p.heads * operations)
@@ -331,10 +327,10 @@ def forward_mild(q, k, v, tables, sizes, bint want_lse, int threads):
     else:
         h.keys = x.work + threads * (x.size + h.packed)
         parallel_for(p.heads, team(threads, 8.0 * p.heads * p.n_k * p.d), pack_head, &h)
-        if not h.strange:
+        if memchr(h.mild, 0, p.heads) == NULL:
             parallel_for(p.heads * p.groups * x.tiles, threads, tile_of_head, &h)
     returned(memory)
-    return None if h.strange else (o, lse)
+    return (o, lse) if memchr(h.mild, 0, p.heads) == NULL else None
 
 
 def segments_of(ptrdiff_t heads, ptrdiff_t n_k, dtype):
