@@ -24,6 +24,9 @@ class AccuracyWarning(UserWarning):
 
 CONFIDENCE = 0.99
 
+# Heads, or heads of packed sequences, as users know them: the tuple of the indices of each.
+Indices = tuple[tuple[int, ...], ...]
+
 
 def unseen(n_rows: int, trials: int = 1) -> float:
     """The fraction of all rows that may, at the given confidence, be worse than the worst of n_rows drawn at random.
@@ -48,10 +51,10 @@ class Certificate:
     Attributes
     ----------
     engine : str
-        "exact", "polynomial" or "fft"; "mixed" where heads are computed by different ones.
+        "exact", "polynomial" or "fft"; "mixed" where heads, or packed sequences, are computed by different ones.
     degree, n_features : int or None
-        The degree of the polynomial, and its number of monomials; None without a polynomial. Where heads have degrees
-        of their own it is the largest, as `bound`, `truncation` and `rounding` are.
+        The degree of the polynomial, and its number of monomials; None without a polynomial. Where heads or packed
+        sequences have degrees of their own it is the largest, as `bound`, `truncation` and `rounding` are.
     bound : float
         B, a bound of the size of every (centred) score of a row that is not computed exactly.
     rule : str
@@ -82,10 +85,13 @@ class Certificate:
         for float32 and float64. eps bounds the result before it is stored: where an engine certifies eps,
         ``error - storing`` is at most eps.
     parts : tuple of (tuple, Certificate)
-        Where heads have plans of their own: (heads, certificate) for those that were computed together. A head is the
-        tuple of its indices along the leading axes of the keys, such as (batch, key head). The units of a part's
-        `rounding` are those of its own values, and its `rows_truncation` is by slot, query head and row. () where all
-        have one plan.
+        Where heads, or packed sequences, have plans of their own: (slots, certificate) for those of one plan. A slot is
+        the tuple of its indices along the leading axes of the keys, such as (batch, key head), and of packed sequences
+        the index of its sequence after these. The units of a part's `rounding` are those of its own values, and its
+        `rows_truncation` is by slot, query head and row, and None where its sequences have different lengths. () where
+        all have one plan.
+    packed : bool
+        Whether the last index of each slot in `parts` is that of a packed sequence.
 
     Notes
     -----
@@ -124,7 +130,8 @@ class Certificate:
     failure: float = 0.0
     n_sampled: int = 0
     storing: float = 0.0
-    parts: tuple[tuple[tuple[tuple[int, ...], ...], Certificate], ...] = ()
+    parts: tuple[tuple[Indices, Certificate], ...] = ()
+    packed: bool = False
 
     @property
     def error(self) -> float:
@@ -132,8 +139,10 @@ class Certificate:
         return self.truncation + self.rounding
 
     def __str__(self) -> str:
-        lines = [self._line(), *(f"  {named(heads)}: {part._line()}" for heads, part in self.parts)]
-        return "\n".join(lines)
+        heads = {slot[:-1] for slots, _ in self.parts for slot in slots} if self.packed else set()
+        words = [named(slots, self.packed, len(heads) == 1) for slots, _ in self.parts]
+        lines = [f"  {name}: {part._line()}" for name, (_, part) in zip(words, self.parts, strict=True)]
+        return "\n".join([self._line(), *lines])
 
     def _line(self) -> str:
         how = self.engine
@@ -165,10 +174,10 @@ class Certificate:
 
 
 def together(
-    heads: Sequence[tuple[tuple[int, ...], ...]], certificates: Sequence[Certificate], units: Sequence[float]
+    certificates: Sequence[Certificate], units: Sequence[float], parts: tuple[tuple[Indices, Certificate], ...] = ()
 ) -> Certificate:
-    """The certificate of what is computed in parts, given the heads of each part, if it is some heads, its certificate,
-    and the unit that its rounding is in, in units of that of the whole.
+    """The certificate of what is computed in pieces, given that of each and the unit that its rounding is in, in units
+    of that of the whole; `parts` are those to name.
     """
 
     def one(values: set[str]) -> str:
@@ -190,16 +199,30 @@ def together(
         failure=sum(c.failure for c in certificates),
         # If more than a fraction of all rows is off, it is in some part, whose own sample would have to miss it.
         n_sampled=min(sampled, default=0),
-        parts=tuple((own, c) for own, c in zip(heads, certificates, strict=True) if own),
+        parts=parts,
     )
 
 
-def named(heads: tuple[tuple[int, ...], ...]) -> str:
-    """Some heads in words, by their indices where they are few."""
-    if len(heads) > 4:
-        return f"{len(heads):,} heads"
-    names = (str(head[0]) if len(head) == 1 else str(head) for head in heads)
-    return f"head{'s' * (len(heads) > 1)} {', '.join(names)}"
+def named(slots: Indices, packed: bool = False, one_head: bool = False) -> str:
+    """Some slots in words, by their indices where they are few.
+
+    With `packed` the last index of each is that of a sequence, and with `one_head` there is one head alone.
+    """
+    if not packed:
+        return _counted("head", slots)
+    which, heads = (sorted({slot[at] for slot in slots}) for at in (slice(-1, None), slice(0, -1)))
+    of = _counted("sequence", which)
+    if one_head:
+        return of
+    every = len(slots) == len(which) * len(heads)
+    return f"{_counted('head', heads) if every else f'{len(slots):,} heads'} of {of}"
+
+
+def _counted(word: str, which: Sequence[tuple[int, ...]]) -> str:
+    if len(which) > 4:
+        return f"{len(which):,} {word}s"
+    names = (str(index[0]) if len(index) == 1 else str(index) for index in which)
+    return f"{word}{'s' * (len(which) > 1)} {', '.join(names)}"
 
 
 def nothing_to_do() -> Certificate:

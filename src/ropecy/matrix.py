@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .approximation.minimax import relative_error_for
-from .certificate import Certificate, nothing_to_do
+from .certificate import Certificate, Indices, nothing_to_do
 from .engines.base import Context
 from .machine.memory import require
 from .options import MatrixOptions
@@ -284,7 +284,10 @@ class AttentionMatrix(Operator):
         problem = call.problem.transposed(spread_columns(X, call, call.heads))
         product, certificate = self._evaluate(problem, problem.v)
         product = product[:, 0, ::-1]
-        mask = call.problem.mask.kept
+        mask, packed = call.problem.mask.kept, call.problem.mask.packed
+        if certificate.packed:
+            # The transposed problem has all sequences in reverse order.
+            certificate = _of_reversed(certificate, packed.size)
         if mask is not None:
             product = np.where(np.repeat(mask, call.problem.q.shape[1], axis=0)[..., None], product, 0)
         return product, certificate
@@ -313,6 +316,15 @@ def _of_product(of_row: Certificate, planned: Certificate) -> Certificate:
     pairs = zip(of_row.parts, planned.parts, strict=True)
     parts = tuple((heads, _of_product(part, of_plan)) for (heads, part), (_, of_plan) in pairs)
     return replace(of_row, truncation=e, rounding=3 * of_row.rounding, rows_truncation=None, parts=parts)
+
+
+def _of_reversed(found: Certificate, sequences: int) -> Certificate:
+    """The certificate with the packed sequences of its parts counted from the other end."""
+
+    def turned(slots: Indices) -> Indices:
+        return tuple(sorted((*slot[:-1], sequences - 1 - slot[-1]) for slot in slots))
+
+    return replace(found, parts=tuple((turned(slots), part) for slots, part in found.parts))
 
 
 class AffineMatrix(Operator):

@@ -69,6 +69,8 @@ class Origin:
     axes : tuple of int
         The user's leading axes of keys, whose elements the slots are in order: those of the batch, then key heads. ()
         where slots are not the user's.
+    sequences : (m,) int array or None
+        Where the last of `axes` counts packed sequences: which these are.
     heads : int or None
         How many slots work is cut up for, where these are parts of a problem of that many slots, so that the results
         of a slot do not depend on what it is computed together with; None for as many as there are.
@@ -87,16 +89,18 @@ class Origin:
     exponent: int = 0
     hidden: bool = False
     axes: tuple[int, ...] = ()
+    sequences: np.ndarray | None = None
     heads: int | None = None
 
     def slots(self, which: Slots, H: int) -> Origin:
         """The origin of some of H slots."""
         q_norm, k_norm = (None if norm is None else norm[which] for norm in (self.q_norm, self.k_norm))
-        return replace(self, q_norm=q_norm, k_norm=k_norm, axes=(), heads=self.heads or H)
+        return replace(self, q_norm=q_norm, k_norm=k_norm, axes=(), sequences=None, heads=self.heads or H)
 
     def named(self, slots: Slots, H: int) -> tuple[tuple[int, ...], ...]:
-        """The indices of these of H slots along the user's leading axes."""
-        indices = np.unravel_index(np.arange(H)[slots], self.axes or (H,))
+        """The indices of these of H slots along the user's leading axes, and after them that of a packed sequence."""
+        *heads, last = np.unravel_index(np.arange(H)[slots], self.axes or (H,))
+        indices = *heads, last if self.sequences is None else self.sequences[last]
         return tuple(zip(*(index.tolist() for index in indices), strict=True))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -65,9 +66,10 @@ class ByHead(Engine):
         parts = []
         for slots, own, candidate in found:
             planned = context.problem, own.problem
-            parts.append(Part(Heads(slots), candidate.executable, origin.named(slots, H), planned))
+            parts.append(Part(Heads(slots), candidate.executable, partial(origin.named, slots, H), planned))
         candidates = [group.candidate for group in found]
-        reasons = _joined([(part.heads, own.reason) for part, own in zip(parts, candidates, strict=True)], named)
+        reasons = [(part.named(), own.reason) for part, own in zip(parts, candidates, strict=True)]
+        reasons = _joined(reasons, partial(named, packed=origin.sequences is not None))
         copied = sum(0 if isinstance(group.slots, slice) else len(group.slots) for group in found)
         candidate = _of_parts(context, parts, candidates, reasons, copied * _slot(context))
         return candidate if context.request.method != "auto" or candidate.fits else Refusal(self.name)
@@ -79,8 +81,9 @@ class ByHead(Engine):
             try:
                 found.append(_Group(slots, own, self.plan(own)))
             except BoundedEntryError as error:
-                heads = context.outline.origin.named(slots, context.outline.sizes.H)
-                refused.append(f"{named(heads)}: {error}")
+                origin = context.outline.origin
+                slots = origin.named(slots, context.outline.sizes.H)
+                refused.append(f"{named(slots, origin.sequences is not None)}: {error}")
         if refused:
             raise BoundedEntryError("; ".join(refused))
         return found
@@ -116,7 +119,8 @@ class BySequence(Engine):
             problem = selection.problem(whole)
             if not problem.empty:
                 found.append(self.plan(Context.of(problem, request)))
-                parts.append(Part(selection, found[-1].executable, planned=(context.problem, problem)))
+                slots = partial(problem.origin.named, slice(None), problem.sizes.H)
+                parts.append(Part(selection, found[-1].executable, slots, planned=(context.problem, problem)))
         reasons = [(part.selection.alike.which, own.reason) for part, own in zip(parts, found, strict=True)]
         # The sequences, which are taken out of the whole.
         extra = context.outline.sizes.H * _slot(context)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import numpy as np
 
-from ...certificate import Certificate, together
+from ...certificate import Certificate, Indices, together
 from ...certify.once import once
 from ...certify.statistics import Statistics
 from ...certify.values import Values
@@ -15,7 +17,7 @@ from ...problem.pieces import WHOLE, Pieces
 from ...problem.problem import Outline, Problem
 from ...problem.traffic import Sender, Traffic
 from ..base import Executable, Result
-from .selection import Selection
+from .selection import Selection, Sequences
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,15 +28,15 @@ class Part:
     ----------
     selection : Selection
     executable : Executable
-    heads : tuple of tuple of int
-        The heads that it has, as users know them; () where it is not some heads.
+    named : callable
+        ``named()`` are the slots that it has, as users know them.
     planned : (Problem, Problem) or None
         The whole and the part for which the executable was planned; None where they are in another process.
     """
 
     selection: Selection
     executable: Executable
-    heads: tuple[tuple[int, ...], ...] = ()
+    named: Callable[[], Indices]
     planned: tuple[Problem, Problem] | None = field(default=None, repr=False)
 
     def problem(self, whole: Problem) -> Problem:
@@ -89,27 +91,65 @@ class InParts(Executable):
 
     def together(self, certificates: list[Certificate]) -> Certificate:
         """The certificate of O of the whole, given those of the parts."""
-        return together([part.heads for part in self.parts], certificates, self._weights)
+        return self._together(certificates, self._units, self.unit or 1.0)
 
     def together_of_gradients(self, certificates: list[Certificate]) -> Certificate:
         """The certificate of the gradients of the whole. Their rounding is in units of each row's own values."""
-        return together([part.heads for part in self.parts], certificates, [1.0] * len(certificates))
+        return self._together(certificates, [1.0] * len(self._ways), 1.0)
+
+    def _together(self, certificates: list[Certificate], units: list[float], whole: float) -> Certificate:
+        """The certificate of the whole from those of the parts, given the unit of the rounding of each way."""
+        named: list[tuple[Callable[[], Indices], Certificate]] = []
+        for part, certificate in zip(self.parts, certificates, strict=True):
+            inner = [(lambda slots=slots: slots, own) for slots, own in certificate.parts]
+            named += inner or [(part.named, certificate)]
+        parts = []
+        for group in self._groups if len(self._groups) > 1 else ():
+            slots = chain.from_iterable(named[way][0]() for way in group)
+            largest = max(units[way] for way in group) or 1.0
+            of_group = [named[way][1] for way in group]
+            own = together(of_group, [units[way] / largest for way in group]) if len(group) > 1 else of_group[0]
+            parts.append((tuple(sorted(slots)), own))
+        found = together([own for _, own in named], [unit / whole for unit in units], tuple(parts))
+        return replace(found, packed=bool(parts) and self._packed)
 
     @property
-    def _weights(self) -> list[float]:
-        """The unit of each part's rounding, in units of that of the whole."""
-        whole = self.unit or 1.0
-        return [part.executable.unit / whole for part in self.parts]
+    def _packed(self) -> bool:
+        return any(isinstance(part.selection, Sequences) for part in self.parts)
+
+    @property
+    def _ways(self) -> list[Executable]:
+        """What runs each part, or the parts of a part."""
+        found: list[Executable] = []
+        for own in (part.executable for part in self.parts):
+            found += own._ways if isinstance(own, InParts) else [own]
+        return found
+
+    @property
+    def _units(self) -> list[float]:
+        """The unit of the rounding of each way."""
+        return [own.unit for own in self._ways]
+
+    @once
+    def _groups(self) -> list[list[int]]:
+        """The ways that are one part of a certificate: of sequences those of one plan; heads are grouped already."""
+        found: dict[object, list[int]] = {}
+        for way, own in enumerate(self._ways):
+            certificate = own.certificate
+            plan = certificate.engine, certificate.rule, certificate.degree
+            found.setdefault(plan if self._packed else way, []).append(way)
+        return list(found.values())
 
     def storing(self, dtype: np.dtype) -> float:
-        parts = zip(self.parts, self._weights, strict=True)
-        return max(weight * part.executable.storing(dtype) for part, weight in parts)
+        whole = self.unit or 1.0
+        return max(unit / whole * own.storing(dtype) for unit, own in zip(self._units, self._ways, strict=True))
 
     def stored(self, certificate: Certificate, dtype: np.dtype) -> Certificate:
-        own = [part.executable for part in self.parts if part.heads]
-        pairs = zip(certificate.parts, own, strict=True)
-        parts = tuple((heads, executable.stored(found, dtype)) for (heads, found), executable in pairs)
-        return replace(certificate.stored(self.storing(dtype)), parts=parts)
+        units, lost, parts = self._units, [own.storing(dtype) for own in self._ways], []
+        for (slots, found), group in zip(certificate.parts, self._groups if certificate.parts else (), strict=True):
+            largest = max(units[way] for way in group) or 1.0
+            parts.append((slots, found.stored(max(units[way] / largest * lost[way] for way in group))))
+        return replace(certificate.stored(self.storing(dtype)), parts=tuple(parts))
 
     def measured_by(self, statistics: Statistics | None) -> InParts:
         def measured(part: Part) -> Part:

@@ -100,12 +100,14 @@ class Sequences:
 
     def outline(self, whole: Outline) -> Outline:
         H, m = whole.sizes.H, len(self.alike.which)
+        axes = *(whole.origin.axes or (H,)), m
         mask, bias = whole.mask.of_sequences(self.alike), whole.bias
         if bias is not None:
             first = mask.least - whole.mask.least
             bias = np.ascontiguousarray(bias[..., first : first + mask.n + mask.n_k - 1])
         found = whole.outline(mask=Mask(mask.n, mask.n_k), bias=bias).slots(np.repeat(np.arange(H), m))
-        return found.outline(sizes=found.sizes._replace(n=mask.n, n_k=mask.n_k), mask=mask)
+        origin = replace(found.origin, axes=axes, sequences=self.alike.which)
+        return found.outline(sizes=found.sizes._replace(n=mask.n, n_k=mask.n_k), mask=mask, origin=origin)
 
     def pieces(self, pieces: Pieces) -> Pieces:
         return pieces
