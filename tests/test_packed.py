@@ -93,7 +93,7 @@ def test_each_sequence_gives_what_it_gives_alone(name, method, rng):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("name", ["plain", "causal", "rotary", "window", "key mask", "alibi", "offsets"])
 def test_exact_sequences_are_bitwise_what_they_are_alone(name, dtype, rng):
-    # Calls of at most 8 queries read keys where they lie, in an order of their own.
+    # Those of at most 8 queries are in test_packed_few.py.
     rows, keys = np.array([70, 33, 33, 150, 70]), np.array([70, 33, 35, 180, 70])
     case = {**_case(rng, rows, keys, heads=(2,), dtype=dtype), **OPTIONS[name][0]}
     if "key_mask" in case:
@@ -131,7 +131,7 @@ def test_sequences_far_from_0_have_centres_of_their_own(method, name, masked, rn
             continue
         dense = oracle.attention(**one, scale=0.1)
         O[..., own, :], lse[..., own] = dense.O, dense.lse
-        if method == "exact" and own.stop - own.start > 8:
+        if method == "exact":
             alone = ropecy.attention(**one, scale=0.1, method=method)
             np.testing.assert_array_equal(ours[..., own, :], alone)
     np.testing.assert_allclose(ours, O, rtol=0, atol=6e-3 if method == "polynomial" else 5e-4)

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 
 from .certificate import Certificate, nothing_to_do
 from .engines.base import Context
-from .engines.exact import few_queries
+from .engines.exact import few_lengths, few_queries
 from .engines.exact.engine import Exact
 from .gradients import Gradients
 from .options import Integers, Options
@@ -201,7 +201,9 @@ def attention(
         key_mask=key_mask, q_positions=q_positions, k_positions=k_positions, q_offset=q_offset, lengths=lengths,
         threads=threads,
     )
-    found = None
+    found = few = None
+    if arguments.packed is not None:
+        few = few_lengths.forward(arguments, request, return_lse)
     if few_queries.serves(arguments, request):
         found = few_queries.forward(arguments, request, return_lse)
     elif plain_calls.serves(arguments, request):
@@ -209,9 +211,14 @@ def attention(
     if found is not None:
         O, lse = found
         certificate = partial(_exact_certificate, arguments, request)
+    elif few is not None and few.done.all() and not return_certificate:
+        O, lse, _ = few
     else:
-        evaluation = Evaluation(Call(check_entries(arguments), request), want_lse=return_lse)
+        left = check_entries(arguments if few is None else few.left(arguments))
+        evaluation = Evaluation(Call(left, request), want_lse=return_lse)
         O, lse = evaluation.call.to_user(evaluation.o), evaluation.lse
+        if few is not None:
+            few.put(O, lse, arguments)
         certificate = partial(getattr, evaluation, "certificate")
     extra = ([certificate()] if return_certificate else []) + ([lse] if return_lse else [])
     return (O, *extra) if extra else O

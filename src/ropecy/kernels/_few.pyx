@@ -235,6 +235,46 @@ def forward(cnp.ndarray queries, cnp.ndarray k, cnp.ndarray v, limits, bint want
     return None if memchr(pointer(done), 0, H) else (o, lse)
 
 
+def forward_stretches(cnp.ndarray queries, cnp.ndarray k, cnp.ndarray v, stretches, bint want_lse, int threads):
+    """o (H, group, n, d_v), lse float64 (H, group, n) or None, 0 and -inf in the rows of no stretch; and of which
+    stretches, (s,) bool, these are right: `forward` says which they are not.
+
+    Parameters
+    ----------
+    queries : (H, group, n, d) float32, float64, float16 or bfloat16, C-contiguous
+    k, v : (..., n_k, d) and (..., n_k, d_v) arrays
+        As `forward` takes them.
+    stretches : engines.exact.few_lengths.Stretches
+        Where each sequence has its queries and keys, the same in each of the H slots.
+    """
+    cdef Pass x
+    cdef rc_few_problem *p = &x.p
+    cdef const Py_ssize_t[:, ::1] rows = stretches.rows
+    cdef const double[::1] most = stretches.most
+    cdef ptrdiff_t i, j, H = queries.shape[0], count = rows.shape[0]
+    keep = stretches.keep
+    keys, values, kept = addresses(k, 2), addresses(v, 2), None if keep is None else addresses(keep, 1)
+    sequences = np.empty(count * H * sizeof(rc_few_sequence), np.uint8)
+    cdef rc_few_sequence *s = <rc_few_sequence *>pointer(sequences)
+    x.f = functions_of(k.dtype)
+    p.heads, p.group, p.d, p.d_v = 1, queries.shape[1], queries.shape[3], v.shape[v.ndim - 1]
+    p.page, p.head_rows, p.query_rows = max(1, k.shape[k.ndim - 2]), queries.shape[2], 1
+    p.k, p.v = strides_of(k, k.ndim - 2), strides_of(v, v.ndim - 2)
+    shape = (H, queries.shape[1], queries.shape[2])
+    o = np.zeros((*shape, p.d_v), np.float64 if k.itemsize == 8 else np.float32)
+    lse = np.full(shape, -np.inf) if want_lse else None
+    for j in range(count):
+        for i in range(H):
+            s.n, s.n_k, s.lo, s.hi = rows[j, 0], rows[j, 1], rows[j, 2], rows[j, 3]
+            s.row, s.first, s.pages, s.most = i * p.group * p.head_rows + rows[j, 4], 0, &FIRST_PAGE, most[j]
+            s.k = (<const char **>pointer(keys))[i] + rows[j, 5] * p.k.row
+            s.v = (<const char **>pointer(values))[i] + rows[j, 5] * p.v.row
+            s.keep = NULL if keep is None else (<const unsigned char **>pointer(kept))[i] + rows[j, 5]
+            s += 1
+    p.q, p.scale, p.o, p.lse = pointer(queries), stretches.scale, pointer(o), <double *>pointer(lse)
+    return o, lse, compute(&x, sequences, k.itemsize, threads).reshape(count, H).all(axis=1)
+
+
 def forward_packed(cnp.ndarray queries, cnp.ndarray k, cnp.ndarray v, packed, bint want_lse, int threads):
     """o (T, heads, d_v), lse float64 (T, heads) or None, and of which sequences, (s,) bool, these are right: `forward`
     says which they are not.

@@ -37,7 +37,7 @@ _MOST_ROWS, _KEPT = 2**16, 16
 
 def serves(a: Arguments, request: Request) -> bool:
     """Whether these arguments are asked nothing of but scores, a causal mask or a window, and values."""
-    if not a.plain or a.key_mask is not None or a.dtype != a.compute:
+    if not a.plain or a.packed is not None or a.key_mask is not None or a.dtype != a.compute:
         return False
     return request.degree is None and request.method in ("auto", "exact")
 

@@ -99,7 +99,7 @@ class Arguments:
         """Whether nothing but scores, masks and values is asked for: no rotation, projection, bias or near field."""
         return (
             self.V is not None and self.R is None and self.family is None and self.bias is None and self.near is None
-            and self.packed is None and self.W is None and self.W_Q is None and self.W_K is None and self.W_V is None
+            and self.W is None and self.W_Q is None and self.W_K is None and self.W_V is None
         )  # fmt: skip
 
     @property

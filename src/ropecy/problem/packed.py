@@ -21,6 +21,8 @@ class Alike(NamedTuple):
         Where the rows, and where the keys, of each of the m sequences begin.
     which : (m,) int array
         Which sequences they are.
+    done : bool
+        Whether their rows are computed elsewhere.
     """
 
     n: int
@@ -29,6 +31,7 @@ class Alike(NamedTuple):
     rows: np.ndarray
     keys: np.ndarray
     which: np.ndarray
+    done: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,6 +44,8 @@ class Packed:
         How many rows, and how many keys, each sequence has.
     offsets : (s,) int64 array
         The index of the first row of each sequence among its keys.
+    done : (s,) bool array or None
+        Which sequences have rows that are computed elsewhere, all exactly; None for no such sequence.
     alike : tuple of Alike
         The sequences that have rows and keys, those of one shape together. Found once, since sorting many shapes takes
         longer than computing short sequences.
@@ -49,6 +54,7 @@ class Packed:
     q_lengths: np.ndarray
     k_lengths: np.ndarray
     offsets: np.ndarray
+    done: np.ndarray | None = None
     alike: tuple[Alike, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -95,15 +101,16 @@ class Packed:
         return (self.q_lengths > 0) & (self.k_lengths > 0)
 
     def _kinds(self) -> Iterator[Alike]:
-        shapes = np.stack([self.q_lengths, self.k_lengths, self.offsets], axis=1)
+        done = np.zeros(self.size, np.int64) if self.done is None else self.done
+        shapes = np.stack([self.q_lengths, self.k_lengths, self.offsets, done], axis=1)
         rows, keys = (np.cumsum(lengths) - lengths for lengths in (self.q_lengths, self.k_lengths))
         which = np.flatnonzero(self._both)
         kinds, kind = np.unique(shapes[which], axis=0, return_inverse=True)
         order = np.argsort(kind.reshape(-1), kind="stable")
         ends = np.cumsum(np.bincount(kind.reshape(-1), minlength=len(kinds)))
-        for shape, first, last in zip(kinds.tolist(), [0, *ends], ends, strict=False):
+        for (*shape, elsewhere), first, last in zip(kinds.tolist(), [0, *ends], ends, strict=False):
             own = which[order[first:last]]
-            yield Alike(*shape, rows[own], keys[own], own)
+            yield Alike(*shape, rows[own], keys[own], own, bool(elsewhere))
 
     def transposed(self) -> Packed:
         """The same sequences with rows and keys exchanged, and all of them reversed; see `Mask.transposed`."""

@@ -55,13 +55,20 @@ def serves(a: Arguments, request: Request) -> bool:
     """Whether these arguments are few queries, and no more is asked of them than scores and masks, with an eps that
     rounding leaves room for: else "auto" has to look for another engine, or to warn.
     """
-    if a.n > MOST_QUERIES or not a.plain or request.degree is not None or 0 in a.lead or 0 in (a.n, a.n_k, a.d_v):
+    if a.n > MOST_QUERIES or a.packed is not None or not asks_no_more(a, request):
         return False
-    if request.method != "exact" and (request.method != "auto" or request.eps < sums_rounding(a.compute, a.n_k)):
+    if request.method == "auto" and request.eps < sums_rounding(a.compute, a.n_k):
+        return False
+    return a.n * (a.heads // key_heads_of(a)) <= MOST_ROWS
+
+
+def asks_no_more(a: Arguments, request: Request) -> bool:
+    """Whether these arguments, of which some are not empty, ask for no more than scores and masks, by any engine."""
+    if not a.plain or request.degree is not None or 0 in a.lead or 0 in (a.n, a.n_k, a.d_v):
         return False
     if not (a.Q.flags.aligned and a.K.flags.aligned and a.V.flags.aligned):
         return False
-    return a.n * (a.heads // key_heads_of(a)) <= MOST_ROWS
+    return request.method in ("auto", "exact")
 
 
 def forward(
@@ -85,10 +92,10 @@ def forward(
     key_heads = key_heads_of(a)
     slots, group = math.prod(a.batch) * key_heads, a.heads // key_heads
     q = contiguous(spread(a.Q, a.batch, a.heads)).reshape(slots, group * a.n, a.d)
-    k, v = (_by_slot(X, a.batch, key_heads, 2) for X in (a.K, a.V))
+    k, v = (by_slot(X, a.batch, key_heads, 2) for X in (a.K, a.V))
     keep = None
     if a.key_mask is not None:
-        keep = _by_slot(np.ascontiguousarray(a.key_mask), a.batch, key_heads, 1)
+        keep = by_slot(np.ascontiguousarray(a.key_mask), a.batch, key_heads, 1)
     band = Mask(a.n, a.n_k, a.lo, a.hi, a.q_offset).band_of_indices
     most = math.inf if request.method == "exact" else LOG2E * most_of_norms(a.compute, a.n_k, a.d, request.eps)
     found = _few.forward(q, k, v, Limits(a.scale * LOG2E, most, keep, a.n, band), want_lse, a.threads)
@@ -102,7 +109,7 @@ def forward(
     return o, None if lse is None else lse.reshape(a.lead + (a.n,))
 
 
-def _by_slot(X: np.ndarray, batch: tuple[int, ...], heads: int, inner: int) -> np.ndarray:
+def by_slot(X: np.ndarray, batch: tuple[int, ...], heads: int, inner: int) -> np.ndarray:
     """A view of X, whose last `inner` axes follow batch and head axes, with axes that come to batch times heads."""
     if X.shape[:-inner] == (*batch, heads):
         return X

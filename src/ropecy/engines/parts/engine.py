@@ -118,7 +118,8 @@ class BySequence(Engine):
             selection = Sequences(alike)
             problem = selection.problem(whole)
             if not problem.empty:
-                found.append(self.plan(Context.of(problem, request)))
+                own = Context.of(problem, request)
+                found.append(ExactEngine().offer(own, Search(request)) if alike.done else self.plan(own))
                 slots = partial(problem.origin.named, slice(None), problem.sizes.H)
                 parts.append(Part(selection, found[-1].executable, slots, planned=(context.problem, problem)))
         reasons = [(part.selection.alike.which, own.reason) for part, own in zip(parts, found, strict=True)]

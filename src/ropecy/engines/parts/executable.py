@@ -172,6 +172,10 @@ class InParts(Executable):
         lse, found = np.full(rows, -np.inf) if want_lse else None, []
         for part in self.parts:
             selection = part.selection
+            if selection.done:
+                nothing = np.empty((*selection.rows(problem.q).shape[:3], 0), problem.dtype)
+                found.append(Result(nothing, None, part.executable))
+                continue
             own = part.executable.forward(part.problem(problem), want_lse, selection.pieces(pieces))
             selection.put_rows(o, own.o)
             if lse is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
@@ -17,7 +17,15 @@ from ...problem.problem import Outline, Problem, Slots
 
 
 class Selection(Protocol):
-    """A part of a problem of H slots of G query heads, n rows and n_k keys."""
+    """A part of a problem of H slots of G query heads, n rows and n_k keys.
+
+    Attributes
+    ----------
+    done : bool
+        Whether its rows are computed elsewhere, exactly.
+    """
+
+    done: bool
 
     def problem(self, whole: Problem) -> Problem:
         """The part as a problem of its own."""
@@ -46,6 +54,8 @@ class Heads:
     """Some of the slots."""
 
     slots: Slots
+
+    done: ClassVar[bool] = False
 
     def problem(self, whole: Problem) -> Problem:
         return whole.slots(self.slots)
@@ -92,6 +102,10 @@ class Sequences:
     """Packed sequences of one shape. Slot h of the whole becomes a slot for each of its m sequences, one by one."""
 
     alike: Alike
+
+    @property
+    def done(self) -> bool:
+        return self.alike.done
 
     def problem(self, whole: Problem) -> Problem:
         outline, q, k, v = self.outline(whole), self.rows(whole.q), self._keys(whole.k), self._keys(whole.v)
