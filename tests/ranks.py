@@ -575,7 +575,109 @@ def test_positions_scale_with_the_longest():
     compare({"Q": Q, "K": K, "V": V, "R": ropecy.Rotary(4, scaling=scaling)}, "unequal", method="exact")
 
 
+def packed_cases(rng):
+    """Cases of packed sequences, some of them empty, and of some sequences rows or keys alone."""
+    rows, keys = np.array([30, 0, 41, 5, 1, 64, 7, 12, 0]), np.array([30, 9, 41, 5, 1, 70, 7, 0, 0])
+    n, n_k = rows.sum(), keys.sum()
+    Q, K, V = (rng.standard_normal((h, m, 4)) / 2 for h, m in ((4, n), (2, n_k), (2, n_k)))
+    plain = {"Q": Q, "K": K, "V": V, "lengths": (rows, keys), "scale": 0.5}
+    scaling = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 16}
+    for more in (
+        {},
+        {"causal": True, "R": ropecy.Rotary(4, scaling=scaling), "q_offset": keys - rows},
+        {"window": (5, 2), "key_mask": rng.random(n_k) < 0.7},
+        {"causal": True, "bias": ropecy.RelativeBias.alibi(np.array([0.1, 0.2, 0.3, 1.0])), "q_offset": 2},
+        {"near": (4, 1.5), "causal": True, "W": rng.standard_normal((4, 4)) / 2, "W_V": rng.standard_normal((4, 3))},
+    ):
+        yield {**plain, **more}
+
+
+def test_packed_sequences():
+    rng = np.random.default_rng(31)
+    for i, case in enumerate(packed_cases(rng)):
+        how, same = (("unequal", False), ("unequal", True), ("empty first", False), ("empty last", True))[i % 4]
+        compare(case, how, same=same, method="exact", threads=1 + i % 2)
+    Q, K, V = rng.uniform(-1, 1, (3, 2, 500, 3))
+    for lengths in ([200, 0, 300], [100] * 5):
+        case = {"Q": Q, "K": K, "V": V, "lengths": lengths, "bias": ropecy.RelativeBias.alibi(0.02)}
+        compare(case, "unequal", method="polynomial", eps=1e-12, threads=1)
+    # Many short ones, of which each border cuts one.
+    lengths = rng.integers(0, 9, 400)
+    Q, K, V = rng.standard_normal((3, lengths.sum(), 4)).astype(np.float32)
+    compare({"Q": Q, "K": K, "V": V, "lengths": lengths, "causal": True}, "unequal", method="exact")
+    own, mine = piece({"Q": Q, "K": K, "V": V, "E": V}, "unequal")
+    found = ropecy.mpi.loss_grad(COMM, **own, lengths=lengths)
+    expected = ropecy.loss_grad(Q, K, V, V, lengths=lengths)
+    np.testing.assert_allclose(found.loss, expected.loss, rtol=1e-5)
+    np.testing.assert_allclose(found.dQ, expected.dQ[mine["Q"]], atol=1e-5)
+    half, mine = piece({name: X.astype(np.float16) for name, X in zip("QKV", (Q, K, V), strict=True)}, "unequal")
+    O, certificate = ropecy.mpi.attention(COMM, **half, lengths=lengths, return_certificate=True)
+    assert O.dtype == np.float16 and 0 < certificate.storing < certificate.rounding
+    assert certificate.parts == ()
+    np.testing.assert_allclose(O, ropecy.attention(Q, K, V, lengths=lengths)[mine["Q"]], rtol=0, atol=4e-3)
+
+
+def test_packed_sequences_are_promised_what_each_is():
+    rng = np.random.default_rng(32)
+    lengths = [1500, 20, 1600, 1700, 10]
+    Q, K = (cases.unit_rows(rng.standard_normal((2, sum(lengths), 4))) for _ in "QK")
+    Q[1, 1520:3120] *= 60.0
+    case = {"Q": Q, "K": K, "V": rng.uniform(-1, 1, (2, sum(lengths), 3))}
+    own, mine = piece(case, "unequal")
+    O, vjp = ropecy.mpi.attention_vjp(COMM, **own, lengths=lengths)
+    exact, of_exact = ropecy.attention_vjp(**case, lengths=lengths, method="exact")
+    certificate, dO = vjp.certificate, rng.standard_normal(exact.shape)
+    assert certificate.engine == "mixed" and certificate.packed
+    parts = {part.engine: slots for slots, part in certificate.parts}
+    assert {(1, 2), (0, 1), (1, 4)} <= set(parts["exact"])
+    assert (0, 0) in parts["polynomial"]
+    every = sorted(slot for slots, _ in certificate.parts for slot in slots)
+    assert every == [(head, j) for head in range(2) for j in range(5)]
+    assert np.all(np.abs(O - exact[:, mine["Q"]]) <= 2 * certificate.rows_truncation[..., None] + 1e-9)
+    found = vjp(dO[:, mine["Q"]])
+    assert COMM.allgather(certificate) == [certificate] * COMM.size
+    assert np.linalg.norm(found.dQ - of_exact(dO).dQ[:, mine["Q"]]) <= 0.05 * np.linalg.norm(of_exact(dO).dQ)
+    made, (_, promised) = (
+        door(COMM, **own, lengths=lengths, **more)
+        for door, more in ((ropecy.mpi.plan, {}), (ropecy.mpi.attention, {"return_certificate": True}))
+    )
+    assert made.certificate.parts == promised.parts
+    assert made.engine == "mixed" and made.seconds["mixed"] > 0
+    ends = np.cumsum(lengths)
+    cut = {j for at in cuts(sum(lengths), "unequal")[1:-1] for j in range(5) if ends[j] - lengths[j] < at < ends[j]}
+    assert f"5 packed sequences, {len(cut)} of them cut between ranks" in str(made)
+    for grad in (False, True):
+        made = ropecy.mpi.plan(COMM, **own, lengths=lengths, method="exact", grad=grad)
+        options = {"lengths": lengths, "method": "exact"}
+
+        def call(grad=grad, options=options):
+            O, vjp = ropecy.mpi.attention_vjp(COMM, **own, **options) if grad else (None, None)
+            return vjp(O) if grad else ropecy.mpi.attention(COMM, **own, **options)
+
+        assert made.exchange.own.sent == counted(call)[0]
+        assert (made.gradient_certificate is None) == (not grad)
+
+
+def bad_lengths_raise():
+    X, a, last = np.ones((5, 4)), ropecy.mpi.attention, COMM.size - 1
+    n = 5 * COMM.size
+    raises(ValueError, f"rank 0: lengths: got 2 that add up to {n + 1}", a, X, X, X, lengths=[n, 1])
+    raises(ValueError, "rank 0: lengths: got -1", a, X, X, X, lengths=[n + 1, -1])
+    raises(ValueError, "rank 0: q_offset: got 2 numbers", a, X, X, X, lengths=[n], q_offset=[1, 2])
+    K = np.eye(5, 4)
+    raises(ropecy.BoundedEntryError, "bounded by B = ", a, X, K, X, lengths=[n], scale=1e3, method="polynomial")
+    if COMM.size > 1:
+        # On one rank alone, where the sequence lies.
+        sharp, each = K * (1e3 if COMM.rank == last else 1.0), [5] * COMM.size
+        raises(ropecy.BoundedEntryError, f"rank {last}: scores", a, X, sharp, X, lengths=each, method="polynomial")
+        other = [n] if COMM.rank == last else [n - 1, 1]
+        raises(ValueError, f"rank {last}: lengths: got an array", a, X, X, X, lengths=other)
+        none = None if COMM.rank == last else [n]
+        raises(ValueError, f"rank {last}: lengths: got False, wants True", a, X, X, X, lengths=none)
+
+
 def test_bad_input_raises_on_every_rank():
+    bad_lengths_raise()
     last = COMM.size - 1
     X = np.ones((5, 4))
     bad = X.copy()

@@ -6,6 +6,8 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 
@@ -199,8 +201,39 @@ def together(
         failure=sum(c.failure for c in certificates),
         # If more than a fraction of all rows is off, it is in some part, whose own sample would have to miss it.
         n_sampled=min(sampled, default=0),
+        storing=max(unit * c.storing for unit, c in zip(units, certificates, strict=True)),
         parts=parts,
     )
+
+
+class Entry(NamedTuple):
+    """The certificate of some slots, and the unit that its rounding is in."""
+
+    slots: Indices
+    certificate: Certificate
+    unit: float
+
+
+def in_one(entries: Sequence[Entry]) -> tuple[Indices, Certificate]:
+    """The slots of all of these, and one certificate for them."""
+    slots = tuple(sorted(chain.from_iterable(entry.slots for entry in entries)))
+    if len(entries) == 1:
+        return slots, entries[0].certificate
+    largest = max(entry.unit for entry in entries) or 1.0
+    return slots, together([entry.certificate for entry in entries], [entry.unit / largest for entry in entries])
+
+
+def plan_of(certificate: Certificate) -> tuple[object, ...]:
+    """What certificates of one plan share."""
+    return certificate.engine, certificate.rule, certificate.degree
+
+
+def by_plan(entries: Sequence[Entry]) -> tuple[tuple[Indices, Certificate], ...]:
+    """The parts of those that have one plan; () where all have."""
+    found: dict[object, list[Entry]] = {}
+    for entry in entries:
+        found.setdefault(plan_of(entry.certificate), []).append(entry)
+    return tuple(in_one(group) for group in found.values()) if len(found) > 1 else ()
 
 
 def named(slots: Indices, packed: bool = False, one_head: bool = False) -> str:

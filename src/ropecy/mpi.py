@@ -23,16 +23,19 @@ from .certificate import Certificate
 from .certify.sample import steps
 from .distributed.mpi_communicator import MPICommunicator
 from .distributed.network import Exchange, Network
+from .engines.base import Executable
 from .gradients import LossGradients
 from .loss import check_target, gradients_of
 from .options import Options
 from .planning.evaluation import Evaluation, Planned, planned
 from .planning.explain import plan_of, plan_of_nothing
 from .planning.plan import Plan
+from .planning.shares import Share, SharedEvaluation, Shares, plan_of_shares
 from .problem import checks
 from .problem.arguments import Arguments
 from .problem.call import Call, check, check_names, key_heads_of, length_of
-from .problem.pieces import Layout, Pieces
+from .problem.packed import Cut, Packed, check_lengths
+from .problem.pieces import WHOLE, Layout, Pieces
 from .problem.request import Request
 from .problem.traffic import Sender, Traffic, bounds, joined, maxima, totals
 from .relative import RelativeFamily
@@ -90,7 +93,8 @@ def attention(
         The rank's piece; leading axes, widths and dtype are those of all ranks.
     R, return_certificate, return_lse, **options
         As in `ropecy.attention`, the same on all ranks; `key_mask`, `q_positions` and `k_positions` speak of the
-        piece, `threads` of the rank. `q_offset` is the index of the first row of all among all keys.
+        piece, `threads` of the rank. `q_offset` is the index of the first row of all among all keys. `lengths` are
+        those of all sequences, whose rows and keys may be cut anywhere; `q_offset` is then as in `ropecy.attention`.
 
     Returns
     -------
@@ -112,10 +116,16 @@ def attention(
 
     Certificates are of the whole, by moments of scores too, but for the fourth at degrees 2 and 3: rows that fail are
     told to all ranks, which compute them over their own keys. Outliers are not set apart.
+
+    Packed sequences (`lengths`) that lie within the piece of a rank are computed there, and nothing of them is sent:
+    all but one at most for each border between ranks, where rows and keys are cut at the same places. Those that are
+    cut are computed by all ranks together, one after the other, each in the time and traffic of a call of its own, in
+    which ranks that hold none of it have nothing to do: a long sequence gains by being cut, a short one costs messages.
+    Each sequence has the plan that it has alone, or beside those of its shape on its rank.
     """
     flags = {"return_certificate": return_certificate, "return_lse": return_lse}
     call, pieces = _prepare(MPICommunicator(comm), "attention", (Q, K, V, R), options, **flags)
-    evaluation = Evaluation(call, want_lse=return_lse, pieces=pieces)
+    evaluation = _evaluate(call, pieces, want_lse=return_lse)
     extra = ([evaluation.certificate] if return_certificate else []) + ([evaluation.lse] if return_lse else [])
     O = evaluation.call.to_user(evaluation.o)
     return (O, *extra) if extra else O
@@ -150,7 +160,7 @@ def attention_vjp(
         As `attention` does.
     """
     call, pieces = _prepare(MPICommunicator(comm), "attention_vjp", (Q, K, V, R), options)
-    evaluation = Evaluation(call, grad=True, pieces=pieces)
+    evaluation = _evaluate(call, pieces, grad=True)
     return call.to_user(evaluation.o.copy()), VJP(evaluation)
 
 
@@ -186,7 +196,7 @@ def loss_grad(
     ranks = MPICommunicator(comm)
     call, pieces = _prepare(ranks, "loss_grad", (Q, K, V, R), options)
     E = ranks.together(check_target, E, call)
-    return gradients_of(Evaluation(call, grad=True, pieces=pieces), E)
+    return gradients_of(_evaluate(call, pieces, grad=True), E)
 
 
 def plan(
@@ -233,20 +243,37 @@ def plan(
     ranks.together(_check_network, network)
     ranks.agree({"network": network})
     call, pieces = _prepare(ranks, "plan", (Q, K, V, R), options, grad=grad)
-    found = planned(call, pieces, grad)
-    if found.context is None:
-        made = ranks.first(plan_of_nothing, found.whole, replace(call.request, grad=grad))
+    if isinstance(call, Shares):
+        every = [ranks.together(_planned, call.own.call, WHOLE, grad)]
+        every += [_planned(share.call, share.pieces, grad) for share in call.cut]
+        plans, executables, traffic = (list(each) for each in zip(*every, strict=True))
+        made, own = plan_of_shares(call, pieces, plans, executables), sum(traffic, Traffic())
     else:
-        made = ranks.first(lambda: plan_of(found.context, found.choice, call.dtype))
-    own = _traffic(call, pieces, found, grad)
+        made, _, own = _planned(call, pieces, grad)
     everyone = ranks.gather(own)
     worst = Traffic(*(max(getattr(t, name) for t in everyone) for name in ("sent", "received", "messages")))
     return replace(made, exchange=Exchange(ranks.size, own, worst, network or ranks.network()))
 
 
+def _planned(call: Call, pieces: Pieces, grad: bool) -> tuple[Plan, Executable | None, Traffic]:
+    """The plan of a call, what it runs, and what this rank sends and receives."""
+    found = planned(call, pieces, grad)
+    if found.context is None:
+        made = pieces.comm.first(plan_of_nothing, found.whole, replace(call.request, grad=grad))
+    else:
+        made = pieces.comm.first(lambda: plan_of(found.context, found.choice, call.dtype))
+    return made, found.executable, _traffic(call, pieces, found, grad) if pieces.distributed else Traffic()
+
+
+def _evaluate(call: Call | Shares, pieces: Pieces, **how: bool) -> Evaluation | SharedEvaluation:
+    if isinstance(call, Shares):
+        return SharedEvaluation(call, pieces=pieces, **how)
+    return Evaluation(call, pieces=pieces, **how)
+
+
 def _prepare(
     ranks: MPICommunicator, function: str, given: tuple[Any, ...], options: Mapping[str, Any], **flags: Any
-) -> tuple[Call, Pieces]:
+) -> tuple[Call | Shares, Pieces]:
     """The rank's call, with indices and positions that go on where the rank before ends, and where the others are."""
 
     def checked():
@@ -257,25 +284,73 @@ def _prepare(
             checks.check_values(given[2])
         if isinstance(given[3], RelativeFamily):
             raise NotImplementedError("R: got a RelativeFamily, which attention over MPI ranks does not do")
-        if options.get("lengths") is not None:
-            raise NotImplementedError("lengths: got packed sequences, which attention over MPI ranks does not do")
-        return check(*given, **options)
+        # The lengths are those of all ranks' rows, and are checked when these are known.
+        of_piece = options if lengths is None else {**options, "lengths": None, "q_offset": 0}
+        return check(*given, **of_piece)
 
+    lengths = options.get("lengths")
     a, request = ranks.together(checked)
-    ranks.agree({**_facts(function, a, request, options), **flags})
-    lengths = np.array(ranks.gather((a.n, a.n_k)))
-    starts = np.cumsum(lengths, axis=0) - lengths
-    layout = Layout(*lengths.T.tolist(), *starts.T.tolist(), a.q_offset, a.lo, a.hi)
+    ranks.agree({**_facts(function, a, request, options), **flags, "lengths": lengths is not None})
+    n, n_k = np.array(ranks.gather((a.n, a.n_k))).T
+    starts = (X.tolist() for X in (np.cumsum(n) - n, np.cumsum(n_k) - n_k))
+    layout = Layout(n.tolist(), n_k.tolist(), *starts, a.q_offset, a.lo, a.hi)
+    if lengths is not None:
+        packed = ranks.together(check_lengths, lengths, options.get("q_offset", 0), sum(n.tolist()), sum(n_k.tolist()))
+        fields = {"lengths": (packed.q_lengths, packed.k_lengths), "q_offset": packed.offsets}
+        ranks.agree({name: _digest(np.stack(X)) for name, X in fields.items()})
+        return _shares(ranks, a, request, options, (layout, packed))
     q_start, k_start = layout.q_start[ranks.rank], layout.k_start[ranks.rank]
     a.q_offset += q_start - k_start
     if a.R is not None:
         a.q_positions += q_start if options.get("q_positions") is None else 0
         a.k_positions += k_start if options.get("k_positions") is None else 0
+    return _call(ranks, a, request, layout, _common(ranks, a))
+
+
+def _common(ranks: MPICommunicator, a: Arguments) -> dict[str, int]:
+    """What the calls of all ranks have in common."""
     lengths, heads = zip(*ranks.gather((length_of(a), key_heads_of(a))), strict=True)
-    call = ranks.together(Call, a, request, length=max(lengths), least_key_heads=int(np.lcm.reduce(heads)))
+    return {"length": max(lengths), "least_key_heads": int(np.lcm.reduce(heads))}
+
+
+def _call(
+    ranks: MPICommunicator, a: Arguments, request: Request, layout: Layout, common: dict[str, int]
+) -> tuple[Call, Pieces]:
+    """The call of a sequence that lies so among the ranks, given what is this one's."""
+    call = ranks.together(Call, a, request, **common)
     masked = any(ranks.gather(call.problem.mask.kept is not None))
     symbol = None if a.bias is None else call.symbol
     return call, Pieces(ranks, layout, masked, symbol)
+
+
+def _shares(
+    ranks: MPICommunicator, a: Arguments, request: Request, options: Mapping[str, Any], places: tuple[Layout, Packed]
+) -> tuple[Shares, Pieces]:
+    """The packed sequences that lie within the rank's piece, and each that is cut."""
+    layout, packed = places
+    rows, keys = (Cut(*cut) for cut in ((packed.q_lengths, layout.n), (packed.k_lengths, layout.n_k)))
+    if a.R is not None:
+        own_rows, own_keys = (cut.of_rank(ranks.rank) for cut in (rows, keys))
+        a.q_positions = packed.q_positions[own_rows] if options.get("q_positions") is None else a.q_positions
+        a.k_positions = packed.k_positions[own_keys] if options.get("k_positions") is None else a.k_positions
+    common = _common(ranks, a)
+    both = (packed.q_lengths > 0) & (packed.k_lengths > 0)
+    within = both & (rows.rank >= 0) & (rows.rank == keys.rank)
+    mine = np.flatnonzero(within & (rows.rank == ranks.rank))
+    first, stop = (int(mine[0]), int(mine[-1]) + 1) if len(mine) else (0, 0)
+    where = rows.of(ranks.rank, first, stop), keys.of(ranks.rank, first, stop)
+    call = ranks.together(lambda: Call(a.stretch(*where, packed=packed.some(first, stop)), request, **common))
+    own, cut = Share(call, WHOLE, *where, first), []
+    for j in np.flatnonzero(both & ~within).tolist():
+        q, k = ([each.of(rank, j, j + 1) for rank in range(ranks.size)] for each in (rows, keys))
+        n, n_k = ([span.stop - span.start for span in spans] for spans in (q, k))
+        q_start, k_start = ((np.cumsum(lengths) - lengths).tolist() for lengths in (n, n_k))
+        offset, where = int(packed.offsets[j]), (q[ranks.rank], k[ranks.rank])
+        piece = a.stretch(*where, q_offset=offset + q_start[ranks.rank] - k_start[ranks.rank])
+        of_j = Layout(n, n_k, q_start, k_start, offset, a.lo, a.hi)
+        cut.append(Share(*_call(ranks, piece, request, of_j, common), *where, j))
+    sizes = {name: X.shape for name, X in a.arrays.items() if name in ("Q", "K", "V")}
+    return Shares(own, cut, (*a.lead, a.n, a.d_v), a.dtype, a.compute, sizes), Pieces(ranks)
 
 
 def _facts(function: str, a: Arguments, request: Request, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -137,6 +137,8 @@ class Evaluation:
     pieces : Pieces
     o : (H, G, n, d_v) array
         The result, for H key heads of G query heads each.
+    executable : Executable or None
+        What runs; None where there is nothing to run.
     lse : array or None
         The logarithm of the sum of each row's weights, in the user's shape, where it was wanted.
     """
@@ -144,7 +146,7 @@ class Evaluation:
     def __init__(self, call: Call, *, grad: bool = False, want_lse: bool = False, pieces: Pieces = WHOLE) -> None:
         self.call, self.pieces = call, pieces
         found = planned(call, pieces, grad)
-        self._normal, self._executable = found.normal, found.executable
+        self._normal, self.executable = found.normal, found.executable
         self._result: Result | None = None
         problem = found.normal.problem
         if found.executable is None:
@@ -166,7 +168,7 @@ class Evaluation:
         if rows is None:
             rows = np.full(self._result.o.shape[:3], found.truncation)
         found = replace(found, rows_truncation=self.call.lse_to_user(rows))
-        return self._executable.stored(found, self.call.dtype)
+        return self.executable.stored(found, self.call.dtype)
 
     @property
     def gradient_certificate(self) -> Certificate:

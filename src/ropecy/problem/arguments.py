@@ -94,6 +94,26 @@ class Arguments:
                 found[name] = X
         return found
 
+    def stretch(self, rows: slice, keys: slice, q_offset: int = 0, packed: Packed | None = None) -> Arguments:
+        """The arguments of some of the rows and keys."""
+
+        def of(X: np.ndarray | None, where: slice) -> np.ndarray | None:
+            return None if X is None else X[..., where]
+
+        return replace(
+            self,
+            Q=self.Q[..., rows, :],
+            K=self.K[..., keys, :],
+            V=None if self.V is None else self.V[..., keys, :],
+            n=rows.stop - rows.start,
+            n_k=keys.stop - keys.start,
+            key_mask=of(self.key_mask, keys),
+            q_positions=of(self.q_positions, rows),
+            k_positions=of(self.k_positions, keys),
+            q_offset=q_offset,
+            packed=packed,
+        )
+
     @property
     def plain(self) -> bool:
         """Whether nothing but scores, masks and values is asked for: no rotation, projection, bias or near field."""

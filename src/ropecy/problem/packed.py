@@ -112,10 +112,40 @@ class Packed:
             own = which[order[first:last]]
             yield Alike(*shape, rows[own], keys[own], own, bool(elsewhere))
 
+    def some(self, first: int, stop: int) -> Packed:
+        """The sequences [first, stop)."""
+        return Packed(*(X[first:stop] for X in (self.q_lengths, self.k_lengths, self.offsets)))
+
     def transposed(self) -> Packed:
         """The same sequences with rows and keys exchanged, and all of them reversed; see `Mask.transposed`."""
         q, k = self.q_lengths[::-1], self.k_lengths[::-1]
         return Packed(k, q, self.offsets[::-1] + q - k)
+
+
+class Cut:
+    """Where the sequences of a packed row lie whose rows, or keys, are cut into pieces of these lengths.
+
+    Attributes
+    ----------
+    rank : (s,) int array
+        Whose piece each sequence lies in; -1 for one that is in several, and for one that is empty.
+    """
+
+    def __init__(self, lengths: np.ndarray, pieces: list[int]) -> None:
+        self._ends = np.concatenate([[0], np.cumsum(lengths)])
+        self._pieces = np.concatenate([[0], np.cumsum(pieces)])
+        first, last = (np.searchsorted(self._pieces, at, "right") - 1 for at in (self._ends[:-1], self._ends[1:] - 1))
+        self.rank = np.where((lengths > 0) & (first == last), first, -1)
+
+    def of_rank(self, rank: int) -> slice:
+        """The rows of a piece."""
+        return slice(int(self._pieces[rank]), int(self._pieces[rank + 1]))
+
+    def of(self, rank: int, first: int, stop: int) -> slice:
+        """The rows of the sequences [first, stop) that are in a piece, counted from where it begins."""
+        begin, end = (int(X) for X in self._pieces[rank : rank + 2])
+        start = min(max(int(self._ends[first]), begin), end)
+        return slice(start - begin, min(max(int(self._ends[stop]), start), end) - begin)
 
 
 def stretches(starts: np.ndarray, length: int) -> slice | np.ndarray:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from itertools import chain
 
 import numpy as np
 
-from ...certificate import Certificate, Indices, together
+from ...certificate import Certificate, Entry, Indices, in_one, plan_of, together
 from ...certify.once import once
 from ...certify.statistics import Statistics
 from ...certify.values import Values
@@ -99,19 +98,14 @@ class InParts(Executable):
 
     def _together(self, certificates: list[Certificate], units: list[float], whole: float) -> Certificate:
         """The certificate of the whole from those of the parts, given the unit of the rounding of each way."""
-        named: list[tuple[Callable[[], Indices], Certificate]] = []
+        many, found = len(self._groups) > 1, []
         for part, certificate in zip(self.parts, certificates, strict=True):
-            inner = [(lambda slots=slots: slots, own) for slots, own in certificate.parts]
-            named += inner or [(part.named, certificate)]
-        parts = []
-        for group in self._groups if len(self._groups) > 1 else ():
-            slots = chain.from_iterable(named[way][0]() for way in group)
-            largest = max(units[way] for way in group) or 1.0
-            of_group = [named[way][1] for way in group]
-            own = together(of_group, [units[way] / largest for way in group]) if len(group) > 1 else of_group[0]
-            parts.append((tuple(sorted(slots)), own))
-        found = together([own for _, own in named], [unit / whole for unit in units], tuple(parts))
-        return replace(found, packed=bool(parts) and self._packed)
+            # To name thousands of slots takes time.
+            found += certificate.parts or [(part.named() if many else (), certificate)]
+        entries = [Entry(*own, unit) for own, unit in zip(found, units, strict=True)]
+        parts = tuple(in_one([entries[way] for way in group]) for group in self._groups) if many else ()
+        certificate = together([own for _, own in found], [unit / whole for unit in units], parts)
+        return replace(certificate, packed=many and self._packed)
 
     @property
     def _packed(self) -> bool:
@@ -135,20 +129,24 @@ class InParts(Executable):
         """The ways that are one part of a certificate: of sequences those of one plan; heads are grouped already."""
         found: dict[object, list[int]] = {}
         for way, own in enumerate(self._ways):
-            certificate = own.certificate
-            plan = certificate.engine, certificate.rule, certificate.degree
-            found.setdefault(plan if self._packed else way, []).append(way)
+            found.setdefault(plan_of(own.certificate) if self._packed else way, []).append(way)
         return list(found.values())
+
+    @property
+    def units_of_parts(self) -> list[float]:
+        """The unit of the rounding of each part of a certificate."""
+        units = self._units
+        return [max(units[way] for way in group) for group in self._groups]
 
     def storing(self, dtype: np.dtype) -> float:
         whole = self.unit or 1.0
         return max(unit / whole * own.storing(dtype) for unit, own in zip(self._units, self._ways, strict=True))
 
     def stored(self, certificate: Certificate, dtype: np.dtype) -> Certificate:
-        units, lost, parts = self._units, [own.storing(dtype) for own in self._ways], []
-        for (slots, found), group in zip(certificate.parts, self._groups if certificate.parts else (), strict=True):
-            largest = max(units[way] for way in group) or 1.0
-            parts.append((slots, found.stored(max(units[way] / largest * lost[way] for way in group))))
+        lost, parts = [unit * own.storing(dtype) for unit, own in zip(self._units, self._ways, strict=True)], []
+        # Where there is one part it has no name.
+        for (slots, found), group, unit in zip(certificate.parts, self._groups, self.units_of_parts, strict=False):
+            parts.append((slots, found.stored(max(lost[way] for way in group) / (unit or 1.0))))
         return replace(certificate.stored(self.storing(dtype)), parts=tuple(parts))
 
     def measured_by(self, statistics: Statistics | None) -> InParts:
