@@ -93,7 +93,8 @@ def test_what_is_refused():
     for lengths, error, message in (
         ([20, 20], ValueError, r"lengths: got 2 that add up to 40, wants 75 as there are queries"),
         (torch.tensor([[75]]), ValueError, r"lengths: got torch.int64 of shape \(1, 1\), wants a vector of integers"),
-        (torch.tensor([75.0]), ValueError, r"lengths: got torch.float32 of shape \(1,\), wants a vector of integers"),
+        (torch.tensor([75.0]), TypeError, r"lengths: got dtype torch.float32, wants integers"),
+        (([75], 75), ValueError, r"lengths: got torch.int64 of shape \(\), wants a vector of integers"),
         (([75], [70, 5]), ValueError, r"lengths: got 1 lengths of queries and 2 of keys, wants one of each a sequence"),
         ([80, -5], ValueError, r"lengths: got -5, wants integers of at least 0"),
     ):

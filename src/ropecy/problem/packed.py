@@ -179,10 +179,8 @@ def check_lengths(lengths: Any, q_offset: Any, n: int, n_k: int) -> Packed:
         The lengths of sequences of as many rows as keys, or those of rows and those of keys.
     q_offset : int or (s,) integers
     """
-    pair = isinstance(lengths, (tuple, list)) and len(lengths) == 2 and any(_is_vector(part) for part in lengths)
-    q, k = (_integers("lengths", part) for part in (lengths if pair else (lengths, lengths)))
-    if len(q) != len(k):
-        raise ValueError(f"lengths: got {len(q)} lengths of queries and {len(k)} of keys, wants one of each a sequence")
+    q, k = (_integers("lengths", part) for part in as_two(lengths))
+    check_as_many(len(q), len(k))
     for own, rows, name in ((q, n, "queries"), (k, n_k, "keys")):
         if own.min(initial=0) < 0:
             raise ValueError(f"lengths: got {own.min()}, wants integers of at least 0")
@@ -198,8 +196,32 @@ def check_lengths(lengths: Any, q_offset: Any, n: int, n_k: int) -> Packed:
     return Packed(q, k, offsets)
 
 
+def as_two(lengths: Any) -> tuple[Any, Any]:
+    """The lengths of queries and those of keys, which may be one."""
+    pair = isinstance(lengths, (tuple, list)) and len(lengths) == 2 and any(_is_vector(part) for part in lengths)
+    return tuple(lengths) if pair else (lengths, lengths)
+
+
+def check_vector(name: str, what: str, shape: tuple[int, ...]) -> None:
+    """Refuse what is no vector; `what` is its kind in words."""
+    if len(shape) != 1:
+        raise ValueError(f"{name}: got {what} of shape {shape}, wants a vector of integers")
+
+
+def check_integers(name: str, dtype: Any, integers: bool) -> None:
+    """Refuse a dtype that is not one of `integers`."""
+    if not integers:
+        raise TypeError(f"{name}: got dtype {dtype}, wants integers")
+
+
+def check_as_many(q: int, k: int) -> None:
+    """Refuse another number of lengths of queries than of keys."""
+    if q != k:
+        raise ValueError(f"lengths: got {q} lengths of queries and {k} of keys, wants one of each a sequence")
+
+
 def _is_vector(value: Any) -> bool:
-    return isinstance(value, (tuple, list)) or np.ndim(value) > 0
+    return isinstance(value, (tuple, list)) or getattr(value, "ndim", 0) > 0
 
 
 def _integers(name: str, value: Any) -> np.ndarray:
@@ -208,10 +230,8 @@ def _integers(name: str, value: Any) -> np.ndarray:
         found = np.asarray(value)
     except ValueError:
         raise TypeError(f"{name}: got {described(value)} of unlike things, wants a vector of integers") from None
-    if found.ndim != 1:
-        raise ValueError(f"{name}: got {described(value)} of shape {found.shape}, wants a vector of integers")
-    if found.dtype.kind not in "iu" and found.size:
-        raise TypeError(f"{name}: got dtype {found.dtype}, wants integers")
+    check_vector(name, described(value), found.shape)
+    check_integers(name, found.dtype, found.dtype.kind in "iu" or not found.size)
     for end in (found.min(initial=0), found.max(initial=0)):
         check_integer(name, int(end))
     return found.astype(np.int64)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..certificate import Certificate
+from ..problem.packed import as_two, check_as_many, check_integers, check_vector
 from ..rotary import Rotary
 from .derivatives import Attention, attend
 from .operators import collect_certificates, encode
@@ -174,15 +175,12 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -
 
 def _lengths(lengths: Any) -> Tensor:
     """The lengths of queries and those of keys, (2, s)."""
-    pair = isinstance(lengths, tuple | list) and len(lengths) == 2 and all(torch.as_tensor(x).dim() for x in lengths)
-    found = [torch.as_tensor(part, device="cpu") for part in (lengths if pair else (lengths, lengths))]
+    found = [torch.as_tensor(part, device="cpu") for part in as_two(lengths)]
     for part in found:
-        if part.dim() != 1 or (part.numel() and (part.is_floating_point() or part.dtype == torch.bool)):
-            raise ValueError(f"lengths: got {part.dtype} of shape {tuple(part.shape)}, wants a vector of integers")
-    if found[0].shape != found[1].shape:
-        raise ValueError(
-            f"lengths: got {len(found[0])} lengths of queries and {len(found[1])} of keys, wants one of each a sequence"
-        )
+        check_vector("lengths", str(part.dtype), tuple(part.shape))
+        kind = part.is_floating_point() or part.is_complex() or part.dtype == torch.bool
+        check_integers("lengths", part.dtype, not kind or not part.numel())
+    check_as_many(*(len(part) for part in found))
     return torch.stack([part.long() for part in found])
 
 
