@@ -62,6 +62,16 @@ def test_command(tmp_path, capsys):
     assert drawn.stat().st_size > 10_000
 
 
+def test_what_plans_of_heads_save_is_said():
+    q, k, v = torch.randn(3, 1, 3, 1500, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64).numpy()
+    q, k = (x / (x**2).sum(-1, keepdims=True) ** 0.5 for x in (q, k))
+    options = {"scale": 1.0, "eps": 0.1}
+    assert torch_demo.saved((q, k, v), options) == "  one plan for all heads"
+    q[:, 1] *= 40
+    said = torch_demo.saved((q, k, v), options, rounds=1)
+    assert "(heads (0, 0), (0, 2) degree " in said and "; head (0, 1) exact), and " in said
+
+
 def test_serving_is_the_model_and_the_command_runs(tmp_path, capsys):
     """Steps on states give the logits of the whole text; the command trains, saves, loads and prints each way."""
     model, text = torch_demo.to_serve(1, tmp_path / "weights")

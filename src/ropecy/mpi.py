@@ -1,4 +1,5 @@
-"""One sequence over the ranks of an MPI communicator: each holds a contiguous piece, in the order of ranks.
+"""One sequence, or packed sequences, over the ranks of an MPI communicator: each holds a contiguous piece, in the order
+of ranks.
 
 Import it by name, ``import ropecy.mpi``; it needs mpi4py (``pip install "ropecy[mpi]"``). Every function is collective:
 all ranks call it, with the same options. Arguments and results are those of the functions of the same name in
