@@ -211,6 +211,32 @@ def test_an_executable_goes_between_processes(rng):
     assert found.certificate.parts == choice.executable.certificate.parts
 
 
+@pytest.mark.parametrize(
+    "more", [{}, {"causal": True}, {"causal": True, "near": (6, 2.0)}, {"bias": ropecy.RelativeBias.alibi(0.05)}]
+)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_bits_of_a_head_by_the_worst_case_depend_on_no_other_of_its_degree(dtype, more, rng):
+    case = _case(rng, [0.5, 0.7, 0.1, 1.4], group=2, dtype=dtype)
+    dO, how = rng.standard_normal((4, N, D)).astype(dtype), {"degree": 4, "eps": 1e-2, "scale": 1.0, **more}
+
+    def beside(other):
+        Q, K, V = case["Q"][[0, 1, 2 * other, 2 * other + 1]], case["K"][[0, other]], case["V"][[0, other]]
+        O, vjp = ropecy.attention_vjp(Q, K, V, **how)
+        assert (vjp.certificate.rule, vjp.certificate.degree, vjp.certificate.parts) == ("worst case", 4, ())
+        g = vjp(dO)
+        return O[:2], g.dQ[:2], g.dK[0], g.dV[0]
+
+    first = beside(1)
+    for other in (2, 3):
+        for X, Y in zip(first, beside(other), strict=True):
+            np.testing.assert_array_equal(X, Y)
+    # Those of the smaller scores have a polynomial of their own, which is more exact.
+    if not {"near", "bias"} & more.keys():
+        O = ropecy.attention(case["Q"][[0, 1, 4, 5]], case["K"][[0, 2]], case["V"][[0, 2]], **how)
+        dense = oracle.attention(Q=case["Q"][4:6], K=case["K"][2:3], V=case["V"][2:3], scale=1.0, **more)
+        assert np.abs(O[2:] - dense.O).max() < 1e-5
+
+
 @pytest.mark.parametrize("bounds", [[0.5, 60.0, 0.5], [1.0, 1.0, 1.0], [0.1, 1.0, 4.0]])
 def test_the_group_of_a_head_is_its_own(bounds, rng):
     """Each head is in the group that it is in beside others of the same scores."""

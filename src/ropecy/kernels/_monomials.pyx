@@ -32,6 +32,7 @@ cdef extern from "c/monomials.h" nogil:
         const ptrdiff_t *count
         const void *weights
         const void *grad_weights
+        ptrdiff_t weights_apart
         ptrdiff_t chunk, segments, chunks_per_segment
         double *states
         double *grad_states
@@ -64,7 +65,7 @@ cdef extern from "c/monomials.h" nogil:
         size_t (*packed_size)(const rc_monomials_problem *) noexcept nogil
         size_t (*grad_packed_size)(const rc_monomials_problem *) noexcept nogil
         segment_function sum_keys, sum_queries
-        void (*pack)(const rc_monomials_problem *, const double *, void *, void *, void *) noexcept nogil
+        void (*pack)(const rc_monomials_problem *, ptrdiff_t, const double *, void *, void *, void *) noexcept nogil
         chunk_function forward, grad_queries
         segment_function grad_keys, scan_forward, scan_grad_queries, scan_grad_keys
 
@@ -181,6 +182,7 @@ cdef class Scan:
         p.pitch = monomials.pitch
         p.offset, p.count = <const ptrdiff_t *>pointer(monomials.offset), <const ptrdiff_t *>pointer(monomials.count)
         p.weights, p.grad_weights = pointer(monomials.weights), pointer(monomials.grad_weights)
+        p.weights_apart = p.pitch if monomials.weights.shape[0] > 1 else 0
         p.chunk = self.f.chunk
         p.decay, p.key_sums = <const double *>pointer(decay), NULL
         self.chunks = max(<ptrdiff_t>1, pieces(max(p.n_k, p.n + p.q_offset), p.chunk))
@@ -223,7 +225,8 @@ cdef class Scan:
         cdef ptrdiff_t head
         workspace = np.empty(self.size + LINE, np.uint8)
         for head in range(p.heads):
-            self.f.pack(p, <const double *>pointer(totals[head]), NULL if packed is None else pointer(packed[head]),
+            self.f.pack(p, head, <const double *>pointer(totals[head]),
+                        NULL if packed is None else pointer(packed[head]),
                         NULL if grad_packed is None else pointer(grad_packed[head]), line(workspace))
         p.packed, p.grad_packed = pointer(packed), pointer(grad_packed)
 

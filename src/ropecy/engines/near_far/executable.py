@@ -26,6 +26,7 @@ from ..exact.ring import Ring
 from ..merge import merge, row_sums, share
 from ..polynomial import features
 from ..polynomial.features import Expansion
+from ..polynomial.worst_case import of_each_slot
 from .split import Far, Split
 
 
@@ -191,11 +192,13 @@ class NearFar(Executable):
         scores, values, p = self.scores, self.values, self.polynomial
         repeats = whole.sizes.H // values.middle.shape[0]
         if repeats > 1:
-            q_factor, k_factor = (np.repeat(X, repeats) for X in (scores.q_factor, scores.k_factor))
+            q_factor, k_factor, of_slots = (
+                np.repeat(X, repeats) for X in (scores.q_factor, scores.k_factor, scores.of_slots)
+            )
             centre = None if scores.centre is None else np.repeat(scores.centre, repeats, axis=0)
-            scores = replace(scores, centre=centre, q_factor=q_factor, k_factor=k_factor)
+            scores = replace(scores, centre=centre, q_factor=q_factor, k_factor=k_factor, of_slots=of_slots)
             values = replace(values, middle=np.repeat(values.middle, repeats, axis=0))
-        return Expansion(scores, values, p, p if self.grad else None)
+        return Expansion(scores, values, p, p if self.grad else None, of_each_slot(p, scores))
 
     def backward(self, problem: Problem, result: Result, do: np.ndarray, pieces: Pieces = WHOLE) -> InputGradients:
         """The sum of the gradients of all parts, each with the O and the denominators of the whole.

@@ -32,7 +32,9 @@ _STATE_BYTES = 256 * 2**20  # how much memory the states of all segments may tak
 
 @dataclass(slots=True)
 class Monomials:
-    """The monomials of a state: their degrees, their places and their weights (see c/monomials.h)."""
+    """The monomials of a state: their degrees, their places and their weights, one row for all slots or one for each
+    (see c/monomials.h).
+    """
 
     degree: int
     grad_degree: int
@@ -90,12 +92,15 @@ class Expansion:
         The weights of forward.
     of_gradient : Polynomial or MomentPolynomial, optional
         The weights of backward; None if there is no backward pass.
+    of_slots : tuple of Polynomial, optional
+        Those of each slot, of one degree, in the place of p, and of `of_gradient` where there is a backward pass.
     """
 
     scores: Scores
     values: Values
     p: Polynomial | MomentPolynomial
     of_gradient: Polynomial | MomentPolynomial | None = None
+    of_slots: tuple[Polynomial, ...] | None = None
 
 
 @dataclass(slots=True)
@@ -144,7 +149,7 @@ def forward(
     the keys of each segment. Memory: some states of ``F (d_v + 1)`` float64.
     """
     mask, scores = problem.mask, expansion.scores
-    monomials = _monomials_for(problem, expansion.p, expansion.of_gradient)
+    monomials = _monomials_for(problem, expansion.p, expansion.of_gradient, expansion.of_slots)
     frame = Frame(scores.centre, expansion.values.middle, scores.q_factor, scores.k_factor)
     scan = _monomials.Scan(problem, frame, monomials, segments(problem, monomials.state_degree), decay)
     asked = want_lse, 0, None, None
@@ -246,9 +251,14 @@ def segments(problem: Outline, state_degree: int) -> int:
 
 
 def _monomials_for(
-    problem: Outline, p: Polynomial | MomentPolynomial, r: Polynomial | MomentPolynomial | None
+    problem: Outline,
+    p: Polynomial | MomentPolynomial,
+    r: Polynomial | MomentPolynomial | None,
+    of_slots: tuple[Polynomial, ...] | None = None,
 ) -> Monomials:
-    """The monomials of a forward pass with weights p and, unless r is None, of a backward pass with weights r."""
+    """The monomials of a forward pass with weights p and, unless r is None, of a backward pass with weights r; if slots
+    have weights of their own, these take the place of both.
+    """
     lanes, _ = _monomials.blocking(problem.dtype)
     degree = max(1, p.degree)
     grad_degree = 0 if r is None else max(1, r.degree) + 1
@@ -257,9 +267,10 @@ def _monomials_for(
     degrees = np.repeat(np.arange(state_degree + 1), np.diff(np.append(offset, pitch)))
 
     def weigh(coefficients):
-        padded = np.zeros(state_degree + 1)
-        padded[: len(coefficients)] = coefficients
-        return (multinomials * padded[degrees]).astype(problem.dtype)
+        padded = np.zeros((len(coefficients), state_degree + 1))
+        for slot, of_slot in enumerate(coefficients):
+            padded[slot, : len(of_slot)] = of_slot
+        return np.ascontiguousarray(multinomials * padded[:, degrees], problem.dtype)
 
     return Monomials(
         degree=degree,
@@ -268,8 +279,8 @@ def _monomials_for(
         offset=offset,
         count=count,
         pitch=pitch,
-        weights=weigh(p.coefficients),
-        grad_weights=None if r is None else weigh(antiderivative(r)),
+        weights=weigh([own.coefficients for own in of_slots or (p,)]),
+        grad_weights=None if r is None else weigh([antiderivative(own) for own in of_slots or (r,)]),
     )
 
 

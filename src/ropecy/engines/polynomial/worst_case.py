@@ -46,7 +46,8 @@ class WorstCase(Engine):
         gradient = None
         if request.grad:
             gradient = of_gradient(context.outline, certificate, degree + 1, p.error)
-        expansion = Expansion(statistics.scores, statistics.values, p, p if request.grad else None)
+        backward, of_slots = p if request.grad else None, of_each_slot(p, statistics.scores)
+        expansion = Expansion(statistics.scores, statistics.values, p, backward, of_slots)
         executable = PolynomialExecutable(certificate, gradient, expansion, statistics.scores.plain)
         work = polynomial_work(context.outline, degree, request.grad)
         size = features.memory(context.piece, degree, request.grad)
@@ -138,7 +139,9 @@ def certified(
     needed = poly.smallest_degree(B, e)
     if degree is not None:
         refusal = f"{begins}: degree {degree} does not certify eps = {eps:g}; {_takes(needed, d)}; {ends}"
-        return _of_degree(B, degree, e, refusal)
+        # One slot alone has the sharpest polynomial, for its own bound; slots beside others have that of the grid.
+        bounds = ([poly.B_grid(B)] if outline.sizes.H > 1 and math.isfinite(B) else []) + [max(B, poly.B_grid(0.0))]
+        return _of_degree(bounds, degree, e, refusal)
     if needed is None:
         return None, f"{begins}: no degree certifies eps = {eps:g}; {ends}"
     if needed > 1:
@@ -153,11 +156,24 @@ def certified(
     return poly.minimax(poly.B_grid(B), max(1, needed)), None
 
 
-def _of_degree(B: float, degree: int, e: float, refusal: str) -> tuple[Polynomial | None, str | None]:
-    if B <= poly.MAX_BOUND:
-        p = poly.minimax(max(B, poly.B_grid(0.0)), max(1, degree))
-        if p.error <= e:
-            return p, None
+def of_each_slot(p: Polynomial, scores: Scores) -> tuple[Polynomial, ...] | None:
+    """A polynomial of the degree of p for each slot's own bound, rounded up to the grid, so that its results depend on
+    the other slots by this degree alone; None where all slots have p.
+    """
+    bounds = [poly.B_grid(B) for B in scores.of_slots.tolist()]
+    if min(bounds) >= p.B:
+        return None
+    # A bound that is not on the grid is p's where that allows one degree less.
+    return tuple(poly.minimax(B, p.degree) if B < p.B else p for B in bounds)
+
+
+def _of_degree(bounds: list[float], degree: int, e: float, refusal: str) -> tuple[Polynomial | None, str | None]:
+    """The polynomial of this degree for the first of these bounds that certifies a relative error e."""
+    for bound in bounds:
+        if bound <= poly.MAX_BOUND:
+            p = poly.minimax(bound, max(1, degree))
+            if p.error <= e:
+                return p, None
     return None, refusal
 
 

@@ -38,7 +38,10 @@ typedef struct {
     ptrdiff_t pitch;                       /* of a state's columns */
     const ptrdiff_t *offset;               /* [s]: where degree s starts; the top one at a whole vector */
     const ptrdiff_t *count;                /* [s * (d + 1) + m]: monomials of degree s in the first m variables */
-    const void *weights, *grad_weights;    /* (pitch): of the polynomial, of the antiderivative of backward's weights */
+    /* (heads, pitch): of the polynomial, of the antiderivative of backward's weights. From those of a head to those of the
+     * next it is pitch, or 0 where all heads share them. */
+    const void *weights, *grad_weights;
+    ptrdiff_t weights_apart;
 
     ptrdiff_t chunk, segments, chunks_per_segment;
     double *states, *grad_states; /* (heads, segments, d_v + 1, pitch) */
@@ -73,8 +76,9 @@ typedef struct {
     size_t (*grad_packed_size)(const rc_monomials_problem *); /* elements */
     rc_segment_function sum_keys;
     rc_segment_function sum_queries;
-    /* state (d_v + 1, pitch) float64 to packed (with weights) and grad_packed; either may be NULL */
-    void (*pack)(const rc_monomials_problem *, const double *state, void *packed, void *grad_packed, void *workspace);
+    /* state (d_v + 1, pitch) float64 of a head to packed (with weights) and grad_packed; either may be NULL */
+    void (*pack)(const rc_monomials_problem *, ptrdiff_t head, const double *state, void *packed, void *grad_packed,
+                 void *workspace);
     rc_chunk_function forward;
     rc_chunk_function grad_queries;
     rc_segment_function grad_keys;

@@ -237,7 +237,7 @@ static void RC_NAME(scan_forward)(const rc_monomials_problem *p, ptrdiff_t head,
         const ptrdiff_t end = RC_NAME(chunk_row)(p, chunk + 1, p->q_offset, p->n);
         if (begin < end) {
             if (first > 0 || p->earlier)
-                RC_NAME(evaluate_pack)(&w.y, p->degree, w.base, w.part, p->weights, w.packed);
+                RC_NAME(evaluate_pack)(&w.y, p->degree, w.base, w.part, RC_NAME(of_head)(p, p->weights, head), w.packed);
             RC_NAME(load_chunk)(p, &w, head, first, keys);
         }
         for (ptrdiff_t group = 0; group < p->groups; group++)
@@ -362,7 +362,8 @@ static void RC_NAME(scan_grad_queries)(const rc_monomials_problem *p, ptrdiff_t 
         const ptrdiff_t end = RC_NAME(chunk_row)(p, chunk + 1, p->q_offset, p->n);
         if (begin < end) {
             if (first > 0 || p->earlier)
-                RC_NAME(differentiate_pack)(&w.y, p->grad_degree, w.base, w.part, p->grad_weights, w.grad_packed);
+                RC_NAME(differentiate_pack)(&w.y, p->grad_degree, w.base, w.part, RC_NAME(of_head)(p, p->grad_weights, head),
+                                            w.grad_packed);
             RC_NAME(load_chunk)(p, &w, head, first, keys);
             RC_NAME(pack_columns)(&w, keys);
         }
@@ -408,8 +409,9 @@ static void RC_NAME(scan_grad_keys)(const rc_monomials_problem *p, ptrdiff_t hea
         const ptrdiff_t begin = RC_NAME(chunk_row)(p, chunk, p->q_offset, p->n);
         const ptrdiff_t end = RC_NAME(chunk_row)(p, chunk + 1, p->q_offset, p->n);
         if (keys > 0) {
-            RC_NAME(evaluate_pack)(&w.y, p->degree, w.base, w.part, p->weights, w.packed);
-            RC_NAME(differentiate_pack)(&w.y, p->grad_degree, w.base, w.part, p->grad_weights, w.grad_packed);
+            RC_NAME(evaluate_pack)(&w.y, p->degree, w.base, w.part, RC_NAME(of_head)(p, p->weights, head), w.packed);
+            RC_NAME(differentiate_pack)(&w.y, p->grad_degree, w.base, w.part, RC_NAME(of_head)(p, p->grad_weights, head),
+                                        w.grad_packed);
             RC_NAME(load_chunk)(p, &w, head, first, keys);
             RC_NAME(pack_columns)(&w, keys);
             for (ptrdiff_t i = 0; i < CHUNK * wide; i++)

@@ -224,12 +224,18 @@ static void RC_NAME(sum_queries)(const rc_monomials_problem *p, ptrdiff_t head, 
     RC_NAME(keep_state)(&w, p->grad_states + (head * p->segments + segment) * w.y.columns * p->pitch);
 }
 
-static void RC_NAME(pack)(const rc_monomials_problem *p, const double *state, void *packed, void *grad_packed, void *workspace) {
+static const REAL *RC_NAME(of_head)(const rc_monomials_problem *p, const void *weights, ptrdiff_t head) {
+    return (const REAL *)weights + head * p->weights_apart;
+}
+
+static void RC_NAME(pack)(const rc_monomials_problem *p, ptrdiff_t head, const double *state, void *packed, void *grad_packed,
+                          void *workspace) {
     RC_NAME(room) w;
     RC_NAME(lay_out)(p, workspace, &w);
     RC_NAME(start_state)(&w, state);
     if (packed)
-        RC_NAME(evaluate_pack)(&w.y, p->degree, w.base, w.part, p->weights, packed);
+        RC_NAME(evaluate_pack)(&w.y, p->degree, w.base, w.part, RC_NAME(of_head)(p, p->weights, head), packed);
     if (grad_packed)
-        RC_NAME(differentiate_pack)(&w.y, p->grad_degree, w.base, w.part, p->grad_weights, grad_packed);
+        RC_NAME(differentiate_pack)(&w.y, p->grad_degree, w.base, w.part, RC_NAME(of_head)(p, p->grad_weights, head),
+                                    grad_packed);
 }
