@@ -194,6 +194,21 @@ def test_bits_do_not_depend_on_threads(bias, threads, rng):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.parametrize("bias", [None, RelativeBias.alibi(0.001)], ids=["", "alibi"])
+@pytest.mark.parametrize("heads, key_heads, n, n_k, q_offset", [(1, 1, 9000, 9000, 0), (6, 3, 7000, 9000, 2000)])
+def test_bits_do_not_depend_on_which_segments_are_summed_up_first(heads, key_heads, n, n_k, q_offset, bias, rng):
+    # One thread sums up none, sixteen all but the last, those between some of them.
+    case, dO = _problem(rng, n, n_k, heads, key_heads, dtype=np.float32, bias=bias, causal=True, q_offset=q_offset)
+    results = []
+    for count in (1, 2, 3, 5, 16):
+        O, vjp = ropecy.attention_vjp(**case, method="polynomial", degree=6, threads=count)
+        g = vjp(dO)
+        results.append((O, g.dQ, g.dK, g.dV))
+    for others in results[1:]:
+        for one, other in zip(results[0], others, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
 def test_keys_hidden_for_long(rng, ours):
     mask = np.ones(400, bool)
     mask[100:300] = False

@@ -1,7 +1,9 @@
 """Polynomial attention: threads, memory and interrupts around the serial C kernels of ``c/monomials.h``.
 
 The sequence is cut into segments, each with a state of its own, and these are added (no mask) or summed up to each
-segment (causal): by shapes alone, so that results are bitwise the same for every thread count.
+segment (causal): by shapes alone, so that results are bitwise the same for every thread count. Which segments are
+summed up before a causal scan does depend on threads: a thread that scans one segment after another finds their sums on
+its way, the same to the bit, so only segments that others wait for are summed up first, which costs a product more.
 """
 
 import numpy as np
@@ -9,97 +11,9 @@ import numpy as np
 cimport numpy as cnp
 
 from ._arrays cimport LINE, line, pieces, pointer
-from ._parallel cimport parallel_for, rc_worker, task_function, team
+from ._parallel cimport interrupted, parallel_for, rc_worker, task_function, team
 
 cnp.import_array()
-
-cdef extern from "c/monomials.h" nogil:
-    ctypedef struct rc_monomials_problem:
-        ptrdiff_t heads, groups, n, n_k, d, d_v, q_offset
-        const void *q
-        const void *k
-        const void *v
-        const double *decay
-        int earlier
-        const unsigned char *key_mask
-        const void *centre
-        const void *value_centre
-        const double *q_factor
-        const double *k_factor
-        int degree, grad_degree, state_degree
-        ptrdiff_t pitch
-        const ptrdiff_t *offset
-        const ptrdiff_t *count
-        const void *weights
-        const void *grad_weights
-        ptrdiff_t weights_apart
-        ptrdiff_t chunk, segments, chunks_per_segment
-        double *states
-        double *grad_states
-        void *packed
-        void *grad_packed
-        size_t packed_size, grad_packed_size
-        void *o
-        void *inverse
-        const void *ratio
-        double *lse
-        int order
-        void *moment
-        void *spread
-        const void *reach
-        ptrdiff_t reaches
-        const void *grad
-        void *dq
-        void *dk
-        void *dv
-        double *key_sums
-
-    ctypedef void (*segment_function "rc_segment_function")(const rc_monomials_problem *, ptrdiff_t, ptrdiff_t,
-                                                            void *) noexcept nogil
-    ctypedef void (*chunk_function "rc_chunk_function")(const rc_monomials_problem *, ptrdiff_t, ptrdiff_t, ptrdiff_t,
-                                                        void *) noexcept nogil
-
-    ctypedef struct rc_monomials_functions:
-        int tile, lanes, chunk
-        size_t (*workspace)(const rc_monomials_problem *) noexcept nogil
-        size_t (*packed_size)(const rc_monomials_problem *) noexcept nogil
-        size_t (*grad_packed_size)(const rc_monomials_problem *) noexcept nogil
-        segment_function sum_keys, sum_queries
-        void (*pack)(const rc_monomials_problem *, ptrdiff_t, const double *, void *, void *, void *) noexcept nogil
-        chunk_function forward, grad_queries
-        segment_function grad_keys, scan_forward, scan_grad_queries, scan_grad_keys
-
-    ctypedef struct rc_decode_problem:
-        ptrdiff_t heads, groups, states, d, d_v
-        int degree
-        ptrdiff_t pitch
-        const ptrdiff_t *offset
-        const ptrdiff_t *count
-        const double *weights
-        const double *slope
-        const double *fall
-        const double *const *state
-        ptrdiff_t capacity
-        ptrdiff_t ring_pitch
-        double *ring_keys
-        double *ring
-        const ptrdiff_t *length
-        const ptrdiff_t *recent
-        ptrdiff_t near
-        double stretch
-        const double *value_centre
-        const double *rows
-        const double *v
-        double *o
-
-    ctypedef struct rc_monomials_kernels:
-        const rc_monomials_functions *f32
-        const rc_monomials_functions *f64
-        size_t (*step_workspace)(const rc_decode_problem *) noexcept nogil
-        void (*step)(const rc_decode_problem *, ptrdiff_t, ptrdiff_t, void *) noexcept nogil
-        void (*add_block)(ptrdiff_t, ptrdiff_t, double, const double *, const double *, double *) noexcept nogil
-
-    const rc_monomials_kernels *rc_monomials_select(int level)
 
 cdef extern from "c/isa.h" nogil:
     int rc_level()
@@ -114,11 +28,22 @@ cdef struct Pieces:
     ptrdiff_t start, count
     char *work
     size_t size  # of a thread's workspace
+    bint back  # segments are counted from the last one
 
 
 cdef void run_piece(void *context, ptrdiff_t task, const rc_worker *worker) noexcept nogil:
     cdef const Pieces *x = <const Pieces *>context
     x.piece(x.p, task // x.count, x.start + task % x.count, x.work + worker.slot * x.size)
+
+
+cdef void run_scan(void *context, ptrdiff_t task, const rc_worker *worker) noexcept nogil:
+    # The first task of each head, the longest, takes the last known segment and those that follow it.
+    cdef const Pieces *x = <const Pieces *>context
+    cdef ptrdiff_t last = x.p.segments - 1, start = x.p.known - 1 - task // x.p.heads, s
+    for s in range(start, x.p.segments if task < x.p.heads else start + 1):
+        if interrupted(worker):
+            return
+        x.piece(x.p, task % x.p.heads, last - s if x.back else s, x.work + worker.slot * x.size)
 
 
 cdef void run_chunk(void *context, ptrdiff_t task, const rc_worker *worker) noexcept nogil:
@@ -196,26 +121,51 @@ cdef class Scan:
         if decay is not None:
             cuts = np.minimum(np.arange(p.segments + 1) * p.chunk * p.chunks_per_segment, max(p.n_k, p.n + p.q_offset))
             self.decay = np.exp(-np.outer(decay, np.maximum(np.diff(cuts), 0)))
+        p.falls = <const double *>pointer(self.decay)
 
     cdef void run(self, const rc_monomials_problem *p, segment_function piece, ptrdiff_t start, ptrdiff_t stop,
                   ptrdiff_t rows):
         """piece(head, i), of so many rows, for every head and start <= i < stop."""
-        cdef Pieces x = Pieces(p=p, piece=piece, rows=NULL, start=start, count=stop - start, work=NULL, size=self.size)
-        self.share(&x, run_piece, p.heads * x.count, rows)
+        cdef Pieces x = Pieces(p, piece, NULL, start, stop - start, NULL, self.size, False)
+        self.share(&x, run_piece, p.heads * x.count, p.heads * x.count * rows)
 
     cdef void run_segments(self, const rc_monomials_problem *p, segment_function piece, ptrdiff_t start,
                            ptrdiff_t stop):
         self.run(p, piece, start, stop, p.chunk * p.chunks_per_segment * p.groups)
 
+    cdef void scan(self, const rc_monomials_problem *p, segment_function piece, bint back):
+        """piece(head, segment) for all, each after those whose state it needs."""
+        cdef Pieces x = Pieces(p, piece, NULL, 0, 0, NULL, self.size, back)
+        self.share(&x, run_scan, p.heads * p.known, p.heads * p.groups * p.chunk * self.chunks)
+
+    cdef ptrdiff_t known(self):
+        """How many segments' states to know before the scan, so that it and the sums take the least time.
+
+        A segment's sum is one product, its scan two; while some heads are scanned as a whole, other threads take what
+        is left.
+        """
+        cdef ptrdiff_t heads = self.p.heads, segments = self.p.segments, first, known = 1, time, least = -1
+        cdef int threads = self.team_of(heads * self.p.groups * self.p.chunk * self.chunks)
+        for first in range(segments):
+            time = pieces(heads * first, threads) + 2 * max(
+                pieces(heads * segments, threads), pieces(heads, threads) * (segments - first))
+            if least < 0 or time < least:
+                least, known = time, first + 1
+        return known
+
     cdef void run_rows(self, const rc_monomials_problem *p, chunk_function rows):
         """rows(head, group, chunk) for every chunk of query rows."""
         cdef ptrdiff_t count = pieces(p.n, p.chunk)
-        cdef Pieces x = Pieces(p=p, piece=NULL, rows=rows, start=0, count=count, work=NULL, size=self.size)
-        self.share(&x, run_chunk, p.heads * p.groups * count, p.chunk)
+        cdef Pieces x = Pieces(p, NULL, rows, 0, count, NULL, self.size, False)
+        self.share(&x, run_chunk, p.heads * p.groups * count, p.heads * p.groups * count * p.chunk)
+
+    cdef int team_of(self, ptrdiff_t rows):
+        """How many threads so many rows are worth."""
+        return team(self.threads, <double>rows * self.p.pitch * (self.p.d_v + 1))
 
     cdef void share(self, Pieces *x, task_function function, ptrdiff_t tasks, ptrdiff_t rows):
-        """So many tasks, of so many rows each, by threads with a workspace each."""
-        cdef int threads = team(self.threads, <double>tasks * rows * self.p.pitch * (self.p.d_v + 1))
+        """So many tasks, of so many rows together, by threads with a workspace each."""
+        cdef int threads = self.team_of(rows)
         workspaces = np.empty(threads * self.size + LINE, np.uint8)
         x.work = line(workspaces)
         parallel_for(tasks, threads, function, x)
@@ -255,14 +205,34 @@ cdef class Scan:
         decayed, seen from where keys end.
         """
         states = self.segment_states(self.p.segments)
-        return states, decayed_sum(states, self.decay)
+        return states, self.add_up(states, None, False, self.p.segments)
 
     def query_states(self, o, inverse, grad):
         """The sums of queries over each segment, which `backward` takes, and over all of them; decayed, seen from the
         first key.
         """
         states = self.segment_grad_states(0, o, inverse, grad)
-        return states, decayed_sum(states[:, ::-1], None if self.decay is None else self.decay[:, ::-1])
+        return states, self.add_up(states, None, True, self.p.segments)
+
+    cdef object add_up(self, states, start, bint back, ptrdiff_t count, bint replace=False):
+        """start (None is 0) + the sums of the first `count` segments, from the last one backwards if `back`.
+
+        If `replace`, the states of these segments and of the next become the sums of what comes before them.
+        """
+        cdef ptrdiff_t head, i, s
+        total = np.zeros_like(states[:, 0]) if start is None else start.copy()
+        for i in range(count):
+            s = self.p.segments - 1 - i if back else i
+            part = states[:, s].copy()
+            if replace:
+                states[:, s] = total
+            for head in range(self.p.heads):
+                self.f.follow(total[head].size, <const double *>pointer(total[head]),
+                              1 if self.decay is None else self.decay[head, s], <const double *>pointer(part[head]),
+                              <double *>pointer(total[head]))
+        if replace:
+            states[:, self.p.segments - 1 - count if back else count] = total
+        return total
 
     def forward(self, bint want_lse, int order=0, reach=None, ratio=None, states=None, start=None):
         """o (H, G, n, d_v), inverse denominators (H, G, n), lse float64 or None, moment and spread (H, G, n) or None,
@@ -278,9 +248,9 @@ cdef class Scan:
         shape = q.shape[:3]
         o, inverse = np.zeros(shape + (p.d_v,), q.dtype), np.zeros(shape, q.dtype)
         lse = np.full(shape, -np.inf) if want_lse else None
+        p.known = p.segments if start is not None else self.known()
         if start is None:
-            # Causal: what the last segment adds, no segment sees.
-            states = self.segment_states(p.segments - 1 if self.causal else p.segments)
+            states = self.segment_states(p.known - 1 if self.causal else p.segments)
         p.o, p.inverse, p.lse = pointer(o), pointer(inverse), <double *>pointer(lse)
         moment = spread = None
         if reach is not None:
@@ -290,9 +260,9 @@ cdef class Scan:
         p.ratio = pointer(ratio)
         if self.causal:
             p.earlier = start is not None
-            exclusive_sum(states, start, self.decay)
+            self.add_up(states, start, False, p.known - 1, True)
             p.states = <double *>pointer(states)
-            self.run_segments(&p, self.f.scan_forward, 0, p.segments)
+            self.scan(&p, self.f.scan_forward, False)
         else:
             states = states.sum(axis=1) if start is None else start
             packed = np.empty((p.heads, p.packed_size), q.dtype)
@@ -312,18 +282,18 @@ cdef class Scan:
         cdef rc_monomials_problem p = self.p
         q, k, v = self.arrays[:3]
         dq, dk, dv = (np.zeros(X.shape, X.dtype) for X in (q, k, v))
+        p.known = p.segments if start is not None else self.known()
         if start is None:
-            # Causal: what the first segment adds, no segment sees.
-            grad_states = self.segment_grad_states(1 if self.causal else 0, o, inverse, grad)
+            grad_states = self.segment_grad_states(p.segments - p.known + 1 if self.causal else 0, o, inverse, grad)
         p.o, p.inverse, p.grad = pointer(o), pointer(inverse), pointer(grad)
         p.dq, p.dk, p.dv = pointer(dq), pointer(dk), pointer(dv)
         p.key_sums = <double *>pointer(key_sums)
         if self.causal:
             p.earlier = start is not None
-            exclusive_sum(grad_states[:, ::-1], start, None if self.decay is None else self.decay[:, ::-1])
+            self.add_up(grad_states, start, True, p.known - 1, True)
             p.states, p.grad_states = <double *>pointer(states), <double *>pointer(grad_states)
             self.run_segments(&p, self.f.scan_grad_queries, 0, p.segments)
-            self.run_segments(&p, self.f.scan_grad_keys, 0, p.segments)
+            self.scan(&p, self.f.scan_grad_keys, True)
         else:
             packed = np.empty((p.heads, p.packed_size), q.dtype)
             grad_packed = np.empty((p.heads, p.grad_packed_size), q.dtype)
@@ -466,29 +436,3 @@ def add_block(sums, added, factors, int threads):
     x.heads, x.length = tasks // len(sums), added.shape[1] * added.shape[2]
     parallel_for(tasks, team(threads, <double>tasks * x.length), run_add_block, &x)
     return totals
-
-
-def exclusive_sum(states, start, decay):
-    """states[:, s] becomes start (None is 0) + the sum of those before it, in place; the last one is not read.
-
-    Each step multiplies what came before by its `decay` (H, segments), None being 1.
-    """
-    total = np.zeros_like(states[:, 0]) if start is None else start.copy()
-    for s in range(states.shape[1]):
-        part = states[:, s].copy()
-        states[:, s] = total
-        if s + 1 < states.shape[1]:
-            if decay is not None:
-                total *= decay[:, s, None, None]
-            total += part
-
-
-def decayed_sum(states, decay):
-    """The sum of all, with decays as in `exclusive_sum`."""
-    if decay is None:
-        return states.sum(axis=1)
-    total = np.zeros_like(states[:, 0])
-    for s in range(states.shape[1]):
-        total *= decay[:, s, None, None]
-        total += states[:, s]
-    return total

@@ -91,8 +91,9 @@ def _polynomial_work(
                 (keys * (differentiate + evaluate) + rows, H * chunks),
             ),
         )
-    first = (segments - 1) / segments  # the part of the keys that is summed up before the scan
-    inside = 1 - segments / chunks
+    # The part of the keys that is summed up before the scan: with two threads, half of them if there is one head.
+    first = (segments - 1) / segments / 2 if H == 1 else 0.0
+    inside = 1 - 1 / chunks
     far = 1 - 1 / chunks
     near = queries * min(size + 48, n + 48) / 2 * 1e-9
     scan = keys * inside * update + queries * far * evaluate + H * (chunks - 1) * pack_low

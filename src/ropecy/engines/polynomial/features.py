@@ -24,8 +24,7 @@ from ...problem.mask import Mask
 from ...problem.problem import Outline, Problem, Sizes
 from ..kept import kept_below
 
-# How many segments there are at most, over all slots: enough to keep many threads busy. More would cost a causal
-# problem up to half a pass more over the keys.
+# How many segments there are at most, over all slots: enough to keep many threads busy.
 _SEGMENTS = 16
 _STATE_BYTES = 256 * 2**20  # how much memory the states of all segments may take
 
@@ -145,8 +144,8 @@ def forward(
     Notes
     -----
     Time ``4 n F (d_v + 1)`` operations for each query head, F = C(d + g, g); grouped queries share the half of it that
-    concerns keys. In a causal problem pairs inside chunks of a few hundred tokens are exact, and a first pass sums up
-    the keys of each segment. Memory: some states of ``F (d_v + 1)`` float64.
+    concerns keys. In a causal problem pairs inside chunks of a few hundred tokens are exact, and with more threads than
+    heads a first pass sums up the keys of the segments that threads would wait for, up to half as much again. Memory: some states of ``F (d_v + 1)`` float64.
     """
     mask, scores = problem.mask, expansion.scores
     monomials = _monomials_for(problem, expansion.p, expansion.of_gradient, expansion.of_slots)
@@ -245,7 +244,7 @@ def segments(problem: Outline, state_degree: int) -> int:
     H, _, n, n_k, d, d_v = problem.sizes
     features = n_features(d, state_degree)
     state = 8 * H * features * (d_v + 1)
-    # Adding up states costs little; but if causal, the keys of all segments but the last are read once more.
+    # Adding up states costs little; but if causal, and with more threads than heads, keys are read once more.
     least = max(1024, features) if problem.mask.causal else max(512, features // 4)
     return max(1, min(-(-_SEGMENTS // problem.cut_for), max(n, n_k) // least, _STATE_BYTES // state))
 

@@ -44,6 +44,10 @@ typedef struct {
     ptrdiff_t weights_apart;
 
     ptrdiff_t chunk, segments, chunks_per_segment;
+    /* Causal: the states of the first `known` segments, or of the last ones where they go backwards, are there before the
+     * scan; the scan of each segment that the others follow leaves the state of the next. */
+    ptrdiff_t known;
+    const double *falls;          /* NULL or (heads, segments): what a segment's length does to a decayed state */
     double *states, *grad_states; /* (heads, segments, d_v + 1, pitch) */
     void *packed, *grad_packed;   /* (heads, packed_size), (heads, grad_packed_size), in elements */
     size_t packed_size, grad_packed_size;
@@ -76,6 +80,8 @@ typedef struct {
     size_t (*grad_packed_size)(const rc_monomials_problem *); /* elements */
     rc_segment_function sum_keys;
     rc_segment_function sum_queries;
+    /* after = before fall + sum, for `size` entries of states; after may be before */
+    void (*follow)(ptrdiff_t size, const double *before, double fall, const double *sum, double *after);
     /* state (d_v + 1, pitch) float64 of a head to packed (with weights) and grad_packed; either may be NULL */
     void (*pack)(const rc_monomials_problem *, ptrdiff_t head, const double *state, void *packed, void *grad_packed,
                  void *workspace);

@@ -23,8 +23,10 @@ typedef struct {
     int update_tokens;
     ptrdiff_t low_pitch, wide, wide_columns;
     REAL *x, *columns, *low, *panel;                  /* update: [token][d], [token][wide_columns], features */
-    REAL *part, *base;                                /* (columns, pitch): since the last fold; the master, rounded */
-    double *master;                                   /* (columns, pitch) */
+    REAL *part, *base;                                /* (columns, pitch): since the last fold; all up to it, rounded */
+    double *master;                                   /* (columns, pitch): what has been added to `start` up to the last fold */
+    const double *start;                              /* NULL or (columns, pitch), to be multiplied by `fallen` */
+    double fallen;
     REAL *packed, *grad_packed;                       /* the scan's own */
     REAL *xt, *xt_top, *scaled, *phi, *N, *dN, *dphi, *dx, *moment, *ratio; /* tiles by token lanes */
     REAL *keys, *key_columns, *key_pack, *column_pack; /* a chunk's keys: [key][d], [key][wide_columns], packed */
@@ -229,7 +231,9 @@ static void RC_NAME(scan_forward)(const rc_monomials_problem *p, ptrdiff_t head,
     RC_NAME(room) w;
     int updates = 0;
     RC_NAME(lay_out)(p, workspace, &w);
-    RC_NAME(start_state)(&w, p->states + (head * p->segments + segment) * w.y.columns * p->pitch);
+    double *state = p->states + (head * p->segments + segment) * w.y.columns * p->pitch;
+    const int onward = segment + 1 >= p->known && segment + 1 < p->segments;
+    RC_NAME(start_state)(&w, state);
     RC_NAME(start_fall)(p, &w, head);
     for (ptrdiff_t chunk = segment * p->chunks_per_segment; chunk < (segment + 1) * p->chunks_per_segment; chunk++) {
         const ptrdiff_t first = rc_min(p->n_k, chunk * p->chunk), keys = rc_min(p->chunk, p->n_k - first);
@@ -265,11 +269,13 @@ static void RC_NAME(scan_forward)(const rc_monomials_problem *p, ptrdiff_t head,
                 }
                 RC_NAME(finish)(p, &w, head, lane, row, rows, chunk);
             }
-        if (chunk + 1 < (segment + 1) * p->chunks_per_segment) {
+        if (onward || chunk + 1 < (segment + 1) * p->chunks_per_segment) {
             RC_NAME(decay_state)(p, &w, head, chunk);
             RC_NAME(add_keys)(p, &w, head, first, first + keys, RC_NAME(chunk_end)(p, chunk), &updates);
         }
     }
+    if (onward)
+        RC_NAME(go_on)(p, &w, head, segment, state + w.y.columns * p->pitch);
 }
 
 /* ---- backward ---- */
@@ -402,7 +408,9 @@ static void RC_NAME(scan_grad_keys)(const rc_monomials_problem *p, ptrdiff_t hea
     RC_NAME(lay_out)(p, workspace, &w);
     const ptrdiff_t d = p->d, wide = w.wide, wide_columns = w.wide_columns;
     const REAL factor = RC_NAME(k_factor)(p, head);
-    RC_NAME(start_state)(&w, p->grad_states + (head * p->segments + segment) * w.y.columns * p->pitch);
+    double *state = p->grad_states + (head * p->segments + segment) * w.y.columns * p->pitch;
+    const int onward = segment > 0 && p->segments - segment >= p->known;
+    RC_NAME(start_state)(&w, state);
     RC_NAME(start_fall)(p, &w, head);
     for (ptrdiff_t chunk = (segment + 1) * p->chunks_per_segment - 1; chunk >= segment * p->chunks_per_segment; chunk--) {
         const ptrdiff_t first = rc_min(p->n_k, chunk * p->chunk), keys = rc_min(p->chunk, p->n_k - first);
@@ -449,11 +457,14 @@ static void RC_NAME(scan_grad_keys)(const rc_monomials_problem *p, ptrdiff_t hea
             }
             RC_NAME(differentiate_keys)(p, &w, head, first, first + keys, RC_NAME(chunk_end)(p, chunk), w.packed, w.grad_packed);
         }
-        if (chunk > segment * p->chunks_per_segment)
+        if (onward || chunk > segment * p->chunks_per_segment) {
             RC_NAME(decay_state)(p, &w, head, chunk);
-        for (ptrdiff_t group = 0; group < p->groups && chunk > segment * p->chunks_per_segment; group++)
-            RC_NAME(add_queries)(p, &w, head * p->groups + group, begin, end, chunk * p->chunk, &updates);
+            for (ptrdiff_t group = 0; group < p->groups; group++)
+                RC_NAME(add_queries)(p, &w, head * p->groups + group, begin, end, chunk * p->chunk, &updates);
+        }
     }
+    if (onward)
+        RC_NAME(go_on)(p, &w, head, segment, state - w.y.columns * p->pitch);
 }
 
 static const rc_monomials_functions RC_NAME(functions) = {
@@ -465,6 +476,7 @@ static const rc_monomials_functions RC_NAME(functions) = {
     RC_NAME(grad_packed_size),
     RC_NAME(sum_keys),
     RC_NAME(sum_queries),
+    RC_NAME(follow),
     RC_NAME(pack),
     RC_NAME(forward),
     RC_NAME(grad_queries),

@@ -104,22 +104,43 @@ static void RC_NAME(load_query_columns)(const rc_monomials_problem *p, const RC_
 
 /* ---- states ---- */
 
+/* What is added here is summed apart from the state `from` (NULL is 0) that it is added to, so that the sum of a segment is
+ * the same whether the segment is scanned or only summed. */
 static void RC_NAME(start_state)(RC_NAME(room) * w, const double *from) {
     const ptrdiff_t size = w->y.columns * w->y.pitch;
+    w->start = from;
+    w->fallen = 1;
     for (ptrdiff_t i = 0; i < size; i++) {
-        w->master[i] = from ? from[i] : 0;
-        w->base[i] = (REAL)w->master[i];
+        w->master[i] = 0;
         w->part[i] = 0;
     }
+    for (ptrdiff_t i = 0; from && i < size; i++)
+        w->base[i] = (REAL)from[i];
 }
 
-static void RC_NAME(fold)(RC_NAME(room) * w) {
+/* Gathers what was added since the last time, seen from where weights are `fall` of what they were. */
+static void RC_NAME(fold)(RC_NAME(room) * w, double fall) {
     const ptrdiff_t size = w->y.columns * w->y.pitch;
+    w->fallen *= fall;
     for (ptrdiff_t i = 0; i < size; i++) {
-        w->master[i] += w->part[i];
-        w->base[i] = (REAL)w->master[i];
+        w->master[i] = (w->master[i] + w->part[i]) * fall;
         w->part[i] = 0;
     }
+    for (ptrdiff_t i = 0; w->start && i < size; i++)
+        w->base[i] = (REAL)(w->start[i] * w->fallen + w->master[i]);
+}
+
+/* The state after a segment, from the state before it and the segment's sum. Every such sum is made here, for it must come
+ * out the same wherever it is made. */
+RC_NOINLINE void RC_NAME(follow)(ptrdiff_t size, const double *before, double fall, const double *sum, double *after) {
+    for (ptrdiff_t i = 0; i < size; i++)
+        after[i] = before[i] * fall + sum[i];
+}
+
+/* The state from which the scan of the next segment starts, which lies at `next`. */
+static void RC_NAME(go_on)(const rc_monomials_problem *p, RC_NAME(room) * w, ptrdiff_t head, ptrdiff_t segment, double *next) {
+    RC_NAME(fold)(w, 1);
+    RC_NAME(follow)(w->y.columns * p->pitch, w->start, p->falls ? p->falls[head * p->segments + segment] : 1, w->master, next);
 }
 
 /* w->fall and w->chunk_fall of a head, which scans read. */
@@ -138,13 +159,8 @@ static ptrdiff_t RC_NAME(chunk_end)(const rc_monomials_problem *p, ptrdiff_t chu
 static void RC_NAME(decay_state)(const rc_monomials_problem *p, RC_NAME(room) * w, ptrdiff_t head, ptrdiff_t chunk) {
     if (!p->decay)
         return;
-    const ptrdiff_t size = w->y.columns * w->y.pitch, length = RC_NAME(chunk_end)(p, chunk) - chunk * p->chunk;
-    const double fall = length == CHUNK ? w->chunk_fall : __builtin_exp(-p->decay[head] * rc_max(0, length));
-    for (ptrdiff_t i = 0; i < size; i++) {
-        w->master[i] = (w->master[i] + w->part[i]) * fall;
-        w->base[i] = (REAL)w->master[i];
-        w->part[i] = 0;
-    }
+    const ptrdiff_t length = RC_NAME(chunk_end)(p, chunk) - chunk * p->chunk;
+    RC_NAME(fold)(w, length == CHUNK ? w->chunk_fall : __builtin_exp(-p->decay[head] * rc_max(0, length)));
 }
 
 /* Rows of columns times fall[0], fall[step], fall[2 step], ... */
@@ -166,7 +182,7 @@ static void RC_NAME(add_keys)(const rc_monomials_problem *p, RC_NAME(room) * w, 
         RC_NAME(decay_rows)(p, w, w->fall + (stop - row), -1, count, w->columns);
         RC_NAME(update)(&w->y, p->state_degree, (int)count, w->x, w->columns, w->wide_columns, w->low, w->low_pitch, w->panel, w->part);
         if (++*updates % FOLD == 0)
-            RC_NAME(fold)(w);
+            RC_NAME(fold)(w, 1);
     }
 }
 static void RC_NAME(add_queries)(const rc_monomials_problem *p, RC_NAME(room) * w, ptrdiff_t lane, ptrdiff_t row, ptrdiff_t end,
@@ -178,7 +194,7 @@ static void RC_NAME(add_queries)(const rc_monomials_problem *p, RC_NAME(room) * 
         RC_NAME(decay_rows)(p, w, w->fall + (row + p->q_offset - start), 1, count, w->columns);
         RC_NAME(update)(&w->y, p->state_degree, (int)count, w->x, w->columns, w->wide_columns, w->low, w->low_pitch, w->panel, w->part);
         if (++*updates % FOLD == 0)
-            RC_NAME(fold)(w);
+            RC_NAME(fold)(w, 1);
     }
 }
 
@@ -204,7 +220,7 @@ static void RC_NAME(sum_keys)(const rc_monomials_problem *p, ptrdiff_t head, ptr
         RC_NAME(add_keys)(p, &w, head, RC_NAME(chunk_row)(p, chunk, 0, p->n_k), RC_NAME(chunk_row)(p, chunk + 1, 0, p->n_k),
                           RC_NAME(chunk_end)(p, chunk), &updates);
     }
-    RC_NAME(fold)(&w);
+    RC_NAME(fold)(&w, 1);
     RC_NAME(keep_state)(&w, p->states + (head * p->segments + segment) * w.y.columns * p->pitch);
 }
 
@@ -220,7 +236,7 @@ static void RC_NAME(sum_queries)(const rc_monomials_problem *p, ptrdiff_t head, 
             RC_NAME(add_queries)(p, &w, head * p->groups + group, RC_NAME(chunk_row)(p, chunk, p->q_offset, p->n),
                                  RC_NAME(chunk_row)(p, chunk + 1, p->q_offset, p->n), chunk * p->chunk, &updates);
     }
-    RC_NAME(fold)(&w);
+    RC_NAME(fold)(&w, 1);
     RC_NAME(keep_state)(&w, p->grad_states + (head * p->segments + segment) * w.y.columns * p->pitch);
 }
 
