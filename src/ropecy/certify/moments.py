@@ -252,7 +252,9 @@ def far_keys(problem: Outline, rows: np.ndarray) -> np.ndarray:
 
 
 def worst_case(problem: Outline, p: Polynomial) -> np.ndarray:
-    """A bound of |T_ic - Attn_ic| / range_j(V_jc) for each row, (H, 1, n) float64, for any scores within p's bound B.
+    """A bound of |T_ic - Attn_ic| / range_j(V_jc) for each row, (H or 1, 1, n) float64, for any scores within p's bound B.
+
+    Where no key is hidden, all slots have the same.
 
     Notes
     -----
@@ -264,7 +266,8 @@ def worst_case(problem: Outline, p: Polynomial) -> np.ndarray:
     """
     rows = np.arange(problem.sizes.n)
     stops = far_keys(problem, rows), problem.mask.stops(rows)
-    far, seen = (problem.mask.kept_before(keys, problem.sizes.H).astype(np.float64) for keys in stops)
+    slots = 1 if problem.mask.kept is None else problem.sizes.H
+    far, seen = (problem.mask.kept_before(keys, slots).astype(np.float64) for keys in stops)
     weight = far * math.exp(min(2 * p.B, 700))
     total = weight + (seen - far)
     share = np.divide(weight, total, out=np.zeros_like(weight), where=total > 0)

@@ -81,8 +81,9 @@ class Polynomial(Executable):
         o, lse, saved = features.forward(at.problem, self.expansion, want_lse, pieces.comm)
         result = self._result(Saved(saved, at, o, lse), want_lse)
         if problem.mask.causal and not pieces.distributed:
-            rows = np.broadcast_to(moments.worst_case(problem, self.expansion.p), o.shape[:3])
-            result.found = replace(self.certificate, truncation=float(rows.max()), rows_truncation=rows)
+            rows = moments.worst_case(problem, self.expansion.p)
+            largest, rows = float(rows.max()), np.broadcast_to(rows, o.shape[:3])
+            result.found = replace(self.certificate, truncation=largest, rows_truncation=rows)
         return result
 
     def _result(self, saved: Saved, want_lse: bool, *found: Certificate | None) -> Result:

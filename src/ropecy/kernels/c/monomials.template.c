@@ -239,11 +239,9 @@ static void RC_NAME(scan_forward)(const rc_monomials_problem *p, ptrdiff_t head,
         const ptrdiff_t first = rc_min(p->n_k, chunk * p->chunk), keys = rc_min(p->chunk, p->n_k - first);
         const ptrdiff_t begin = RC_NAME(chunk_row)(p, chunk, p->q_offset, p->n);
         const ptrdiff_t end = RC_NAME(chunk_row)(p, chunk + 1, p->q_offset, p->n);
-        if (begin < end) {
-            if (first > 0 || p->earlier)
-                RC_NAME(evaluate_pack)(&w.y, p->degree, w.base, w.part, RC_NAME(of_head)(p, p->weights, head), w.packed);
-            RC_NAME(load_chunk)(p, &w, head, first, keys);
-        }
+        RC_NAME(load_chunk)(p, &w, head, first, keys);
+        if (begin < end && (first > 0 || p->earlier))
+            RC_NAME(evaluate_pack)(&w.y, p->degree, w.base, w.part, RC_NAME(of_head)(p, p->weights, head), w.packed);
         for (ptrdiff_t group = 0; group < p->groups; group++)
             for (ptrdiff_t row = begin; row < end; row += TILE) {
                 const ptrdiff_t lane = head * p->groups + group, rows = rc_min(TILE, end - row);
@@ -271,7 +269,7 @@ static void RC_NAME(scan_forward)(const rc_monomials_problem *p, ptrdiff_t head,
             }
         if (onward || chunk + 1 < (segment + 1) * p->chunks_per_segment) {
             RC_NAME(decay_state)(p, &w, head, chunk);
-            RC_NAME(add_keys)(p, &w, head, first, first + keys, RC_NAME(chunk_end)(p, chunk), &updates);
+            RC_NAME(add_chunk)(p, &w, keys, RC_NAME(chunk_end)(p, chunk) - first, &updates);
         }
     }
     if (onward)
@@ -366,13 +364,11 @@ static void RC_NAME(scan_grad_queries)(const rc_monomials_problem *p, ptrdiff_t 
         const ptrdiff_t first = rc_min(p->n_k, chunk * p->chunk), keys = rc_min(p->chunk, p->n_k - first);
         const ptrdiff_t begin = RC_NAME(chunk_row)(p, chunk, p->q_offset, p->n);
         const ptrdiff_t end = RC_NAME(chunk_row)(p, chunk + 1, p->q_offset, p->n);
-        if (begin < end) {
-            if (first > 0 || p->earlier)
-                RC_NAME(differentiate_pack)(&w.y, p->grad_degree, w.base, w.part, RC_NAME(of_head)(p, p->grad_weights, head),
-                                            w.grad_packed);
-            RC_NAME(load_chunk)(p, &w, head, first, keys);
-            RC_NAME(pack_columns)(&w, keys);
-        }
+        RC_NAME(load_chunk)(p, &w, head, first, keys);
+        RC_NAME(pack_columns)(&w, keys);
+        if (begin < end && (first > 0 || p->earlier))
+            RC_NAME(differentiate_pack)(&w.y, p->grad_degree, w.base, w.part, RC_NAME(of_head)(p, p->grad_weights, head),
+                                        w.grad_packed);
         for (ptrdiff_t group = 0; group < p->groups; group++) {
             const ptrdiff_t lane = head * p->groups + group;
             for (ptrdiff_t row = begin; row < end; row += TILE) {
@@ -397,7 +393,7 @@ static void RC_NAME(scan_grad_queries)(const rc_monomials_problem *p, ptrdiff_t 
         }
         if (chunk + 1 < (segment + 1) * p->chunks_per_segment) {
             RC_NAME(decay_state)(p, &w, head, chunk);
-            RC_NAME(add_keys)(p, &w, head, first, first + keys, RC_NAME(chunk_end)(p, chunk), &updates);
+            RC_NAME(add_chunk)(p, &w, keys, RC_NAME(chunk_end)(p, chunk) - first, &updates);
         }
     }
 }

@@ -173,6 +173,12 @@ static void RC_NAME(decay_rows)(const rc_monomials_problem *p, const RC_NAME(roo
 
 /* Adds rows to the state, folding by the count of updates so far. The state is seen from token `stop` (keys: the end of
  * the chunk) or `start` (queries: the first of the chunk). */
+static void RC_NAME(add_rows)(const rc_monomials_problem *p, RC_NAME(room) * w, ptrdiff_t count, const REAL *x, const REAL *columns,
+                              int *updates) {
+    RC_NAME(update)(&w->y, p->state_degree, (int)count, x, columns, w->wide_columns, w->low, w->low_pitch, w->panel, w->part);
+    if (++*updates % FOLD == 0)
+        RC_NAME(fold)(w, 1);
+}
 static void RC_NAME(add_keys)(const rc_monomials_problem *p, RC_NAME(room) * w, ptrdiff_t head, ptrdiff_t row, ptrdiff_t end,
                               ptrdiff_t stop, int *updates) {
     for (; row < end; row += w->update_tokens) {
@@ -180,10 +186,14 @@ static void RC_NAME(add_keys)(const rc_monomials_problem *p, RC_NAME(room) * w, 
         RC_NAME(load_keys)(p, head, row, count, w->x);
         RC_NAME(load_key_columns)(p, w, head, row, count, w->columns);
         RC_NAME(decay_rows)(p, w, w->fall + (stop - row), -1, count, w->columns);
-        RC_NAME(update)(&w->y, p->state_degree, (int)count, w->x, w->columns, w->wide_columns, w->low, w->low_pitch, w->panel, w->part);
-        if (++*updates % FOLD == 0)
-            RC_NAME(fold)(w, 1);
+        RC_NAME(add_rows)(p, w, count, w->x, w->columns, updates);
     }
+}
+/* The same keys of a chunk that load_chunk has read, which are not to be read from w->key_columns after that. */
+static void RC_NAME(add_chunk)(const rc_monomials_problem *p, RC_NAME(room) * w, ptrdiff_t keys, ptrdiff_t length, int *updates) {
+    RC_NAME(decay_rows)(p, w, w->fall + length, -1, keys, w->key_columns);
+    for (ptrdiff_t j = 0; j < keys; j += w->update_tokens)
+        RC_NAME(add_rows)(p, w, rc_min(w->update_tokens, keys - j), w->keys + j * p->d, w->key_columns + j * w->wide_columns, updates);
 }
 static void RC_NAME(add_queries)(const rc_monomials_problem *p, RC_NAME(room) * w, ptrdiff_t lane, ptrdiff_t row, ptrdiff_t end,
                                  ptrdiff_t start, int *updates) {
@@ -192,9 +202,7 @@ static void RC_NAME(add_queries)(const rc_monomials_problem *p, RC_NAME(room) * 
         RC_NAME(load_grad_queries)(p, lane, row, count, w->x, p->d);
         RC_NAME(load_query_columns)(p, w, lane, row, count, w->columns);
         RC_NAME(decay_rows)(p, w, w->fall + (row + p->q_offset - start), 1, count, w->columns);
-        RC_NAME(update)(&w->y, p->state_degree, (int)count, w->x, w->columns, w->wide_columns, w->low, w->low_pitch, w->panel, w->part);
-        if (++*updates % FOLD == 0)
-            RC_NAME(fold)(w, 1);
+        RC_NAME(add_rows)(p, w, count, w->x, w->columns, updates);
     }
 }
 
