@@ -270,7 +270,7 @@ def test_rows_with_few_far_keys_are_certified_for_less(hidden, rng):
     planned = ropecy.plan(Q, K, V, key_mask=mask, **how).certificate
     rows, chunk = found.rows_truncation, np.flatnonzero(found.rows_truncation)[0]
     assert found.rule == "worst case" and found.truncation == rows.max() <= planned.truncation
-    assert 100 <= chunk < 400  # pairs in the first chunk are exact
+    assert 50 <= chunk < 400  # pairs in the first chunk are exact
     assert np.all(np.diff(rows[chunk : chunk + 50]) <= 0)  # near keys become more, far ones do not
     dense = oracle.attention(Q, K, V, key_mask=mask, causal=True, scale=0.5)
     allowed = rows[:, None] * dense.ranges(V) + found.rounding * np.ptp(V)
@@ -283,7 +283,7 @@ def test_rows_with_few_far_keys_are_certified_for_less(hidden, rng):
 @pytest.mark.parametrize("few", [False, True])
 def test_rows_of_the_second_chunk_come_near_their_certificate(few):
     # Far keys at one end of the scores and near ones at the other are the worst there is.
-    n = 384
+    n = 192
     side = np.repeat([1.0, -1.0], n // 2)
     Q, K, V = np.ones((n, 1)), side[:, None], (side[:, None] > 0).astype(float)
     # Of one far key beside many near ones, its share of the row alone is what errors are in proportion to.

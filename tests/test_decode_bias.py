@@ -159,7 +159,7 @@ def test_size(rng):
     assert shared == size(50, 0.5)
     # What a key head has whatever its slopes: recent tokens, and the first, least and largest values. The ring has
     # whole vectors.
-    lanes, _ = _monomials.blocking(np.float64)
+    lanes = _monomials.lanes_of(np.float64)
     each_head = 2 * 8 * (-(-65 // lanes) * lanes * (6 + 5 + 1) + 3 * 5)
     assert apart - each_head == 2 * (shared - each_head)
 

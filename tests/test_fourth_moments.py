@@ -38,7 +38,7 @@ def test_sums_of_weighted_products(d, dtype, rng):
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_causal_rows_have_the_fourth_moments_of_a_prefix(masked, rng):
-    n, d = 36 * CHUNK + 50, 4
+    n, d = 72 * CHUNK + 50, 4
     # Keys change along the way: what holds for all of them says nothing of the first.
     k = rng.standard_normal((2, n, d)) * np.linspace(3.0, 0.1, n)[:, None]
     k[1] = k[1, ::-1]

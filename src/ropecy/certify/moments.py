@@ -243,7 +243,7 @@ def gradient_error(h: np.ndarray, h_r: np.ndarray) -> np.ndarray:
 
 def chunk(problem: Outline) -> int:
     """How many rows a causal chunk of the polynomial engine has; pairs inside a chunk are computed exactly."""
-    return _monomials.blocking(problem.dtype)[1]
+    return _monomials.chunk_of(problem.dtype, problem.sizes.d, problem.mask.causal)
 
 
 def far_keys(problem: Outline, rows: np.ndarray) -> np.ndarray:
@@ -252,9 +252,9 @@ def far_keys(problem: Outline, rows: np.ndarray) -> np.ndarray:
 
 
 def worst_case(problem: Outline, p: Polynomial) -> np.ndarray:
-    """A bound of |T_ic - Attn_ic| / range_j(V_jc) for each row, (H or 1, 1, n) float64, for any scores within p's bound B.
+    """A bound of |T_ic - Attn_ic| / range_j(V_jc) for each row, (H, 1, n) float64, for any scores within p's bound B.
 
-    Where no key is hidden, all slots have the same.
+    Where no key is hidden, all slots have the same, and H is 1.
 
     Notes
     -----

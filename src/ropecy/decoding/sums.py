@@ -67,7 +67,7 @@ class Sums:
     """
 
     def __init__(self, monomials: Monomials, slopes: np.ndarray, options: DecodeOptions, centre: np.ndarray) -> None:
-        (streams, heads, d_v), (lanes, _) = centre.shape, _monomials.blocking(np.float64)
+        (streams, heads, d_v), lanes = centre.shape, _monomials.lanes_of(np.float64)
         self.monomials, self.slopes, self.centre = monomials, slopes, centre
         self.window, self._near = options.recent, options.stretched
         self.decays, self._capacity = bool(slopes.any()), self.window + BLOCK + 1

@@ -56,10 +56,20 @@ cdef const rc_monomials_functions *functions_of(dtype):
     return kernels.f32 if dtype == np.float32 else kernels.f64
 
 
-def blocking(dtype):
-    """(lanes of a vector, rows that a chunk is a multiple of) for a dtype."""
-    cdef const rc_monomials_functions *f = functions_of(dtype)
-    return f.lanes, f.chunk
+def lanes_of(dtype):
+    """How many numbers of a dtype a vector has."""
+    return functions_of(dtype).lanes
+
+
+cpdef ptrdiff_t chunk_of(dtype, ptrdiff_t d, bint causal):
+    """How many rows a chunk has.
+
+    If causal, pairs inside a chunk are exact. For d = 8 these cost as much as far ones with a state of degree 3, and
+    chunks of half the length save 13% of a forward pass of degree 2 and nothing from degree 4 on; for d = 16 they lose
+    4%, because the state is laid out anew for each.
+    """
+    cdef ptrdiff_t longest = functions_of(dtype).chunk
+    return longest // 2 if causal and d <= 8 else longest
 
 
 cdef class Scan:
@@ -108,7 +118,7 @@ cdef class Scan:
         p.offset, p.count = <const ptrdiff_t *>pointer(monomials.offset), <const ptrdiff_t *>pointer(monomials.count)
         p.weights, p.grad_weights = pointer(monomials.weights), pointer(monomials.grad_weights)
         p.weights_apart = p.pitch if monomials.weights.shape[0] > 1 else 0
-        p.chunk = self.f.chunk
+        p.chunk = chunk_of(q.dtype, p.d, self.causal)
         p.decay, p.key_sums = <const double *>pointer(decay), NULL
         self.chunks = max(<ptrdiff_t>1, pieces(max(p.n_k, p.n + p.q_offset), p.chunk))
         p.chunks_per_segment = pieces(self.chunks, segments)

@@ -144,8 +144,9 @@ def forward(
     Notes
     -----
     Time ``4 n F (d_v + 1)`` operations for each query head, F = C(d + g, g); grouped queries share the half of it that
-    concerns keys. In a causal problem pairs inside chunks of a few hundred tokens are exact, and with more threads than
-    heads a first pass sums up the keys of the segments that threads would wait for, up to half as much again. Memory: some states of ``F (d_v + 1)`` float64.
+    concerns keys. In a causal problem pairs inside chunks of one or two hundred tokens are exact; with more threads
+    than heads a first pass sums up the keys of segments that threads would wait for, up to half as much again.
+    Memory: some states of ``F (d_v + 1)`` float64.
     """
     mask, scores = problem.mask, expansion.scores
     monomials = _monomials_for(problem, expansion.p, expansion.of_gradient, expansion.of_slots)
@@ -234,7 +235,7 @@ def memory(problem: Outline, degree: int, grad: bool, grad_degree: int | None = 
 
 def state_size(problem: Outline, state_degree: int) -> int:
     """How many numbers the states of all heads have, which go between the ranks that hold a sequence in pieces."""
-    lanes, _ = _monomials.blocking(problem.dtype)
+    lanes = _monomials.lanes_of(problem.dtype)
     _, _, pitch, _ = _layout(problem.sizes.d, state_degree, lanes)
     return problem.sizes.H * (problem.sizes.d_v + 1) * pitch
 
@@ -258,7 +259,7 @@ def _monomials_for(
     """The monomials of a forward pass with weights p and, unless r is None, of a backward pass with weights r; if slots
     have weights of their own, these take the place of both.
     """
-    lanes, _ = _monomials.blocking(problem.dtype)
+    lanes = _monomials.lanes_of(problem.dtype)
     degree = max(1, p.degree)
     grad_degree = 0 if r is None else max(1, r.degree) + 1
     state_degree = max(degree, grad_degree)

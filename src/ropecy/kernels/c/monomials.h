@@ -74,7 +74,7 @@ typedef void (*rc_segment_function)(const rc_monomials_problem *, ptrdiff_t head
 typedef void (*rc_chunk_function)(const rc_monomials_problem *, ptrdiff_t head, ptrdiff_t group, ptrdiff_t chunk, void *workspace);
 
 typedef struct {
-    int tile, lanes, chunk; /* chunk: what chunks are multiples of */
+    int tile, lanes, chunk; /* chunk: the longest one; others are half as long */
     size_t (*workspace)(const rc_monomials_problem *);
     size_t (*packed_size)(const rc_monomials_problem *);      /* elements */
     size_t (*grad_packed_size)(const rc_monomials_problem *); /* elements */

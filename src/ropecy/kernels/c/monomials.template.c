@@ -14,7 +14,7 @@
 #define UPDATE_TOKENS 96
 #define LOW_BYTES (256 * 1024) /* of low-degree features of an update's tokens: they stay in L2 */
 #define FOLD 32
-#define CHUNK 192 /* a multiple of UPDATE_TOKENS, BLOCK, TILE and WIDE at every level */
+#define CHUNK 192 /* the longest chunk: a multiple of UPDATE_TOKENS, BLOCK, TILE and WIDE at every level */
 #define AHEAD (TILE + 2 * KEYS) /* distances below 0 that a block of exact pairs reaches */
 
 /* What one task works in; lay_out cuts it from the task's workspace. */
@@ -31,7 +31,7 @@ typedef struct {
     REAL *xt, *xt_top, *scaled, *phi, *N, *dN, *dphi, *dx, *moment, *ratio; /* tiles by token lanes */
     REAL *keys, *key_columns, *key_pack, *column_pack; /* a chunk's keys: [key][d], [key][wide_columns], packed */
     REAL *E, *dE, *dk, *dv;                           /* exact pairs: [BLOCK][TILE]; [CHUNK][wide], [CHUNK][wide_columns] */
-    double chunk_fall;                                /* fall[CHUNK], not rounded to REAL */
+    double chunk_fall;                                /* what a chunk's length does to a weight, not rounded to REAL */
     REAL *fall;                                       /* what a distance does to a weight: 0 below 0, e^{-decay m} from m = 0 on */
 } RC_NAME(room);
 
@@ -418,9 +418,9 @@ static void RC_NAME(scan_grad_keys)(const rc_monomials_problem *p, ptrdiff_t hea
                                         w.grad_packed);
             RC_NAME(load_chunk)(p, &w, head, first, keys);
             RC_NAME(pack_columns)(&w, keys);
-            for (ptrdiff_t i = 0; i < CHUNK * wide; i++)
+            for (ptrdiff_t i = 0; i < p->chunk * wide; i++)
                 w.dk[i] = 0;
-            for (ptrdiff_t i = 0; i < CHUNK * wide_columns; i++)
+            for (ptrdiff_t i = 0; i < p->chunk * wide_columns; i++)
                 w.dv[i] = 0;
         }
         for (ptrdiff_t group = 0; group < p->groups; group++) {

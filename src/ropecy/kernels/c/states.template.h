@@ -145,8 +145,8 @@ static void RC_NAME(go_on)(const rc_monomials_problem *p, RC_NAME(room) * w, ptr
 
 /* w->fall and w->chunk_fall of a head, which scans read. */
 static void RC_NAME(start_fall)(const rc_monomials_problem *p, RC_NAME(room) * w, ptrdiff_t head) {
-    w->chunk_fall = p->decay ? __builtin_exp(-p->decay[head] * CHUNK) : 1;
-    for (ptrdiff_t m = -AHEAD; m < CHUNK + TILE; m++)
+    w->chunk_fall = p->decay ? __builtin_exp(-p->decay[head] * p->chunk) : 1;
+    for (ptrdiff_t m = -AHEAD; m < p->chunk + TILE; m++)
         w->fall[m] = m < 0 ? 0 : p->decay ? (REAL)__builtin_exp(-p->decay[head] * m) : 1;
 }
 
@@ -160,7 +160,7 @@ static void RC_NAME(decay_state)(const rc_monomials_problem *p, RC_NAME(room) * 
     if (!p->decay)
         return;
     const ptrdiff_t length = RC_NAME(chunk_end)(p, chunk) - chunk * p->chunk;
-    RC_NAME(fold)(w, length == CHUNK ? w->chunk_fall : __builtin_exp(-p->decay[head] * rc_max(0, length)));
+    RC_NAME(fold)(w, length == p->chunk ? w->chunk_fall : __builtin_exp(-p->decay[head] * rc_max(0, length)));
 }
 
 /* Rows of columns times fall[0], fall[step], fall[2 step], ... */
