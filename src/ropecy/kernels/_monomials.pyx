@@ -256,7 +256,9 @@ cdef class Scan:
         cdef rc_monomials_problem p = self.p
         q = self.arrays[0]
         shape = q.shape[:3]
-        o, inverse = np.zeros(shape + (p.d_v,), q.dtype), np.zeros(shape, q.dtype)
+        # Rows before the first key are in no chunk.
+        make = np.zeros if p.q_offset < 0 else np.empty
+        o, inverse = make(shape + (p.d_v,), q.dtype), make(shape, q.dtype)
         lse = np.full(shape, -np.inf) if want_lse else None
         p.known = p.segments if start is not None else self.known()
         if start is None:

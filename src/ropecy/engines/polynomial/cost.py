@@ -101,15 +101,15 @@ def _polynomial_work(
     work = Work(alone, ((keys * first * update, max(1, pieces - H)), (scan + near * pair + rows, pieces)))
     if not grad:
         return work
-    pair = 2 * s.near + 0.7 * s.product * (6 * d + 5 * columns)
+    pair = s.near + 0.7 * s.product * (5 * d + 4 * columns)
     of_queries = queries * far * differentiate + keys * inside * update + H * (chunks - 1) * pack_top
     of_keys = keys * (differentiate + evaluate) + queries * inside * update + H * chunks * (pack_low + pack_top)
     return work + Work(
         2 * ends + 2 * fresh * _BYTE,
         (
             (queries * first * update, max(1, pieces - H)),
-            (of_queries + near * pair / 2 + 1.5 * rows, pieces),
-            (of_keys + near * pair / 2 + 1.5 * rows, pieces),
+            (of_queries + 1.5 * rows, pieces),
+            (of_keys + near * pair + 1.5 * rows, pieces),
         ),
     )
 

@@ -14,7 +14,8 @@
  *   pack                     a state with weights, as the other pieces read it
  *   forward, grad_queries, grad_keys                   no mask: one chunk of rows against a packed state
  *   scan_forward, scan_grad_queries, scan_grad_keys    causal: one segment, chunk by chunk from its first state (from
- *                                                      its last, backwards); pairs inside a chunk by exp itself
+ *                                                      its last, backwards); pairs inside a chunk by exp itself,
+ *                                                      whose gradients, dq among them, are all scan_grad_keys's
  *   step, add_block          decoding: one token of one head of one stream; a state added to a sum of several
  *                            (decode.template.h)
  */

@@ -30,6 +30,7 @@ typedef struct {
     REAL *packed, *grad_packed;                       /* the scan's own */
     REAL *xt, *xt_top, *scaled, *phi, *N, *dN, *dphi, *dx, *moment, *ratio; /* tiles by token lanes */
     REAL *keys, *key_columns, *key_pack, *column_pack; /* a chunk's keys: [key][d], [key][wide_columns], packed */
+    REAL *query_rows, *query_columns;                 /* a chunk's queries: [row][d], [row][wide_columns] */
     REAL *E, *dE, *dk, *dv;                           /* exact pairs: [BLOCK][TILE]; [CHUNK][wide], [CHUNK][wide_columns] */
     double chunk_fall;                                /* what a chunk's length does to a weight, not rounded to REAL */
     REAL *fall;                                       /* what a distance does to a weight: 0 below 0, e^{-decay m} from m = 0 on */
@@ -78,6 +79,8 @@ static size_t RC_NAME(lay_out)(const rc_monomials_problem *p, char *base, RC_NAM
     w->key_columns = RC_NAME(take)(base, &used, CHUNK * w->wide_columns);
     w->key_pack = RC_NAME(take)(base, &used, CHUNK * d);
     w->column_pack = RC_NAME(take)(base, &used, CHUNK * columns);
+    w->query_rows = RC_NAME(take)(base, &used, CHUNK * d);
+    w->query_columns = RC_NAME(take)(base, &used, CHUNK * w->wide_columns);
     w->E = RC_NAME(take)(base, &used, BLOCK * TILE);
     w->dE = RC_NAME(take)(base, &used, BLOCK * TILE);
     w->dk = RC_NAME(take)(base, &used, CHUNK * w->wide);
@@ -345,18 +348,10 @@ static void RC_NAME(grad_keys)(const rc_monomials_problem *p, ptrdiff_t head, pt
                                 (const REAL *)p->grad_packed + head * p->grad_packed_size);
 }
 
-/* A tile of queries with the gradients of its numerators and denominators, by lanes and by rows. */
-static void RC_NAME(load_gradient_tile)(const rc_monomials_problem *p, RC_NAME(room) * w, ptrdiff_t lane, ptrdiff_t row, ptrdiff_t rows) {
-    RC_NAME(load_grad_query_tile)(p, lane, row, rows, w->xt, TILE);
-    RC_NAME(scale_tile)(p, w);
-    RC_NAME(load_query_columns)(p, w, lane, row, rows, w->columns);
-    RC_NAME(tile_load)(w->columns, w->wide_columns, rows, w->y.columns, 1, 0, w->dN, TILE);
-}
-
+/* What keys before their chunk give to the gradients of queries. */
 static void RC_NAME(scan_grad_queries)(const rc_monomials_problem *p, ptrdiff_t head, ptrdiff_t segment, void *workspace) {
     RC_NAME(room) w;
     int updates = 0;
-    const REAL factor = RC_NAME(q_factor)(p, head);
     RC_NAME(lay_out)(p, workspace, &w);
     RC_NAME(start_state)(&w, p->states + (head * p->segments + segment) * w.y.columns * p->pitch);
     RC_NAME(start_fall)(p, &w, head);
@@ -364,40 +359,54 @@ static void RC_NAME(scan_grad_queries)(const rc_monomials_problem *p, ptrdiff_t 
         const ptrdiff_t first = rc_min(p->n_k, chunk * p->chunk), keys = rc_min(p->chunk, p->n_k - first);
         const ptrdiff_t begin = RC_NAME(chunk_row)(p, chunk, p->q_offset, p->n);
         const ptrdiff_t end = RC_NAME(chunk_row)(p, chunk + 1, p->q_offset, p->n);
-        RC_NAME(load_chunk)(p, &w, head, first, keys);
-        RC_NAME(pack_columns)(&w, keys);
-        if (begin < end && (first > 0 || p->earlier))
+        if (begin < end && (first > 0 || p->earlier)) {
             RC_NAME(differentiate_pack)(&w.y, p->grad_degree, w.base, w.part, RC_NAME(of_head)(p, p->grad_weights, head),
                                         w.grad_packed);
-        for (ptrdiff_t group = 0; group < p->groups; group++) {
-            const ptrdiff_t lane = head * p->groups + group;
-            for (ptrdiff_t row = begin; row < end; row += TILE) {
-                const ptrdiff_t rows = rc_min(TILE, end - row);
-                const ptrdiff_t limit = row + p->q_offset - chunk * p->chunk, seen = rc_min(keys, limit + rows);
-                REAL *dq = (REAL *)p->dq + (lane * p->n + row) * p->d;
-                RC_NAME(load_gradient_tile)(p, &w, lane, row, rows);
-                for (ptrdiff_t i = 0; i < p->d * TILE; i++)
-                    w.dx[i] = 0;
-                for (ptrdiff_t j = 0; j < seen; j += BLOCK) {
-                    const ptrdiff_t count = rc_min(BLOCK, seen - j);
-                    RC_NAME(exact_pairs)(p, &w, j, count, limit);
-                    RC_NAME(exact_gradients)(&w, j, count);
-                    RC_NAME(product_tile)((int)p->d, VECTORS, count, w.dE, w.keys + j * p->d, p->d, w.dx);
-                }
-                for (ptrdiff_t i = 0; i < rows; i++)
-                    for (ptrdiff_t a = 0; a < p->d; a++)
-                        dq[i * p->d + a] += factor * w.dx[a * TILE + i];
-            }
-            if (first > 0 || p->earlier)
-                RC_NAME(differentiate_queries)(p, &w, lane, begin, end, chunk * p->chunk, w.grad_packed);
+            for (ptrdiff_t group = 0; group < p->groups; group++)
+                RC_NAME(differentiate_queries)(p, &w, head * p->groups + group, begin, end, chunk * p->chunk, w.grad_packed);
         }
         if (chunk + 1 < (segment + 1) * p->chunks_per_segment) {
             RC_NAME(decay_state)(p, &w, head, chunk);
-            RC_NAME(add_chunk)(p, &w, keys, RC_NAME(chunk_end)(p, chunk) - first, &updates);
+            RC_NAME(add_keys)(p, &w, head, first, first + keys, RC_NAME(chunk_end)(p, chunk), &updates);
         }
     }
 }
 
+/* Gradients through the pairs of a chunk's keys and the `rows` loaded queries of a lane, the first of which is `begin`:
+ * w->dk and w->dv += those of keys, dq += those of queries. */
+static void RC_NAME(pair_gradients)(const rc_monomials_problem *p, RC_NAME(room) * w, ptrdiff_t lane, ptrdiff_t begin, ptrdiff_t count,
+                                    ptrdiff_t chunk, ptrdiff_t keys) {
+    const ptrdiff_t d = p->d, wide = w->wide, wide_columns = w->wide_columns;
+    const REAL factor = RC_NAME(q_factor)(p, lane / p->groups);
+    for (ptrdiff_t i = 0; i < count; i += TILE) {
+        const ptrdiff_t rows = rc_min(TILE, count - i);
+        const ptrdiff_t limit = begin + i + p->q_offset - chunk * p->chunk, seen = rc_min(keys, limit + rows);
+        const REAL *columns = w->query_columns + i * wide_columns;
+        REAL *dq = (REAL *)p->dq + (lane * p->n + begin + i) * d;
+        RC_NAME(tile_load)(w->query_rows + i * d, d, rows, d, 1, 0, w->xt, TILE);
+        RC_NAME(scale_tile)(p, w);
+        RC_NAME(tile_load)(columns, wide_columns, rows, w->y.columns, 1, 0, w->dN, TILE);
+        RC_NAME(load_rows)(w->query_rows + i * d, rows, d, 1, 0, w->x, wide);
+        for (ptrdiff_t a = 0; a < d * TILE; a++)
+            w->dx[a] = 0;
+        for (ptrdiff_t j = 0; j < seen; j += BLOCK) {
+            const ptrdiff_t some = rc_min(BLOCK, seen - j);
+            RC_NAME(exact_pairs)(p, w, j, some, limit);
+            RC_NAME(exact_gradients)(w, j, some);
+            for (ptrdiff_t e = rc_round_up(some, KEYS) * TILE; e < BLOCK * TILE; e++)
+                w->E[e] = w->dE[e] = 0;
+            RC_NAME(columns)(wide_columns, rows, columns, w->E, w->dv + j * wide_columns);
+            RC_NAME(columns)(wide, rows, w->x, w->dE, w->dk + j * wide);
+            RC_NAME(product_tile)((int)d, VECTORS, some, w->dE, w->keys + j * d, d, w->dx);
+        }
+        for (ptrdiff_t t = 0; t < rows; t++)
+            for (ptrdiff_t a = 0; a < d; a++)
+                dq[t * d + a] += factor * w->dx[a * TILE + t];
+    }
+}
+
+/* What queries after their chunk give to the gradients of keys, and what pairs inside chunks give to those of both: their
+ * weights and the gradients of these are computed here alone. */
 static void RC_NAME(scan_grad_keys)(const rc_monomials_problem *p, ptrdiff_t head, ptrdiff_t segment, void *workspace) {
     RC_NAME(room) w;
     int updates = 0;
@@ -423,23 +432,16 @@ static void RC_NAME(scan_grad_keys)(const rc_monomials_problem *p, ptrdiff_t hea
             for (ptrdiff_t i = 0; i < p->chunk * wide_columns; i++)
                 w.dv[i] = 0;
         }
+        /* The state as it was is packed. */
+        const int adds = onward || chunk > segment * p->chunks_per_segment;
+        if (adds)
+            RC_NAME(decay_state)(p, &w, head, chunk);
         for (ptrdiff_t group = 0; group < p->groups; group++) {
-            const ptrdiff_t lane = head * p->groups + group;
-            for (ptrdiff_t row = begin; row < end && keys > 0; row += TILE) {
-                const ptrdiff_t rows = rc_min(TILE, end - row);
-                const ptrdiff_t limit = row + p->q_offset - chunk * p->chunk, seen = rc_min(keys, limit + rows);
-                RC_NAME(load_gradient_tile)(p, &w, lane, row, rows);
-                RC_NAME(load_grad_queries)(p, lane, row, rows, w.x, wide);
-                for (ptrdiff_t j = 0; j < seen; j += BLOCK) {
-                    const ptrdiff_t count = rc_min(BLOCK, seen - j);
-                    RC_NAME(exact_pairs)(p, &w, j, count, limit);
-                    RC_NAME(exact_gradients)(&w, j, count);
-                    for (ptrdiff_t i = rc_round_up(count, KEYS) * TILE; i < BLOCK * TILE; i++)
-                        w.E[i] = w.dE[i] = 0;
-                    RC_NAME(columns)(wide_columns, rows, w.columns, w.E, w.dv + j * wide_columns);
-                    RC_NAME(columns)(wide, rows, w.x, w.dE, w.dk + j * wide);
-                }
-            }
+            RC_NAME(load_query_chunk)(p, &w, head * p->groups + group, begin, end - begin);
+            if (keys > 0)
+                RC_NAME(pair_gradients)(p, &w, head * p->groups + group, begin, end - begin, chunk, keys);
+            if (adds)
+                RC_NAME(add_query_chunk)(p, &w, begin, end - begin, chunk * p->chunk, &updates);
         }
         if (keys > 0) {
             REAL *dk = (REAL *)p->dk + (head * p->n_k + first) * d, *dv = (REAL *)p->dv + (head * p->n_k + first) * p->d_v;
@@ -452,11 +454,6 @@ static void RC_NAME(scan_grad_keys)(const rc_monomials_problem *p, ptrdiff_t hea
                     p->key_sums[head * p->n_k + first + j] += (double)w.key_columns[j * wide_columns + c] * w.dv[j * wide_columns + c];
             }
             RC_NAME(differentiate_keys)(p, &w, head, first, first + keys, RC_NAME(chunk_end)(p, chunk), w.packed, w.grad_packed);
-        }
-        if (onward || chunk > segment * p->chunks_per_segment) {
-            RC_NAME(decay_state)(p, &w, head, chunk);
-            for (ptrdiff_t group = 0; group < p->groups; group++)
-                RC_NAME(add_queries)(p, &w, head * p->groups + group, begin, end, chunk * p->chunk, &updates);
         }
     }
     if (onward)

@@ -91,14 +91,20 @@ static void RC_NAME(load_query_columns)(const rc_monomials_problem *p, const RC_
     const REAL *inverse = (const REAL *)p->inverse + lane * p->n + row;
     const REAL *middle = (const REAL *)p->value_centre + lane / p->groups * p->d_v;
     for (ptrdiff_t t = 0; t < count; t++, out += w->wide_columns) {
+        const REAL *to = grad + t * p->d_v, *of = o + t * p->d_v, kept = inverse[t];
         REAL dot = 0;
-        for (ptrdiff_t c = 0; c < w->wide_columns; c++)
+        for (ptrdiff_t c = p->d_v; c < w->wide_columns; c++)
             out[c] = 0;
-        for (ptrdiff_t c = 0; c < p->d_v && inverse[t] != 0; c++) {
-            dot += grad[t * p->d_v + c] * (o[t * p->d_v + c] - middle[c]);
-            out[c] = grad[t * p->d_v + c] * inverse[t];
+        if (kept == 0) {
+            for (ptrdiff_t c = 0; c < p->d_v; c++)
+                out[c] = 0;
+            continue;
         }
-        out[p->d_v] = -dot * inverse[t];
+        for (ptrdiff_t c = 0; c < p->d_v; c++)
+            out[c] = to[c] * kept;
+        for (ptrdiff_t c = 0; c < p->d_v; c++)
+            dot += to[c] * (of[c] - middle[c]);
+        out[p->d_v] = -dot * kept;
     }
 }
 
@@ -195,15 +201,18 @@ static void RC_NAME(add_chunk)(const rc_monomials_problem *p, RC_NAME(room) * w,
     for (ptrdiff_t j = 0; j < keys; j += w->update_tokens)
         RC_NAME(add_rows)(p, w, rc_min(w->update_tokens, keys - j), w->keys + j * p->d, w->key_columns + j * w->wide_columns, updates);
 }
-static void RC_NAME(add_queries)(const rc_monomials_problem *p, RC_NAME(room) * w, ptrdiff_t lane, ptrdiff_t row, ptrdiff_t end,
-                                 ptrdiff_t start, int *updates) {
-    for (; row < end; row += w->update_tokens) {
-        const ptrdiff_t count = rc_min(w->update_tokens, end - row);
-        RC_NAME(load_grad_queries)(p, lane, row, count, w->x, p->d);
-        RC_NAME(load_query_columns)(p, w, lane, row, count, w->columns);
-        RC_NAME(decay_rows)(p, w, w->fall + (row + p->q_offset - start), 1, count, w->columns);
-        RC_NAME(add_rows)(p, w, count, w->x, w->columns, updates);
-    }
+/* `count` queries from row `begin` on, of one lane and one chunk. */
+static void RC_NAME(load_query_chunk)(const rc_monomials_problem *p, RC_NAME(room) * w, ptrdiff_t lane, ptrdiff_t begin, ptrdiff_t count) {
+    RC_NAME(load_grad_queries)(p, lane, begin, count, w->query_rows, p->d);
+    RC_NAME(load_query_columns)(p, w, lane, begin, count, w->query_columns);
+}
+/* Adds them, which spoils w->query_columns. */
+static void RC_NAME(add_query_chunk)(const rc_monomials_problem *p, RC_NAME(room) * w, ptrdiff_t begin, ptrdiff_t count, ptrdiff_t start,
+                                     int *updates) {
+    RC_NAME(decay_rows)(p, w, w->fall + (begin + p->q_offset - start), 1, count, w->query_columns);
+    for (ptrdiff_t i = 0; i < count; i += w->update_tokens)
+        RC_NAME(add_rows)(p, w, rc_min(w->update_tokens, count - i), w->query_rows + i * p->d,
+                          w->query_columns + i * w->wide_columns, updates);
 }
 
 /* Rows of `count` that chunk `chunk` holds, when row r sits at index r + offset: causal queries are chunked with the
@@ -240,9 +249,12 @@ static void RC_NAME(sum_queries)(const rc_monomials_problem *p, ptrdiff_t head, 
     RC_NAME(start_fall)(p, &w, head);
     for (ptrdiff_t chunk = (segment + 1) * p->chunks_per_segment - 1; chunk >= segment * p->chunks_per_segment; chunk--) {
         RC_NAME(decay_state)(p, &w, head, chunk);
-        for (ptrdiff_t group = 0; group < p->groups; group++)
-            RC_NAME(add_queries)(p, &w, head * p->groups + group, RC_NAME(chunk_row)(p, chunk, p->q_offset, p->n),
-                                 RC_NAME(chunk_row)(p, chunk + 1, p->q_offset, p->n), chunk * p->chunk, &updates);
+        const ptrdiff_t begin = RC_NAME(chunk_row)(p, chunk, p->q_offset, p->n);
+        const ptrdiff_t count = RC_NAME(chunk_row)(p, chunk + 1, p->q_offset, p->n) - begin;
+        for (ptrdiff_t group = 0; group < p->groups; group++) {
+            RC_NAME(load_query_chunk)(p, &w, head * p->groups + group, begin, count);
+            RC_NAME(add_query_chunk)(p, &w, begin, count, chunk * p->chunk, &updates);
+        }
     }
     RC_NAME(fold)(&w, 1);
     RC_NAME(keep_state)(&w, p->grad_states + (head * p->segments + segment) * w.y.columns * p->pitch);
