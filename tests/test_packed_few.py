@@ -73,6 +73,21 @@ def test_long_and_short_ones_side_by_side(rng):
     assert 0 < alone.rounding <= 2 * certificate.rounding
 
 
+@pytest.mark.parametrize("beside", [0, 30])
+def test_rounding_is_that_of_values_and_keys_as_they_were_given(beside, rng):
+    # All values are nearly 1 but for one, which no sample of them sees; and keys are far from 0.
+    rows, keys = np.array([3, beside]), np.array([3000, beside])
+    Q, K, V = (rng.standard_normal((lengths.sum(), 4)).astype(np.float32) for lengths in (rows, keys, keys))
+    K, V = K + np.float32(100), np.ones_like(V)
+    V[1, 0], V[3000:] = 1 + 1e-4, 1
+    how = {"method": "exact", "scale": 0.1, "return_certificate": True}
+    O, certificate = ropecy.attention(Q, K, V, lengths=(rows, keys), **how)
+    alone, of_one = ropecy.attention(Q[:3], K[:3000], V[:3000], **how)
+    np.testing.assert_array_equal(O[:3], alone)
+    assert certificate.rounding >= 0.9 * of_one.rounding
+    assert certificate.bound >= 0.9 * of_one.bound
+
+
 @pytest.mark.parametrize("rows", [[3, 5, 30], [3, 5]])
 def test_what_is_not_finite_is_named_as_ever(rows, rng):
     n = sum(rows)

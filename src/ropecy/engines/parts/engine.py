@@ -11,7 +11,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 
 from ...certificate import BoundedEntryError, named
-from ...certify.scores import measure_norms
+from ...certify.scores import measure_norms, room
 from ...problem.problem import Slots
 from ..base import Candidate, Context, Engine, Refusal, Search
 from ..cost import Work
@@ -119,13 +119,29 @@ class BySequence(Engine):
             problem = selection.problem(whole)
             if not problem.empty:
                 own = Context.of(problem, request)
-                found.append(ExactEngine().offer(own, Search(request)) if alike.done else self.plan(own))
+                found.append(ExactEngine().offer(_as_given(own), Search(request)) if alike.done else self.plan(own))
                 slots = partial(problem.origin.named, slice(None), problem.sizes.H)
                 parts.append(Part(selection, found[-1].executable, slots, planned=(context.problem, problem)))
         reasons = [(part.selection.alike.which, own.reason) for part, own in zip(parts, found, strict=True)]
         # The sequences, which are taken out of the whole.
         extra = context.outline.sizes.H * _slot(context)
         return _of_parts(context, parts, found, _joined(reasons, _counted), extra)
+
+
+def _as_given(context: Context) -> Context:
+    """The context of sequences whose results are computed from keys and values as they were given: rounding is in
+    proportion to these, and not to what their normal form leaves.
+    """
+    problem, statistics = context.problem, context.statistics
+    origin, values = problem.origin, statistics.values
+    # One value alone is the result as it is.
+    if origin.largest is not None and problem.sizes.n_k > 1:
+        values.exact = False
+        values.residual = max(values.residual, origin.largest / (values.spread or 1.0))
+    if origin.k_norm is not None:
+        products = float((measure_norms(problem).q * origin.k_norm).max()) * room(problem)
+        statistics.plain = replace(statistics.plain, products=products, plain=products * abs(problem.scale))
+    return context
 
 
 def _with_a_seed(context: Context) -> Context:
