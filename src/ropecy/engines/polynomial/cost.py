@@ -19,6 +19,7 @@ from ..exact.cost import exact_work
 from . import features
 
 # Seconds, the same on all instruction sets.
+LOOKING = 1e-4  # what looking for a degree takes
 _PASS = 3e-5  # what a call costs more than an exact one
 _ENTRY = 4.7e-9  # to rotate, measure and copy an entry of a row of q, k, v or dO
 _STATE = 0.7e-9  # an entry of a state at the end of a segment
@@ -134,12 +135,12 @@ class Served(NamedTuple):
     fourth: bool = False
 
     def beats_exact_by(self, n: int) -> float:
-        """The seconds that the polynomial saves for n queries and n keys."""
+        """The seconds that the polynomial saves for n queries and n keys, less what looking for it takes."""
         grad, made = self.grad_degree is not None, self.outline.resized(n, n)
         work = polynomial_work(made, self.degree, grad, self.grad_degree)
         work += moments_work(made) if self.moments else Work()
         work += fourth_work(made) if self.fourth else Work()
-        return exact_work(made, grad).nominal - work.nominal
+        return exact_work(made, grad).nominal - work.nominal - LOOKING
 
 
 def pays_from(served: Sequence[Served]) -> int | None:

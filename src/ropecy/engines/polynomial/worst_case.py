@@ -15,11 +15,10 @@ from ...problem.problem import Outline
 from ..base import CHEAPEST, Candidate, Context, Engine, Refusal, Search
 from ..cost import Work
 from . import features
-from .cost import polynomial_work, sample_work
+from .cost import LOOKING, polynomial_work, sample_work
 from .executables import Polynomial as PolynomialExecutable
 from .features import Expansion
 
-_LOOKING = 1e-4  # seconds that looking for a degree takes
 # What a sample may cost, as a part of the seconds of the best candidate, if rows of no preferred direction would pay.
 LOOK_IF_EXPECTED = 0.1
 SUPPORTS = frozenset({"causal", "key_mask"})  # the features that polynomial engines support
@@ -82,7 +81,7 @@ def worth_measuring(context: Context, exact: Work, any_slot: bool = False) -> bo
 
 def would_pay(outline: Outline, degree: int, exact: Work, grad: bool) -> bool:
     """Whether a polynomial of this degree would beat exact attention by more than looking for it costs."""
-    return polynomial_work(outline, max(1, degree), grad).nominal + _LOOKING < exact.nominal
+    return polynomial_work(outline, max(1, degree), grad).nominal + LOOKING < exact.nominal
 
 
 def certificate_of(
