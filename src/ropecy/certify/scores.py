@@ -112,9 +112,8 @@ class Norms:
 
 def measure_norms(problem: Problem, comm: Communicator = SERIAL) -> Norms:
     """The norms of queries and kept keys, by one read of both. They are as computed: `room` covers their rounding."""
-    H, G, n, _, d, _ = problem.sizes
     with np.errstate(all="ignore"):
-        q = comm.largest(_rows.largest_norms(problem.q.reshape(H, G * n, d), None, None, problem.threads))
+        q = comm.largest(query_norms(problem))
         k = comm.largest(_rows.largest_norms(problem.k, problem.mask.kept, None, problem.threads))
     return Norms(q, k)
 
@@ -140,7 +139,13 @@ def plain_scores(problem: Problem, norms: Norms) -> Scores:
     return unbounded(problem, plain, products, lost)
 
 
-def least_bounds(problem: Problem, norms: Norms) -> np.ndarray:
+def query_norms(problem: Problem) -> np.ndarray:
+    """The largest norm of a query of each slot, (H,) float64, for one process that holds all queries."""
+    H, G, n, _, d, _ = problem.sizes
+    return _rows.largest_norms(problem.q.reshape(H, G * n, d), None, None, problem.threads)
+
+
+def least_bounds(problem: Problem, q_norms: np.ndarray) -> np.ndarray:
     """Numbers, (H,), that the bounds of the slots' scores exceed, whatever the centres of their keys; 0 if keys are
     hidden.
 
@@ -151,7 +156,7 @@ def least_bounds(problem: Problem, norms: Norms) -> np.ndarray:
         return np.zeros(problem.sizes.H)
     square = _rows.few_scatter(problem.k, -(-problem.sizes.n_k // _FEW))
     with np.errstate(all="ignore"):
-        return abs(problem.scale) * np.sqrt(np.maximum(0.0, norms.q * norms.q * square))
+        return abs(problem.scale) * np.sqrt(np.maximum(0.0, q_norms * q_norms * square))
 
 
 def centred_scores(problem: Problem, norms: Norms, comm: Communicator = SERIAL) -> Scores:

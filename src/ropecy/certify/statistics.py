@@ -46,7 +46,7 @@ class Statistics:
         """
         if not math.isfinite(self.plain.plain):
             return np.full(self.problem.sizes.H, math.inf)
-        return least_bounds(self.problem, self._norms)
+        return least_bounds(self.problem, self._norms.q)
 
     @once
     def scores(self) -> Scores:

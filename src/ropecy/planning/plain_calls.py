@@ -15,17 +15,18 @@ from functools import lru_cache
 import numpy as np
 
 from ..certify.rounding import most_of_norms, sums_rounding
-from ..certify.scores import room
+from ..certify.scores import least_bounds, query_norms, room
+from ..engines.cost import Work
 from ..engines.exact import streaming
 from ..engines.exact.cost import exact_work
-from ..engines.polynomial.worst_case import would_pay
+from ..engines.polynomial.worst_case import may_pay, would_pay
 from ..kernels import _exact
 from ..machine.memory import require
 from ..problem.arguments import Arguments
 from ..problem.call import key_heads_of
 from ..problem.mask import Mask
 from ..problem.normal_form import usual_exponents
-from ..problem.problem import Outline, Sizes
+from ..problem.problem import Outline, Problem, Sizes
 from ..problem.request import Request
 from ..problem.rows import contiguous, spread
 
@@ -59,11 +60,17 @@ def forward(a: Arguments, request: Request, want_lse: bool) -> tuple[np.ndarray,
     found = _prepared(sizes, a.compute, a.scale, band, request.eps if request.method == "auto" else None)
     if found is None:
         return None
+    tables, usual, exact = found
     shape = a.lead + (a.n, a.d_v)
     require(math.prod(shape) * a.compute.itemsize, f"the result, of shape {shape},")
     q = contiguous(spread(a.Q, a.batch, a.heads)).reshape(sizes.H, sizes.G, a.n, a.d)
     k, v = (contiguous(spread(X, a.batch, heads)) for X in (a.K, a.V))
-    computed = _exact.forward_mild(q, k, v, *found, want_lse, a.threads)
+    if exact is not None:
+        problem = Problem(q=q, k=k, v=v, scale=a.scale, mask=Mask(a.n, a.n_k, *band).simplified(), threads=a.threads)
+        least = float(least_bounds(problem, query_norms(problem)).min())
+        if not math.isfinite(least) or may_pay(problem, request, exact, least):
+            return None
+    computed = _exact.forward_mild(q, k, v, tables, usual, want_lse, a.threads)
     if computed is None:
         return None
     o, lse = computed
@@ -73,9 +80,11 @@ def forward(a: Arguments, request: Request, want_lse: bool) -> tuple[np.ndarray,
 @lru_cache(maxsize=_KEPT)
 def _prepared(
     sizes: Sizes, dtype: np.dtype, scale: float, band: tuple[int | None, int | None, int], eps: float | None
-) -> tuple[streaming.Tables, tuple[float, float, float, float]] | None:
+) -> tuple[streaming.Tables, tuple[float, float, float, float], Work | None] | None:
     """What the kernel is told of scores, and of which sizes numbers may be, for a problem of these sizes; None where it
-    is not surely one for the exact engine, or a large one. `eps` is that of method="auto", None for "exact".
+    is not one for the exact engine, or a large one. `eps` is that of method="auto", None for "exact".
+
+    The last is the work of the exact engine, where a polynomial might beat it if scores were small enough.
     """
     H, G, n, n_k, d, d_v = sizes
     mask = Mask(n, n_k, *band).simplified()
@@ -83,13 +92,14 @@ def _prepared(
         return None
     outline = Outline(sizes=sizes._replace(H=1), dtype=dtype, scale=scale, mask=mask)
     # Just below the bound up to which the exact engine keeps no running maximum.
-    most = 0.99 * streaming.BOUNDED / streaming.LOG2E
+    most, exact = 0.99 * streaming.BOUNDED / streaming.LOG2E, None
     if eps is not None:
         if sums_rounding(dtype, n_k) > eps / 4:
             return None
         whole = replace(outline, sizes=sizes)
-        if would_pay(whole, 1, exact_work(whole, False), False):
-            return None
+        exact = exact_work(whole, False)
+        if not would_pay(whole, 1, exact, False):
+            exact = None
         # Values that are not centred may be twice as large as their range is wide, which errors are given in.
         most = min(most, most_of_norms(dtype, n_k, d, eps / 4))
     if streaming.power_of_scale(outline):
@@ -97,4 +107,4 @@ def _prepared(
     tables = streaming.tables_of(outline, most, streaming.Sized(None, None), 0.0)
     least, largest = (math.ldexp(1.0, exponent) for exponent in usual_exponents(dtype, n_k))
     largest = min(largest, streaming.most_of_sums(dtype) / n_k) / 2
-    return tables, (room(outline) * abs(scale), most, least, largest)
+    return tables, (room(outline) * abs(scale), most, least, largest), exact

@@ -12,6 +12,7 @@ from ...certify.rounding import polynomial_rounding
 from ...certify.scores import Scores
 from ...certify.values import Values
 from ...problem.problem import Outline
+from ...problem.request import Request
 from ..base import CHEAPEST, Candidate, Context, Engine, Refusal, Search
 from ..cost import Work
 from . import features
@@ -68,11 +69,15 @@ def worth_measuring(context: Context, exact: Work, any_slot: bool = False) -> bo
         return True
     if not math.isfinite(statistics.plain.plain):
         return not any_slot
-    grad = request.grad
-    if not would_pay(outline, 1, exact, grad):
+    if not would_pay(outline, 1, exact, request.grad):
         return False
     bounds = statistics.least_bounds
-    least = float(bounds.min() if any_slot else bounds.max())
+    return may_pay(outline, request, exact, float(bounds.min() if any_slot else bounds.max()))
+
+
+def may_pay(outline: Outline, request: Request, exact: Work, least: float) -> bool:
+    """`worth_measuring` where degree 1 would pay and bounds of the scores are known to exceed `least`, 0 if unknown."""
+    grad = request.grad
     if not least or sample_work(outline, grad).nominal <= LOOK_IF_EXPECTED * exact.nominal:
         return True
     degree = poly.smallest_degree(least, poly.relative_error_for(request.eps))
