@@ -19,7 +19,7 @@ from ..certify.scores import least_bounds, query_norms, room
 from ..engines.cost import Work
 from ..engines.exact import streaming
 from ..engines.exact.cost import exact_work
-from ..engines.polynomial.worst_case import may_pay, would_pay
+from ..engines.polynomial.worst_case import may_pay, sample_is_cheap, would_pay
 from ..kernels import _exact
 from ..machine.memory import require
 from ..problem.arguments import Arguments
@@ -100,6 +100,8 @@ def _prepared(
         exact = exact_work(whole, False)
         if not would_pay(whole, 1, exact, False):
             exact = None
+        elif sample_is_cheap(whole, exact, False):
+            return None
         # Values that are not centred may be twice as large as their range is wide, which errors are given in.
         most = min(most, most_of_norms(dtype, n_k, d, eps / 4))
     if streaming.power_of_scale(outline):

@@ -78,10 +78,15 @@ def worth_measuring(context: Context, exact: Work, any_slot: bool = False) -> bo
 def may_pay(outline: Outline, request: Request, exact: Work, least: float) -> bool:
     """`worth_measuring` where degree 1 would pay and bounds of the scores are known to exceed `least`, 0 if unknown."""
     grad = request.grad
-    if not least or sample_work(outline, grad).nominal <= LOOK_IF_EXPECTED * exact.nominal:
+    if not least or sample_is_cheap(outline, exact, grad):
         return True
     degree = poly.smallest_degree(least, poly.relative_error_for(request.eps))
     return degree is not None and would_pay(outline, degree, exact, grad)
+
+
+def sample_is_cheap(outline: Outline, exact: Work, grad: bool) -> bool:
+    """Whether a sample of rows, which may show that the scores are small, costs little beside exact attention."""
+    return sample_work(outline, grad).nominal <= LOOK_IF_EXPECTED * exact.nominal
 
 
 def would_pay(outline: Outline, degree: int, exact: Work, grad: bool) -> bool:
