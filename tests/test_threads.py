@@ -100,6 +100,9 @@ def everything(d, n):
 
     loss = {"causal": True, "threads": 2}
     return {
+        "plain": lambda: ropecy.attention(Q, K, V, threads=2, return_lse=True),
+        "few queries": lambda: ropecy.attention(Q[:, :2], K, V, threads=2, return_lse=True),
+        "packed": attention(lengths=(30, 0, 3, 37), causal=True),
         "polynomial": attention(method="polynomial", eps=1e-2),
         "causal": attention(causal=True, return_lse=True),
         "exact, window": attention(method="exact", window=9),

@@ -113,12 +113,13 @@ cdef enum:
     KEPT = 4 << 20  # bytes
     MOST_KEPT = 4
 
-# Memory of calls that have ended, for the next ones: the system clears each page of what was given back to it.
+# Workspaces of calls that have ended, which the next calls take. Memory that was given back to the system costs more,
+# for the system clears each page before it gives it out again.
 spare = []
 
 
 cdef borrowed(ptrdiff_t size):
-    """So many bytes or more, and a line."""
+    """An array of at least so many bytes, behind the first beginning of a cache line in it."""
     try:
         found = spare.pop()
     except IndexError:
@@ -205,7 +206,7 @@ cdef struct Heads:
     double least_value    # of a head's values the largest is between these, or 0
     double largest_value
     char *keys            # packed, of all heads; NULL where a thread packs those of one head after the other
-    unsigned char *mild   # (heads,): whether a head's are so
+    unsigned char *mild   # (heads,): whether the numbers of a head are such
 
 
 cdef double spread(

@@ -78,8 +78,8 @@ cdef struct Pass:
     ptrdiff_t count  # of tasks
     char *work
     size_t size  # of a thread's workspace
-    unsigned char *good  # whether a task is
-    unsigned char *done  # whether a head of a sequence is
+    unsigned char *good  # of each task, whether all that it read and made was finite, and not too large
+    unsigned char *done  # of each head of a sequence, whether its result is right
 
 
 cdef enum:

@@ -2,7 +2,7 @@
  * once.
  *
  * Each of any number of sequences has its own number of queries and keys, and key heads that groups of query heads share.
- * Its keys are cut into parts of PART keys, whatever the number of threads and whatever is beside it: `of_part` leaves the
+ * Its keys are cut into parts of PART keys, whatever the number of threads and whatever is beside it: `of_parts` leaves the
  * softmax over the keys of a part, `merge` makes one of all parts of a sequence, in their order.
  */
 #ifndef RC_FEW_H
