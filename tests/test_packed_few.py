@@ -111,3 +111,16 @@ def test_short_sequences_of_auto_are_exact_whatever_else_is_beside_them(rng):
         ("polynomial", ((0, 1),)),
     ]
     np.testing.assert_array_equal(O[:4], ropecy.attention(Q[:4], K[:4], V[:4]))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_look_at_hidden_keys_sees_nothing_of_other_sequences(seed):
+    """Whether keys are so long that "auto" has to plan is told by a sample of keys, the hidden ones being 0."""
+    rng = np.random.default_rng(seed)
+    Q, K, V = (3 * rng.standard_normal((2, n, d)).astype(np.float16) for n, d in ((11, 1), (120, 1), (120, 3)))
+    kept = rng.random(120) < 0.7
+    options = {"scale": 1.0, "eps": 1e-3, "return_lse": True}
+    O, lse = ropecy.attention(Q, K, V, lengths=([3, 8], [20, 100]), key_mask=kept, **options)
+    o, own = ropecy.attention(Q[:, :3], K[:, :20], V[:, :20], key_mask=kept[:20], **options)
+    assert np.array_equal(O[:, :3], o)
+    assert np.array_equal(lse[:, :3], own)

@@ -2,6 +2,7 @@
 
 import cProfile
 import gc
+import itertools
 import pstats
 import sys
 
@@ -65,7 +66,7 @@ def test_a_short_call_has_the_bits_of_the_usual_way(data, seed, ways):
     rng, draw = np.random.default_rng(seed), data.draw
     heads, group, n, n_k = draw(st.sampled_from([1, 2, 8, 9])), draw(st.sampled_from([1, 3])), draw(SIZES), draw(SIZES)
     d, d_v, dtype = draw(SIZES), draw(SIZES), draw(st.sampled_from([np.float32, np.float64]))
-    sizes, offsets = st.sampled_from([0.1, 1, 4, 1e-30]), st.sampled_from([0, 0, 0, 50])
+    sizes, offsets = st.sampled_from([0.1, 0.3, 1, 1, 4, 1e-30]), st.sampled_from([0, 0, 0, 0, 50])
     Q = (rng.standard_normal((heads * group, n, d)) * draw(sizes)).astype(dtype)
     K = (rng.standard_normal((heads, n_k, d)) * draw(sizes) + draw(offsets)).astype(dtype)
     V = (rng.standard_normal((heads, n_k, d_v)) * draw(sizes) + draw(offsets)).astype(dtype)
@@ -96,6 +97,10 @@ def test_a_short_call_is_not_planned(arrays, monkeypatch):
     monkeypatch.delattr(sys.modules["ropecy.attention"], "Evaluation")
     for options in ({}, {"causal": True}, {"window": 9}, {"method": "exact", "scale": 0.125}):
         ropecy.attention(*arrays, **options)
+    for heads, n, d in itertools.product((1, 9), (17, 130, 300), (1, 20, 64)):
+        for dtype in (np.float32, np.float64):
+            Q, K, V = np.random.default_rng(n).standard_normal((3, heads, n, d)).astype(dtype)
+            ropecy.attention(Q, K, V, method="exact", causal=True)
     with pytest.raises(NameError):
         ropecy.attention(*arrays, key_mask=np.arange(64) > 3)
 

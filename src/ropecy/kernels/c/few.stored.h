@@ -319,7 +319,8 @@ static double FEW(longest_key)(const rc_few_sequence *s, const FEW(task) * t, vo
 
 static int FEW(far)(const rc_few_problem *p, const rc_few_sequence *s, ptrdiff_t head, void *workspace) {
     const FEW(task) t = FEW(task_of)(p, s, head, 1);
-    const STORED *zeros = (const STORED *)((char *)workspace + t.zeros), *rows[BLOCK];
+    /* Whatever a part has left in this workspace, of another sequence or by another thread. */
+    const STORED *zeros = memset((char *)workspace + t.zeros, 0, t.k_copies - t.zeros), *rows[BLOCK];
     unsigned char keep[SAMPLE];
     vreal size = {0}, spread = {0};
     const double queries = FEW(longest_query)(p, s, head);
