@@ -67,3 +67,23 @@ def test_few_rows_are_scattered_about_their_mean(dtype, step, rng):
     x = (rng.standard_normal((2, 40, 5)) * [[[1.0]], [[1e3]]] + 2).astype(dtype)
     expected = x[:, ::step].astype(np.float64).var(axis=1).sum(axis=1)
     np.testing.assert_allclose(_rows.few_scatter(x, step), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("place", [0, 40_000, 99_999])
+def test_the_largest_number_of_many_pieces(place, dtype, rng):
+    x = rng.standard_normal(100_000).astype(dtype)
+    for entry in (-9.0, np.inf, -np.inf, np.nan):
+        x[place] = entry
+        found = [_rows.largest(x, threads) for threads in (1, 3)]
+        np.testing.assert_array_equal(found, abs(entry))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("entry", [np.nan, np.inf])
+def test_a_norm_that_is_not_finite_stays(dtype, entry, rng):
+    x = rng.standard_normal((2, 3000, 9)).astype(dtype)
+    x[1, 1, 4] = entry
+    found = _rows.largest_norms(x, None, None, 2)
+    assert np.isfinite(found[0])
+    assert not np.isfinite(found[1])

@@ -223,7 +223,7 @@ def in_one(entries: Sequence[Entry]) -> tuple[Indices, Certificate]:
     return slots, together([entry.certificate for entry in entries], [entry.unit / largest for entry in entries])
 
 
-def plan_of(certificate: Certificate) -> tuple[object, ...]:
+def plan_key(certificate: Certificate) -> tuple[object, ...]:
     """What certificates of one plan share."""
     return certificate.engine, certificate.rule, certificate.degree
 
@@ -232,7 +232,7 @@ def by_plan(entries: Sequence[Entry]) -> tuple[tuple[Indices, Certificate], ...]
     """The parts of those that have one plan; () where all have."""
     found: dict[object, list[Entry]] = {}
     for entry in entries:
-        found.setdefault(plan_of(entry.certificate), []).append(entry)
+        found.setdefault(plan_key(entry.certificate), []).append(entry)
     return tuple(in_one(group) for group in found.values()) if len(found) > 1 else ()
 
 

@@ -27,7 +27,7 @@ def exact_rounding(problem: Outline, scores: Scores, values: Values, comm: Commu
     """
     unit = problem.unit
     d, n_k = problem.sizes.d, sum(comm.gather(problem.sizes.n_k))
-    scale, size = _scale(problem), score_size(problem, scores)
+    scale, size = problem.largest_scale, score_size(problem, scores)
     off = unit * _of_scores(d) * size + (scale * scores.lost if scale else 0.0)
     if problem.bias is not None:
         off += 2 * unit * bias_reach(problem, size)
@@ -61,13 +61,8 @@ def most_of_norms(dtype: np.dtype, n_k: int, d: int, eps: float) -> float:
 
 def score_size(problem: Outline, scores: Scores) -> float:
     """A bound of the scores without their bias, inside the near field and outside."""
-    scale = _scale(problem)
+    scale = problem.largest_scale
     return scale * scores.products if scale else 0.0
-
-
-def _scale(problem: Outline) -> float:
-    """The larger of |scale| and |scale_near|."""
-    return abs(problem.scale) if problem.near is None else max(abs(problem.scale), abs(problem.near[1]))
 
 
 def seen_bias(problem: Outline) -> np.ndarray:

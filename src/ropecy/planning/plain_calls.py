@@ -106,7 +106,7 @@ def _prepared(
         most = min(most, most_of_norms(dtype, n_k, d, eps / 4))
     if streaming.power_of_scale(outline):
         return None
-    tables = streaming.tables_of(outline, most, streaming.Sized(None, None), 0.0)
+    tables = streaming.tables_of(outline, most, 0.0)
     least, largest = (math.ldexp(1.0, exponent) for exponent in usual_exponents(dtype, n_k))
     largest = min(largest, streaming.most_of_sums(dtype) / n_k) / 2
     return tables, (room(outline) * abs(scale), most, least, largest), exact

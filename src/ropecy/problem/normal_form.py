@@ -166,7 +166,7 @@ def _balance(problem: Problem, comm: Communicator) -> Balance | None:
     could overflow or vanish before it has been brought back to the sizes that the user gave.
     """
     far = np.finfo(problem.dtype).maxexp // 2
-    scale = math.frexp(max(abs(problem.scale), 0 if problem.near is None else abs(problem.near[1])))[1]
+    scale = math.frexp(problem.largest_scale)[1]
     sizes = comm.largest(np.stack([_sizes(problem.q, problem.threads), _sizes(problem.k, problem.threads)]))
     of_q, of_k = np.frexp(sizes)[1]
     unlike = (sizes > 0).all(axis=0) & (np.abs(of_k - of_q) > far)

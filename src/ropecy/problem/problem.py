@@ -160,6 +160,11 @@ class Outline:
         return 0 in self.sizes or self.mask.empty
 
     @property
+    def largest_scale(self) -> float:
+        """The larger of |scale| and |scale_near|."""
+        return abs(self.scale) if self.near is None else max(abs(self.scale), abs(self.near[1]))
+
+    @property
     def terms(self) -> int:
         """How many products are added up in a score; monomials have so many variables."""
         return self.sizes.d if self.family is None else max(1, len(self.family.used))

@@ -9,15 +9,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ...certify.rounding import most_of_norms, sums_rounding
 from ...kernels import _few
 from ...machine.memory import require
 from ...problem.arguments import Arguments
 from ...problem.call import key_heads_of
 from ...problem.mask import Mask
 from ...problem.request import Request
-from ...problem.rows import contiguous, spread
-from .few_queries import LOG2E, MOST_QUERIES, MOST_ROWS, asks_no_more, by_slot
+from .few_queries import LOG2E, MOST_QUERIES, MOST_ROWS, asks_no_more, by_slots, most_of_scores, to_user
 
 
 class Stretches(NamedTuple):
@@ -106,26 +104,17 @@ def _kinds(a: Arguments) -> Iterator[tuple[Arguments, np.ndarray]]:
 
 
 def _most(a: Arguments, request: Request) -> np.ndarray:
-    """`few_queries.Limits.most` of each sequence, below 0 where rounding of sums alone passes eps."""
-    if request.method == "exact":
-        return np.full(a.packed.size, math.inf)
-    found = {}
-    for n_k in set(a.packed.k_lengths.tolist()):
-        enough = request.eps >= sums_rounding(a.compute, n_k)
-        found[n_k] = LOG2E * most_of_norms(a.compute, n_k, a.d, request.eps) if enough else -1.0
-    return np.array([found[n_k] for n_k in a.packed.k_lengths.tolist()])
+    """`few_queries.Limits.most` of each sequence."""
+    lengths = a.packed.k_lengths.tolist()
+    found = {n_k: most_of_scores(a, request, n_k) for n_k in set(lengths)}
+    return np.array([found[n_k] for n_k in lengths])
 
 
 def _forward(a: Arguments, which: np.ndarray, most: np.ndarray, want_lse: bool) -> Found:
     """What the kernel finds of these sequences."""
-    shape, packed, key_heads = a.lead + (a.n, a.d_v), a.packed, key_heads_of(a)
+    shape, packed = a.lead + (a.n, a.d_v), a.packed
     require(2 * math.prod(shape) * a.compute.itemsize, f"the result, of shape {shape}, and as much beside it")
-    slots, group = math.prod(a.batch) * key_heads, a.heads // key_heads
-    q = contiguous(spread(a.Q, a.batch, a.heads)).reshape(slots, group, a.n, a.d)
-    k, v = (by_slot(X, a.batch, key_heads, 2) for X in (a.K, a.V))
-    keep = None
-    if a.key_mask is not None:
-        keep = by_slot(np.ascontiguousarray(a.key_mask), a.batch, key_heads, 1)
+    q, k, v, keep = by_slots(a)
     starts = (np.cumsum(lengths) - lengths for lengths in (packed.q_lengths, packed.k_lengths))
     n, n_k, offset = (X[which] for X in (packed.q_lengths, packed.k_lengths, packed.offsets))
     shapes = zip(n.tolist(), n_k.tolist(), offset.tolist(), strict=True)
@@ -136,8 +125,4 @@ def _forward(a: Arguments, which: np.ndarray, most: np.ndarray, want_lse: bool) 
     o, lse, right = _few.forward_stretches(q, k, v, stretches, want_lse, a.threads)
     done = np.zeros(packed.size, np.bool_)
     done[which] = right
-    o = o.reshape(shape)
-    if o.dtype != a.dtype:
-        with np.errstate(over="ignore", invalid="ignore"):
-            o = o.astype(a.dtype)
-    return Found(o, None if lse is None else lse.reshape(shape[:-1]), done)
+    return Found(*to_user(a, o, lse), done)

@@ -89,27 +89,39 @@ def forward(
     """
     shape = a.lead + (a.n, a.d_v)
     require(math.prod(shape) * a.compute.itemsize, f"the result, of shape {shape},")
+    q, k, v, keep = by_slots(a)
+    q = q.reshape(len(q), -1, a.d)
+    band = Mask(a.n, a.n_k, a.lo, a.hi, a.q_offset).band_of_indices
+    limits = Limits(a.scale * LOG2E, most_of_scores(a, request, a.n_k), keep, a.n, band)
+    found = _few.forward(q, k, v, limits, want_lse, a.threads)
+    return None if found is None else to_user(a, *found)
+
+
+def most_of_scores(a: Arguments, request: Request, n_k: int) -> float:
+    """`Limits.most` for n_k keys; below 0 where, for "auto", rounding of their sums alone passes eps."""
+    return math.inf if request.method == "exact" else LOG2E * most_of_norms(a.compute, n_k, a.d, request.eps)
+
+
+def by_slots(a: Arguments) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
+    """Queries (slots, group, n, d), contiguous, and keys, values and what is kept of them where the caller has them."""
     key_heads = key_heads_of(a)
     slots, group = math.prod(a.batch) * key_heads, a.heads // key_heads
-    q = contiguous(spread(a.Q, a.batch, a.heads)).reshape(slots, group * a.n, a.d)
-    k, v = (by_slot(X, a.batch, key_heads, 2) for X in (a.K, a.V))
-    keep = None
-    if a.key_mask is not None:
-        keep = by_slot(np.ascontiguousarray(a.key_mask), a.batch, key_heads, 1)
-    band = Mask(a.n, a.n_k, a.lo, a.hi, a.q_offset).band_of_indices
-    most = math.inf if request.method == "exact" else LOG2E * most_of_norms(a.compute, a.n_k, a.d, request.eps)
-    found = _few.forward(q, k, v, Limits(a.scale * LOG2E, most, keep, a.n, band), want_lse, a.threads)
-    if found is None:
-        return None
-    o, lse = found
-    o = o.reshape(shape)
+    q = contiguous(spread(a.Q, a.batch, a.heads)).reshape(slots, group, a.n, a.d)
+    k, v = (_by_slot(X, a.batch, key_heads, 2) for X in (a.K, a.V))
+    keep = None if a.key_mask is None else _by_slot(np.ascontiguousarray(a.key_mask), a.batch, key_heads, 1)
+    return q, k, v, keep
+
+
+def to_user(a: Arguments, o: np.ndarray, lse: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
+    """O in the caller's shape and dtype, and lse in the caller's shape."""
+    o = o.reshape(a.lead + (a.n, a.d_v))
     if o.dtype != a.dtype:
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             o = o.astype(a.dtype)
     return o, None if lse is None else lse.reshape(a.lead + (a.n,))
 
 
-def by_slot(X: np.ndarray, batch: tuple[int, ...], heads: int, inner: int) -> np.ndarray:
+def _by_slot(X: np.ndarray, batch: tuple[int, ...], heads: int, inner: int) -> np.ndarray:
     """A view of X, whose last `inner` axes follow batch and head axes, with axes that come to batch times heads."""
     if X.shape[:-inner] == (*batch, heads):
         return X

@@ -39,8 +39,8 @@ class Tables:
 class Sized:
     """q, k and scales after powers of two, with these exponents, were taken from them."""
 
-    q: np.ndarray | None
-    k: np.ndarray | None
+    q: np.ndarray
+    k: np.ndarray
     of_q: int = 0
     of_k: int = 0
     of_scale: int = 0
@@ -83,7 +83,7 @@ def forward(problem: Problem, bound: float | np.ndarray, want_lse: bool) -> tupl
     Time ``n n_k (2 d + 2 d_v + exp)`` for each query head; memory: packed keys (n_k d) and a tile a thread.
     """
     sized = _sized(problem, bound)
-    tables = tables_of(problem, bound, sized, _rows.largest(problem.v, problem.threads))
+    tables = _tables(problem, bound, sized)
     o, maximum, inverse, lse = _exact.forward(sized.q, sized.k, problem.v, tables, want_lse, problem.threads)
     if want_lse and problem.bias is not None:
         lse += tables.bias_shift
@@ -116,7 +116,7 @@ def backward(problem: Problem, saved: Saved, do: np.ndarray) -> InputGradients:
 def resume(problem: Problem, bound: float, o: np.ndarray, lse: np.ndarray) -> Saved:
     """What `backward` needs of a forward pass that had more keys than `problem`, of which o and lse are the results."""
     sized = _sized(problem, bound)
-    tables, gain = tables_of(problem, bound, sized, _rows.largest(problem.v, problem.threads)), sized.gain
+    tables, gain = _tables(problem, bound, sized), sized.gain
     log2_sum = np.where(np.isfinite(lse), (lse - tables.bias_shift) * LOG2E, 0)
     # What rounding the maximum loses, its partner keeps.
     maximum = (log2_sum / gain).astype(o.dtype)
@@ -148,7 +148,7 @@ def _sized(problem: Problem, bound: float | np.ndarray) -> Sized:
         # All to a size of about 1.
         of_q, of_k = math.frexp(top_q)[1], math.frexp(top_k)[1]
         return Sized(np.ldexp(q, -of_q), np.ldexp(k, -of_k), of_q, of_k, power)
-    room = math.log2(largest) - math.log2(max(1.0, _largest_scale(problem)) * q.shape[-1]) - 1
+    room = math.log2(largest) - math.log2(max(1.0, problem.largest_scale) * q.shape[-1]) - 1
     over = math.log2(top_q or 1) + math.log2(top_k or 1) - room
     if over > 0:
         # An exponent each, proportional to its own size; the gain must itself be a finite number of the dtype.
@@ -160,12 +160,8 @@ def _sized(problem: Problem, bound: float | np.ndarray) -> Sized:
 
 def power_of_scale(problem: Outline) -> int:
     """The power of two that is taken from scales, 0 unless they are so large or small that scores might overflow."""
-    power = math.frexp(_largest_scale(problem))[1]
+    power = math.frexp(problem.largest_scale)[1]
     return power if abs(power) > 3 * LIMITS[problem.dtype].maxexp // 4 else 0
-
-
-def _largest_scale(problem: Outline) -> float:
-    return abs(problem.scale) if problem.near is None else max(abs(problem.scale), abs(problem.near[1]))
 
 
 def most_of_sums(dtype: np.dtype) -> float:
@@ -173,10 +169,18 @@ def most_of_sums(dtype: np.dtype) -> float:
     return float(LIMITS[dtype].max) / 2**BOUNDED
 
 
-def tables_of(problem: Outline, bound: float | np.ndarray, sized: Sized, largest: float) -> Tables:
-    """What the kernels are told about scores within `bound`, of queries and keys so `sized`; `largest` is max |v|."""
-    gain, scale = sized.gain, math.ldexp(problem.scale, -sized.of_scale)
-    dtype = problem.dtype
+def _tables(problem: Problem, bound: float | np.ndarray, sized: Sized) -> Tables:
+    return tables_of(problem, bound, _rows.largest(problem.v, problem.threads), sized.gain, sized.of_scale)
+
+
+def tables_of(
+    problem: Outline, bound: float | np.ndarray, largest: float, gain: float = 1.0, of_scale: int = 0
+) -> Tables:
+    """What the kernels are told about scores within `bound` and values up to `largest`.
+
+    `gain` and `of_scale` are those of `Sized`, if powers of two were taken from queries, keys and scales.
+    """
+    dtype, scale = problem.dtype, math.ldexp(problem.scale, -of_scale)
     tile, block, _ = _exact.blocking(dtype)
     mask, heads, n, n_k = problem.mask, problem.sizes.H, problem.sizes.n, problem.sizes.n_k
     lo, hi = mask.band_of_indices
@@ -197,7 +201,7 @@ def tables_of(problem: Outline, bound: float | np.ndarray, sized: Sized, largest
             reach = reach - float(inside.min(initial=0)) * gain / LOG2E
     factor = None
     if problem.near is not None:
-        width, scale_near = problem.near[0], math.ldexp(problem.near[1], -sized.of_scale)
+        width, scale_near = problem.near[0], math.ldexp(problem.near[1], -of_scale)
         offset = (n_k - 1) - np.arange(n + n_k - 1)  # j - i at u = i - j + n_k - 1
         near = np.abs(offset - mask.offset) < width
         factor = np.pad(np.where(near, scale_near, scale) * LOG2E, (block, tile)).astype(dtype)

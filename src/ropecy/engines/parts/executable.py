@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from ...certificate import Certificate, Entry, Indices, in_one, plan_of, together
+from ...certificate import Certificate, Entry, Indices, in_one, plan_key, together
 from ...certify.once import once
 from ...certify.statistics import Statistics
 from ...certify.values import Values
@@ -129,7 +129,7 @@ class InParts(Executable):
         """The ways that are one part of a certificate: of sequences those of one plan; heads are grouped already."""
         found: dict[object, list[int]] = {}
         for way, own in enumerate(self._ways):
-            found.setdefault(plan_of(own.certificate) if self._packed else way, []).append(way)
+            found.setdefault(plan_key(own.certificate) if self._packed else way, []).append(way)
         return list(found.values())
 
     @property

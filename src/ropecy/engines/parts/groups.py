@@ -30,8 +30,9 @@ def groups(context: Context) -> list[Slots]:
 
     The group of a slot depends on the bound of its own scores and on the shape of the call; only a slot whose bound is
     nearly that of the next group joins it, if there is one. By the worst case each slot of a group has a polynomial for
-    its own bound, so that its bits depend on the others by the degree alone. By moments, and by a sample, the bound up
-    to which rows are kept, how many rows may be exact, and which rows are drawn are those of all slots of a group.
+    its own bound, rounded up: its bits depend on the others by the degree, and by the largest bound of the group where
+    its own rounds up to that. By moments, and by a sample, the bound up to which rows are kept, how many rows may be
+    exact, and which rows are drawn are those of all slots of a group.
     """
     outline, request = context.outline, context.request
     H, _, n, n_k, *_ = outline.sizes

@@ -166,8 +166,8 @@ def certified(
 
 
 def of_each_slot(p: Polynomial, scores: Scores) -> tuple[Polynomial, ...] | None:
-    """A polynomial of the degree of p for each slot's own bound, rounded up to the grid, so that its results depend on
-    the other slots by this degree alone; None where all slots have p.
+    """A polynomial of the degree of p for each slot's own bound, rounded up to the grid, or p where that passes p's own
+    bound; None where all slots have p. Results of the former depend on the other slots by this degree alone.
     """
     bounds = [poly.B_grid(B) for B in scores.of_slots.tolist()]
     if min(bounds) >= p.B:
