@@ -6,6 +6,7 @@ import itertools
 import pstats
 import sys
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -56,6 +57,7 @@ def test_values_are_measured_where_a_certificate_is_asked_for(arrays, monkeypatc
     assert certificate == ropecy.plan(*arrays, method="exact").certificate
 
 
+DTYPES = st.sampled_from([np.float32, np.float64, np.float16, ml_dtypes.bfloat16])
 SIZES = st.sampled_from([1, 2, 3, 5, 8, 12, 15, 16, 17, 30, 47, 48, 50, 64, 95, 97, 130, 300])
 
 
@@ -65,7 +67,7 @@ def test_a_short_call_has_the_bits_of_the_usual_way(data, seed, ways):
     """The kernel is told the same of scores, whether a plan was made or not, and says so where numbers are unusual."""
     rng, draw = np.random.default_rng(seed), data.draw
     heads, group, n, n_k = draw(st.sampled_from([1, 2, 8, 9])), draw(st.sampled_from([1, 3])), draw(SIZES), draw(SIZES)
-    d, d_v, dtype = draw(SIZES), draw(SIZES), draw(st.sampled_from([np.float32, np.float64]))
+    d, d_v, dtype = draw(SIZES), draw(SIZES), draw(DTYPES)
     sizes, offsets = st.sampled_from([0.1, 0.3, 1, 1, 4, 1e-30]), st.sampled_from([0, 0, 0, 0, 50])
     Q = (rng.standard_normal((heads * group, n, d)) * draw(sizes)).astype(dtype)
     K = (rng.standard_normal((heads, n_k, d)) * draw(sizes) + draw(offsets)).astype(dtype)
@@ -98,7 +100,7 @@ def test_a_short_call_is_not_planned(arrays, monkeypatch):
     for options in ({}, {"causal": True}, {"window": 9}, {"method": "exact", "scale": 0.125}):
         ropecy.attention(*arrays, **options)
     for heads, n, d in itertools.product((1, 9), (17, 130, 300), (1, 20, 64)):
-        for dtype in (np.float32, np.float64):
+        for dtype in (np.float32, np.float64, np.float16, ml_dtypes.bfloat16):
             Q, K, V = np.random.default_rng(n).standard_normal((3, heads, n, d)).astype(dtype)
             ropecy.attention(Q, K, V, method="exact", causal=True)
     with pytest.raises(NameError):

@@ -12,6 +12,7 @@ from libc.math cimport INFINITY, fabs, isfinite, sqrt
 from libc.string cimport memchr
 
 from ._arrays cimport LINE, line, pieces, pointer
+from ._halves cimport narrow_function, rc_halves_kernels, rc_halves_select, widen_function
 from ._parallel cimport interrupted, parallel_for, rc_worker, team
 from ._rows cimport far, rc_rows_kernels, rc_rows_select
 
@@ -56,7 +57,8 @@ cdef extern from "c/exact.h" nogil:
         size_t (*backward_workspace)(const rc_exact_problem *) noexcept nogil
         void (*pack_keys)(const rc_exact_problem *, ptrdiff_t, ptrdiff_t) noexcept nogil
         void (*pack_values)(const rc_exact_problem *, ptrdiff_t, ptrdiff_t) noexcept nogil
-        void (*forward)(const rc_exact_problem *, ptrdiff_t, ptrdiff_t, ptrdiff_t, void *) noexcept nogil
+        void (*forward)(const rc_exact_problem *, ptrdiff_t, ptrdiff_t, ptrdiff_t, const void *, void *,
+                        void *) noexcept nogil
         void (*prepare)(const rc_exact_problem *, ptrdiff_t, ptrdiff_t, ptrdiff_t) noexcept nogil
         void (*backward)(const rc_exact_problem *, ptrdiff_t, ptrdiff_t, ptrdiff_t, ptrdiff_t, void *) noexcept nogil
         void (*collect)(const rc_exact_problem *, ptrdiff_t, ptrdiff_t, ptrdiff_t) noexcept nogil
@@ -73,12 +75,14 @@ cdef extern from "c/isa.h" nogil:
 LEVEL = rc_level()
 cdef const rc_exact_kernels *kernels = rc_exact_select(LEVEL)
 cdef const rc_rows_kernels *kernels_of_rows = rc_rows_select(LEVEL)
+cdef const rc_halves_kernels *halves = rc_halves_select(LEVEL)
 
 
 cdef struct Pass:
     rc_exact_problem p
     const rc_exact_functions *f
     ptrdiff_t tiles, blocks  # of a head's queries and keys
+    ptrdiff_t item  # bytes of a number that is computed with
     char *work
     size_t size  # of a thread's workspace
 
@@ -118,6 +122,11 @@ cdef enum:
 spare = []
 
 
+cdef ptrdiff_t lines(ptrdiff_t size) noexcept nogil:
+    """So many bytes, up to the end of a cache line."""
+    return pieces(size, LINE) * LINE
+
+
 cdef borrowed(ptrdiff_t size):
     """An array of at least so many bytes, behind the first beginning of a cache line in it."""
     try:
@@ -147,7 +156,9 @@ cdef void forward_tile(void *context, ptrdiff_t task, const rc_worker *worker) n
     cdef const Pass *x = <const Pass *>context
     # Long rows first: the last tiles of a causal problem see the most keys.
     cdef ptrdiff_t tile = x.p.heads * x.p.groups * x.tiles - 1 - task
+    cdef ptrdiff_t row = tile // x.tiles * x.p.n + tile % x.tiles * x.f.tile
     x.f.forward(&x.p, tile // x.tiles // x.p.groups, tile // x.tiles % x.p.groups, tile % x.tiles,
+                <const char *>x.p.q + row * x.p.d * x.item, <char *>x.p.o + row * x.p.d_v * x.item,
                 x.work + worker.slot * x.size)
 
 
@@ -179,7 +190,7 @@ def forward(q, k, v, tables, bint want_lse, int threads):
     cdef rc_exact_problem *p = &x.p
     cdef double pairs
     describe(p, q, k, v, tables)
-    x.f = functions_of(q.dtype)
+    x.f, x.item = functions_of(q.dtype), q.itemsize
     x.blocks, x.tiles = pieces(p.n_k, x.f.block), pieces(p.n, x.f.tile)
     o = np.empty(q.shape[:3] + (p.d_v,), q.dtype)
     maximum, inverse = np.empty(q.shape[:3], q.dtype), np.empty(q.shape[:3], q.dtype)
@@ -187,7 +198,7 @@ def forward(q, k, v, tables, bint want_lse, int threads):
     pairs = <double>p.heads * p.groups * p.n * p.n_k
     threads = team(threads, pairs * (p.d + p.d_v + 30))
     p.o, p.maximum, p.inverse, p.lse = pointer(o), pointer(maximum), pointer(inverse), <double *>pointer(lse)
-    x.size = pieces(x.f.forward_workspace(p), LINE) * LINE + LINE
+    x.size = lines(x.f.forward_workspace(p)) + LINE
     memory = borrowed(threads * x.size + p.heads * x.blocks * x.f.block * p.d * q.itemsize)
     x.work = line(memory)
     p.key_pack = x.work + threads * x.size
@@ -200,13 +211,18 @@ def forward(q, k, v, tables, bint want_lse, int threads):
 cdef struct Heads:
     # Whole heads as tasks, or a head's keys and then its tiles: what numbers must be, and whether some are not.
     Pass x
-    ptrdiff_t item, packed  # bytes of a number, and of the packed keys of a head
-    double factor         # the largest score of a head is at most this times its largest norms of queries and keys
-    double most           # of scores
-    double least_value    # of a head's values the largest is between these, or 0
+    ptrdiff_t stored         # bytes of a number as it is stored
+    widen_function widen     # of halves, which are computed in float32, else NULL
+    narrow_function narrow
+    ptrdiff_t keys, values   # bytes of the packed keys, and of the widened values, of a head
+    ptrdiff_t rows           # bytes of the widened keys of a head, or as many queries, or those and results of a tile
+    ptrdiff_t size           # of a thread's workspace: for tiles, rows, keys and values
+    double factor            # the largest score of a head is at most this times its largest norms of queries and keys
+    double most              # of scores
+    double least_value       # of a head's values the largest is between these, or 0
     double largest_value
-    char *keys            # packed, of all heads; NULL where a thread packs those of one head after the other
-    unsigned char *mild   # (heads,): whether the numbers of a head are such
+    char *packed             # keys and values of all heads; NULL where a thread has those of one head after the other
+    unsigned char *mild      # (heads,): whether the numbers of a head are such
 
 
 cdef double spread(
@@ -223,69 +239,114 @@ cdef double spread(
     return INFINITY if far(low, high, d) else largest
 
 
-cdef bint mild(const Heads *h, const rc_exact_problem *p, const floating *q, char *work) noexcept nogil:
-    """Whether one head's numbers are finite and of such sizes that they are computed as they are; q is what p.q is."""
+cdef double query_norm2(const Heads *h, const rc_exact_problem *p, char *work) noexcept nogil:
+    """The largest of the squared norms of one head's queries; inf or NaN where a number is."""
+    cdef ptrdiff_t first = 0, rows = p.groups * p.n, most = p.n_k if h.widen != NULL else rows
+    cdef float *wide = <float *>(work + h.x.size)
+    cdef double found, largest = 0
+    while first < rows:
+        most = min(most, rows - first)
+        if h.widen != NULL:
+            h.widen(<const char *>p.q + first * p.d * h.stored, most * p.d, wide)
+            found = kernels_of_rows.norm_f32(wide, most, p.d, NULL, NULL)
+        elif h.x.item == 4:
+            found = kernels_of_rows.norm_f32(p.q, most, p.d, NULL, NULL)
+        else:
+            found = kernels_of_rows.norm_f64(p.q, most, p.d, NULL, NULL)
+        if found != found:
+            return found
+        largest = max(largest, found)
+        first += most
+    return largest
+
+
+cdef bint mild(const Heads *h, const rc_exact_problem *p, double q_norm2, const floating *k, char *work) noexcept nogil:
+    """Whether one head's numbers are finite and of such sizes that they are computed as they are; k is what p.k is."""
     cdef bint single = floating is float
-    cdef ptrdiff_t rows = p.groups * p.n, width = max(p.d, p.d_v)
+    cdef ptrdiff_t width = max(p.d, p.d_v)
     cdef double *total = <double *>work
     cdef floating *low = <floating *>(total + width)
-    cdef double largest, q_norm, k_norm
-    q_norm = sqrt((kernels_of_rows.norm_f32 if single else kernels_of_rows.norm_f64)(q, rows, p.d, NULL, NULL))
-    k_norm = sqrt((kernels_of_rows.norm_f32 if single else kernels_of_rows.norm_f64)(p.k, p.n_k, p.d, NULL, NULL))
+    cdef double largest, k_norm2
+    k_norm2 = (kernels_of_rows.norm_f32 if single else kernels_of_rows.norm_f64)(k, p.n_k, p.d, NULL, NULL)
     # NaN fails each comparison, and Inf times 0 is NaN.
-    if not q_norm * k_norm * h.factor <= h.most:
+    if not sqrt(q_norm2) * sqrt(k_norm2) * h.factor <= h.most:
         return False
-    if spread(<const floating *>p.k, p.n_k, p.d, total, low, low + width) == INFINITY:
+    if spread(k, p.n_k, p.d, total, low, low + width) == INFINITY:
         return False
     largest = spread(<const floating *>p.v, p.n_k, p.d_v, total, low, low + width)
     return largest <= h.largest_value and (largest >= h.least_value or largest == 0)
 
 
 cdef rc_exact_problem one_head(const Heads *h, ptrdiff_t head, char *work) noexcept nogil:
-    """The problem of one head by itself. The tables of scores are the same for all."""
+    """The problem of one head by itself, values as computed with. The tables of scores are the same for all."""
     cdef rc_exact_problem p = h.x.p
     cdef ptrdiff_t rows = p.groups * p.n
-    p.q = <const char *>p.q + head * rows * p.d * h.item
-    p.k = <const char *>p.k + head * p.n_k * p.d * h.item
-    p.v = <const char *>p.v + head * p.n_k * p.d_v * h.item
-    p.o = <char *>p.o + head * rows * p.d_v * h.item
-    p.maximum = <char *>p.maximum + head * rows * h.item
-    p.inverse = <char *>p.inverse + head * rows * h.item
+    cdef char *packed = work + h.x.size + h.rows if h.packed == NULL else h.packed + head * (h.keys + h.values)
+    p.q = <const char *>p.q + head * rows * p.d * h.stored
+    p.k = <const char *>p.k + head * p.n_k * p.d * h.stored
+    p.v = <const char *>p.v + head * p.n_k * p.d_v * h.stored if h.widen == NULL else packed + h.keys
+    p.o = <char *>p.o + head * rows * p.d_v * h.stored
+    p.maximum = <char *>p.maximum + head * rows * h.x.item
+    p.inverse = <char *>p.inverse + head * rows * h.x.item
     p.lse = NULL if p.lse == NULL else p.lse + head * rows
-    p.key_pack = work + h.x.size if h.keys == NULL else h.keys + head * h.packed
+    p.key_pack = packed
     return p
 
 
 cdef void pack_head(void *context, ptrdiff_t head, const rc_worker *worker) noexcept nogil:
     cdef const Heads *h = <const Heads *>context
-    cdef char *work = h.x.work + worker.slot * (h.x.size + h.packed)
+    cdef char *work = h.x.work + worker.slot * h.size
     cdef rc_exact_problem p = one_head(h, head, work)
+    cdef double q_norm2 = query_norm2(h, &p, work)
     cdef ptrdiff_t block
-    h.mild[head] = mild(h, &p, <const float *>p.q, work) if h.item == 4 else mild(h, &p, <const double *>p.q, work)
+    if h.widen != NULL:
+        h.widen(p.k, p.n_k * p.d, <float *>(work + h.x.size))
+        p.k = work + h.x.size
+        h.widen(<const char *>h.x.p.v + head * p.n_k * p.d_v * h.stored, p.n_k * p.d_v, <float *>p.v)
+    if h.x.item == 4:
+        h.mild[head] = mild(h, &p, q_norm2, <const float *>p.k, work)
+    else:
+        h.mild[head] = mild(h, &p, q_norm2, <const double *>p.k, work)
     for block in range(h.x.blocks if h.mild[head] else 0):
         h.x.f.pack_keys(&p, 0, block)
+
+
+cdef void forward_rows(
+    const Heads *h, const rc_exact_problem *p, ptrdiff_t group, ptrdiff_t tile, char *work
+) noexcept nogil:
+    """One tile of one head's queries, widened and its results rounded where they are halves."""
+    cdef ptrdiff_t row = tile * h.x.f.tile, rows = min(<ptrdiff_t>h.x.f.tile, p.n - row), at = group * p.n + row
+    cdef const char *q = <const char *>p.q + at * p.d * h.stored
+    cdef char *o = <char *>p.o + at * p.d_v * h.stored
+    cdef float *wide_q = <float *>(work + h.x.size)
+    cdef float *wide_o = wide_q + rows * p.d
+    if h.widen == NULL:
+        h.x.f.forward(p, 0, group, tile, q, o, work)
+        return
+    h.widen(q, rows * p.d, wide_q)
+    h.x.f.forward(p, 0, group, tile, wide_q, wide_o, work)
+    h.narrow(wide_o, rows * p.d_v, o)
 
 
 cdef void tile_of_head(void *context, ptrdiff_t task, const rc_worker *worker) noexcept nogil:
     cdef const Heads *h = <const Heads *>context
     cdef const Pass *x = &h.x
-    cdef char *work = x.work + worker.slot * (x.size + h.packed)
+    cdef char *work = x.work + worker.slot * h.size
     # Long rows first, as in `forward_tile`.
     cdef ptrdiff_t tile = x.p.heads * x.p.groups * x.tiles - 1 - task
     cdef rc_exact_problem p = one_head(h, tile // x.tiles // x.p.groups, work)
-    x.f.forward(&p, 0, tile // x.tiles % x.p.groups, tile % x.tiles, work)
+    forward_rows(h, &p, tile // x.tiles % x.p.groups, tile % x.tiles, work)
 
 
 cdef void whole_head(void *context, ptrdiff_t head, const rc_worker *worker) noexcept nogil:
     cdef const Heads *h = <const Heads *>context
-    cdef const Pass *x = &h.x
-    cdef char *work = x.work + worker.slot * (x.size + h.packed)
+    cdef char *work = h.x.work + worker.slot * h.size
     cdef rc_exact_problem p = one_head(h, head, work)
     cdef ptrdiff_t group, tile
     pack_head(context, head, worker)
     for group in range(p.groups if h.mild[head] else 0):
-        for tile in range(x.tiles):
-            x.f.forward(&p, 0, group, tile, work)
+        for tile in range(h.x.tiles):
+            forward_rows(h, &p, group, tile, work)
 
 
 cdef enum:
@@ -295,7 +356,8 @@ cdef enum:
 
 def forward_mild(q, k, v, tables, sizes, bint want_lse, int threads):
     """As `forward`, o (H, G, n, d_v) and lse float64 or None, with tables of one head for all, without a look at the
-    numbers beforehand: None where those of a head turn out not to be finite, or far from 0, or past `sizes`.
+    numbers beforehand: None where those of a head turn out not to be finite, or far from 0, or past `sizes`. Arrays may
+    be of float16 or bfloat16, which is then computed in float32.
 
     ``sizes`` is (factor, most, least, largest): the factor times the norms of a query and a key is at most `most`; the
     largest value of a head is between `least` and `largest`, or 0.
@@ -306,27 +368,35 @@ def forward_mild(q, k, v, tables, sizes, bint want_lse, int threads):
     cdef double operations
     cdef bint apart
     describe(p, q, k, v, tables)
-    x.f = functions_of(q.dtype)
+    compute = np.dtype(np.float32) if q.itemsize == 2 else q.dtype
+    x.f, x.item = functions_of(compute), compute.itemsize
     x.blocks, x.tiles = pieces(p.n_k, x.f.block), pieces(p.n, x.f.tile)
-    h.item, h.keys = q.itemsize, NULL
+    h.stored, h.packed, h.widen, h.narrow = q.itemsize, NULL, NULL, NULL
+    if h.stored == 2:
+        h.widen, h.narrow = halves.widen_bfloat16, halves.narrow_bfloat16
+        if q.dtype.kind == "f":
+            h.widen, h.narrow = halves.widen_float16, halves.narrow_float16
     h.factor, h.most, h.least_value, h.largest_value = sizes
-    o, rows = np.empty(q.shape[:3] + (p.d_v,), q.dtype), np.empty((2, *q.shape[:3]), q.dtype)
+    o, rows = np.empty(q.shape[:3] + (p.d_v,), q.dtype), np.empty((2, *q.shape[:3]), compute)
     lse, are_mild = np.empty(q.shape[:3]) if want_lse else None, np.empty(p.heads, np.uint8)
     p.o, p.maximum, p.lse = pointer(o), pointer(rows), <double *>pointer(lse)
     h.mild = <unsigned char *>pointer(are_mild)
-    p.inverse = <char *>p.maximum + p.heads * p.groups * p.n * h.item
+    p.inverse = <char *>p.maximum + p.heads * p.groups * p.n * x.item
     operations = <double>p.groups * p.n * p.n_k * (p.d + p.d_v + 30)
     threads = team(threads, p.heads * operations)
     # Of a tile, or of columns that are measured.
-    x.size = pieces(max(<ptrdiff_t>x.f.forward_workspace(p), max(p.d, p.d_v) * (8 + 2 * h.item)), LINE) * LINE + LINE
-    h.packed = pieces(x.blocks * x.f.block * p.d * h.item, LINE) * LINE
+    x.size = lines(max(<ptrdiff_t>x.f.forward_workspace(p), max(p.d, p.d_v) * (8 + 2 * x.item))) + LINE
+    h.keys = lines(x.blocks * x.f.block * p.d * x.item)
+    h.values = lines(p.n_k * p.d_v * x.item) if h.widen != NULL else 0
+    h.rows = lines(max(p.n_k * p.d, x.f.tile * (p.d + p.d_v)) * x.item) if h.widen != NULL else 0
     apart = p.heads < HEADS or operations > HEAD
-    memory = borrowed(threads * (x.size + h.packed) + apart * p.heads * h.packed)
+    h.size = x.size + h.rows + (0 if apart else h.keys + h.values)
+    memory = borrowed(threads * h.size + apart * p.heads * (h.keys + h.values))
     x.work = line(memory)
     if not apart:
         parallel_for(p.heads, threads, whole_head, &h)
     else:
-        h.keys = x.work + threads * (x.size + h.packed)
+        h.packed = x.work + threads * h.size
         parallel_for(p.heads, team(threads, 8.0 * p.heads * p.n_k * p.d), pack_head, &h)
         if memchr(h.mild, 0, p.heads) == NULL:
             parallel_for(p.heads * p.groups * x.tiles, threads, tile_of_head, &h)
@@ -376,7 +446,7 @@ def backward(saved, v, grad, bint want_dsymbol, ptrdiff_t segments, int threads)
     p.o, p.maximum, p.inverse = pointer(saved.o), pointer(saved.maximum), pointer(saved.inverse)
     p.dq, p.dk, p.dv = pointer(dq), pointer(dk), pointer(dv)
     p.grad_scale = tables.grad_scale
-    x.size = pieces(x.f.backward_workspace(p), LINE) * LINE + LINE
+    x.size = lines(x.f.backward_workspace(p)) + LINE
     workspace = np.empty(threads * x.size + LINE, np.uint8)
     x.work = line(workspace)
     parallel_for(p.heads * x.blocks, team(threads, 4.0 * p.heads * p.n_k * (p.d + p.d_v)), pack_keys_and_values, &x)

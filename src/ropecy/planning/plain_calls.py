@@ -30,15 +30,15 @@ from ..problem.problem import Outline, Problem, Sizes
 from ..problem.request import Request
 from ..problem.rows import contiguous, spread
 
-# So many multiply-adds take seconds at most, far less than what would have to be warned of.
-_MOST_WORK = 2**32
+# So many multiply-adds take some seconds at most, less than what would have to be warned of.
+_MOST_WORK = 2**35
 # Queries and keys of a problem whose tables are kept, half a megabyte each.
 _MOST_ROWS, _KEPT = 2**16, 16
 
 
 def serves(a: Arguments, request: Request) -> bool:
     """Whether these arguments are asked nothing of but scores, a causal mask or a window, and values."""
-    if not a.plain or a.packed is not None or a.key_mask is not None or a.dtype != a.compute:
+    if not a.plain or a.packed is not None or a.key_mask is not None:
         return False
     return request.degree is None and request.method in ("auto", "exact")
 
@@ -66,6 +66,8 @@ def forward(a: Arguments, request: Request, want_lse: bool) -> tuple[np.ndarray,
     q = contiguous(spread(a.Q, a.batch, a.heads)).reshape(sizes.H, sizes.G, a.n, a.d)
     k, v = (contiguous(spread(X, a.batch, heads)) for X in (a.K, a.V))
     if exact is not None:
+        if a.dtype != a.compute:
+            return None
         problem = Problem(q=q, k=k, v=v, scale=a.scale, mask=Mask(a.n, a.n_k, *band).simplified(), threads=a.threads)
         least = float(least_bounds(problem, query_norms(problem)).min())
         if not math.isfinite(least) or may_pay(problem, request, exact, least):

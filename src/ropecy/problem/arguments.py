@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ..kernels import _halves
 from ..machine.memory import require
 from ..machine.threads import MOST_THREADS, default_threads
 from ..relative import RelativeBias, RelativeFamily
@@ -291,11 +292,11 @@ def check_entries(a: Arguments) -> Arguments:
     _check_memory(given, a.lead, compute, turned=a.R is not None)
     if a.key_mask is not None:
         given.update({name: _hide(given[name], a.key_mask, a.lead) for name in ("K", "V") if name in given})
+    if a.dtype != compute:
+        given = {name: _halves.widened(X, a.threads) for name, X in given.items()}
     for name in given:
         check_finite(name, given[name], a.threads)
-    if a.key_mask is None and a.dtype == compute:
-        return a
-    return replace(a, **{name: X.astype(compute, copy=False) for name, X in given.items()})
+    return a if a.key_mask is None and a.dtype == compute else replace(a, **given)
 
 
 def check_method(*, eps: Any, certify: Any, method: Any, degree: Any, seed: Any) -> dict[str, Any]:

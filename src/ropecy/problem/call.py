@@ -12,7 +12,7 @@ import numpy as np
 
 from ..approximation import bias_forms as forms
 from ..approximation.bias_forms import FarGradient
-from ..kernels import _rows
+from ..kernels import _halves, _rows
 from ..machine.memory import require
 from ..rotary import Planes, rotate_rows
 from .arguments import Arguments, check_arguments, check_entries, check_method
@@ -156,6 +156,8 @@ class Call:
         problem = self.problem
         if self.shape[-1] == 0:
             return np.zeros(problem.q.shape[:3] + (1,), problem.q.dtype)
+        if dO.dtype.itemsize == 2:
+            dO = _halves.widened(dO, self.arguments.threads)
         dO = np.require(dO, problem.q.dtype, ["C", "A"])
         return dO.reshape(problem.q.shape[:3] + self.shape[-1:])
 
@@ -220,6 +222,8 @@ class Call:
     def _cast(self, X: np.ndarray) -> np.ndarray:
         if X.dtype == self.dtype:
             return X
+        if X.dtype == np.float32:
+            return _halves.narrowed(X, self.dtype, self.arguments.threads)
         with np.errstate(over="ignore"):
             return X.astype(self.dtype)
 

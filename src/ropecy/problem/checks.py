@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..kernels import _rows
+from ..kernels import _halves, _rows
 
 # The dtypes that computations are done in, in native byte order.
 _COMPUTED = (np.dtype(np.float32), np.dtype(np.float64))
@@ -152,6 +152,8 @@ def check_finite(name: str, X: np.ndarray, threads: int = 1) -> float:
         return 0.0
     if 0 in X.strides:
         X = without_repeats(X)
+    if X.dtype.itemsize == 2:
+        X = _halves.widened(X, threads)
     if X.dtype in _COMPUTED and X.flags.forc and X.flags.aligned:
         largest = _rows.largest(X, threads)
     else:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ..attention import attention, attention_vjp
 from ..certificate import Certificate
-from ..engines.exact.few_queries import MOST_QUERIES
 from ..rotary import Rotary
 
 try:
@@ -119,10 +118,7 @@ backward_operator = torch.ops.ropecy.attention_backward.default
 def compute_attention(query, key, value, *given):
     found = _collected.get()
     how = _keywords(*given)
-    # Few queries are computed from halves as they are; for others a cast by PyTorch is the quickest. A certificate has
-    # to count that O is stored in half precision.
-    decoding = query.shape[-2] <= MOST_QUERIES and how["R"] is None and how["near"] is None
-    arrays = [(array if found is None and not decoding else stored)(x) for x in (query, key, value)]
+    arrays = [stored(x) for x in (query, key, value)]
     if found is None:
         return tensor(attention(*arrays, **how), query)
     O, certificate = attention(*arrays, **how, return_certificate=True)
@@ -141,11 +137,11 @@ def differentiate(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, how: dict[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of query, key, value and scale_near, 0 if there is none; `how` is keywords of `attention_vjp`."""
-    _, vjp = attention_vjp(array(query), array(key), array(value), **how)
+    _, vjp = attention_vjp(stored(query), stored(key), stored(value), **how)
     # A gradient scaler looks for NaN in gradients, by which it knows that it has to skip a step.
     lost = ~grad.isfinite().all(-1, keepdim=True)
     any_lost = bool(lost.any())
-    g = vjp(array(grad.masked_fill(lost, 0) if any_lost else grad))
+    g = vjp(stored(grad.masked_fill(lost, 0) if any_lost else grad))
     dscale_near = torch.tensor(0.0 if how["near"] is None else g.dscale_near, dtype=torch.float64)
     dQ, dK, dV = tensor(g.dQ, query), tensor(g.dK, key), tensor(g.dV, value)
     if any_lost:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ...certify.rounding import most_of_norms, sums_rounding
-from ...kernels import _few
+from ...kernels import _few, _halves
 from ...machine.memory import require
 from ...problem.arguments import Arguments
 from ...problem.call import key_heads_of
@@ -116,8 +116,7 @@ def to_user(a: Arguments, o: np.ndarray, lse: np.ndarray | None) -> tuple[np.nda
     """O in the caller's shape and dtype, and lse in the caller's shape."""
     o = o.reshape(a.lead + (a.n, a.d_v))
     if o.dtype != a.dtype:
-        with np.errstate(over="ignore", invalid="ignore"):
-            o = o.astype(a.dtype)
+        o = _halves.narrowed(o, a.dtype, a.threads)
     return o, None if lse is None else lse.reshape(a.lead + (a.n,))
 
 

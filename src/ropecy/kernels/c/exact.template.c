@@ -141,7 +141,8 @@ static void RC_NAME(pack_values)(const rc_exact_problem *p, ptrdiff_t head, ptrd
                   (REAL *)p->value_pack + (head * padded + j0) * p->d_v);
 }
 
-static void RC_NAME(forward)(const rc_exact_problem *p, ptrdiff_t head, ptrdiff_t group, ptrdiff_t tile, void *workspace) {
+static void RC_NAME(forward)(const rc_exact_problem *p, ptrdiff_t head, ptrdiff_t group, ptrdiff_t tile, const void *q, void *o,
+                             void *workspace) {
     const ptrdiff_t d = p->d, d_v = p->d_v, row0 = tile * TILE, rows = rc_min(TILE, p->n - row0);
     const ptrdiff_t slot = (head * p->groups + group) * p->n + row0, padded = rc_round_up(p->n_k, BLOCK);
     const RC_NAME(masking) masking = RC_NAME(masking_of)(p, head, group);
@@ -153,7 +154,7 @@ static void RC_NAME(forward)(const rc_exact_problem *p, ptrdiff_t head, ptrdiff_
     double sum[TILE], sum_before[TILE] = {0}, *before = (double *)(N + d_v * TILE);
     int blocks = 0;
     const int bounded = p->bounded[head];
-    RC_NAME(tile_load)((const REAL *)p->q + slot * d, d, rows, d, p->factor ? 1 : (REAL)(p->scale * LOG2E), 0, queries, TILE);
+    RC_NAME(tile_load)(q, d, rows, d, p->factor ? 1 : (REAL)(p->scale * LOG2E), 0, queries, TILE);
     for (ptrdiff_t i = 0; i < d_v * TILE; i++)
         N[i] = 0;
     /* The lowest number, below every score that is not masked, and finite, so that a masked score minus the maximum is
@@ -244,7 +245,7 @@ static void RC_NAME(forward)(const rc_exact_problem *p, ptrdiff_t head, ptrdiff_
     for (ptrdiff_t c = 0; c < d_v; c++)
         for (int v = 0; v < V; v++)
             STORE(N + c * TILE + v * LANES, LOAD(N + c * TILE + v * LANES) * LOAD(inverse + v * LANES));
-    RC_NAME(tile_load)(N, TILE, d_v, rows, 1, 0, (REAL *)p->o + slot * d_v, (int)d_v);
+    RC_NAME(tile_load)(N, TILE, d_v, rows, 1, 0, o, (int)d_v);
 }
 
 static void RC_NAME(prepare)(const rc_exact_problem *p, ptrdiff_t head, ptrdiff_t group, ptrdiff_t tile) {
