@@ -10,7 +10,7 @@ import oracle
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from inside import chosen, problem_for
+from inside import chosen, measure, problem_for
 
 import ropecy
 from ropecy.certify.statistics import Statistics
@@ -279,3 +279,11 @@ def test_values_that_only_long_keys_have_are_certified(ours, causal, rng):
     error, rows = np.abs(O - dense.O), certificate.rows_truncation + certificate.rounding
     assert error.max() > 1e-6
     assert np.all(error <= rows[..., None] * dense.value_range)
+
+
+def test_factors_are_finite_where_every_row_with_scores_is_set_aside(rng):
+    scores = measure(problem_for(*rng.standard_normal((3, 2, 5, 2))))
+    with np.errstate(all="raise"):
+        rest = scores.within(0.0)
+    assert rest.bound == 0
+    assert np.isfinite(rest.q_factor).all() and np.isfinite(rest.k_factor).all()

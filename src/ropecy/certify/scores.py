@@ -85,7 +85,9 @@ class Scores:
         if B >= self.bound:
             return self
         of_slots = np.minimum(self.of_slots, B)
-        balance = np.sqrt(np.divide(of_slots, self.of_slots, out=np.ones_like(of_slots), where=self.of_slots > 0))
+        ratio = np.divide(of_slots, self.of_slots, out=np.ones_like(of_slots), where=self.of_slots > 0)
+        # Where the rest have no scores but 0, or next to it, they are the same by any factors.
+        balance = np.sqrt(np.where(ratio > 0, ratio, 1))
         q_factor, k_factor = self.q_factor / balance, self.k_factor * balance
         how = f"{self.how}, but for the longest queries"
         return replace(self, bound=B, q_factor=q_factor, k_factor=k_factor, of_slots=of_slots, how=how)
