@@ -10,7 +10,7 @@ from itertools import pairwise
 import hunted
 import numpy as np
 from conftest import relative_bias, relative_family, rotary
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from inside import measure, measure_values
 from moment_cases import DATA, adversarial, by_moments, problem_of, row_errors, seen_by_rows, values_for
@@ -184,8 +184,22 @@ def test_results_of_any_size(drawn):
     assert_result(case, O, certificate, [(0, O.shape[-2])])
 
 
+ALL_ROWS_SET_ASIDE = {
+    "method": "polynomial", "dtype": "bfloat16", "sizes": "few queries", "heads": "key heads", "scores": 0.5,
+    "data": "gauss", "moved": "huge and tiny", "values": "constant", "seen": "causal", "bias": "none", "rotated": "no",
+    "projected": "Q", "upstream": "uniform", "eps": 0.001, "seed": 38414,
+}  # fmt: skip
+DQ_PAST_FLOAT32 = {
+    "method": "exact", "dtype": "float32", "sizes": "few", "heads": "one", "scores": 0.5, "data": "gauss",
+    "moved": "no queries", "values": "uniform", "seen": "near, largest", "bias": "none", "rotated": "no",
+    "projected": "Q", "upstream": "huge", "eps": 0.001, "seed": 0,
+}  # fmt: skip
+
+
 @hunting_numbers
 @given(hunted.words(hunted.SHORT))
+@example(ALL_ROWS_SET_ASIDE)
+@example(DQ_PAST_FLOAT32)
 def test_gradients_of_any_size(drawn):
     case, dO = hunted.short(drawn)
     found = answered(ropecy.attention_vjp, case, drawn)

@@ -26,6 +26,8 @@ from .problem import LIMITS, Problem
 
 # If there is a bias, values and gradients outside [2^-8, 2^8] are brought to a size of about 1.
 _NEAR_ONE = 8
+# Gradients are sums of fewer than 2^_SUMS terms.
+_SUMS = 40
 
 
 class Balance(NamedTuple):
@@ -53,6 +55,8 @@ class Normal:
         max |v| of the normal form.
     balance : Balance or None
         The powers of two that queries, keys and scales were multiplied by; None if they were not.
+    growth : int
+        The exponent of two of the largest entry of q and k, times the larger scale; 0 where no gradient is wanted.
     """
 
     problem: Problem
@@ -61,6 +65,7 @@ class Normal:
     exponent: int = 0
     largest: float = 0.0
     balance: Balance | None = None
+    growth: int = 0
 
     @property
     def needs_lse(self) -> bool:
@@ -108,6 +113,8 @@ class Normal:
         else:
             values = math.frexp(self.largest)[1]
             low, high = -(most // 3) - min(0, values), most // 2 - max(0, values)
+            if size > _NEAR_ONE:
+                high = max(low, min(high, most - _SUMS - max(0, values) - self.growth))
             exponent = size - min(max(size, low), high)
         return (np.ldexp(do, -exponent), exponent) if exponent else (do, 0)
 
@@ -126,13 +133,13 @@ def normal_form(problem: Problem, grad: bool, comm: Communicator = SERIAL) -> No
     Keys are not centred if there is a `near` scale or a family, because a vector added to all keys does not change all
     scores of a row alike then. Time O(n_k (d + d_v)), and O(n d) more if gradients are wanted.
     """
-    balance = _balance(problem, comm) if grad else None
+    balance, growth = _balance(problem, comm) if grad else (None, 0)
     if balance is not None:
         q, k = np.ldexp(problem.q, balance.q[:, None, None, None]), np.ldexp(problem.k, balance.k[:, None, None])
         scale, near = math.ldexp(problem.scale, balance.scale), problem.near
         near = near and (near[0], math.ldexp(near[1], balance.scale))
         problem = replace(problem, q=q, k=k, scale=scale, near=near)
-    normal = Normal(problem, balance=balance)
+    normal = Normal(problem, balance=balance, growth=growth)
     if problem.near is None and problem.family is None:
         low, high = _ends(problem.k, problem, comm)
         if _rows.far_from_zero(low, high):
@@ -159,10 +166,11 @@ def normal_form(problem: Problem, grad: bool, comm: Communicator = SERIAL) -> No
     return normal
 
 
-def _balance(problem: Problem, comm: Communicator) -> Balance | None:
-    """The powers of two that bring the queries and the keys of each slot to one size, and scales to about 1.
+def _balance(problem: Problem, comm: Communicator) -> tuple[Balance | None, int]:
+    """The powers of two that bring the queries and the keys of each slot to one size, and scales to about 1; and the
+    exponent of two of the largest of all these entries, times the larger scale.
 
-    It is None if no slot's queries and keys differ so much in size, and no scale is so far from 1, that a gradient
+    The former is None if no slot's queries and keys differ so much in size, and no scale is so far from 1, that a gradient
     could overflow or vanish before it has been brought back to the sizes that the user gave.
     """
     far = np.finfo(problem.dtype).maxexp // 2
@@ -170,14 +178,17 @@ def _balance(problem: Problem, comm: Communicator) -> Balance | None:
     sizes = comm.largest(np.stack([_sizes(problem.q, problem.threads), _sizes(problem.k, problem.threads)]))
     of_q, of_k = np.frexp(sizes)[1]
     unlike = (sizes > 0).all(axis=0) & (np.abs(of_k - of_q) > far)
+    kept = sizes.reshape(-1) > 0
     if abs(scale) <= far and not unlike.any():
-        return None
+        return None, scale + int(np.concatenate([of_q, of_k])[kept].max(initial=-_SUMS))
     q = np.where(unlike, (of_k - of_q) // 2, 0)
     # The power of two of the scales goes to queries and keys, whose squares must not overflow nor their entries vanish.
-    after = np.concatenate([of_q + q, of_k - q])[sizes.reshape(-1) > 0]
+    after = np.concatenate([of_q + q, of_k - q])[kept]
     room, depth = far - 8 - after.max(initial=0), far - 8 + after.min(initial=0)
-    scale = int(np.clip(scale, -2 * max(depth, 0), 2 * max(room, 0))) if abs(scale) > far else 0
-    return Balance(q + scale // 2, scale - scale // 2 - q, -scale)
+    taken_away = int(np.clip(scale, -2 * max(depth, 0), 2 * max(room, 0))) if abs(scale) > far else 0
+    half = taken_away // 2
+    largest = int(after.max(initial=-_SUMS)) + taken_away - half
+    return Balance(q + half, taken_away - half - q, -taken_away), scale - taken_away + largest
 
 
 def _sizes(X: np.ndarray, threads: int) -> np.ndarray:
