@@ -11,7 +11,7 @@ from libc.stdint cimport int32_t
 from libc.string cimport memchr
 
 from ._arrays cimport LINE, line, pieces, pointer
-from ._parallel cimport parallel_for, rc_worker
+from ._parallel cimport parallel_for, rc_worker, team
 
 cnp.import_array()
 
@@ -64,8 +64,6 @@ cdef extern from "c/isa.h" nogil:
     int rc_level()
 
 cdef const rc_few_kernels *kernels = rc_few_select(rc_level())
-
-cdef double READ = 1e6  # bytes, some 50 us: a thread with less to read is not worth waking
 
 
 cdef struct Pass:
@@ -166,7 +164,7 @@ cdef compute(Pass *x, sequences, ptrdiff_t itemsize, int threads):
     cdef rc_few_problem *p = &x.p
     cdef ptrdiff_t i, heads, count = len(sequences) // <ptrdiff_t>sizeof(rc_few_sequence)
     cut(x, <rc_few_sequence *>pointer(sequences), count)
-    threads = min(threads, max(1, <int>min(x.keys * p.heads * (p.d + p.d_v) * itemsize / READ, 2e9)))
+    threads = team(threads, x.keys * p.heads * (p.d + p.d_v) * itemsize)
     heads = heads_at_once(x, threads)
     done = np.empty((count, p.heads), np.uint8)
     scratch = np.empty(LINE + x.left + x.parts * (p.heads // heads) * (sizeof(rc_few_task) + 1), np.uint8)

@@ -15,10 +15,5 @@ cdef int parallel_for(ptrdiff_t tasks, int threads, task_function function, void
 cdef bint interrupted(const rc_worker *worker) noexcept nogil
 
 
-cdef enum:
-    SHARE = 1 << 20  # multiply-adds, some 50 us: a thread with less to do is not worth waking
-
-
-cdef inline int team(int threads, double operations) noexcept nogil:
-    """So many threads, or fewer, each of which has enough of these multiply-adds to do."""
-    return min(threads, max(1, <int>min(operations / SHARE, 2e9)))
+# So many threads, or fewer, each of which has enough of these multiply-adds to do, or of these bytes to read.
+cdef int team(int threads, double work) noexcept nogil

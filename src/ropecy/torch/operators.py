@@ -16,6 +16,7 @@ from torch import Tensor
 from ..attention import attention, attention_vjp
 from ..certificate import Certificate
 from ..rotary import Rotary
+from .threads import torch_threads
 
 try:
     from ml_dtypes import bfloat16
@@ -119,9 +120,10 @@ def compute_attention(query, key, value, *given):
     found = _collected.get()
     how = _keywords(*given)
     arrays = [stored(x) for x in (query, key, value)]
-    if found is None:
-        return tensor(attention(*arrays, **how), query)
-    O, certificate = attention(*arrays, **how, return_certificate=True)
+    with torch_threads:
+        if found is None:
+            return tensor(attention(*arrays, **how), query)
+        O, certificate = attention(*arrays, **how, return_certificate=True)
     found.append(certificate)
     return tensor(O, query)
 
@@ -137,11 +139,14 @@ def differentiate(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, how: dict[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of query, key, value and scale_near, 0 if there is none; `how` is keywords of `attention_vjp`."""
-    _, vjp = attention_vjp(stored(query), stored(key), stored(value), **how)
+    with torch_threads:
+        _, vjp = attention_vjp(stored(query), stored(key), stored(value), **how)
     # A gradient scaler looks for NaN in gradients, by which it knows that it has to skip a step.
     lost = ~grad.isfinite().all(-1, keepdim=True)
     any_lost = bool(lost.any())
-    g = vjp(stored(grad.masked_fill(lost, 0) if any_lost else grad))
+    kept = stored(grad.masked_fill(lost, 0) if any_lost else grad)
+    with torch_threads:
+        g = vjp(kept)
     dscale_near = torch.tensor(0.0 if how["near"] is None else g.dscale_near, dtype=torch.float64)
     dQ, dK, dV = tensor(g.dQ, query), tensor(g.dK, key), tensor(g.dV, value)
     if any_lost:

@@ -23,6 +23,7 @@ from ..problem.packed import counted
 from ..problem.request import Request
 from .derivatives import Gradient, refuse_second_order
 from .operators import array, decode, differentiate, library, stored
+from .threads import torch_threads
 
 _INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor cu_seq_q, Tensor? cu_seq_k, Tensor? seqused_k, "
@@ -122,7 +123,8 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, *given: Any) -> tuple[Te
         rows, keys = _rows(sequences.q_starts[rest], n), _rows(sequences.k_starts[rest], n_k)
         k, v = (_of_keys(x, keys, n_k, sequences.pages[rest]) for x in (key, value))
         inputs = (array(x.transpose(0, 1)) for x in (query[rows], k, v))
-        found, found_lse = attention(*inputs, **_keywords(n, n_k, options), return_lse=True)
+        with torch_threads:
+            found, found_lse = attention(*inputs, **_keywords(n, n_k, options), return_lse=True)
         o[rows], lse[rows] = found.swapaxes(0, 1), found_lse.T
     end = sequences.q_starts[-1]
     o[end:], lse[end:] = 0, -np.inf
@@ -137,7 +139,8 @@ def _decode(
     if options.rotary is None and options.request.method in ("auto", "exact"):
         q, k, v = (stored(x) for x in (query, key, value))
         k, v = (x if x.ndim == 4 else x[None] for x in (k, v))
-        return few_packed.forward(q, k, v, sequences, options.request, options.threads)
+        with torch_threads:
+            return few_packed.forward(q, k, v, sequences, options.request, options.threads)
     dtype = np.float64 if query.dtype == torch.float64 else np.float32
     o = np.empty((*query.shape[:2], value.shape[-1]), dtype)
     return o, np.empty(query.shape[:2]), np.diff(sequences.q_starts) == 0

@@ -13,6 +13,7 @@ from ..certificate import Certificate
 from ..decode import DecodeState
 from .key_values import KeyValues
 from .operators import stored, tensor
+from .threads import torch_threads
 
 if TYPE_CHECKING:
     from .layer import RoPEAttention
@@ -103,7 +104,9 @@ def extend(layer: RoPEAttention, x: Tensor, state: LayerState, key_mask: Tensor 
     taking = counts > 0
     y = _among(layer(x[taking], key_mask[taking]), taking)
     _, k, v, _ = layer._heads(own[taking])
-    state.kept.extend(*(stored(_among(X, taking)) for X in (k, v)), lengths=lengths)
+    rows = [stored(_among(X, taking)) for X in (k, v)]
+    with torch_threads:
+        state.kept.extend(*rows, lengths=lengths)
     return y
 
 
@@ -122,7 +125,9 @@ def step(layer: RoPEAttention, x: Tensor, state: LayerState, active: Tensor | No
     if not active.any():
         return torch.zeros_like(x)
     q, k, v, _ = layer._heads(x[:, None])
-    o = state.kept.step(*(stored(X)[:, :, 0] for X in (q, k, v)), active=active.numpy())
+    rows = [stored(X)[:, :, 0] for X in (q, k, v)]
+    with torch_threads:
+        o = state.kept.step(*rows, active=active.numpy())
     return torch.where(active[:, None], layer.o_proj(tensor(o, v).flatten(-2)), 0)
 
 

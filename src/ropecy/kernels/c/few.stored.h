@@ -94,8 +94,10 @@ typedef struct {
     RC_NAME(few_masking) masking;
 } FEW(block);
 
-RC_INLINE void FEW(ask_for)(const STORED *row, ptrdiff_t width) {
-    for (ptrdiff_t a = 0; a < width; a += LINE / (ptrdiff_t)sizeof(STORED))
+/* Asks for the entries [first, last) of a row; `first` a multiple of LANES. */
+RC_INLINE void FEW(ask_for)(const STORED *row, ptrdiff_t first, ptrdiff_t last) {
+    const ptrdiff_t line = LINE / (ptrdiff_t)sizeof(STORED);
+    for (ptrdiff_t a = rc_round_up(first, line); a < last; a += line)
         __builtin_prefetch(row + a, 0, 2);
 }
 
@@ -122,13 +124,15 @@ RC_INLINE int FEW(scores)(const int R, const FEW(block) * b, const REAL *q, REAL
             vreal acc[16];
             RC_UNROLL for (int l = 0; l < J * R; l++) acc[l] = (vreal){0};
             RC_UNROLL for (int l = 0; l < J; l++) k[l] = b->k[j + i + l];
-            for (int l = 0; l < J; l++)
-                FEW(ask_for)(b->next_v[j + i + l], b->v_read);
             ptrdiff_t a = 0;
-            for (; a + LANES <= width; a += LANES, x += R * LANES)
+            for (; a + LANES <= width; a += LANES, x += R * LANES) {
+                RC_UNROLL for (int l = 0; l < J; l++) FEW(ask_for)(b->next_v[j + i + l], a, rc_min(a + LANES, b->v_read));
                 FEW(dots)(R, J, k, a, x, acc);
+            }
             if (a < width)
                 FEW(dots)(R, J, k, width - LANES, x, acc);
+            for (int l = 0; l < J; l++)
+                FEW(ask_for)(b->next_v[j + i + l], a, b->v_read);
             RC_UNROLL for (int l = 0; l < J * R; l++) sums[i * R + l] = acc[l];
         }
         RC_UNROLL for (int s = 0; s < at_once * R; s += LANES) {
@@ -140,23 +144,21 @@ RC_INLINE int FEW(scores)(const int R, const FEW(block) * b, const REAL *q, REAL
     return RC_NAME(few_zero)(off);
 }
 
-/* o[query][c] = factor[query] o[query][c] + sum_key S[key][query] v[key][c], C vectors of columns from `at` on, one of
- * `passes` passes over the rows; one row of the next keys is asked for after as many rows. */
-RC_INLINE void FEW(columns)(const int R, const int C, const FEW(block) * b, ptrdiff_t at, const REAL *S, const REAL *factor,
-                            REAL *o, const STORED *const *next, ptrdiff_t passes) {
+/* o[query][c] = factor[query] o[query][c] + sum_key S[key][query] v[key][c], C vectors of columns from `at` on. Meanwhile
+ * the entries [asked, ask) of the next keys are asked for. */
+RC_INLINE void FEW(columns)(const int R, const int C, const FEW(block) * b, ptrdiff_t at, ptrdiff_t asked, ptrdiff_t ask,
+                            const REAL *S, const REAL *factor, REAL *o) {
     const ptrdiff_t pitch = rc_round_up(b->v_read, LANES);
     vreal acc[8][8];
     RC_UNROLL for (int r = 0; r < R; r++) RC_UNROLL for (int c = 0; c < C; c++) acc[r][c] = (vreal){0};
-    for (ptrdiff_t j = 0; j < b->keys;) {
-        FEW(ask_for)(*next++, b->k_read);
-        for (const ptrdiff_t end = rc_min(j + passes, b->keys); j < end; j++, S += R) {
-            const STORED *v = b->v[j] + at;
-            vreal y[8];
-            RC_UNROLL for (int c = 0; c < C; c++) y[c] = WIDEN(v + c * LANES);
-            RC_UNROLL for (int r = 0; r < R; r++) {
-                const vreal weight = SPLAT(S[r]);
-                RC_UNROLL for (int c = 0; c < C; c++) acc[r][c] += weight * y[c];
-            }
+    for (ptrdiff_t j = 0; j < b->keys; j++, S += R) {
+        const STORED *v = b->v[j] + at;
+        vreal y[8];
+        FEW(ask_for)(b->next_k[j], asked, ask);
+        RC_UNROLL for (int c = 0; c < C; c++) y[c] = WIDEN(v + c * LANES);
+        RC_UNROLL for (int r = 0; r < R; r++) {
+            const vreal weight = SPLAT(S[r]);
+            RC_UNROLL for (int c = 0; c < C; c++) acc[r][c] += weight * y[c];
         }
     }
     RC_UNROLL for (int r = 0; r < R; r++) RC_UNROLL for (int c = 0; c < C; c++) {
@@ -167,16 +169,17 @@ RC_INLINE void FEW(columns)(const int R, const int C, const FEW(block) * b, ptrd
 
 RC_INLINE void FEW(values)(const int R, const FEW(block) * b, const REAL *S, const REAL *factor, REAL *o) {
     const int C = ACCUMULATORS / R < 8 ? ACCUMULATORS / R : 8, half = C / 2 > 1 ? C / 2 : 1;
-    const ptrdiff_t width = b->v_read, whole = width / LANES; /* vectors, beside the one that ends with the row */
-    const ptrdiff_t passes = whole / C + whole % C / half + whole % C % half + (width % LANES != 0);
-    const STORED *const *next = b->next_k;
+    const ptrdiff_t width = b->v_read;
+    /* What a pass over the values asks for of the keys: as many columns, the last one all that are left. */
+#define ASKED(columns) c, c + (columns) < width ? rc_min(c + (columns), b->k_read) : b->k_read
     ptrdiff_t c = 0;
-    for (; c + C * LANES <= width; c += C * LANES, next += b->keys / passes)
-        FEW(columns)(R, C, b, c, S, factor, o + c, next, passes);
-    for (; c + half * LANES <= width; c += half * LANES, next += b->keys / passes)
-        FEW(columns)(R, half, b, c, S, factor, o + c, next, passes);
-    for (; c < width; c += LANES, next += b->keys / passes)
-        FEW(columns)(R, 1, b, rc_min(c, width - LANES), S, factor, o + c, next, passes);
+    for (; c + C * LANES <= width; c += C * LANES)
+        FEW(columns)(R, C, b, c, ASKED(C * LANES), S, factor, o + c);
+    for (; c + half * LANES <= width; c += half * LANES)
+        FEW(columns)(R, half, b, c, ASKED(half * LANES), S, factor, o + c);
+    for (; c < width; c += LANES)
+        FEW(columns)(R, 1, b, rc_min(c, width - LANES), ASKED(LANES), S, factor, o + c);
+#undef ASKED
 }
 
 #define FEW_BLOCK(R)                                                                                                      \
@@ -246,9 +249,7 @@ RC_INLINE vreal FEW(query)(const rc_few_problem *p, const STORED *row, ptrdiff_t
         memcpy(stored, row + a, (p->d - a) * sizeof(STORED));
         STORE(x, WIDEN(stored));
     }
-    for (int l = 0; l < LANES; l++)
-        x[l] = (REAL)(x[l] * p->scale);
-    return LOAD(x);
+    return __builtin_convertvector(__builtin_convertvector(LOAD(x), RC_NAME(few_wide)) * p->scale, vreal);
 }
 
 /* Queries as scores take them, [vector][query][lane]. The last vector ends with the row: it is 0 where the one before has
@@ -272,12 +273,10 @@ static double FEW(longest_query)(const rc_few_problem *p, const rc_few_sequence 
     double longest = 0, off = 0;
     for (ptrdiff_t row = 0; row < rc_rows(p, s); row++) {
         const STORED *q = (const STORED *)p->q + rc_row(p, s, head, row) * p->d;
-        double sum = 0;
-        for (ptrdiff_t a = 0; a < p->d; a += LANES) {
-            const vreal x = FEW(query)(p, q, a);
-            for (int l = 0; l < LANES; l++)
-                sum += (double)x[l] * x[l];
-        }
+        RC_NAME(few_wide) squares = {0};
+        for (ptrdiff_t a = 0; a < p->d; a += LANES)
+            RC_NAME(few_add_squares)(&squares, FEW(query)(p, q, a));
+        const double sum = RC_NAME(few_total)(&squares);
         off += sum - sum;
         longest = sum > longest ? sum : longest;
     }
@@ -305,13 +304,17 @@ static double FEW(longest_key)(const rc_few_sequence *s, const FEW(task) * t, vo
     double longest = 0;
     const ptrdiff_t count = FEW(sample)(s, &t->k, zeros, (STORED *)((char *)workspace + t->k_copies), keep, rows);
     for (ptrdiff_t i = 0; i < count; i++) {
-        double sum = 0;
-        for (ptrdiff_t a = 0; a < t->k.read; a += LANES) {
-            const ptrdiff_t at = rc_min(a, t->k.read - LANES);
-            const vreal x = WIDEN(rows[i] + at);
-            for (ptrdiff_t l = a - at; l < LANES; l++)
-                sum += (double)x[l] * x[l];
+        RC_NAME(few_wide) squares = {0};
+        ptrdiff_t a = 0;
+        for (; a + LANES <= t->k.read; a += LANES)
+            RC_NAME(few_add_squares)(&squares, WIDEN(rows[i] + a));
+        if (a < t->k.read) {
+            vreal x = WIDEN(rows[i] + t->k.read - LANES);
+            for (ptrdiff_t l = 0; l < a + LANES - t->k.read; l++)
+                x[l] = 0;
+            RC_NAME(few_add_squares)(&squares, x);
         }
+        const double sum = RC_NAME(few_total)(&squares);
         longest = sum > longest ? sum : longest;
     }
     return sqrt(longest);

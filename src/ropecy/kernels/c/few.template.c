@@ -13,15 +13,16 @@
  *
  * What bounds it: the read bandwidth of memory. No hardware prefetcher follows rows that are far apart, nor stays ahead
  * while exp is computed, so the values of the next block are asked for while scores are made, and its keys while values are
- * added up: a core can wait for so few lines at once that it has to ask all the time. They are asked for into the second
- * cache: in the first they push out what is being read, and all takes twice as long. Where the rows of several heads lie side
- * by side, these heads are computed block by block, and asked for in the order of memory; head by head takes 1.2 (float32)
- * and 1.4 times (halves) as long, for keys of 8 heads in pages of 16.
+ * added up. A core can wait for so few lines at once that it has to ask all the time: for one after each that it reads. They
+ * are asked for into the second cache: in the first they push out what is being read, and all takes twice as long. Where the
+ * rows of several heads lie side by side, these heads are computed block by block, and asked for in the order of memory;
+ * head by head takes 1.2 (float32) and 1.4 times (halves) as long, for keys of 8 heads in pages of 16.
  *
  * Nanoseconds a key of d = d_v = 128 that the second cache holds, on one core of a Zen 4 whose multiply-adds alone take 4.4
  * for one query and 17.5 for four: in float32 16 and 24 (AVX-512), 17 and 31 (AVX2), in halves 12 and 24, 13 to 16 and 28.
- * From memory, where one core reads such a key in 53 (float32) and 27 (halves) by sums alone, four queries take 60 and 36:
- * what is computed hides most of what is read, and not all.
+ * From memory a core takes 50 to 60 for a key of float32, 27 to 36 of halves, whether it can read one in 53 by sums alone or
+ * in 36: as if it waited for 24 lines of 90 ns at a time. Two cores together read at 0.8 to 1.0 of what sums
+ * reach on both (30 GB/s), and four queries in halves at 0.65 to 0.8, for there the multiply-adds come to as much.
  */
 #ifndef RC_FEW_ONCE
 #define RC_FEW_ONCE
@@ -83,6 +84,21 @@ typedef struct {
     REAL maximum[LANES], factor[LANES];
     vreal sum;
 } RC_NAME(few_state);
+
+/* A vector in float64: squares of numbers far from 1 pass the range of float32. */
+typedef double RC_NAME(few_wide) __attribute__((vector_size(8 * LANES)));
+
+RC_INLINE void RC_NAME(few_add_squares)(RC_NAME(few_wide) * sum, vreal x) {
+    const RC_NAME(few_wide) wide = __builtin_convertvector(x, RC_NAME(few_wide));
+    *sum += wide * wide;
+}
+
+RC_INLINE double RC_NAME(few_total)(const RC_NAME(few_wide) * sum) {
+    double total = 0;
+    for (int l = 0; l < LANES; l++)
+        total += (*sum)[l];
+    return total;
+}
 
 RC_INLINE REAL RC_NAME(few_largest)(vreal x) {
     REAL most = x[0];

@@ -13,8 +13,9 @@ enum { MOST_HELPERS = RC_MOST_THREADS - 1 };
 
 /* Nanoseconds. To wake a thread that sleeps costs up to a tenth of a millisecond, as much as a short loop takes. So a
  * helper looks for the next loop for a while before it sleeps, and gives its processor to whoever wants it between two
- * looks; a caller looks for the end of helpers' tasks for a shorter while, and does not give its processor away. */
-static const long BETWEEN_POLLS = 50 * 1000 * 1000, HELPER_LOOKS = 200 * 1000, CALLER_LOOKS = 50 * 1000;
+ * looks; a caller looks for the end of helpers' tasks for a shorter while, and does not give its processor away. A team is
+ * late if its caller waits longer than it worked itself, and longer than it takes to wake a thread. */
+static const long BETWEEN_POLLS = 50 * 1000 * 1000, HELPER_LOOKS = 200 * 1000, CALLER_LOOKS = 50 * 1000, LATE = 300 * 1000;
 
 /* On the stack of the thread that runs it. */
 struct rc_loop {
@@ -25,6 +26,9 @@ struct rc_loop {
     atomic_ptrdiff_t next; /* the first task that nobody has taken */
     atomic_int status;     /* what `poll` returned */
     atomic_int running;    /* helpers in the loop; falls under the lock */
+    pthread_t caller;
+    atomic_int members;    /* of a team that have come, beside the caller */
+    long long begun, left; /* when the caller of a team began, and when it found no more tasks */
     struct timespec polled;
     /* under the lock: */
     int joined, most; /* helpers that have ever come, and that may */
@@ -40,10 +44,20 @@ static int helpers, idle;
 /* Rises under the lock with every loop, and is read without it. */
 static atomic_uint announced;
 
-static long nanoseconds_since(const struct timespec *then) {
+static _Thread_local rc_team team;
+static int forked; /* whether this process is the child of one that has run loops */
+/* No team is asked before, in nanoseconds since the system began. */
+static atomic_llong resting_until;
+
+static long long nanoseconds_since(const struct timespec *then) {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
-    return (now.tv_sec - then->tv_sec) * 1000000000L + now.tv_nsec - then->tv_nsec;
+    return (now.tv_sec - then->tv_sec) * 1000000000LL + now.tv_nsec - then->tv_nsec;
+}
+
+static long long now(void) {
+    static const struct timespec epoch;
+    return nanoseconds_since(&epoch);
 }
 
 static void run_tasks(const rc_worker *worker) {
@@ -137,6 +151,7 @@ static void after_fork_in_child(void) {
     loops = NULL;
     helpers = idle = 0;
     work = (pthread_cond_t)PTHREAD_COND_INITIALIZER;
+    forked = 1;
     pthread_mutex_unlock(&lock);
 }
 
@@ -144,8 +159,6 @@ static void at_fork(void) { pthread_atfork(before_fork, after_fork_in_parent, af
 
 /* Asks helpers to join. */
 static void announce(rc_loop *loop) {
-    static pthread_once_t once = PTHREAD_ONCE_INIT;
-    pthread_once(&once, at_fork);
     pthread_cond_init(&loop->finished, NULL);
     pthread_mutex_lock(&lock);
     rc_loop **last = &loops;
@@ -184,14 +197,43 @@ static void dismiss(rc_loop *loop) {
     pthread_cond_destroy(&loop->finished);
 }
 
+void rc_use_team(rc_team other) { team = other; }
+
+static void join(void *data) {
+    rc_loop *loop = data;
+    const int caller = pthread_equal(pthread_self(), loop->caller);
+    const rc_worker worker = {caller ? 0 : atomic_fetch_add(&loop->members, 1) + 1, loop};
+    run_tasks(&worker);
+    if (caller) loop->left = now();
+}
+
+/* Whether there is a team to ask now. */
+static int team_is_ready(void) { return team && !forked && now() >= atomic_load(&resting_until); }
+
+ptrdiff_t rc_share(void) { return team_is_ready() ? 1 << 17 : 1 << 20; }
+
+static void run_by_team(rc_loop *loop) {
+    loop->caller = pthread_self();
+    loop->begun = now();
+    team(join, loop, (unsigned)loop->most + 1, 0);
+    const long long waited = now() - loop->left;
+    if (waited > LATE && waited > loop->left - loop->begun) atomic_store(&resting_until, now() + 100 * waited);
+}
+
 int rc_parallel_for(ptrdiff_t tasks, int threads, rc_task function, void *context, rc_poll poll) {
     rc_loop loop = {.function = function, .context = context, .poll = poll, .tasks = tasks};
     const rc_worker caller = {0, &loop};
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
     if (threads > RC_MOST_THREADS) threads = RC_MOST_THREADS;
     loop.most = (int)(tasks < threads ? tasks : threads) - 1;
     clock_gettime(CLOCK_MONOTONIC, &loop.polled);
-    if (loop.most > 0) announce(&loop);
-    run_tasks(&caller);
-    if (loop.most > 0) dismiss(&loop);
+    if (loop.most > 0) pthread_once(&once, at_fork);
+    if (loop.most > 0 && team_is_ready()) {
+        run_by_team(&loop);
+    } else {
+        if (loop.most > 0) announce(&loop);
+        run_tasks(&caller);
+        if (loop.most > 0) dismiss(&loop);
+    }
     return atomic_load(&loop.status);
 }

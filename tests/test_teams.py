@@ -1,0 +1,125 @@
+"""Loops that are run by threads which another library keeps."""
+
+import ctypes
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+import ropecy
+from ropecy.kernels._parallel import Team
+
+MEMBER = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+TEAM = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+
+
+class Recorded:
+    """A team like OpenMP's, of threads that begin with each loop and end with it, and what it was asked for."""
+
+    def __init__(self, late=0.0):
+        self.asked, self.late = [], late
+        self._function = TEAM(self._run)
+        self.team = Team(ctypes.cast(self._function, ctypes.c_void_p).value)
+
+    def _run(self, function, data, count, flags):
+        self.asked.append((count, flags))
+        member = MEMBER(function)
+        others = [threading.Thread(target=member, args=(data,)) for _ in range(count - 1)]
+        for thread in others:
+            thread.start()
+        member(data)
+        for thread in others:
+            thread.join()
+        time.sleep(self.late)
+
+
+def until_asked(team, compute):
+    """What is computed when the team is asked again: one that was late, maybe in another test, rests for a while."""
+    before, end = len(team.asked), time.monotonic() + 60
+    while time.monotonic() < end:
+        with team.team:
+            found = compute()
+        if len(team.asked) > before:
+            return found
+        time.sleep(0.05)
+    raise AssertionError("no loop was given to the team")
+
+
+@pytest.fixture
+def compute(rng):
+    """Exact attention with enough to do for three threads, and few queries with many keys."""
+    Q, K, V = rng.standard_normal((3, 4, 400, 64), dtype=np.float32)
+    return lambda: np.concatenate(
+        [ropecy.attention(X, K, V, method="exact", threads=3).ravel() for X in (Q, Q[:, :2])]
+    )
+
+
+def test_a_team_runs_the_loops_of_its_block_alone(compute):
+    expected = compute()
+    team = Recorded()
+    assert np.array_equal(until_asked(team, compute), expected)
+    asked = list(team.asked)
+    assert np.array_equal(compute(), expected)
+    assert team.asked == asked
+    assert all(2 <= count <= 3 and flags == 0 for count, flags in asked)
+
+
+def test_another_thread_has_no_team(compute):
+    team = Recorded()
+    with team.team:
+        other = threading.Thread(target=compute)
+        other.start()
+        other.join()
+    assert not team.asked
+
+
+def test_a_team_that_is_late_rests(compute):
+    expected = compute()
+    team = Recorded(late=0.02)  # so that it rests for two seconds
+    assert np.array_equal(until_asked(team, compute), expected)
+    assert len(team.asked) == 1
+    with team.team:
+        assert np.array_equal(compute(), expected)
+    assert len(team.asked) == 1
+    until_asked(team, compute)
+
+
+def test_no_team_changes_nothing(compute):
+    expected = compute()
+    with Team(0):
+        assert np.array_equal(compute(), expected)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_child_asks_no_team(compute):
+    compute()
+    team = Recorded()
+    child = os.fork()
+    if not child:
+        with team.team:
+            compute()
+        os._exit(len(team.asked))
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_pytorch_has_no_more_threads_than_before():
+    torch = pytest.importorskip("torch")
+    from ropecy.torch import threads
+
+    if not os.path.isdir("/proc/self/task") or not threads._openmp():
+        pytest.skip("PyTorch does not compute with OpenMP here, or threads can't be counted")
+    program = """
+import os, torch, ropecy.torch
+torch.set_num_threads(3)
+x = torch.randn(4, 400, 64, requires_grad=True)
+(x @ x.mT).sum()  # PyTorch's own threads
+before = len(os.listdir("/proc/self/task"))
+ropecy.torch.scaled_dot_product_attention(x, x, x, method="exact").sum().backward()
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0"], f"{torch.__version__}: {done.stderr}"
