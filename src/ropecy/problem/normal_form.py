@@ -170,8 +170,8 @@ def _balance(problem: Problem, comm: Communicator) -> tuple[Balance | None, int]
     """The powers of two that bring the queries and the keys of each slot to one size, and scales to about 1; and the
     exponent of two of the largest of all these entries, times the larger scale.
 
-    The former is None if no slot's queries and keys differ so much in size, and no scale is so far from 1, that a gradient
-    could overflow or vanish before it has been brought back to the sizes that the user gave.
+    The former is None if no slot's queries and keys differ so much in size, and no scale is so far from 1, that a
+    gradient could overflow or vanish before it has been brought back to the sizes that the user gave.
     """
     far = np.finfo(problem.dtype).maxexp // 2
     scale = math.frexp(problem.largest_scale)[1]

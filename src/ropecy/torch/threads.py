@@ -1,8 +1,8 @@
 """The threads that PyTorch computes with, for loops of this package inside of its operators.
 
-After each of PyTorch's operators OpenMP's threads look for the next one for some milliseconds, and hold their processors
-meanwhile. Threads of our own would have to share these with them, so that a loop between two operators of PyTorch would
-run as if on one processor less. On OpenMP's threads it need not even be waited for.
+After each of PyTorch's operators OpenMP's threads look for the next one for some milliseconds, and hold their
+processors meanwhile. Threads of our own would have to share these with them, so that a loop between two operators of
+PyTorch would run as if on one processor less.
 """
 
 from __future__ import annotations
