@@ -209,6 +209,27 @@ def test_bits_do_not_depend_on_which_segments_are_summed_up_first(heads, key_hea
             np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.parametrize("bias", [None, RelativeBias.alibi(0.001)], ids=["", "alibi"])
+@pytest.mark.parametrize("d_v, group, q_offset", [(32, 1, 0), (16, 2, -300), (24, 1, 200), (17, 1, 0), (3, 1, 0)])
+def test_bits_do_not_depend_on_how_columns_are_shared_out(d_v, group, q_offset, bias, rng):
+    # Five threads without heads of their own share 32 columns by 4 blocks, 24 by 3, 16 by 2, and 17 and 3 not at all.
+    Q, dO = rng.uniform(-1, 1, (group, 3000, 4)), rng.standard_normal((group, 3000, d_v))
+    K, V = rng.uniform(-1, 1, (1, 3000, 4)), rng.standard_normal((1, 3000, d_v)) + 1
+    mask = rng.random(3000) < 0.9
+    results = []
+    for count in (1, 2, 3, 5):
+        how = {"causal": True, "q_offset": q_offset, "bias": bias, "key_mask": mask, "threads": count}
+        O, certificate, lse = ropecy.attention(
+            Q, K, V, **how, method="polynomial", eps=1e-2, return_certificate=True, return_lse=True
+        )
+        _, vjp = ropecy.attention_vjp(Q, K, V, **how, method="polynomial", degree=6)
+        g = vjp(dO)
+        results.append((O, lse, certificate.rows_truncation, g.dQ, g.dK, g.dV))
+    for others in results[1:]:
+        for one, other in zip(results[0], others, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
 def test_keys_hidden_for_long(rng, ours):
     mask = np.ones(400, bool)
     mask[100:300] = False

@@ -2,7 +2,7 @@
 
 cdef extern from "c/monomials.h" nogil:
     ctypedef struct rc_monomials_problem:
-        ptrdiff_t heads, groups, n, n_k, d, d_v, q_offset
+        ptrdiff_t heads, groups, n, n_k, d, d_v, blocks, width, q_offset
         const void *q
         const void *k
         const void *v

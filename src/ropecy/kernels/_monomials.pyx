@@ -3,7 +3,9 @@
 The sequence is cut into segments, each with a state of its own, and these are added (no mask) or summed up to each
 segment (causal): by shapes alone, so that results are bitwise the same for every thread count. Which segments are
 summed up before a causal scan does depend on threads: a thread that scans one segment after another finds their sums on
-its way, the same to the bit, so only segments that others wait for are summed up first, which costs a product more.
+its way, the same to the bit, so only segments that others wait for are summed up first, which costs a product more. So
+does into how many blocks the columns of values are cut, which a causal scan forward has for threads that have no head:
+what is computed of a column does not depend on those beside it.
 """
 
 import numpy as np
@@ -39,11 +41,12 @@ cdef void run_piece(void *context, ptrdiff_t task, const rc_worker *worker) noex
 cdef void run_scan(void *context, ptrdiff_t task, const rc_worker *worker) noexcept nogil:
     # The first task of each head, the longest, takes the last known segment and those that follow it.
     cdef const Pieces *x = <const Pieces *>context
-    cdef ptrdiff_t last = x.p.segments - 1, start = x.p.known - 1 - task // x.p.heads, s
-    for s in range(start, x.p.segments if task < x.p.heads else start + 1):
+    cdef ptrdiff_t heads = x.p.heads * x.p.blocks
+    cdef ptrdiff_t last = x.p.segments - 1, start = x.p.known - 1 - task // heads, s
+    for s in range(start, x.p.segments if task < heads else start + 1):
         if interrupted(worker):
             return
-        x.piece(x.p, task % x.p.heads, last - s if x.back else s, x.work + worker.slot * x.size)
+        x.piece(x.p, task % heads, last - s if x.back else s, x.work + worker.slot * x.size)
 
 
 cdef void run_chunk(void *context, ptrdiff_t task, const rc_worker *worker) noexcept nogil:
@@ -70,6 +73,21 @@ cpdef ptrdiff_t chunk_of(dtype, ptrdiff_t d, bint causal):
     """
     cdef ptrdiff_t longest = functions_of(dtype).chunk
     return longest // 2 if causal and d <= 8 else longest
+
+
+# Of a block: features are made for each, and cost about as much as four columns.
+LEAST_COLUMNS = 8
+cdef ptrdiff_t least_columns = LEAST_COLUMNS
+
+
+cdef object joined(states, ptrdiff_t blocks):
+    """States of all columns, (H, segments, d_v + 1, pitch), from those of blocks, each of which has the last one."""
+    if blocks == 1:
+        return states
+    _, segments, columns, pitch = states.shape
+    of_blocks = states.reshape(-1, blocks, segments, columns, pitch)
+    values = of_blocks[:, :, :, :columns - 1].swapaxes(1, 2).reshape(-1, segments, blocks * (columns - 1), pitch)
+    return np.concatenate((values, of_blocks[:, 0, :, columns - 1:]), axis=2)
 
 
 cdef class Scan:
@@ -108,6 +126,7 @@ cdef class Scan:
         self.arrays = [q, k, v, mask, frame, monomials, decay]
         p.heads, p.groups, p.n, p.d = q.shape
         p.n_k, p.d_v = v.shape[1:]
+        p.blocks, p.width = 1, p.d_v
         p.q_offset, p.earlier = mask.offset if self.causal else 0, False
         p.q, p.k, p.v = pointer(q), pointer(k), pointer(v)
         p.centre, p.value_centre = pointer(centre), pointer(value_centre)
@@ -137,7 +156,7 @@ cdef class Scan:
                   ptrdiff_t rows):
         """piece(head, i), of so many rows, for every head and start <= i < stop."""
         cdef Pieces x = Pieces(p, piece, NULL, start, stop - start, NULL, self.size, False)
-        self.share(&x, run_piece, p.heads * x.count, p.heads * x.count * rows)
+        self.share(&x, run_piece, p.heads * p.blocks * x.count, p.heads * x.count * rows)
 
     cdef void run_segments(self, const rc_monomials_problem *p, segment_function piece, ptrdiff_t start,
                            ptrdiff_t stop):
@@ -146,16 +165,27 @@ cdef class Scan:
     cdef void scan(self, const rc_monomials_problem *p, segment_function piece, bint back):
         """piece(head, segment) for all, each after those whose state it needs."""
         cdef Pieces x = Pieces(p, piece, NULL, 0, 0, NULL, self.size, back)
-        self.share(&x, run_scan, p.heads * p.known, p.heads * p.groups * p.chunk * self.chunks)
+        self.share(&x, run_scan, p.heads * p.blocks * p.known, p.heads * p.groups * p.chunk * self.chunks)
 
-    cdef ptrdiff_t known(self):
+    cdef ptrdiff_t blocks(self):
+        """Into how many blocks of columns the causal scan of each head is cut, for threads that have no head."""
+        cdef ptrdiff_t blocks = max(1, self.team_of(self.rows()) // max(self.p.heads, 1))
+        while self.p.d_v % blocks or blocks * least_columns > max(self.p.d_v, least_columns):
+            blocks -= 1
+        return blocks
+
+    cdef ptrdiff_t rows(self):
+        """Of all heads and chunks."""
+        return self.p.heads * self.p.groups * self.p.chunk * self.chunks
+
+    cdef ptrdiff_t known(self, ptrdiff_t blocks=1):
         """How many segments' states to know before the scan, so that it and the sums take the least time.
 
         A segment's sum is one product, its scan two; while some heads are scanned as a whole, other threads take what
         is left.
         """
-        cdef ptrdiff_t heads = self.p.heads, segments = self.p.segments, first, known = 1, time, least = -1
-        cdef int threads = self.team_of(heads * self.p.groups * self.p.chunk * self.chunks)
+        cdef ptrdiff_t heads = self.p.heads * blocks, segments = self.p.segments, first, known = 1, time, least = -1
+        cdef int threads = self.team_of(self.rows())
         for first in range(segments):
             time = pieces(heads * first, threads) + 2 * max(
                 pieces(heads * segments, threads), pieces(heads, threads) * (segments - first))
@@ -190,22 +220,21 @@ cdef class Scan:
                         NULL if grad_packed is None else pointer(grad_packed[head]), line(workspace))
         p.packed, p.grad_packed = pointer(packed), pointer(grad_packed)
 
-    cdef object empty_states(self):
-        return np.empty((self.p.heads, self.p.segments, self.p.d_v + 1, self.p.pitch))
+    cdef object empty_states(self, const rc_monomials_problem *p):
+        return np.empty((p.heads * p.blocks, p.segments, p.d_v + 1, p.pitch))
 
-    cdef object segment_states(self, ptrdiff_t segments):
-        """sum_j phi(k_j) [v_j - value_centre, 1] of each of the first segments: (H, segments, d_v + 1, pitch)."""
-        cdef rc_monomials_problem p = self.p
-        states = self.empty_states()
+    cdef object segment_states(self, rc_monomials_problem *p, ptrdiff_t segments):
+        """sum_j phi(k_j) [v_j - value_centre, 1] of each of the first segments: (H blocks, segments, d_v + 1, pitch)."""
+        states = self.empty_states(p)
         p.states = <double *>pointer(states)
-        self.run_segments(&p, self.f.sum_keys, 0, segments)
+        self.run_segments(p, self.f.sum_keys, 0, segments)
         return states
 
     cdef object segment_grad_states(self, ptrdiff_t first, o, inverse, grad):
         """The same of queries and the gradients of their numerators and denominators, from the segment `first` on."""
         cdef rc_monomials_problem p = self.p
         p.o, p.inverse, p.grad = pointer(o), pointer(inverse), pointer(grad)
-        states = self.empty_states()
+        states = self.empty_states(&p)
         p.grad_states = <double *>pointer(states)
         self.run_segments(&p, self.f.sum_queries, first, p.segments)
         return states
@@ -214,7 +243,8 @@ cdef class Scan:
         """The sums of keys over each segment, which `forward` takes, and over all of them, (H, d_v + 1, pitch) float64;
         decayed, seen from where keys end.
         """
-        states = self.segment_states(self.p.segments)
+        cdef rc_monomials_problem p = self.p
+        states = self.segment_states(&p, p.segments)
         return states, self.add_up(states, None, False, self.p.segments)
 
     def query_states(self, o, inverse, grad):
@@ -229,16 +259,16 @@ cdef class Scan:
 
         If `replace`, the states of these segments and of the next become the sums of what comes before them.
         """
-        cdef ptrdiff_t head, i, s
+        cdef ptrdiff_t head, i, s, blocks = len(states) // max(self.p.heads, 1)
         total = np.zeros_like(states[:, 0]) if start is None else start.copy()
         for i in range(count):
             s = self.p.segments - 1 - i if back else i
             part = states[:, s].copy()
             if replace:
                 states[:, s] = total
-            for head in range(self.p.heads):
+            for head in range(len(states)):
                 self.f.follow(total[head].size, <const double *>pointer(total[head]),
-                              1 if self.decay is None else self.decay[head, s], <const double *>pointer(part[head]),
+                              1 if self.decay is None else self.decay[head // blocks, s], <const double *>pointer(part[head]),
                               <double *>pointer(total[head]))
         if replace:
             states[:, self.p.segments - 1 - count if back else count] = total
@@ -256,17 +286,22 @@ cdef class Scan:
         cdef rc_monomials_problem p = self.p
         q = self.arrays[0]
         shape = q.shape[:3]
+        if self.causal and start is None:
+            p.blocks = self.blocks()
+            p.d_v //= p.blocks
+            p.packed_size = self.f.packed_size(&p)
+        of_rows = (p.blocks, *shape)
         # Rows before the first key are in no chunk.
         make = np.zeros if p.q_offset < 0 else np.empty
-        o, inverse = make(shape + (p.d_v,), q.dtype), make(shape, q.dtype)
-        lse = np.full(shape, -np.inf) if want_lse else None
-        p.known = p.segments if start is not None else self.known()
+        o, inverse = make(shape + (p.width,), q.dtype), make(of_rows, q.dtype)
+        lse = np.full(of_rows, -np.inf) if want_lse else None
+        p.known = p.segments if start is not None else self.known(p.blocks)
         if start is None:
-            states = self.segment_states(p.known - 1 if self.causal else p.segments)
+            states = self.segment_states(&p, p.known - 1 if self.causal else p.segments)
         p.o, p.inverse, p.lse = pointer(o), pointer(inverse), <double *>pointer(lse)
         moment = spread = None
         if reach is not None:
-            moment, spread = np.zeros(shape, q.dtype), np.zeros(shape, q.dtype)
+            moment, spread = np.zeros(of_rows, q.dtype), np.zeros(of_rows, q.dtype)
             p.order, p.reaches = order, reach.shape[1]
         p.moment, p.spread, p.reach = pointer(moment), pointer(spread), pointer(reach)
         p.ratio = pointer(ratio)
@@ -275,12 +310,15 @@ cdef class Scan:
             self.add_up(states, start, False, p.known - 1, True)
             p.states = <double *>pointer(states)
             self.scan(&p, self.f.scan_forward, False)
+            states = joined(states, p.blocks)
         else:
             states = states.sum(axis=1) if start is None else start
             packed = np.empty((p.heads, p.packed_size), q.dtype)
             self.pack(&p, states, packed, None)
             self.run_rows(&p, self.f.forward)
-        return o, inverse, lse, moment, spread, states
+        # Each block of columns has made the same of each row, but for the spread of its own columns.
+        inverse, lse, moment = (None if X is None else X[0] for X in (inverse, lse, moment))
+        return o, inverse, lse, moment, None if spread is None else spread.max(axis=0), states
 
     def backward(self, states, o, inverse, grad, key_sums=None, grad_states=None, start=None):
         """dq, dk, dv for do = grad; states, o and inverse being forward's.

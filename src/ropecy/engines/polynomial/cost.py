@@ -12,6 +12,7 @@ from ...approximation.minimax import n_features
 from ...certify.fourth_moments import STEPS, prefixes
 from ...certify.moments import chunk
 from ...certify.sample import SAMPLED_KEYS, SAMPLED_ROWS
+from ...kernels import _monomials
 from ...problem.mask import Mask
 from ...problem.problem import Origin, Outline, Sizes
 from ..cost import Work, speeds
@@ -92,23 +93,25 @@ def _polynomial_work(
                 (keys * (differentiate + evaluate) + rows, H * chunks),
             ),
         )
-    # The part of the keys that is summed up before the scan: with two threads, half of them if there is one head.
-    first = (segments - 1) / segments / 2 if H == 1 else 0.0
+    # With two threads one head's columns are shared between them, or else half of its keys summed up before the scan.
+    shared = H == 1 and d_v % 2 == 0 and d_v >= 2 * _monomials.LEAST_COLUMNS
+    first = (segments - 1) / segments / 2 if H == 1 and not shared else 0.0
     inside = 1 - 1 / chunks
     far = 1 - 1 / chunks
     near = queries * min(size + 48, n + 48) / 2 * 1e-9
     scan = keys * inside * update + queries * far * evaluate + H * (chunks - 1) * pack_low
     pair = s.near + 0.7 * s.product * (d + columns)
-    work = Work(alone, ((keys * first * update, max(1, pieces - H)), (scan + near * pair + rows, pieces)))
+    work = Work(alone, ((keys * first * update, max(1, pieces - H)), (scan + near * pair + rows, pieces * (1 + shared))))
     if not grad:
         return work
     pair = s.near + 0.7 * s.product * (5 * d + 4 * columns)
+    of_half = (segments - 1) / segments / 2 if H == 1 else 0.0
     of_queries = queries * far * differentiate + keys * inside * update + H * (chunks - 1) * pack_top
     of_keys = keys * (differentiate + evaluate) + queries * inside * update + H * chunks * (pack_low + pack_top)
     return work + Work(
         2 * ends + 2 * fresh * _BYTE,
         (
-            (queries * first * update, max(1, pieces - H)),
+            (queries * of_half * update, max(1, pieces - H)),
             (of_queries + 1.5 * rows, pieces),
             (of_keys + near * pair + 1.5 * rows, pieces),
         ),

@@ -144,8 +144,9 @@ def forward(
     Notes
     -----
     Time ``4 n F (d_v + 1)`` operations for each query head, F = C(d + g, g); grouped queries share the half of it that
-    concerns keys. In a causal problem pairs inside chunks of one or two hundred tokens are exact; with more threads
-    than heads a first pass sums up the keys of segments that threads would wait for, up to half as much again.
+    concerns keys. In a causal problem pairs inside chunks of one or two hundred tokens are exact; threads that have no
+    head take a share of the columns of another's, or, where these are few, a first pass sums up the keys of segments
+    that threads would wait for, up to half as much again.
     Memory: some states of ``F (d_v + 1)`` float64.
     """
     mask, scores = problem.mask, expansion.scores

@@ -25,14 +25,18 @@
 #include "isa.h"
 
 typedef struct {
-    ptrdiff_t heads, groups, n, n_k, d, d_v; /* q (heads, groups, n, d), k (heads, n_k, d), v (heads, n_k, d_v) */
+    ptrdiff_t heads, groups, n, n_k, d, d_v; /* q (heads, groups, n, d), k (heads, n_k, d), v (heads, n_k, width) */
+    /* The columns of values that a piece takes are d_v of `width`. They are all but where a causal scan forward is shared out by
+     * columns too: a head is then as many heads as it has blocks of columns, each with denominators of its own. Features and
+     * pairs inside chunks are made for each block, sums for none twice. */
+    ptrdiff_t blocks, width;
     ptrdiff_t q_offset;                      /* causal: row i sees keys j <= i + q_offset */
     const double *decay;                     /* causal: NULL or (heads) at least 0: row i's weights have e^{-decay (i + q_offset - j)} */
     int earlier;                             /* causal: states start with keys before the first, that every row sees */
     const void *q, *k, *v;
     const unsigned char *key_mask; /* NULL or (heads, n_k); rows of k and v that it hides are finite */
     const void *centre;            /* of keys: NULL or (heads, d) */
-    const void *value_centre;      /* (heads, d_v): taken from v, given back to o */
+    const void *value_centre;      /* (heads, width): taken from v, given back to o */
     const double *q_factor, *k_factor; /* (heads) */
 
     int degree, grad_degree, state_degree; /* of the forward polynomial, of backward's features, of states (the most) */
@@ -49,28 +53,30 @@ typedef struct {
      * scan; the scan of each segment that the others follow leaves the state of the next. */
     ptrdiff_t known;
     const double *falls;          /* NULL or (heads, segments): what a segment's length does to a decayed state */
-    double *states, *grad_states; /* (heads, segments, d_v + 1, pitch) */
+    double *states, *grad_states; /* (heads blocks, segments, d_v + 1, pitch) */
     void *packed, *grad_packed;   /* (heads, packed_size), (heads, grad_packed_size), in elements */
     size_t packed_size, grad_packed_size;
 
-    void *o, *inverse; /* (heads, groups, n, d_v), (heads, groups, n): 1 / denominator; 0: backward passes the row by */
+    /* (heads, groups, n, width), (blocks, heads, groups, n): 1 / denominator; 0: backward passes the row by */
+    void *o, *inverse;
     /* NULL or (2, heads, groups, n): a polynomial for every row, whose terms of degree - 1 and more are multiplied by the
      * first, and those of degree by the second as well. */
     const void *ratio;
-    double *lse;       /* NULL or (heads, groups, n), of the scores without centre */
+    double *lse;       /* NULL or (blocks, heads, groups, n), of the scores without centre */
 
     /* What certifies a row, or NULL. The share of degree `order` (degree or degree - 1) in its denominator, and
-     * max_c max_j |v_jc - o_c| / range_j(v_jc) over the keys it sees, from a table per chunk (causal) or for all:
+     * max_c max_j |v_jc - o_c| / range_j(v_jc) over the keys and columns it sees, from a table per chunk (causal) or for all:
      * middle - value_centre, half, 1 / range of each column, with max_j |v_jc - x| <= half + |x - middle|. */
     int order;
-    void *moment, *spread; /* (heads, groups, n) */
-    const void *reach;     /* (heads, reaches, 3, d_v) */
+    void *moment, *spread; /* (blocks, heads, groups, n) */
+    const void *reach;     /* (heads, reaches, 3, width) */
     ptrdiff_t reaches;
     const void *grad;  /* do (heads, groups, n, d_v) */
     void *dq, *dk, *dv;
     double *key_sums; /* causal: NULL or (heads, n_k), zeroed: sums over queries of the gradient of the scores */
 } rc_monomials_problem;
 
+/* `head` is below heads times blocks. */
 typedef void (*rc_segment_function)(const rc_monomials_problem *, ptrdiff_t head, ptrdiff_t segment, void *workspace);
 typedef void (*rc_chunk_function)(const rc_monomials_problem *, ptrdiff_t head, ptrdiff_t group, ptrdiff_t chunk, void *workspace);
 

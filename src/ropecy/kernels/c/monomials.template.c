@@ -20,6 +20,7 @@
 /* What one task works in; lay_out cuts it from the task's workspace. */
 typedef struct {
     RC_NAME(monomials) y;
+    ptrdiff_t first, block; /* the first column of values, and the block of columns that begins there */
     int update_tokens;
     ptrdiff_t low_pitch, wide, wide_columns;
     REAL *x, *columns, *low, *panel;                  /* update: [token][d], [token][wide_columns], features */
@@ -49,6 +50,7 @@ static RC_NAME(monomials) RC_NAME(monomials_of)(const rc_monomials_problem *p) {
 static size_t RC_NAME(lay_out)(const rc_monomials_problem *p, char *base, RC_NAME(room) * w) {
     const ptrdiff_t d = p->d;
     w->y = RC_NAME(monomials_of)(p);
+    w->first = w->block = 0;
     const ptrdiff_t columns = w->y.columns, state = columns * p->pitch;
     const ptrdiff_t low = RC_NAME(below)(&w->y, p->state_degree);
     w->low_pitch = rc_round_up(low + LANES, LANES);
@@ -174,8 +176,8 @@ static void RC_NAME(evaluate_queries)(const rc_monomials_problem *p, RC_NAME(roo
  * 0, though the row sees keys, makes moment inf. */
 static void RC_NAME(finish_certificate)(const rc_monomials_problem *p, const RC_NAME(room) * w, ptrdiff_t head, ptrdiff_t first,
                                         ptrdiff_t rows, ptrdiff_t chunk) {
-    const REAL *reach = (const REAL *)p->reach + (head * p->reaches + rc_min(chunk, p->reaches - 1)) * 3 * p->d_v;
-    const REAL *middle = reach, *half = reach + p->d_v, *per_range = half + p->d_v;
+    const REAL *reach = (const REAL *)p->reach + (head * p->reaches + rc_min(chunk, p->reaches - 1)) * 3 * p->width;
+    const REAL *middle = reach + w->first, *half = middle + p->width, *per_range = half + p->width;
     const REAL *den = w->N + p->d_v * TILE, *inverse = (const REAL *)p->inverse + first;
     REAL *moment = (REAL *)p->moment + first, *spread = (REAL *)p->spread + first;
     for (ptrdiff_t i = 0; i < rows; i++) {
@@ -194,21 +196,22 @@ static void RC_NAME(finish_certificate)(const rc_monomials_problem *p, const RC_
 static void RC_NAME(finish)(const rc_monomials_problem *p, const RC_NAME(room) * w, ptrdiff_t head, ptrdiff_t lane, ptrdiff_t row,
                             ptrdiff_t rows, ptrdiff_t chunk) {
     const REAL *N = w->N, *den = N + p->d_v * TILE, *centre = RC_NAME(centre)(p, head);
-    const REAL *middle = (const REAL *)p->value_centre + head * p->d_v;
-    REAL *o = (REAL *)p->o + (lane * p->n + row) * p->d_v, *inverse = (REAL *)p->inverse + lane * p->n + row;
+    const REAL *middle = (const REAL *)p->value_centre + head * p->width + w->first;
+    const ptrdiff_t first = (w->block * p->heads * p->groups + lane) * p->n + row; /* of what there is for each row */
+    REAL *o = (REAL *)p->o + (lane * p->n + row) * p->width + w->first, *inverse = (REAL *)p->inverse + first;
     for (ptrdiff_t i = 0; i < rows; i++)
         inverse[i] = den[i] > 0 ? 1 / den[i] : 0;
     if (p->moment)
-        RC_NAME(finish_certificate)(p, w, head, lane * p->n + row, rows, chunk);
+        RC_NAME(finish_certificate)(p, w, head, first, rows, chunk);
     for (ptrdiff_t i = 0; i < rows; i++)
         for (ptrdiff_t c = 0; c < p->d_v; c++)
-            o[i * p->d_v + c] = den[i] > 0 ? middle[c] + N[c * TILE + i] * inverse[i] : 0;
+            o[i * p->width + c] = den[i] > 0 ? middle[c] + N[c * TILE + i] * inverse[i] : 0;
     if (p->lse)
         for (ptrdiff_t i = 0; i < rows; i++) {
             double shift = 0;
             for (ptrdiff_t a = 0; centre && a < p->d; a++)
                 shift += (double)w->xt[a * TILE + i] * p->k_factor[head] * centre[a];
-            p->lse[lane * p->n + row + i] = den[i] > 0 ? shift + __builtin_log(den[i]) : -__builtin_inf();
+            p->lse[first + i] = den[i] > 0 ? shift + __builtin_log(den[i]) : -__builtin_inf();
         }
 }
 
@@ -235,6 +238,7 @@ static void RC_NAME(scan_forward)(const rc_monomials_problem *p, ptrdiff_t head,
     int updates = 0;
     RC_NAME(lay_out)(p, workspace, &w);
     double *state = p->states + (head * p->segments + segment) * w.y.columns * p->pitch;
+    head = RC_NAME(take_block)(p, &w, head);
     const int onward = segment + 1 >= p->known && segment + 1 < p->segments;
     RC_NAME(start_state)(&w, state);
     RC_NAME(start_fall)(p, &w, head);

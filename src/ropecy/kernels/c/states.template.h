@@ -16,6 +16,13 @@ static const REAL *RC_NAME(centre)(const rc_monomials_problem *p, ptrdiff_t head
 static REAL RC_NAME(q_factor)(const rc_monomials_problem *p, ptrdiff_t head) { return (REAL)p->q_factor[head]; }
 static REAL RC_NAME(k_factor)(const rc_monomials_problem *p, ptrdiff_t head) { return (REAL)p->k_factor[head]; }
 
+/* The head of which `head` is a block of columns, now those of w. */
+static ptrdiff_t RC_NAME(take_block)(const rc_monomials_problem *p, RC_NAME(room) * w, ptrdiff_t head) {
+    w->block = head % p->blocks;
+    w->first = w->block * p->d_v;
+    return head / p->blocks;
+}
+
 /* x[t][a] = factor (row[t][a] - shift[a]), row pitch `pitch`, zeros past d */
 static void RC_NAME(load_rows)(const REAL *rows, ptrdiff_t count, ptrdiff_t d, REAL factor, const REAL *shift, REAL *x, ptrdiff_t pitch) {
     for (ptrdiff_t t = 0; t < count; t++) {
@@ -71,13 +78,13 @@ static void RC_NAME(load_grad_query_tile)(const rc_monomials_problem *p, ptrdiff
 /* [v - value_centre, 1] of keys, 0 where the key is masked, zeros past the columns */
 static void RC_NAME(load_key_columns)(const rc_monomials_problem *p, const RC_NAME(room) * w, ptrdiff_t head, ptrdiff_t row,
                                       ptrdiff_t count, REAL *out) {
-    const REAL *v = (const REAL *)p->v + (head * p->n_k + row) * p->d_v;
-    const REAL *middle = (const REAL *)p->value_centre + head * p->d_v;
+    const REAL *v = (const REAL *)p->v + (head * p->n_k + row) * p->width + w->first;
+    const REAL *middle = (const REAL *)p->value_centre + head * p->width + w->first;
     const unsigned char *mask = p->key_mask ? p->key_mask + head * p->n_k + row : 0;
     for (ptrdiff_t t = 0; t < count; t++, out += w->wide_columns) {
         const REAL kept = !mask || mask[t] ? 1 : 0;
         for (ptrdiff_t c = 0; c < p->d_v; c++)
-            out[c] = kept * (v[t * p->d_v + c] - middle[c]);
+            out[c] = kept * (v[t * p->width + c] - middle[c]);
         out[p->d_v] = kept;
         for (ptrdiff_t c = w->y.columns; c < w->wide_columns; c++)
             out[c] = 0;
@@ -230,6 +237,8 @@ static void RC_NAME(sum_keys)(const rc_monomials_problem *p, ptrdiff_t head, ptr
     RC_NAME(room) w;
     int updates = 0;
     RC_NAME(lay_out)(p, workspace, &w);
+    double *state = p->states + (head * p->segments + segment) * w.y.columns * p->pitch;
+    head = RC_NAME(take_block)(p, &w, head);
     RC_NAME(start_state)(&w, 0);
     RC_NAME(start_fall)(p, &w, head);
     for (ptrdiff_t chunk = segment * p->chunks_per_segment; chunk < (segment + 1) * p->chunks_per_segment; chunk++) {
@@ -238,7 +247,7 @@ static void RC_NAME(sum_keys)(const rc_monomials_problem *p, ptrdiff_t head, ptr
                           RC_NAME(chunk_end)(p, chunk), &updates);
     }
     RC_NAME(fold)(&w, 1);
-    RC_NAME(keep_state)(&w, p->states + (head * p->segments + segment) * w.y.columns * p->pitch);
+    RC_NAME(keep_state)(&w, state);
 }
 
 static void RC_NAME(sum_queries)(const rc_monomials_problem *p, ptrdiff_t head, ptrdiff_t segment, void *workspace) {
