@@ -224,7 +224,8 @@ cdef class Scan:
         return np.empty((p.heads * p.blocks, p.segments, p.d_v + 1, p.pitch))
 
     cdef object segment_states(self, rc_monomials_problem *p, ptrdiff_t segments):
-        """sum_j phi(k_j) [v_j - value_centre, 1] of each of the first segments: (H blocks, segments, d_v + 1, pitch)."""
+        """sum_j phi(k_j) [v_j - value_centre, 1] of each of the first segments, (H blocks, segments, d_v + 1, pitch).
+        """
         states = self.empty_states(p)
         p.states = <double *>pointer(states)
         self.run_segments(p, self.f.sum_keys, 0, segments)
@@ -267,9 +268,9 @@ cdef class Scan:
             if replace:
                 states[:, s] = total
             for head in range(len(states)):
-                self.f.follow(total[head].size, <const double *>pointer(total[head]),
-                              1 if self.decay is None else self.decay[head // blocks, s], <const double *>pointer(part[head]),
-                              <double *>pointer(total[head]))
+                fall = 1 if self.decay is None else self.decay[head // blocks, s]
+                self.f.follow(total[head].size, <const double *>pointer(total[head]), fall,
+                              <const double *>pointer(part[head]), <double *>pointer(total[head]))
         if replace:
             states[:, self.p.segments - 1 - count if back else count] = total
         return total

@@ -94,24 +94,22 @@ def _polynomial_work(
             ),
         )
     # With two threads one head's columns are shared between them, or else half of its keys summed up before the scan.
-    shared = H == 1 and d_v % 2 == 0 and d_v >= 2 * _monomials.LEAST_COLUMNS
-    first = (segments - 1) / segments / 2 if H == 1 and not shared else 0.0
-    inside = 1 - 1 / chunks
-    far = 1 - 1 / chunks
-    near = queries * min(size + 48, n + 48) / 2 * 1e-9
-    scan = keys * inside * update + queries * far * evaluate + H * (chunks - 1) * pack_low
+    half = (segments - 1) / segments / 2 if H == 1 else 0.0
+    blocks = 2 if H == 1 and d_v % 2 == 0 and d_v >= 2 * _monomials.LEAST_COLUMNS else 1
+    first = half if blocks == 1 else 0.0
+    far, near = 1 - 1 / chunks, queries * min(size + 48, n + 48) / 2 * 1e-9
+    scan = keys * far * update + queries * far * evaluate + H * (chunks - 1) * pack_low
     pair = s.near + 0.7 * s.product * (d + columns)
-    work = Work(alone, ((keys * first * update, max(1, pieces - H)), (scan + near * pair + rows, pieces * (1 + shared))))
+    work = Work(alone, ((keys * first * update, max(1, pieces - H)), (scan + near * pair + rows, pieces * blocks)))
     if not grad:
         return work
     pair = s.near + 0.7 * s.product * (5 * d + 4 * columns)
-    of_half = (segments - 1) / segments / 2 if H == 1 else 0.0
-    of_queries = queries * far * differentiate + keys * inside * update + H * (chunks - 1) * pack_top
-    of_keys = keys * (differentiate + evaluate) + queries * inside * update + H * chunks * (pack_low + pack_top)
+    of_queries = queries * far * differentiate + keys * far * update + H * (chunks - 1) * pack_top
+    of_keys = keys * (differentiate + evaluate) + queries * far * update + H * chunks * (pack_low + pack_top)
     return work + Work(
         2 * ends + 2 * fresh * _BYTE,
         (
-            (queries * of_half * update, max(1, pieces - H)),
+            (queries * half * update, max(1, pieces - H)),
             (of_queries + 1.5 * rows, pieces),
             (of_keys + near * pair + 1.5 * rows, pieces),
         ),
