@@ -187,7 +187,7 @@ def test_decayed_states():
     # Grouped heads with slopes of their own, which end the sharing of keys.
     Q, V = rng.uniform(-1, 1, (4, 250, 4)), rng.standard_normal((2, 250, 3))
     bias = ropecy.RelativeBias.alibi(np.array([0.01, 0.3, 0.1, 1.0]))
-    for near in (None, (30, 2.0)):
+    for near in (None, (30, 2.0), (30, [2.0, 0.5, -1.0, 3.0])):
         case = {"Q": Q, "K": Q[:2], "V": V, "bias": bias, "near": near, "R": ropecy.Rotary(4)}
         compare({**case, "causal": near is None}, "unequal", method="polynomial", eps=1e-12)
     # Grouped heads that share one bias.
@@ -587,7 +587,7 @@ def packed_cases(rng):
         {"causal": True, "R": ropecy.Rotary(4, scaling=scaling), "q_offset": keys - rows},
         {"window": (5, 2), "key_mask": rng.random(n_k) < 0.7},
         {"causal": True, "bias": ropecy.RelativeBias.alibi(np.array([0.1, 0.2, 0.3, 1.0])), "q_offset": 2},
-        {"near": (4, 1.5), "causal": True, "W": rng.standard_normal((4, 4)) / 2, "W_V": rng.standard_normal((4, 3))},
+        {"near": (4, [1.5, 0.5, -1.0, 2.0]), "causal": True, "W": rng.standard_normal((4, 4)) / 2, "W_V": rng.standard_normal((4, 3))},
     ):
         yield {**plain, **more}
 

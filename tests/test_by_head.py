@@ -39,6 +39,7 @@ OPTIONS = {
     "key mask": {"key_mask": np.arange(N) % 7 > 0},
     "alibi": {"bias": oracle.Alibi(0.05), "causal": True},
     "near": {"near": (6, 2.0), "causal": True},
+    "near of heads": {"near": (6, [2.0, 0.5, 3.0, -1.0]), "causal": True},
     "sample": {"certify": "sample", "seed": 1},
 }
 
@@ -92,6 +93,17 @@ def test_a_bias_of_each_head_has_the_gradient_of_each(rng, ours):
     dO = rng.standard_normal(O.shape)
     expected = oracle.attention(**case).backward(dO)["dbias"]
     np.testing.assert_allclose(vjp(dO).dbias, expected, rtol=0.05, atol=0.05 * np.abs(expected).max())
+
+
+def test_a_near_scale_of_each_head_has_the_gradient_of_each(rng, ours):
+    """Those of slots that are computed together, and apart from others between them."""
+    case = {**_case(rng, [MILD, SHARP, MILD], n=2000, group=2), "causal": True, "near": (6, np.arange(6) / 2 - 1)}
+    O, vjp = ropecy.attention_vjp(**ours(case), eps=1e-3)
+    assert vjp.certificate.engine == "mixed"
+    dense, dO = oracle.attention(**case), rng.standard_normal(O.shape)
+    np.testing.assert_allclose(O, dense.O, atol=1e-2)
+    exact = ropecy.attention_vjp(**ours(case), method="exact")[1](dO).dscale_near
+    np.testing.assert_allclose(vjp(dO).dscale_near, exact, rtol=0.02, atol=0.02 * np.abs(exact).max())
 
 
 def test_degrees_of_their_own_and_one_engine(rng):

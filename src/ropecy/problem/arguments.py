@@ -26,6 +26,7 @@ from .checks import (
     check_eps,
     check_finite,
     check_flag,
+    check_heads_of_near,
     check_integer,
     check_near,
     check_number,
@@ -73,7 +74,7 @@ class Arguments:
     d: int
     d_v: int
     scale: float
-    near: tuple[int, float] | None
+    near: tuple[int, float | tuple[float, ...]] | None
     lo: int | None
     hi: int | None
     q_offset: int
@@ -157,6 +158,7 @@ def check_arguments(Q: Any, K: Any, V: Any, R: Any, **options: Any) -> Arguments
     if bias is not None and bias.heads not in (None, 1) and (not lead or bias.heads != lead[-1]):
         heads = lead[-1] if lead else "none: Q, K and V have no head axis"
         raise ValueError(f"bias: got one for each of {bias.heads} heads, wants heads as Q has ({heads})")
+    check_heads_of_near(simple["near"], lead[-1] if lead else 1)
     compute = _computed(dtype)
     key_mask, q_positions, k_positions = options["key_mask"], options["q_positions"], options["k_positions"]
     if key_mask is not None:
@@ -260,13 +262,22 @@ def _check_memory(given: dict[str, np.ndarray], lead: tuple[int, ...], compute: 
         require(result + laid_out, f"the result, of shape {shape}, with what is copied of Q, K and V")
 
 
-def _check_scale(scale: Any, near: tuple[int, float] | None, d: int, compute: np.dtype) -> float:
-    """The scale of scores, 1/d by default. It and the scale of near offsets must be finite in the dtype `compute`."""
+def _check_scale(
+    scale: Any, near: tuple[int, float | tuple[float, ...]] | None, d: int, compute: np.dtype
+) -> float:
+    """The scale of scores, 1/d by default. It and the scales of near offsets must be finite in the dtype `compute`."""
     scale = 1 / d if scale is None else check_number("scale", scale)
     most = _LARGEST[compute]
-    for name, number in (("scale", scale), ("near", 0.0 if near is None else near[1])):
+    if not -most <= scale <= most:
+        raise ValueError(f"scale: got {scale}, wants a number that {compute} can hold")
+    of_heads = () if near is None else near[1] if isinstance(near[1], tuple) else near[1:]
+    unlike = len(set(of_heads)) > 1
+    for number in of_heads:
         if not -most <= number <= most:
-            raise ValueError(f"{name}: got {number}, wants a number that {compute} can hold")
+            raise ValueError(f"near: got {number}, wants a number that {compute} can hold")
+        # The scores of all heads are kept from overflow by one power of two.
+        if unlike and abs(number) > most**0.75:
+            raise ValueError(f"near: got {number} beside other scales, wants at most {most**0.75:.3g} where heads differ")
     return scale
 
 
