@@ -405,7 +405,8 @@ def test_heads_have_plans_of_their_own():
     rng = np.random.default_rng(23)
     slopes = np.array([0.02, 0.03, 0.05, 0.04])
     dO = rng.standard_normal((4, 1600, 3))
-    for options in ({"causal": True}, {}, {"causal": True, "bias": ropecy.RelativeBias.alibi(slopes)}):
+    near = {"causal": True, "near": (20, [0.5, 2.0, 1.0, -1.0])}
+    for options in ({"causal": True}, {}, {"causal": True, "bias": ropecy.RelativeBias.alibi(slopes)}, near):
         case = {**unlike_heads(rng), **options}
         exact, alone = ropecy.attention(**case, method="exact"), ropecy.attention_vjp(**case)[1]
         expected = ropecy.attention_vjp(**case, method="exact")[1](dO)
@@ -425,6 +426,8 @@ def test_heads_have_plans_of_their_own():
                 assert np.linalg.norm(found - truth) <= 2e-2 * np.linalg.norm(truth) + 1e-12, name
             if "bias" in case:
                 np.testing.assert_allclose(g.dbias, expected.dbias, rtol=2e-2)
+            if "near" in case:
+                np.testing.assert_allclose(g.dscale_near, expected.dscale_near, rtol=2e-2)
     case = {**unlike_heads(rng), "causal": True}
     for plan, _ in check_exchange(case, "unequal"):
         assert plan.engine == "mixed"

@@ -178,7 +178,7 @@ def test_a_near_scale_of_each_head(method, rng):
     """Heads share keys, sequences of one shape are computed together, and the gradients of all are summed."""
     rows = np.array([70, 33, 70, 12])
     case = {**_case(rng, rows, rows, heads=(2, 4)), "near": (4, np.array([1.5, 0.5, 0.0, -1.0])), "causal": True}
-    case |= {name: case[name][:, :2] for name in "KV"}
+    case |= {name: case[name][:, :1] for name in "KV"}
     dO = rng.standard_normal((2, 4, rows.sum(), D_V))
     O, _, _, gradients = _expected(case, rows, rows, dO)
     found, vjp = ropecy.attention_vjp(**case, lengths=rows, method=method, eps=1e-6)

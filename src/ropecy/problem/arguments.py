@@ -31,6 +31,7 @@ from .checks import (
     check_near,
     check_number,
     described,
+    scales_of,
     without_repeats,
 )
 from .packed import Packed, check_lengths
@@ -270,7 +271,7 @@ def _check_scale(
     most = _LARGEST[compute]
     if not -most <= scale <= most:
         raise ValueError(f"scale: got {scale}, wants a number that {compute} can hold")
-    of_heads = () if near is None else near[1] if isinstance(near[1], tuple) else near[1:]
+    of_heads = () if near is None else scales_of(near)
     unlike = len(set(of_heads)) > 1
     for number in of_heads:
         if not -most <= number <= most:

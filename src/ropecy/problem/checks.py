@@ -96,6 +96,11 @@ def check_near(near: Any) -> tuple[int, float | tuple[float, ...]]:
     return width, tuple(check_number("near", each) for each in scale)
 
 
+def scales_of(near: tuple[int, float | tuple[float, ...]]) -> tuple[float, ...]:
+    """The scale of a checked pair (w, scale_near), or those of all heads."""
+    return near[1] if isinstance(near[1], tuple) else (near[1],)
+
+
 def check_heads_of_near(near: tuple[int, float | tuple[float, ...]] | None, heads: int) -> None:
     """Raise unless scale_near is one number or has one for each of so many heads."""
     if near is not None and isinstance(near[1], tuple) and len(near[1]) != heads:
