@@ -590,7 +590,12 @@ def packed_cases(rng):
         {"causal": True, "R": ropecy.Rotary(4, scaling=scaling), "q_offset": keys - rows},
         {"window": (5, 2), "key_mask": rng.random(n_k) < 0.7},
         {"causal": True, "bias": ropecy.RelativeBias.alibi(np.array([0.1, 0.2, 0.3, 1.0])), "q_offset": 2},
-        {"near": (4, [1.5, 0.5, -1.0, 2.0]), "causal": True, "W": rng.standard_normal((4, 4)) / 2, "W_V": rng.standard_normal((4, 3))},
+        {
+            "near": (4, [1.5, 0.5, -1.0, 2.0]),
+            "causal": True,
+            "W": rng.standard_normal((4, 4)) / 2,
+            "W_V": rng.standard_normal((4, 3)),
+        },
     ):
         yield {**plain, **more}
 
@@ -710,6 +715,8 @@ def test_bad_input_raises_on_every_rank():
         raises(ValueError, f"rank {last}: dtype: got float32", a, other, other, other)
         raises(ValueError, f"rank {last}: eps", a, X, X, X, eps=0.1 if mine else 0.2)
         raises(ValueError, f"rank {last}: causal", a, X, X, X, causal=mine)
+        heads, near = np.ones((2, 5, 4)), (2, [1.0, 2.0 + mine])
+        raises(ValueError, f"rank {last}: near: got (2, (1.0, 3.0)), wants (2, (1.0, 2.0))", a, *[heads] * 3, near=near)
         raises(ValueError, f"rank {last}: key_mask", a, X, X, X, key_mask=np.arange(5) < 3 if mine else None)
         raises(ValueError, f"rank {last}: W: got an array (4, 4)", a, X, X, X, W=np.eye(4) * (1 + mine))
         other = ropecy.mpi.attention_vjp if mine else a

@@ -52,9 +52,9 @@ def rounding(B: float) -> float:
 def rounding_of_near(o: DecodeOptions, B: float) -> float:
     """The rounding error that scores of near tokens add to results, in units of the range of values.
 
-    They are within [-S, S], S = max |scale_near / scale| B, in float64, and each is off by (8 + sqrt(d) / 2) S units: rows
-    are multiplied and rotated, products are summed and multiplied, and the largest exponent is taken from them. Where
-    scores are off by e, a result moves by at most e times the range, and never by more than the range.
+    They are within [-S, S], S = max |scale_near / scale| B, in float64, and each is off by (8 + sqrt(d) / 2) S units:
+    rows are multiplied and rotated, products are summed and multiplied, and the largest exponent is taken from them.
+    Where scores are off by e, a result moves by at most e times the range, and never by more than the range.
     """
     unit = float(np.finfo(np.float64).eps) / 2
     return min(1.0, unit * (8 + math.sqrt(o.d) / 2) * o.largest_stretch * B) if o.near else 0.0

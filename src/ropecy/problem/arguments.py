@@ -263,22 +263,17 @@ def _check_memory(given: dict[str, np.ndarray], lead: tuple[int, ...], compute: 
         require(result + laid_out, f"the result, of shape {shape}, with what is copied of Q, K and V")
 
 
-def _check_scale(
-    scale: Any, near: tuple[int, float | tuple[float, ...]] | None, d: int, compute: np.dtype
-) -> float:
+def _check_scale(scale: Any, near: tuple[int, float | tuple[float, ...]] | None, d: int, compute: np.dtype) -> float:
     """The scale of scores, 1/d by default. It and the scales of near offsets must be finite in the dtype `compute`."""
     scale = 1 / d if scale is None else check_number("scale", scale)
-    most = _LARGEST[compute]
-    if not -most <= scale <= most:
-        raise ValueError(f"scale: got {scale}, wants a number that {compute} can hold")
-    of_heads = () if near is None else scales_of(near)
-    unlike = len(set(of_heads)) > 1
-    for number in of_heads:
+    most, scales = _LARGEST[compute], () if near is None else scales_of(near)
+    for name, number in (("scale", scale), *(("near", each) for each in scales)):
         if not -most <= number <= most:
-            raise ValueError(f"near: got {number}, wants a number that {compute} can hold")
-        # The scores of all heads are kept from overflow by one power of two.
-        if unlike and abs(number) > most**0.75:
-            raise ValueError(f"near: got {number} beside other scales, wants at most {most**0.75:.3g} where heads differ")
+            raise ValueError(f"{name}: got {number}, wants a number that {compute} can hold")
+    # One power of two keeps the scores of all heads from overflow.
+    room, largest = most**0.75, max(scales, key=abs, default=0.0)
+    if len(set(scales)) > 1 and abs(largest) > room:
+        raise ValueError(f"near: got {largest} beside other scales, wants at most {room:.3g} where heads differ")
     return scale
 
 

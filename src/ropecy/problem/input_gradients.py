@@ -61,7 +61,8 @@ class InputGradients:
     family : (|S|, n + n_k - 1) float64 array or None
         The gradient of the entries of a family at the offsets t = i + offset - j, from the least on.
     scale_near : (H, G) float64 array or None
-        The gradient of the near field's scale, of each slot and query head. If the sequence is in pieces, the part that this process found.
+        The gradient of the near field's scale, of each slot and query head. If the sequence is in pieces, the part that
+        this process found.
     """
 
     dq: np.ndarray

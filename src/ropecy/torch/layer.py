@@ -344,8 +344,8 @@ class RoPEAttention(nn.Module):
         """The plan of one head, with certificates of forward and backward that hold for every input of n tokens.
 
         It is that of scores which attain the bound, in float32, and of values no larger than their range; rounding in
-        the near field goes by what its largest temperature is now. Where it is exact, ``plan.advice`` says what would let the
-        polynomial engine in: more tokens, a larger eps, a smaller bound, narrower heads.
+        the near field goes by what its largest temperature is now. Where it is exact, ``plan.advice`` says what would
+        let the polynomial engine in: more tokens, a larger eps, a smaller bound, narrower heads.
 
         Raises
         ------
