@@ -199,6 +199,14 @@ def test_a_scale_of_each_head_by_the_loss(rng, ours):
     np.testing.assert_allclose(g.dscale_near, expected, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("method", ["exact", "polynomial"])
+def test_a_tiny_scale_beside_others_has_the_gradient_of_0(method, rng, ours):
+    case, dO = _case_of_heads(rng, "heads", np.float32)
+    tiny, none = ([2.0, 0.25, scale] for scale in (1e-42, 0.0))
+    found, expected = (_by_scale({**case, "near": (7, each)}, ours, dO, method=method) for each in (tiny, none))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 def test_scores_of_heads_that_would_overflow(rng, ours):
     case, dO = _case_of_heads(rng, "heads")
     plain, near = _by_scale(case, ours, dO, method="exact"), case["near"][1]

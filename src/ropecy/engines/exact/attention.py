@@ -15,6 +15,8 @@ from . import family, streaming
 
 Saved = streaming.Saved | family.Saved
 
+_LEAST = -64  # of the exponent that the gradient by a near scale leaves to the scale
+
 
 def _kernels(problem: Outline) -> ModuleType:
     return streaming if problem.family is None else family
@@ -57,10 +59,10 @@ def near_scale_gradient(problem: Problem, o: np.ndarray, lse: np.ndarray, do: np
     """
     width, scale_near = problem.near
     mask = problem.mask.within(1 - width, width - 1)
-    # q is multiplied by the mantissa of scale_near, the scale is its power of two. So dq is the sum over keys that is
-    # wanted here, even where scale_near is 0.
-    mantissa, exponent = np.frexp(scale_near)
-    q = problem.q * np.asarray(mantissa, problem.dtype)[..., None, None]
+    # q is multiplied by scale_near but for a power of two, which is the scale. So dq is the sum over keys that is wanted
+    # here, even where scale_near is 0. That power is not so small that it or dq vanishes beside those of other heads.
+    exponent = np.maximum(np.frexp(scale_near)[1], _LEAST)
+    q = problem.q * np.asarray(np.ldexp(scale_near, -exponent), problem.dtype)[..., None, None]
     near = problem.near._replace(scale=np.ldexp(1.0, exponent))
     band = of_one_scale(replace(problem, q=q, near=near, mask=mask))
     if mask.lo > mask.hi or band.empty:
