@@ -39,7 +39,6 @@ OPTIONS = {
     "key mask": {"key_mask": np.arange(N) % 7 > 0},
     "alibi": {"bias": oracle.Alibi(0.05), "causal": True},
     "near": {"near": (6, 2.0), "causal": True},
-    "near of heads": {"near": (6, [2.0, 0.5, 3.0, -1.0]), "causal": True},
     "sample": {"certify": "sample", "seed": 1},
 }
 

@@ -15,7 +15,7 @@ LAYERS = {
     "plain": {},
     "bounded": {"bound": 2.0, "near": None},
     "near": {"bound": 2.0, "near": 9},
-    "near by head": {"bound": 2.0, "near": 9, "near_by_head": True, "num_kv_heads": 2},
+    "near by head": {"bound": 0.5, "near": 9, "near_by_head": True, "num_kv_heads": 2},
     "grouped": {"bound": 2.0, "num_kv_heads": 2, "bias": True},
     "grouped, exact": {"num_kv_heads": 1, "bias": True},
     "half rotary": {"bound": 1.0, "rotary": ropecy.Rotary(8, rotary_dim=4)},

@@ -59,8 +59,8 @@ def near_scale_gradient(problem: Problem, o: np.ndarray, lse: np.ndarray, do: np
     """
     width, scale_near = problem.near
     mask = problem.mask.within(1 - width, width - 1)
-    # q is multiplied by scale_near but for a power of two, which is the scale. So dq is the sum over keys that is wanted
-    # here, even where scale_near is 0. That power is not so small that it or dq vanishes beside those of other heads.
+    # q is multiplied by scale_near but for a power of two, which is the scale. So dq is the sum over keys that is
+    # wanted here, even where scale_near is 0. That power is not so small that dq vanishes beside that of other heads.
     exponent = np.maximum(np.frexp(scale_near)[1], _LEAST)
     q = problem.q * np.asarray(np.ldexp(scale_near, -exponent), problem.dtype)[..., None, None]
     near = problem.near._replace(scale=np.ldexp(1.0, exponent))
