@@ -42,6 +42,13 @@ SPECS = {
     "alibi_per_head": {"q_lead": (2, 3), "n": 17, "bias": ("alibi", (3,)), "options": {"causal": True}},
     "near": {"n": 43, "rope": {}, "options": {"near": (6, 2.0)}},
     "near_causal": {"n": 43, "n_k": 50, "rope": {}, "options": {"near": (6, 2.0), "causal": True, "q_offset": 7}},
+    "near_of_heads": {
+        "q_lead": (2, 4),
+        "k_lead": (2, 2),
+        "n": 43,
+        "rope": {},
+        "options": {"near": (6, [2.0, 0.5, -1.0, 0.0]), "causal": True},
+    },
     "batch_and_heads": {"q_lead": (2, 3), "n": 13, "d": 6, "d_v": 5, "rope": {}},
     "grouped_queries": {"q_lead": (2, 6), "k_lead": (2, 2), "n": 13, "n_k": 19, "rope": {}},
     "grouped_queries_causal": {"q_lead": (4,), "k_lead": (2,), "n": 31, "rope": {}, "options": {"causal": True}},

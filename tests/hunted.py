@@ -71,6 +71,8 @@ SEEN = {
     "near, scale 0": lambda rng, n, n_k: {"near": (int(rng.integers(1, n_k + 1)), 10 ** rng.uniform(0, 6)), "scale": 0},
     "near, largest": lambda rng, n, n_k: {"near": (int(rng.integers(1, n_k + 1)), float(rng.choice([1e30, 3e38])))},
     "causal, near": lambda rng, n, n_k: {"causal": True, "near": (int(rng.integers(1, 40)), rng.uniform(0.5, 3))},
+    "near of heads": lambda rng, n, n_k: {"near": (int(rng.integers(1, n_k + 1)), float(rng.choice([0.5, 2.0, 30.0])))},
+    "causal, near of heads": lambda rng, n, n_k: SEEN["causal, near"](rng, n, n_k),
 }
 
 ROTATED = {
@@ -124,7 +126,7 @@ LONG = {
     "data": ["of one length", "gauss"],
     "moved": ["no", "long queries", "a long key", "keys far", "heads unlike"],
     "values": [*VALUES],
-    "seen": ["causal", "all", "causal, a gap", "causal, near", "key_mask"],
+    "seen": ["causal", "all", "causal, a gap", "causal, near", "causal, near of heads", "key_mask"],
     "bias": ["none", "none", "alibi", "alibi of heads", "steep alibi", "table of heads", "t5"],
     "upstream": ["of few rows", "huge of few rows", "tiny of few rows"],
     "eps": [1e-2, 1e-3, 1e-4],
@@ -160,7 +162,7 @@ REFUSED = {
         "scores": {30.0: 1.0, 1e3: 0.3},
     },
     "fft": {
-        "seen": {"near": "causal", "near, scale 0": "key_mask", "near, largest": "all", "causal, near": "causal"},
+        "seen": {word: "causal" if "causal" in word else "all" for word in SEEN if "near" in word},
         "scores": {30.0: 1.0, 1e3: 0.3},
     },
 }
@@ -241,6 +243,10 @@ def _problem(drawn, rng, dtype, n, n_k, d, d_v):
     case = {"Q": q.reshape(*((H * G,) if lead else ()), n, d), "K": k.reshape(*lead, n_k, d), "scale": 1.0}
     case["V"] = v.reshape(*lead, n_k, d_v)
     case |= SEEN[drawn["seen"]](rng, n, n_k)
+    if drawn["seen"].endswith("of heads"):
+        # Each head has its own, of any size and sign, 0 among them.
+        width, scale = case["near"]
+        case["near"] = width, scale * 10 ** rng.uniform(-2, 2, H * G) * rng.choice([-1, 0, 1], H * G)
     if (R := ROTATED[drawn.get("rotated", "no")](rng, d, n, n_k)) is not None:
         case["R"] = R
     if (bias := BIASES[drawn["bias"]](rng, H * G if lead else 1, max(n, n_k))) is not None:

@@ -301,7 +301,9 @@ def attention(
     scale = 1.0 / K1.shape[-1] if scale is None else float(scale)
     factor = np.full((n, n_k), scale)
     if near is not None:
-        factor[np.abs(t) < near[0]] = near[1]
+        each = np.asarray(near[1], np.float64)
+        each = each.reshape(()) if each.size == 1 else each[:, None, None]
+        factor = np.where(np.abs(t) < near[0], each, factor)
     factor = factor.astype(dtype)
     if family is None:
         s = factor * (q @ np.swapaxes(k, -1, -2))

@@ -155,7 +155,7 @@ def gradient_bounds(block, dense, do, certificate):
     """
     e, r = certificate.error, min(ROOM * certificate.rounding, HUGE)
     arc, zeta = (math.atanh(e), 2 * e / (1 - e)) if e < 1 else (HUGE, HUGE)
-    c = max(abs(dense.scale), abs(block["near"][1]) if block.get("near") else 0.0)
+    c = max(abs(dense.scale), np.abs(block["near"][1]).max() if block.get("near") else 0.0)
     omega = dense.ranges((do @ np.swapaxes(dense.v, -1, -2))[..., None])[..., 0]
     # Where columns are constant the oracle's own rounding is all there is.
     own = 64 * np.finfo(do.dtype).eps * np.abs(np.where(kept(block, dense), dense.v, 0)).max(axis=-2)

@@ -187,7 +187,7 @@ def test_decayed_states():
     # Grouped heads with slopes of their own, which end the sharing of keys.
     Q, V = rng.uniform(-1, 1, (4, 250, 4)), rng.standard_normal((2, 250, 3))
     bias = ropecy.RelativeBias.alibi(np.array([0.01, 0.3, 0.1, 1.0]))
-    for near in (None, (30, 2.0)):
+    for near in (None, (30, 2.0), (30, [2.0, 0.5, -1.0, 3.0])):
         case = {"Q": Q, "K": Q[:2], "V": V, "bias": bias, "near": near, "R": ropecy.Rotary(4)}
         compare({**case, "causal": near is None}, "unequal", method="polynomial", eps=1e-12)
     # Grouped heads that share one bias.
@@ -405,7 +405,8 @@ def test_heads_have_plans_of_their_own():
     rng = np.random.default_rng(23)
     slopes = np.array([0.02, 0.03, 0.05, 0.04])
     dO = rng.standard_normal((4, 1600, 3))
-    for options in ({"causal": True}, {}, {"causal": True, "bias": ropecy.RelativeBias.alibi(slopes)}):
+    near = {"causal": True, "near": (20, [0.5, 2.0, 1.0, -1.0])}
+    for options in ({"causal": True}, {}, {"causal": True, "bias": ropecy.RelativeBias.alibi(slopes)}, near):
         case = {**unlike_heads(rng), **options}
         exact, alone = ropecy.attention(**case, method="exact"), ropecy.attention_vjp(**case)[1]
         expected = ropecy.attention_vjp(**case, method="exact")[1](dO)
@@ -425,6 +426,8 @@ def test_heads_have_plans_of_their_own():
                 assert np.linalg.norm(found - truth) <= 2e-2 * np.linalg.norm(truth) + 1e-12, name
             if "bias" in case:
                 np.testing.assert_allclose(g.dbias, expected.dbias, rtol=2e-2)
+            if "near" in case:
+                np.testing.assert_allclose(g.dscale_near, expected.dscale_near, rtol=2e-2)
     case = {**unlike_heads(rng), "causal": True}
     for plan, _ in check_exchange(case, "unequal"):
         assert plan.engine == "mixed"
@@ -587,7 +590,12 @@ def packed_cases(rng):
         {"causal": True, "R": ropecy.Rotary(4, scaling=scaling), "q_offset": keys - rows},
         {"window": (5, 2), "key_mask": rng.random(n_k) < 0.7},
         {"causal": True, "bias": ropecy.RelativeBias.alibi(np.array([0.1, 0.2, 0.3, 1.0])), "q_offset": 2},
-        {"near": (4, 1.5), "causal": True, "W": rng.standard_normal((4, 4)) / 2, "W_V": rng.standard_normal((4, 3))},
+        {
+            "near": (4, [1.5, 0.5, -1.0, 2.0]),
+            "causal": True,
+            "W": rng.standard_normal((4, 4)) / 2,
+            "W_V": rng.standard_normal((4, 3)),
+        },
     ):
         yield {**plain, **more}
 
@@ -707,6 +715,8 @@ def test_bad_input_raises_on_every_rank():
         raises(ValueError, f"rank {last}: dtype: got float32", a, other, other, other)
         raises(ValueError, f"rank {last}: eps", a, X, X, X, eps=0.1 if mine else 0.2)
         raises(ValueError, f"rank {last}: causal", a, X, X, X, causal=mine)
+        heads, near = np.ones((2, 5, 4)), (2, [1.0, 2.0 + mine])
+        raises(ValueError, f"rank {last}: near: got (2, (1.0, 3.0)), wants (2, (1.0, 2.0))", a, *[heads] * 3, near=near)
         raises(ValueError, f"rank {last}: key_mask", a, X, X, X, key_mask=np.arange(5) < 3 if mine else None)
         raises(ValueError, f"rank {last}: W: got an array (4, 4)", a, X, X, X, W=np.eye(4) * (1 + mine))
         other = ropecy.mpi.attention_vjp if mine else a

@@ -94,6 +94,17 @@ def test_a_bias_of_each_head_has_the_gradient_of_each(rng, ours):
     np.testing.assert_allclose(vjp(dO).dbias, expected, rtol=0.05, atol=0.05 * np.abs(expected).max())
 
 
+def test_a_near_scale_of_each_head_has_the_gradient_of_each(rng, ours):
+    """Those of slots that are computed together, and apart from others between them."""
+    case = {**_case(rng, [MILD, SHARP, MILD], n=2000, group=2), "causal": True, "near": (6, np.arange(6) / 2 - 1)}
+    O, vjp = ropecy.attention_vjp(**ours(case), eps=1e-3)
+    assert vjp.certificate.engine == "mixed"
+    dense, dO = oracle.attention(**case), rng.standard_normal(O.shape)
+    np.testing.assert_allclose(O, dense.O, atol=1e-2)
+    exact = ropecy.attention_vjp(**ours(case), method="exact")[1](dO).dscale_near
+    np.testing.assert_allclose(vjp(dO).dscale_near, exact, rtol=0.02, atol=0.02 * np.abs(exact).max())
+
+
 def test_degrees_of_their_own_and_one_engine(rng):
     case = _case(rng, np.geomspace(0.05, 4, 6), n=3000)
     O, certificate = ropecy.attention(**case, eps=1e-3, method="polynomial", return_certificate=True)

@@ -486,7 +486,7 @@ def test_files_that_are_not_states(tmp_path, rng):
     for name in ("text", "other.npz"):
         with pytest.raises(ValueError, match=r"path: got .*, wants a file that DecodeState.save wrote"):
             ropecy.DecodeState.load(tmp_path / name)
-    with pytest.raises(ValueError, match=r"path: got .*; header: got format version 99, wants 4 or an earlier one"):
+    with pytest.raises(ValueError, match=r"path: got .*; header: got format version 99, wants 5 or an earlier one"):
         ropecy.DecodeState.load(tmp_path / "later.npz")
     with pytest.raises(FileNotFoundError):
         ropecy.DecodeState.load(tmp_path / "missing.npz")

@@ -159,7 +159,7 @@ HEADERS = {
     "largest": ([-1.0], [float("nan")], [float("inf")], ["x"], [1.0, 1.0]),
     "lead": ([0], [2, 2], [-2], [10**18], "ab", [1.5], [[2]], [2] * 40),
     "dtype": ("int64", "nothing", None, 3),
-    "version": (0, 5, "4", None, 2),
+    "version": (0, 6, "5", None, 2),
     "slopes": ("a", [[1.0]], [0.5] * 3, [-1.0], -1.0, {}, float("nan")),
     "R": ([], {}, 3, {"base": 0}),
     "options": ([], {}, None),

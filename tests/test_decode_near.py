@@ -6,7 +6,7 @@ import cases
 import numpy as np
 import oracle
 import pytest
-from decode_files import of_version_3
+from decode_files import content, joined, of_version_3, of_version_4, parts
 
 import ropecy
 
@@ -169,3 +169,91 @@ def test_files_of_version_3_have_no_near_field(rng):
     loaded = ropecy.DecodeState.load(io.BytesIO(of_version_3(file.getvalue())))
     assert (repr(loaded), loaded.certificate) == (repr(state), state.certificate)
     np.testing.assert_array_equal(loaded.attend(Q[:, 0]), state.attend(Q[:, 0]))
+
+
+def test_files_of_version_4_have_one_near_scale(rng):
+    Q, K, V = text(rng, 160, (2,), (2,))
+    state = ropecy.DecodeState(6, 5, near=(20, 2.5))
+    state.extend(K, V)
+    loaded = ropecy.DecodeState.load(io.BytesIO(of_version_4(content(state))))
+    np.testing.assert_array_equal(loaded.attend(Q[:, 0]), state.attend(Q[:, 0]))
+
+
+# ---- one scale a head ----
+
+HEADS = {
+    "one head": ((), (), None),
+    "heads": ((2,), (2,), None),
+    "heads of one key head": ((), (3,), None),
+    "grouped": ((2,), (6,), None),
+    "batch": ((3, 1), (3, 2), None),
+    "slopes": ((2,), (4,), [0.5, 0.25, 0.0, 2.0**-8]),
+}
+SCALES = np.array([3.0, -1.5, 0.0, 40.0, 0.2, 1.0])
+
+
+def _of_heads(rng, layout, dtype=np.float64):
+    lead, q_lead, slopes = HEADS[layout]
+    near = 20, SCALES[: q_lead[-1] if q_lead else 1]
+    bias = None if slopes is None else ropecy.RelativeBias.alibi(slopes)
+    return *text(rng, 200, lead, q_lead, dtype=dtype), near, {"bias": bias}, slopes
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("layout", HEADS)
+def test_a_scale_of_each_head(layout, dtype, rng):
+    Q, K, V, near, more, slopes = _of_heads(rng, layout, dtype)
+    state = ropecy.DecodeState(6, 5, ropecy.Rotary(6), eps=1e-5, near=near, **more)
+    state.extend(K[..., :140, :], V[..., :140, :])
+    O, expected = decode(state, Q, K, V, 140), exact(Q, K, V, near, slopes, 140)
+    assert state.certificate.engine == "polynomial"
+    assert error_of(O, expected, V) <= state.certificate.error
+
+
+def test_equal_scales_are_one_number(rng):
+    Q, K, V = text(rng, 160, (2,), (4,))
+    states = [ropecy.DecodeState(6, 5, near=(20, scale), on_break="exact") for scale in (2.5, [2.5] * 4)]
+    one, each = (decode(state, Q, K, V) for state in states)
+    np.testing.assert_array_equal(one, each)
+    np.testing.assert_array_equal(*(state.attend(30 * Q[:, 0]) for state in states))
+
+
+def test_past_the_bound_history_has_a_scale_of_each_head(rng):
+    Q, K, V, near, more, slopes = _of_heads(rng, "slopes")
+    K[:, 150] *= 20
+    state = ropecy.DecodeState(6, 5, ropecy.Rotary(6), near=near, on_break="exact", **more)
+    state.extend(K[:, :140], V[:, :140])
+    O, expected = decode(state, Q, K, V, 140), exact(Q, K, V, near, slopes, 140)
+    assert state.certificate.engine == "exact"
+    assert error_of(O, expected, V) <= 1e-3
+
+
+def test_copies_and_files_of_heads(rng):
+    Q, K, V = text(rng, 160, (2,), (4,))
+    state = ropecy.DecodeState(6, 5, near=(20, SCALES[:4]), on_break="exact")
+    state.extend(K[:, :150], V[:, :150])
+    assert "near=(20, (3.0, -1.5, 0.0, 40.0))" in repr(state)
+    others = [state.copy(), ropecy.DecodeState.load(io.BytesIO(content(state)))]
+    expected = decode(state, Q, K, V, 150)
+    for other in others:
+        np.testing.assert_array_equal(decode(other, Q, K, V, 150), expected)
+        np.testing.assert_array_equal(other.attend(9 * Q[:, 0]), state.attend(9 * Q[:, 0]))
+    header, arrays = parts(content(state))
+    header["options"]["near"] = [20, [1.0, 2.0, 3.0]]
+    with pytest.raises(ValueError, match="near: got 3 scales, wants a multiple of the 2 heads"):
+        ropecy.DecodeState.load(io.BytesIO(joined(header, arrays)))
+
+
+def test_heads_that_do_not_fit_are_refused(rng):
+    Q, K, V = text(rng, 5, (2,), (4,))
+    with pytest.raises(ValueError, match="near: got a scale_near of no head"):
+        ropecy.DecodeState(6, 5, near=(20, []))
+    with pytest.raises(ValueError, match=r"near: got .* beside scale=1e-300, wants a finite multiple"):
+        ropecy.DecodeState(6, 5, scale=1e-300, near=(20, [1.0, 1e300]))
+    state = ropecy.DecodeState(6, 5, near=(20, [1.0, 2.0, 3.0]))
+    with pytest.raises(ValueError, match=r"K, V: got leading axes \(2,\), wants .* that divides the 3 of near"):
+        state.extend(K, V)
+    state = ropecy.DecodeState(6, 5, near=(20, [1.0, 2.0]))
+    state.extend(K, V)
+    with pytest.raises(ValueError, match=r"q: got leading axes \(4,\), wants \(2,\), heads as near has"):
+        state.attend(Q[:, 0])

@@ -75,6 +75,8 @@ def case_drawn(rng):
         case["key_mask"] = mask
     if rng.random() < 0.2:
         case["near"] = (int(rng.integers(1, 40)), float(rng.choice([0.0, 1.0, -1.0, 5.0])) / d)
+        if rng.random() < 0.5:
+            case["near"] = case["near"][0], case["near"][1] * rng.choice([0.1, 1.0, -3.0], heads)
     bias = bias_drawn(rng, heads)
     return case | ({} if bias is None else {"bias": bias}), rng.standard_normal((heads, n, d_v)).astype(np.float32)
 
@@ -90,7 +92,8 @@ def assert_gradients(case, g, dense, dO):
     # Beside a near scale, keys are not centred.
     k = k if "near" in case else k - k.mean(axis=1, keepdims=True)
     size = (np.abs(dO.astype(np.float64)) * spread[:, None]).sum(axis=-1)
-    size *= np.linalg.norm(k, axis=-1).max(axis=1)[:, None] * max(dense.scale, abs(case.get("near", (0, 0.0))[1]))
+    scale = max(dense.scale, np.abs(case.get("near", (0, 0.0))[1]).max())
+    size *= np.linalg.norm(k, axis=-1).max(axis=1)[:, None] * scale
     error = min(g.certificate.error, 0.999)
     allowed = (math.atanh(error) / 2 + g.certificate.rounding) * size
     allowed += 4 * np.finfo(np.float32).eps * np.linalg.norm(expected["dQ"], axis=-1) + TINY

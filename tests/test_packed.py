@@ -173,6 +173,24 @@ def test_the_gradient_of_the_near_scale_is_summed(rng):
     assert vjp(dO).dscale_near == pytest.approx((total(1.5 + h) - total(1.5 - h)) / (2 * h), rel=1e-6)
 
 
+@pytest.mark.parametrize("method", ["exact", "polynomial"])
+def test_a_near_scale_of_each_head(method, rng):
+    """Heads share keys, sequences of one shape are computed together, and the gradients of all are summed."""
+    rows = np.array([70, 33, 70, 12])
+    case = {**_case(rng, rows, rows, heads=(2, 4)), "near": (4, np.array([1.5, 0.5, 0.0, -1.0])), "causal": True}
+    case |= {name: case[name][:, :1] for name in "KV"}
+    dO = rng.standard_normal((2, 4, rows.sum(), D_V))
+    O, _, _, gradients = _expected(case, rows, rows, dO)
+    found, vjp = ropecy.attention_vjp(**case, lengths=rows, method=method, eps=1e-6)
+    np.testing.assert_allclose(found, O, atol=1e-4)
+    g, total = vjp(dO), 0
+    for name, expected in gradients.items():
+        np.testing.assert_allclose(getattr(g, name), expected, atol=1e-3, err_msg=name)
+    for own, _, one in sequences(case, rows, rows):
+        total = total + ropecy.attention_vjp(**one, method="exact")[1](dO[..., own, :]).dscale_near
+    np.testing.assert_allclose(g.dscale_near, total, rtol=1e-4, atol=1e-4)
+
+
 def test_a_near_field_beside_a_polynomial(rng):
     rows = np.array([70, 33, 70])
     case = {**_case(rng, rows, rows), "near": (4, 1.5), "causal": True}

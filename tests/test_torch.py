@@ -152,6 +152,28 @@ def test_near_field_by_a_number_or_a_tensor():
     assert scale_near.grad.dtype == torch.float32 and scale_near.grad.shape == ()
 
 
+def test_near_field_by_a_number_of_each_head():
+    Q, K, V = tensors(*[(2, 3, 40, 8)] * 3)
+
+    def run(scale_near, rows=(Q, K, V)):
+        return scaled_dot_product_attention(*rows, near=(5, scale_near), is_causal=True, **EXACT)
+
+    numbers = [1.5, -0.5, 0.0]
+    scale_near = torch.tensor(numbers, requires_grad=True)
+    found = run(scale_near)
+    assert torch.equal(found, run(numbers)) and torch.equal(found, run(np.array(numbers)))
+    for head, number in enumerate(numbers):
+        assert torch.allclose(found[:, head], run(number)[:, head], rtol=0, atol=1e-12)
+    found.sum().backward()
+    assert scale_near.grad.dtype == torch.float32 and scale_near.grad.shape == (3,)
+    one = torch.tensor([1.5], requires_grad=True)
+    alone = [x[0, 0] for x in (Q, K, V)]
+    result = run(one, alone)
+    assert torch.equal(result, run(1.5, alone))
+    result.sum().backward()
+    assert one.grad.shape == (1,)
+
+
 AUTOCAST = [(None, None, None), (None, torch.bfloat16, torch.float16), (torch.float16, None, torch.bfloat16)]
 
 
@@ -244,6 +266,8 @@ def test_certificate_under_vmap_and_compile():
         ({"window": 0}, ValueError, "window: got 0"),
         ({"near": 3}, TypeError, r"near: got 3, wants a pair \(w, scale_near\)"),
         ({"near": (3, torch.ones(2))}, ValueError, r"near: got a scale_near of shape \(2,\), wants a number"),
+        ({"near": (3, torch.ones(1))}, ValueError, r"near: got .*\(1,\), wants a number, shape \(\), or shape \(4,\)"),
+        ({"near": (3, torch.ones(4, 1))}, ValueError, r"near: got a scale_near of shape \(4, 1\), wants a number"),
         ({"near": (0, 1.0)}, ValueError, "near: got 0"),
         ({"near": (3, math.nan)}, ValueError, "near: got nan"),
         ({"method": "fastest"}, ValueError, "method: got"),

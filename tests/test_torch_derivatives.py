@@ -38,7 +38,7 @@ def test_gradcheck_with_a_near_field(options, method):
     def run(Q, K, V, scale_near):
         return scaled_dot_product_attention(Q, K, V, near=(2, scale_near), threads=1, **options)
 
-    for scale_near in (0.7, 0.0, -1.0):
+    for scale_near in (0.7, 0.0, [-1.0, 0.0]):
         inputs = (Q, K, V, torch.tensor(scale_near, dtype=torch.float64, requires_grad=True))
         assert torch.autograd.gradcheck(run, inputs)
 
@@ -65,11 +65,12 @@ def test_second_derivatives_are_refused():
 def operator_arguments(dtype=torch.float64, masked=False, near=False):
     inputs = tensors((2, 4, 6, 8), (2, 2, 9, 8), (2, 2, 9, 3), dtype=dtype)
     mask = padding(2, 9)[:, None] if masked else None
-    near = (torch.tensor(1.5, requires_grad=True), 3) if near else (None, None)
+    scales = {"one": 1.5, "of heads": [1.5, -0.5, 0.0, 1.0]}
+    near = (torch.tensor(scales[near], requires_grad=True), 3) if near else (None, None)
     return (*inputs, mask, None, None, *near, None, 0.3, True, None, 3, None, 1e-3, "exact", None)
 
 
-@pytest.mark.parametrize("near", [False, True])
+@pytest.mark.parametrize("near", [None, "one", "of heads"])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_opcheck(dtype, masked, near):
@@ -91,7 +92,7 @@ def test_compile(backend):
 
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     for n in (9, 12):  # the second shape is compiled with symbolic sizes
-        inputs = tensors((2, 4, n, 8), (2, 2, n, 8), (2, 2, n, 3), ())
+        inputs = tensors((2, 4, n, 8), (2, 2, n, 8), (2, 2, n, 3), (4,))
         check_same(
             lambda *x, n=n: compiled(*x, padding(2, n)),
             lambda *x, n=n: model(*x, padding(2, n)),
@@ -150,11 +151,12 @@ def test_vmap(lead, axes):
         torch.testing.assert_close(a, torch.stack(b), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("shape", [(), (4,)])
 @pytest.mark.parametrize("axis", [None, 0])
-def test_vmap_with_a_near_field(axis):
+def test_vmap_with_a_near_field(axis, shape):
     """Each element has a gradient of its own by scale_near, whether that is its own or everybody's."""
     Q, K, V = tensors((5, 2, 4, 7, 4), (2, 2, 9, 4), (5, 2, 2, 9, 3))
-    near = torch.linspace(0.5, 2, 5, dtype=torch.float64).requires_grad_()
+    near = torch.linspace(0.5, 2, 5 * math.prod(shape), dtype=torch.float64).reshape(5, *shape).requires_grad_()
     near = near if axis == 0 else near[2].detach().requires_grad_()
 
     def run(Q, K, V, scale_near):

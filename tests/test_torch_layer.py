@@ -68,11 +68,17 @@ def test_bounded_scores(factor, monkeypatch):
     assert 1.9 < largest <= 2.0 * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("near", [None, 0, 5])
-def test_near_field_of_a_bounded_layer(near):
+@pytest.mark.parametrize(("near", "near_by_head"), [(None, False), (0, True), (5, False), (5, True)])
+def test_near_field_of_a_bounded_layer(near, near_by_head):
     """The far scores' products at a temperature of their own; without it, the bounded layer."""
     torch.manual_seed(3)
-    layer = RoPEAttention(24, 6, num_kv_heads=2, bound=2.0, near=near, method="exact").double()
+    layer = RoPEAttention(
+        24, 6, num_kv_heads=2, bound=2.0, near=near, near_by_head=near_by_head, method="exact"
+    ).double()
+    if layer.log_scale_near is not None:
+        assert layer.log_scale_near.shape == (6 if near_by_head else 1,)
+        with torch.no_grad():
+            layer.log_scale_near += torch.linspace(-1, 1, 6)[: len(layer.log_scale_near)]
     x, mask = torch.randn(2, 17, 24, dtype=torch.float64), padding(2, 17)
     x = torch.where(mask[..., None], x, 0)
     q, k, v = (p(x).unflatten(-1, (-1, 4)).transpose(1, 2) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
@@ -82,15 +88,17 @@ def test_near_field_of_a_bounded_layer(near):
     s = q @ k.repeat_interleave(3, dim=1).mT
     t = torch.arange(17) - torch.arange(17)[:, None]
     if near:
-        assert layer.log_scale_near.exp() > 0
-        s = torch.where(t.abs() < near, layer.log_scale_near.exp() * s, 2.0 * s)
+        s = torch.where(t.abs() < near, layer.log_scale_near.exp()[:, None, None] * s, 2.0 * s)
     else:
         assert layer.log_scale_near is None
         s = 2.0 * s
     P = torch.where(mask[:, None, None] & (t <= 0), s, -math.inf).softmax(-1)
     seen = (mask[:, None, None] & (t <= 0)).any(-1, keepdim=True)
     O = torch.where(seen, P, 0) @ v.repeat_interleave(3, dim=1)
-    torch.testing.assert_close(layer(x, mask), layer.o_proj(O.transpose(1, 2).flatten(2)), rtol=0, atol=1e-12)
+    y = layer(x, mask)
+    torch.testing.assert_close(y, layer.o_proj(O.transpose(1, 2).flatten(2)), rtol=0, atol=1e-12)
+    y.square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in layer.parameters())
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ OPTIONS = {
     "causal": {"is_causal": True},
     "rotary": {"is_causal": True, "rotary": ropecy.Rotary(8)},
     "near": {"near": (3, 0.7)},
+    "near of heads": {"near": (3, [0.7, -0.5, 0.0, 2.0])},
     "window": {"window": 5},
 }
 

@@ -15,6 +15,7 @@ LAYERS = {
     "plain": {},
     "bounded": {"bound": 2.0, "near": None},
     "near": {"bound": 2.0, "near": 9},
+    "near by head": {"bound": 0.5, "near": 9, "near_by_head": True, "num_kv_heads": 2},
     "grouped": {"bound": 2.0, "num_kv_heads": 2, "bias": True},
     "grouped, exact": {"num_kv_heads": 1, "bias": True},
     "half rotary": {"bound": 1.0, "rotary": ropecy.Rotary(8, rotary_dim=4)},
@@ -28,7 +29,7 @@ def make(name, dtype=torch.float64, seed=3, eps=1e-4):
     layer = RoPEAttention(32, 4, **({"eps": eps} if LAYERS[name].get("bound") is not True else {}), **LAYERS[name])
     with torch.no_grad():
         if layer.log_scale_near is not None:
-            layer.log_scale_near.fill_(3.0)
+            layer.log_scale_near.copy_(torch.linspace(3, 1, len(layer.log_scale_near)))
     return layer.to(dtype).eval()
 
 
@@ -218,3 +219,14 @@ def test_weights_from_before_the_near_scale_had_an_axis():
     assert before["log_scale_near"].shape == ()
     x = torch.randn(1, 20, 32)
     torch.testing.assert_close(other(x), layer(x))
+
+
+def test_weights_of_one_near_scale_load_where_each_head_has_its_own():
+    one = make("near")
+    each = RoPEAttention(32, 4, eps=1e-4, near_by_head=True, **LAYERS["near"]).double().eval()
+    each.load_state_dict(one.state_dict())
+    assert torch.equal(each.log_scale_near, torch.full((4,), 3.0, dtype=torch.float64))
+    x = torch.randn(1, 20, 32, dtype=torch.float64)
+    assert torch.equal(each(x), one(x))
+    with pytest.raises(RuntimeError, match="size mismatch for log_scale_near"):
+        one.load_state_dict(each.state_dict())

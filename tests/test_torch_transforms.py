@@ -48,7 +48,7 @@ def test_forward_mode(name, monkeypatch):
     torch.autograd.gradcheck(run, inputs, check_backward_ad=False, check_forward_ad=True, fast_mode=True)
 
 
-@pytest.mark.parametrize("scale_near", [0.7, 0.0, -1.0])
+@pytest.mark.parametrize("scale_near", [0.7, 0.0, [-1.0, 0.5]])
 def test_forward_mode_with_a_near_field(scale_near):
     near = torch.tensor(scale_near, dtype=torch.float64, requires_grad=True)
 
@@ -236,7 +236,7 @@ def test_lost_gradients(key_heads, dtype, value):
     """NaN and Inf in dO: NaN for what they reach, and everything else is what it was."""
     shapes = (3, 4, 5, 8), (3, key_heads, 7, 8), (1, key_heads, 7, 2)
     inputs = tensors(*shapes, dtype=dtype)
-    near = torch.tensor(0.5, requires_grad=True)
+    near = torch.tensor([0.5, 1.0, -1.0, 0.0] if key_heads == 2 else 0.5, requires_grad=True)
     out = scaled_dot_product_attention(*inputs, enable_gqa=True, near=(2, near), **EXACT)
     grad = torch.ones_like(out)
     whole = torch.autograd.grad(out, [*inputs, near], grad, retain_graph=True)
@@ -244,7 +244,8 @@ def test_lost_gradients(key_heads, dtype, value):
     lost = torch.autograd.grad(out, [*inputs, near], grad)
     head = 2 * key_heads // 4
     reached = [torch.zeros(x.shape, dtype=torch.bool) for x in (*inputs, near)]
-    reached[0][1, 2, 3] = reached[1][1, head] = reached[2][0, head] = reached[3][()] = True
+    reached[0][1, 2, 3] = reached[1][1, head] = reached[2][0, head] = True
+    reached[3][2 if near.dim() else ()] = True
     for found, before, where in zip(lost, whole, reached, strict=True):
         assert torch.equal(found.isnan(), where)
         if found.shape[0:1] == (3,):

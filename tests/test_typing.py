@@ -31,7 +31,7 @@ reveal_type(g)  # Gradients
 reveal_type(g.dQ)  # ndarray
 reveal_type(g.dW_K)  # ndarray
 reveal_type(g.dbias)  # ndarray
-reveal_type(g.dscale_near)  # float
+reveal_type(g.dscale_near)  # float | Any
 reveal_type(g.certificate.error)  # float
 L = ropecy.loss_grad(Q, Q, Q, Q, W=np.eye(4))
 reveal_type(L)  # LossGradients

@@ -66,7 +66,7 @@ def attention(
     scale: float | None = None,
     causal: bool = False,
     window: int | tuple[int, int] | None = None,
-    near: tuple[int, float] | None = None,
+    near: tuple[int, ArrayLike] | None = None,
     bias: RelativeBias | None = None,
     key_mask: ArrayLike | None = None,
     q_positions: ArrayLike | None = None,
@@ -106,9 +106,9 @@ def attention(
     window : int or (int, int), optional
         w: i + q_offset - w < j <= i + q_offset; (left, right): -left <= j - (i + q_offset) <= right. Masks combine
         by "and"; a row that sees no key gives 0 and gradient 0.
-    near : (int, float), optional
+    near : (int, float or (heads,) array), optional
         (w, scale_near): where \|j - (i + q_offset)\| < w the score has scale_near in the place of scale, and is always
-        computed exactly.
+        computed exactly. scale_near is one number, or one for each query head.
     bias : RelativeBias, optional
         b, added to the scores by index.
     key_mask : bool array, optional
@@ -251,9 +251,10 @@ def attention_vjp(
         As `attention` gives it.
     vjp : VJP
         ``g = vjp(dO)`` has ``g.dQ``, ``g.dK``, ``g.dV``, and ``g.dW``, ``g.dW_Q``, ``g.dW_K``, ``g.dW_V``, ``g.dbias``,
-        ``g.dR`` (of a RelativeFamily) of what was given, each in the shape and dtype of its argument; with `near` the
-        float ``g.dscale_near``, sum_ij dS_ij <q_i, k_j> over the near pairs; and ``g.certificate``. ``vjp.certificate``
-        is that of O. May be called again; the inputs must not be changed before the last call.
+        ``g.dR`` (of a RelativeFamily) of what was given, each in the shape and dtype of its argument; with `near`
+        ``g.dscale_near``, sum_ij dS_ij <q_i, k_j> over the near pairs, a float, or a float64 array with that of each
+        head where scale_near is one; and ``g.certificate``. ``vjp.certificate`` is that of O. May be called again; the
+        inputs must not be changed before the last call.
 
     Raises
     ------

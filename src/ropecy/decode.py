@@ -49,10 +49,10 @@ class DecodeState:
         first keys. The state itself is float64.
     window : int, optional
         How many of the last tokens, the newest included, have exact weights, in one softmax with all other tokens.
-    near : (int, float), optional
+    near : (int, float or (heads,) array), optional
         (w, scale_near): the last w tokens, the newest included, have exact weights of scores with scale_near in the
-        place of scale, whatever size these scores have; `bound` and `eps` concern the other tokens. It is the `near` of
-        `ropecy.attention`, and takes the place of `window`.
+        place of scale, whatever size these scores have; `bound` and `eps` concern the other tokens. scale_near is one
+        number, or one for each query head. It is the `near` of `ropecy.attention`, and takes the place of `window`.
     bias : RelativeBias, optional
         ``RelativeBias.alibi(slope)`` with one slope of at least 0, or one for each query head.
     on_break : {"raise", "exact"}
@@ -113,7 +113,7 @@ class DecodeState:
         scale: float | None = None,
         dtype: DTypeLike | None = None,
         window: int | None = None,
-        near: tuple[int, float] | None = None,
+        near: tuple[int, ArrayLike] | None = None,
         bias: RelativeBias | None = None,
         on_break: str = "raise",
     ) -> None:

@@ -17,8 +17,8 @@ class Gradients:
     dQ, dK, dV : ndarray
     dW, dW_Q, dW_K, dW_V, dbias, dR : ndarray
         There only where the argument was given, `dR` where R is a RelativeFamily.
-    dscale_near : float
-        There only with `near`.
+    dscale_near : float or (heads,) float64 array
+        There only with `near`, in the shape of its scale.
     certificate : Certificate
         Of the gradients.
     """
@@ -32,7 +32,7 @@ class Gradients:
     dW_V: np.ndarray
     dbias: np.ndarray
     dR: np.ndarray
-    dscale_near: float
+    dscale_near: float | Any
     certificate: Certificate
 
     def __init__(self, **entries: Any) -> None:

@@ -246,7 +246,8 @@ class AttentionMatrix(Operator):
         if count and seen.any():
             scale = problem.scale
             if problem.near is not None:
-                scale = np.where(np.abs(t) < problem.near[0], problem.near[1], scale)
+                near = np.asarray(problem.near.scale)[..., None]
+                scale = np.where(np.abs(t) < problem.near.width, near, scale)
             if problem.family is not None:
                 # Without packed sequences all entries of the diagonal have one offset.
                 q = q @ problem.family.matrix(int(-t[0]), k.shape[-1])

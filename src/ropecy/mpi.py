@@ -403,7 +403,7 @@ def _traffic(call: Call, pieces: Pieces, found: Planned, grad: bool) -> Traffic:
         total += found.executable.traffic(Sender(outline, pieces.layout, pieces.comm.rank, pieces.masked, grad))
     if grad:
         total += maxima(8, size)
-        total += Traffic() if outline.near is None else totals(1, size)
+        total += Traffic() if a.near is None else totals(a.heads if isinstance(a.near[1], tuple) else 1, size)
         for X in (a.W, a.W_Q, a.W_K, a.W_V, None if a.bias is None else call.bias_gradient(None)):
             total += Traffic() if X is None else totals(X.size, size)
     return total

@@ -26,7 +26,7 @@ class _Shared(TypedDict, total=False):
     scale: float | None
     causal: bool
     window: int | tuple[int, int] | None
-    near: tuple[int, float] | None
+    near: tuple[int, ArrayLike] | None
     bias: RelativeBias | None
     key_mask: ArrayLike | None
     q_positions: ArrayLike | None

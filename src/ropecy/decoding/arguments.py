@@ -21,6 +21,7 @@ from ..problem.checks import (
     check_near,
     check_number,
     described,
+    scales_of,
 )
 from ..relative import RelativeBias, RelativeFamily
 from ..rotary import Rotary
@@ -41,7 +42,7 @@ class DecodeOptions:
     scale: float
     dtype: np.dtype | None
     window: int | None
-    near: tuple[int, float] | None
+    near: tuple[int, float | tuple[float, ...]] | None
     bias: RelativeBias | None
     on_break: str
 
@@ -51,9 +52,22 @@ class DecodeOptions:
         return self.near[0] if self.near else self.window or 0
 
     @property
-    def stretched(self) -> tuple[int, float]:
-        """How many of the last tokens are near, and what their scores by `scale` are multiplied by."""
-        return (self.near[0], self.near[1] / self.scale) if self.near else (0, 1.0)
+    def stretched(self) -> tuple[int, float | tuple[float, ...]]:
+        """How many of the last tokens are near, and what their scores by `scale` are multiplied by in each head."""
+        if self.near is None:
+            return 0, 1.0
+        width, scale = self.near
+        return width, tuple(each / self.scale for each in scale) if isinstance(scale, tuple) else scale / self.scale
+
+    @property
+    def largest_stretch(self) -> float:
+        """The largest size of what scores of near tokens are multiplied by."""
+        return max(abs(each) for each in scales_of(self.stretched))
+
+    @property
+    def heads_of_near(self) -> int | None:
+        """How many query heads have a near scale each; None where one is for all."""
+        return len(self.near[1]) if self.near and isinstance(self.near[1], tuple) else None
 
 
 def check_decode(d: Any, d_v: Any, R: Any, options: Mapping[str, Any]) -> DecodeOptions:
@@ -79,12 +93,14 @@ def check_decode(d: Any, d_v: Any, R: Any, options: Mapping[str, Any]) -> Decode
     return DecodeOptions(d, d_v, R, eps, bound, scale, dtype, window, near, bias, options["on_break"])
 
 
-def _near(near: Any, window: int | None, scale: float) -> tuple[int, float]:
+def _near(near: Any, window: int | None, scale: float) -> tuple[int, float | tuple[float, ...]]:
     """The pair (w, scale_near), if a scale of far tokens and no window stand beside it."""
     near = check_near(near)
     if window is not None:
         raise ValueError(f"near: got {near} beside window={window}, wants one of the two: near tokens are exact")
-    if scale == 0 or not math.isfinite(near[1] / scale):
+    if near[1] == ():
+        raise ValueError("near: got a scale_near of no head, wants a number, or one for each query head")
+    if scale == 0 or not all(math.isfinite(each / scale) for each in scales_of(near)):
         raise ValueError(f"near: got {near} beside scale={scale:g}, wants a finite multiple of a scale other than 0")
     return near
 
@@ -173,6 +189,10 @@ def check_tokens(
         raise ValueError(
             f"{names}: got leading axes {together}, wants a number of heads that divides the {bias.heads} of bias"
         )
+    if o.heads_of_near is not None and o.heads_of_near % (lead[-1] if lead else 1):
+        raise ValueError(
+            f"{names}: got leading axes {together}, wants a number of heads that divides the {o.heads_of_near} of near"
+        )
     counts = check_counts(told, lead, 1 if single else arrays[0].shape[-2])
     if counts is not None:
         arrays = [_taken(X, lead, counts, axes) for X in arrays]
@@ -198,6 +218,8 @@ def check_query(
         raise ValueError(f"q: got leading axes {own}, wants {wants}")
     if bias is not None and bias.heads not in (None, 1) and own[-1:] != (bias.heads,):
         raise ValueError(f"q: got leading axes {own}, wants {(*lead[:-1], bias.heads)}, heads as bias has")
+    if o.heads_of_near not in (None, own[-1] if own else 1):
+        raise ValueError(f"q: got leading axes {own}, wants {(*lead[:-1], o.heads_of_near)}, heads as near has")
     if counts is not None:
         q = _taken(q, lead, counts, 1)
     check_finite("q", q)

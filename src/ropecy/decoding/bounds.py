@@ -52,13 +52,12 @@ def rounding(B: float) -> float:
 def rounding_of_near(o: DecodeOptions, B: float) -> float:
     """The rounding error that scores of near tokens add to results, in units of the range of values.
 
-    They are within [-S, S], S = |scale_near / scale| B, in float64, and each is off by (8 + sqrt(d) / 2) S units: rows
-    are multiplied and rotated, products are summed and multiplied, and the largest exponent is taken from them. Where
-    scores are off by e, a result moves by at most e times the range, and never by more than the range.
+    They are within [-S, S], S = max |scale_near / scale| B, in float64, and each is off by (8 + sqrt(d) / 2) S units:
+    rows are multiplied and rotated, products are summed and multiplied, and the largest exponent is taken from them.
+    Where scores are off by e, a result moves by at most e times the range, and never by more than the range.
     """
-    width, stretch = o.stretched
     unit = float(np.finfo(np.float64).eps) / 2
-    return min(1.0, unit * (8 + math.sqrt(o.d) / 2) * abs(stretch) * B) if width else 0.0
+    return min(1.0, unit * (8 + math.sqrt(o.d) / 2) * o.largest_stretch * B) if o.near else 0.0
 
 
 def exact_rounding(o: DecodeOptions, dtype: np.dtype, slope: float, length: int, largest: float) -> float:
@@ -71,7 +70,7 @@ def exact_rounding(o: DecodeOptions, dtype: np.dtype, slope: float, length: int,
     for the last token m, whose bias is 0. However wrong the weights are, the result changes by no more than the range.
     What summation adds is that of the exact engine.
     """
-    unit, size = float(np.finfo(computed(dtype)).eps) / 2, largest * max(1.0, abs(o.stretched[1]))
+    unit, size = float(np.finfo(computed(dtype)).eps) / 2, largest * max(1.0, o.largest_stretch)
     bias = min(slope * length, 2 * size + math.log(max(1, length)))
     return sums_rounding(computed(dtype), length) + min(1.0, unit * (2 + math.sqrt(o.d) / 2) * (size + bias))
 
@@ -145,7 +144,7 @@ def largest_number(dtype: np.dtype) -> float:
 
 def largest_score(o: DecodeOptions, dtype: np.dtype) -> float:
     """The largest |scale| ||x||^2 that exact attention accepts: no part of a score comes near overflow below it."""
-    return largest_number(computed(dtype)) * 2.0**-20 / max(1.0, abs(o.stretched[1]))
+    return largest_number(computed(dtype)) * 2.0**-20 / max(1.0, o.largest_stretch)
 
 
 def polynomial(o: DecodeOptions, dtype: np.dtype, degree: int | None = None) -> poly.Polynomial:

@@ -23,15 +23,15 @@ from ..relative import RelativeBias
 from ..rotary import Rotary
 from .arguments import DecodeOptions
 
-VERSION = 4
+VERSION = 5
 _OPTIONS = ("d", "d_v", "eps", "bound", "scale", "window", "near", "on_break")
 _ROTARY = ("base", "pairing", "rotary_dim", "scaling", "length")
 _HEADER = {"version", "options", "R", "slopes", "dtype", "lead", "degree", "largest", "asked", "folded"}
 _HEADER |= {"lengths", "exact"}
 # For each version of the format, the entries of the header that it lacks. Version 1 had no bias. Version 2 had no
 # compensation, and added each token to the sums as soon as it left the window. Before version 4 all streams had one
-# `length`, all were exact or none, and no option was `near`.
-_LATER = {4: set(), 3: {"lengths", "exact"}}
+# `length`, all were exact or none, and no option was `near`. In version 4 all heads had one `near` scale.
+_LATER = {5: set(), 4: set(), 3: {"lengths", "exact"}}
 _LATER[2] = _LATER[3] | {"folded", "asked"}
 _LATER[1] = _LATER[2] | {"slopes"}
 # Up to here float64 holds every position and count exactly.
@@ -294,6 +294,9 @@ def _check_header(header: dict[str, Any]) -> None:
         raise ValueError("length: got 0 beside leading axes")
     if len(flat) > 1 and lead and len(flat) % lead[-1]:
         raise ValueError(f"slopes: got {len(flat)}, wants a multiple of the {lead[-1]} heads")
+    near = options["near"]
+    if isinstance(near, list) and len(near) == 2 and isinstance(near[1], list) and lead and len(near[1]) % lead[-1]:
+        raise ValueError(f"near: got {len(near[1])} scales, wants a multiple of the {lead[-1]} heads")
 
 
 def _check_count(name: str, value: Any, least: int, most: int) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from ..engines.exact import streaming
 from ..machine.threads import default_threads
 from ..problem.mask import Mask
+from ..problem.near import Near
 from ..problem.problem import Problem
 from .arguments import DecodeOptions
 from .bounds import Values
@@ -20,8 +21,8 @@ class History:
     Parameters
     ----------
     keys, values : arrays
-    near : (int, float)
-        How many of the last tokens have scores that are multiplied, and by what.
+    near : (int, float or tuple of float)
+        How many of the last tokens have scores that are multiplied, and by what, one for all query heads or for each.
 
     Attributes
     ----------
@@ -30,7 +31,7 @@ class History:
         arrays is not kept here; the caller passes it to the methods.
     """
 
-    def __init__(self, keys: np.ndarray, values: np.ndarray, near: tuple[int, float]) -> None:
+    def __init__(self, keys: np.ndarray, values: np.ndarray, near: tuple[int, float | tuple[float, ...]]) -> None:
         self.keys, self.values, self._near = keys, values, near
 
     @classmethod
@@ -75,7 +76,7 @@ class History:
             scale=1.0,
             mask=Mask(1, length, offset=length - 1),
             bias=bias,
-            near=self._near if self._near[0] else None,
+            near=Near.of(*self._near, *rows.shape[:2]) if self._near[0] else None,
             threads=default_threads(),
         )
         o = streaming.forward(problem, math.inf, False)[0].reshape(*rows.shape[:2], -1)

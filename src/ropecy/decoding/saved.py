@@ -15,7 +15,7 @@ from .file import SavedState
 from .history import History
 from .rows import Rows
 from .streams import Streams
-from .sums import BLOCK, Sums, slopes_of_key_heads
+from .sums import BLOCK, Sums, of_key_heads
 
 Arrays = dict[str, np.ndarray]
 
@@ -82,7 +82,7 @@ def _told(source: SavedState, o: DecodeOptions) -> _Told:
     header, lead = source.header, source.header["lead"]
     streams, heads = math.prod(lead[:-1]), lead[-1] if lead else 1
     slopes = np.zeros(1) if o.bias is None else np.atleast_1d(o.bias._values)
-    each = slopes_of_key_heads(slopes, heads).shape[1] if slopes.size > 1 else 1
+    each = of_key_heads(slopes, heads).shape[1] if slopes.size > 1 else 1
     lengths = header["lengths"]
     mean = sum(lengths) / len(lengths) if isinstance(lengths, list) else lengths
     bounds.check_memory(o, header["degree"], streams * heads, each, mean)

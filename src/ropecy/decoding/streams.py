@@ -14,7 +14,7 @@ from . import bounds
 from .arguments import DecodeOptions
 from .history import History
 from .rows import PIECE, Rows
-from .sums import Sums, slopes_of_key_heads
+from .sums import Sums, of_key_heads
 
 # The largest number of tokens that `extend` works on at a time; `bounds.rounding` assumes blocks of that size.
 _TOKENS = 2**16
@@ -46,7 +46,7 @@ class Streams:
         self._o, self._rows, self.lead, self.dtype = o, rows, lead, dtype
         streams, heads = math.prod(lead[:-1]), lead[-1] if lead else 1
         slopes = np.zeros(1) if o.bias is None else np.atleast_1d(o.bias._values)
-        slopes = slopes_of_key_heads(slopes, heads)
+        slopes = of_key_heads(slopes, heads)
         self.polynomial = bounds.polynomial(o, dtype, degree)
         bounds.check_memory(o, self.polynomial.degree, streams * heads, slopes.shape[1])
         self.values = bounds.Values.none((streams, heads, o.d_v))

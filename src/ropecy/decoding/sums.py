@@ -69,7 +69,8 @@ class Sums:
     def __init__(self, monomials: Monomials, slopes: np.ndarray, options: DecodeOptions, centre: np.ndarray) -> None:
         (streams, heads, d_v), lanes = centre.shape, _monomials.lanes_of(np.float64)
         self.monomials, self.slopes, self.centre = monomials, slopes, centre
-        self.window, self._near = options.recent, options.stretched
+        width, stretch = options.stretched
+        self.window, self._near = options.recent, (width, of_key_heads(np.atleast_1d(stretch), heads))
         self.decays, self._capacity = bool(slopes.any()), self.window + BLOCK + 1
         pitch = -(-self._capacity // lanes) * lanes
         self._none = np.zeros((2, slopes.size, d_v + 1, monomials.pitch))
@@ -324,11 +325,11 @@ class Sums:
         return np.concatenate([start + np.arange(size) for start, size in zip(m.offset, sizes, strict=True)])
 
 
-def slopes_of_key_heads(slopes: np.ndarray, key_heads: int) -> np.ndarray:
-    """The slopes of a bias, one or one for each query head, as (key heads, S).
+def of_key_heads(numbers: np.ndarray, key_heads: int) -> np.ndarray:
+    """Numbers of query heads, or one for all of them, as (key heads, S).
 
-    S is 1 where all query heads of a key head have the same slope, and else the number of query heads of a key head.
+    S is 1 where all query heads of a key head have the same, and else the number of query heads of a key head.
     """
-    each = slopes.reshape(1 if slopes.size == 1 else key_heads, -1)
+    each = numbers.reshape(1 if numbers.size == 1 else key_heads, -1)
     each = each[:, :1] if (each == each[:, :1]).all() else each
     return np.ascontiguousarray(np.broadcast_to(each, (key_heads, each.shape[1])))

@@ -30,6 +30,7 @@ cdef extern from "c/exact.h" nogil:
         const void *symbol
         ptrdiff_t symbol_head, symbol_group
         const void *factor
+        const ptrdiff_t *factor_start
         const void *key_shift
         void *key_pack
         void *value_pack
@@ -106,6 +107,7 @@ cdef void describe(rc_exact_problem *p, q, k, v, tables):
     p.scale, p.gain = tables.scale, tables.gain
     p.bounded = <const unsigned char *>pointer(tables.bounded)
     p.symbol, p.factor, p.key_shift = pointer(tables.symbol), pointer(tables.factor), pointer(tables.key_shift)
+    p.factor_start = <const ptrdiff_t *>pointer(tables.factor_start)
     p.everywhere, p.masked = tables.everywhere, tables.masked
     if tables.symbol is not None:
         length = tables.symbol.shape[2]

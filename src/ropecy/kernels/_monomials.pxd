@@ -76,7 +76,8 @@ cdef extern from "c/monomials.h" nogil:
         const ptrdiff_t *length
         const ptrdiff_t *recent
         ptrdiff_t near
-        double stretch
+        ptrdiff_t stretches
+        const double *stretch
         const double *value_centre
         const double *rows
         const double *v

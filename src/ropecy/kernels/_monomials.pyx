@@ -392,7 +392,7 @@ cdef class Decoder:
     value_centre : (streams, H, d_v)
     slopes : (H, S)
         By how much a token's score falls with each that follows; S is 1, or as many as a key head has queries.
-    near : (int, float)
+    near : (int, (H, 1 or G) array)
         How many of the last tokens have scores that are multiplied, and by what.
     """
 
@@ -403,9 +403,10 @@ cdef class Decoder:
         cdef rc_decode_problem *p = &self.p
         ring_keys, tokens, p.capacity = ring
         states = addresses(sums)
-        self.arrays = [monomials, sums, states, ring_keys, tokens, value_centre, slopes]
+        self.arrays = [monomials, sums, states, ring_keys, tokens, value_centre, slopes, near]
         p.heads, p.d, p.ring_pitch = ring_keys.shape[1:]
-        p.near, p.stretch = near
+        p.near, stretch = near
+        p.stretches, p.stretch = stretch.shape[1], <const double *>pointer(stretch)
         p.d_v, p.degree, p.pitch = value_centre.shape[2], monomials.degree, monomials.pitch
         p.offset, p.count = <const ptrdiff_t *>pointer(monomials.offset), <const ptrdiff_t *>pointer(monomials.count)
         p.weights = <const double *>pointer(monomials.weights)

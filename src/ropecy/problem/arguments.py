@@ -27,10 +27,12 @@ from .checks import (
     check_eps,
     check_finite,
     check_flag,
+    check_heads_of_near,
     check_integer,
     check_near,
     check_number,
     described,
+    scales_of,
     without_repeats,
 )
 from .packed import Packed, check_lengths
@@ -74,7 +76,7 @@ class Arguments:
     d: int
     d_v: int
     scale: float
-    near: tuple[int, float] | None
+    near: tuple[int, float | tuple[float, ...]] | None
     lo: int | None
     hi: int | None
     q_offset: int
@@ -158,6 +160,7 @@ def check_arguments(Q: Any, K: Any, V: Any, R: Any, **options: Any) -> Arguments
     if bias is not None and bias.heads not in (None, 1) and (not lead or bias.heads != lead[-1]):
         heads = lead[-1] if lead else "none: Q, K and V have no head axis"
         raise ValueError(f"bias: got one for each of {bias.heads} heads, wants heads as Q has ({heads})")
+    check_heads_of_near(simple["near"], lead[-1] if lead else 1)
     compute = _computed(dtype)
     key_mask, q_positions, k_positions = options["key_mask"], options["q_positions"], options["k_positions"]
     if key_mask is not None:
@@ -261,13 +264,17 @@ def _check_memory(given: dict[str, np.ndarray], lead: tuple[int, ...], compute: 
         require(result + laid_out, f"the result, of shape {shape}, with what is copied of Q, K and V")
 
 
-def _check_scale(scale: Any, near: tuple[int, float] | None, d: int, compute: np.dtype) -> float:
-    """The scale of scores, 1/d by default. It and the scale of near offsets must be finite in the dtype `compute`."""
+def _check_scale(scale: Any, near: tuple[int, float | tuple[float, ...]] | None, d: int, compute: np.dtype) -> float:
+    """The scale of scores, 1/d by default. It and the scales of near offsets must be finite in the dtype `compute`."""
     scale = 1 / d if scale is None else check_number("scale", scale)
-    most = _LARGEST[compute]
-    for name, number in (("scale", scale), ("near", 0.0 if near is None else near[1])):
+    most, scales = _LARGEST[compute], () if near is None else scales_of(near)
+    for name, number in (("scale", scale), *(("near", each) for each in scales)):
         if not -most <= number <= most:
             raise ValueError(f"{name}: got {number}, wants a number that {compute} can hold")
+    # One power of two keeps the scores of all heads from overflow.
+    room, largest = most**0.75, max(scales, key=abs, default=0.0)
+    if len(set(scales)) > 1 and abs(largest) > room:
+        raise ValueError(f"near: got {largest} beside other scales, wants at most {room:.3g} where heads differ")
     return scale
 
 

@@ -20,6 +20,7 @@ from .communicator import SERIAL, Communicator
 from .family import Family
 from .input_gradients import AS_IT_IS, Exponents, InputGradients, SymbolGradient
 from .mask import Mask
+from .near import Near
 from .problem import Origin, Problem, unit_of
 from .request import Request
 from .rows import Rows, contiguous, spread
@@ -85,7 +86,7 @@ class Call:
             v=v,
             scale=a.scale,
             mask=mask,
-            near=a.near,
+            near=a.near and Near.of(*a.near, slots, group),
             bias=None if a.bias is None or 0 in (a.n, a.n_k) else self.symbol(mask.least, mask.most),
             tail=None if a.bias is None else self.tail,
             family=None if a.family is None else self._family(),
@@ -179,8 +180,7 @@ class Call:
             exponent = exponents.scores
             gradients = {"d" + name: self._cast(X) for name, X in arrays.items()}
             if a.near is not None:
-                near = np.float64(found.scale_near or 0.0)
-                gradients["dscale_near"] = np.ldexp(np.float64(comm.total(near)), exponents.near)
+                gradients["dscale_near"] = np.ldexp(comm.total(self._near_gradient(found.scale_near)), exponents.near)
             if a.bias is not None:
                 gradients["dbias"] = self._bias_gradient(found.symbol, exponent, comm)
             if a.family is not None:
@@ -210,6 +210,12 @@ class Call:
             found = self.bias_gradient(part).astype(np.float64)
             own = own + found if place else found
         return np.ldexp(comm.total(own), exponent).astype(nothing.dtype)
+
+    def _near_gradient(self, each: np.ndarray | None) -> np.ndarray:
+        """The gradient by scale_near, in its shape, of this process, from that of each slot and query head, or 0."""
+        one = not isinstance(self.arguments.near[1], tuple)
+        each = np.zeros((1, self.heads)) if each is None else each.reshape(-1, self.heads)
+        return each.sum() if one else each.sum(axis=0)
 
     def _family_gradient(self, entries: np.ndarray | None, exponent: int) -> np.ndarray:
         """The gradient by the matrices of a family, times 2^exponent; `entries` None means 0: no query sees a key."""

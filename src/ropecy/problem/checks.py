@@ -20,7 +20,8 @@ _COMPUTED = (np.dtype(np.float32), np.dtype(np.float64))
 
 def described(value: Any) -> str:
     """A value as messages show it: its type, and the value itself unless it is an array."""
-    return f"{type(value).__name__} {value!r}" if np.ndim(value) == 0 else type(value).__name__
+    alone = not isinstance(value, (tuple, list)) and np.ndim(value) == 0
+    return f"{type(value).__name__} {value!r}" if alone else type(value).__name__
 
 
 def check_integer(name: str, value: Any, least: int | None = None) -> int:
@@ -78,12 +79,34 @@ def as_pair(value: Any) -> tuple[Any, Any] | None:
     return tuple(value) if isinstance(value, (tuple, list)) and len(value) == 2 else None
 
 
-def check_near(near: Any) -> tuple[int, float]:
-    """The pair (w, scale_near): an integer of at least 1 and a finite number."""
+def check_near(near: Any) -> tuple[int, float | tuple[float, ...]]:
+    """The pair (w, scale_near): an integer of at least 1, and a finite number or a tuple of them, one for each head."""
     pair = as_pair(near)
     if pair is None:
         raise TypeError(f"near: got {described(near)}, wants a pair (w, scale_near)")
-    return check_integer("near", pair[0], least=1), check_number("near", pair[1])
+    width, scale = check_integer("near", pair[0], least=1), pair[1]
+    try:
+        axes = np.ndim(scale)
+    except ValueError:
+        raise TypeError(f"near: got {described(scale)} of unlike things, wants numbers, one for each head") from None
+    if axes > 1:
+        raise ValueError(f"near: got a scale_near of shape {np.shape(scale)}, wants a number, or shape (heads,)")
+    if axes == 0:
+        return width, check_number("near", scale)
+    return width, tuple(check_number("near", each) for each in scale)
+
+
+def scales_of(near: tuple[int, float | tuple[float, ...]]) -> tuple[float, ...]:
+    """The scale of a checked pair (w, scale_near), or those of all heads."""
+    return near[1] if isinstance(near[1], tuple) else (near[1],)
+
+
+def check_heads_of_near(near: tuple[int, float | tuple[float, ...]] | None, heads: int) -> None:
+    """Raise unless scale_near is one number or has one for each of so many heads."""
+    if near is not None and isinstance(near[1], tuple) and len(near[1]) != heads:
+        raise ValueError(
+            f"near: got a scale_near of shape ({len(near[1])},), wants a number, or shape ({heads},), one for each head"
+        )
 
 
 def check_flag(name: str, value: Any) -> bool:

@@ -60,8 +60,9 @@ class InputGradients:
         Parts of the gradient of the bias, to be added up. If the sequence is in pieces, those that this process found.
     family : (|S|, n + n_k - 1) float64 array or None
         The gradient of the entries of a family at the offsets t = i + offset - j, from the least on.
-    scale_near : float or None
-        The gradient of the near field's scale. If the sequence is in pieces, the part that this process found.
+    scale_near : (H, G) float64 array or None
+        The gradient of the near field's scale, of each slot and query head. If the sequence is in pieces, the part that
+        this process found.
     """
 
     dq: np.ndarray
@@ -69,4 +70,4 @@ class InputGradients:
     dv: np.ndarray
     symbol: tuple[SymbolGradient, ...] = ()
     family: np.ndarray | None = None
-    scale_near: float | None = None
+    scale_near: np.ndarray | None = None

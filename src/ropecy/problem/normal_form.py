@@ -136,9 +136,8 @@ def normal_form(problem: Problem, grad: bool, comm: Communicator = SERIAL) -> No
     balance, growth = _balance(problem, comm) if grad else (None, 0)
     if balance is not None:
         q, k = np.ldexp(problem.q, balance.q[:, None, None, None]), np.ldexp(problem.k, balance.k[:, None, None])
-        scale, near = math.ldexp(problem.scale, balance.scale), problem.near
-        near = near and (near[0], math.ldexp(near[1], balance.scale))
-        problem = replace(problem, q=q, k=k, scale=scale, near=near)
+        scale = math.ldexp(problem.scale, balance.scale)
+        problem = replace(problem, q=q, k=k, scale=scale, near=problem.near and problem.near.times_power(balance.scale))
     normal = Normal(problem, balance=balance, growth=growth)
     if problem.near is None and problem.family is None:
         low, high = _ends(problem.k, problem, comm)

@@ -19,6 +19,7 @@ from ..approximation import bias_forms as forms
 from ..kernels import _rows
 from .family import Family
 from .mask import Mask
+from .near import Near
 
 # The limits of the dtypes that are computed in; to look them up here is faster than to ask NumPy for them.
 LIMITS = {np.dtype(kind): np.finfo(kind) for kind in (np.float32, np.float64)}
@@ -116,8 +117,8 @@ class Outline:
     scale : float
         Multiplies the inner products.
     mask : Mask
-    near : (int, float) or None
-        (w, scale_near): where |j - i - offset| < w the score has scale_near in the place of scale.
+    near : Near or None
+        Where |j - i - offset| is below its width the score has its scale in the place of `scale`.
     bias : (H or 1, G or 1, n + n_k - 1) float64 array or None
         What is added to the scores at the offset t = j - i - offset, at index t - mask.least.
     tail : callable or None
@@ -134,7 +135,7 @@ class Outline:
     dtype: np.dtype
     scale: float = 1.0
     mask: Mask
-    near: tuple[int, float] | None = None
+    near: Near | None = None
     bias: np.ndarray | None = None
     tail: Callable[[int, float], forms.Tail | None] | None = None
     family: Family | None = None
@@ -161,8 +162,8 @@ class Outline:
 
     @property
     def largest_scale(self) -> float:
-        """The larger of |scale| and |scale_near|."""
-        return abs(self.scale) if self.near is None else max(abs(self.scale), abs(self.near[1]))
+        """The largest of |scale| and of |scale_near| of all heads."""
+        return abs(self.scale) if self.near is None else max(abs(self.scale), self.near.largest)
 
     @property
     def terms(self) -> int:
@@ -195,9 +196,10 @@ class Outline:
         # Query heads of the only slot may have biases of their own; then every slot is to have its own.
         if bias is not None and (len(bias) > 1 or (self.sizes.H == 1 and bias.shape[1] > 1)):
             bias = bias[which]
+        near = self.near and self.near.at(which)
         tail = None if self.tail is None else partial(_tail_of_slots, self.tail, self.sizes, which)
         origin = self.origin.slots(which, self.sizes.H)
-        return {"mask": self.mask.slots(which), "bias": bias, "tail": tail, "origin": origin}
+        return {"mask": self.mask.slots(which), "near": near, "bias": bias, "tail": tail, "origin": origin}
 
     def resized(self, n: int, n_k: int) -> Outline:
         """An outline with n rows and n_k keys that begin together, and with the same band.
@@ -262,6 +264,7 @@ class Problem(Outline):
             q=self.q.reshape(H * G, 1, n, d),
             k=np.repeat(self.k, G, axis=0),
             v=np.repeat(self.v, G, axis=0),
+            near=self.near and self.near.ungrouped(),
             bias=bias,
             mask=self.mask.repeated(G),
             origin=replace(

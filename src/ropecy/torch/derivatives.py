@@ -188,11 +188,11 @@ def _tangent(tensors: tuple[Any, ...], tangents: tuple[Any, ...], options: tuple
         if width is None:
             S, dS = scale * products, scale * tangent
         else:
-            near, slope = t.abs() < width, scale_near.to(q.dtype)
-            scales = torch.where(near, slope, scale)
+            near = t.abs() < width
+            scales = torch.where(near, scale_near.to(q.dtype)[..., None, None], scale)
             S, dS = scales * products, scales * tangent
             if tangents[6] is not None:
-                dS = dS + torch.where(near, tangents[6].to(q.dtype), 0) * products
+                dS = dS + torch.where(near, tangents[6].to(q.dtype)[..., None, None], 0) * products
         P = seen * torch.softmax(S.masked_fill(~seen, torch.finfo(q.dtype).min), dim=-1)
         W = P * dS
         O = P @ v[..., keys, :]

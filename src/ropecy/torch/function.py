@@ -31,7 +31,7 @@ def scaled_dot_product_attention(
     q_positions: Tensor | None = None,
     k_positions: Tensor | None = None,
     window: int | tuple[int, int] | None = None,
-    near: tuple[int, float | Tensor] | None = None,
+    near: tuple[int, float | Sequence[float] | Tensor] | None = None,
     q_offset: int = 0,
     lengths: Tensor | Sequence[int] | tuple[Tensor | Sequence[int], Tensor | Sequence[int]] | None = None,
     eps: float = 1e-3,
@@ -66,7 +66,8 @@ def scaled_dot_product_attention(
         Rows are sequences packed side by side, each of which sees itself alone, as in `ropecy.attention`: their
         lengths, or (those of queries, those of keys). All leading axes have the same sequences.
     near : (int, float or tensor), optional
-        (w, scale_near) as in `ropecy.attention`; where scale_near is a tensor of one number, it has a gradient.
+        (w, scale_near) as in `ropecy.attention`: one number, or one for each query head, shape (heads,). Where
+        scale_near is a tensor, it has a gradient.
     threads : int, optional
         By default ``torch.get_num_threads()``.
     return_certificate : bool
@@ -114,7 +115,7 @@ def scaled_dot_product_attention(
     key_mask = None if attn_mask is None else _key_mask(attn_mask, query, key)
     if window is not None:
         window = list(window) if isinstance(window, (tuple, list)) else [window]
-    width, scale_near = _near(near)
+    width, scale_near = _near(near, (query, key, value))
     inputs = (query, key, value, key_mask, q_positions, k_positions, scale_near)
     options = (
         width,
@@ -184,8 +185,10 @@ def _lengths(lengths: Any) -> Tensor:
     return torch.stack([part.long() for part in found])
 
 
-def _near(near: tuple[int, float | Tensor] | None) -> tuple[int | None, Tensor | None]:
-    """The near field's width, and its scale as a tensor of one number."""
+def _near(
+    near: tuple[int, float | Sequence[float] | Tensor] | None, tensors: tuple[Tensor, ...]
+) -> tuple[int | None, Tensor | None]:
+    """The near field's width, and its scale as a tensor of one number, or of one for each head of the result."""
     if near is None:
         return None, None
     if not (isinstance(near, tuple | list) and len(near) == 2):
@@ -193,9 +196,11 @@ def _near(near: tuple[int, float | Tensor] | None) -> tuple[int | None, Tensor |
     width, scale_near = near
     if not isinstance(scale_near, Tensor):
         scale_near = torch.tensor(scale_near, dtype=torch.float64)
-    if scale_near.dim():
-        raise ValueError(f"near: got a scale_near of shape {tuple(scale_near.shape)}, wants a number, shape ()")
-    return width, scale_near
+    shape, heads = tuple(scale_near.shape), max([1] + [x.shape[-3] for x in tensors if x.dim() > 2])
+    if shape not in ((), (heads,)):
+        raise ValueError(f"near: got a scale_near of shape {shape}, wants a number, shape (), or shape ({heads},)")
+    # Where there is one head there may be no axis of heads.
+    return width, scale_near.reshape(()) if heads == 1 else scale_near
 
 
 def _key_mask(attn_mask: Tensor, query: Tensor, key: Tensor) -> Tensor:

@@ -61,6 +61,8 @@ class RoPEAttention(nn.Module):
     near : int or None
         w, beside a bound: scores of tokens \|j - i\| < w are scale_near t_h <q, k> / B, scale_near > 0. None or 0 is
         no near field.
+    near_by_head : bool
+        Whether each head learns a scale_near of its own, instead of one for all.
     causal : bool
         Token i sees the tokens j <= i.
     bias : bool
@@ -107,6 +109,7 @@ class RoPEAttention(nn.Module):
         rotary: Rotary | None = None,
         bound: float | bool | None = None,
         near: int | None = 64,
+        near_by_head: bool = False,
         causal: bool = True,
         bias: bool = False,
         eps: float | None = None,
@@ -130,6 +133,7 @@ class RoPEAttention(nn.Module):
         self.rotary = Rotary(head_dim) if rotary is None else rotary
         self.bound = bound
         self.near = None if bound is None else near or None
+        self.near_by_head = near_by_head
         self.causal = causal
         self.eps = eps
         self.method = method or ("exact" if bound is None else "auto")
@@ -145,7 +149,7 @@ class RoPEAttention(nn.Module):
             self.register_parameter("log_scale_near", None)
         else:
             # With an axis, by which parameters are sharded.
-            self.log_scale_near = nn.Parameter(torch.empty(1))
+            self.log_scale_near = nn.Parameter(torch.empty(num_heads if near_by_head else 1))
         self._reset_scales()
         # An attention factor a multiplies rotated coordinates on both sides: R_0 has a^2 there.
         self._gain = max(1.0, float(self.rotary[0].max()))
@@ -340,8 +344,8 @@ class RoPEAttention(nn.Module):
         """The plan of one head, with certificates of forward and backward that hold for every input of n tokens.
 
         It is that of scores which attain the bound, in float32, and of values no larger than their range; rounding in
-        the near field goes by what its temperature is now. Where it is exact, ``plan.advice`` says what would let the
-        polynomial engine in: more tokens, a larger eps, a smaller bound, narrower heads.
+        the near field goes by what its largest temperature is now. Where it is exact, ``plan.advice`` says what would
+        let the polynomial engine in: more tokens, a larger eps, a smaller bound, narrower heads.
 
         Raises
         ------
@@ -366,7 +370,7 @@ class RoPEAttention(nn.Module):
         rows[:, 0] = np.where(np.arange(n) % 2, -1, 1)
         options = {"scale": bound, "causal": self.causal, "eps": eps or self.eps, "method": self.method}
         if self.near is not None:
-            options["near"] = self.near, self._gain * self.log_scale_near.exp().item()
+            options["near"] = self.near, self._gain * self.log_scale_near.exp().max().item()
         return make_plan(rows, rows, np.maximum(rows, 0), grad=True, threads=torch.get_num_threads(), **options)
 
     def _what_would_help(self, n: int) -> Iterator[Alternative]:
@@ -400,10 +404,10 @@ class RoPEAttention(nn.Module):
     ) -> None:
         *_, errors = found
         own = self.get_extra_state()
-        scale_near = state_dict.get(prefix + "log_scale_near")
-        if scale_near is not None and scale_near.dim() == 0:
-            # As it was before it had an axis.
-            state_dict[prefix + "log_scale_near"] = scale_near.reshape(1)
+        scale_near, here = state_dict.get(prefix + "log_scale_near"), self.log_scale_near
+        if None not in (scale_near, here) and scale_near.numel() == 1 and scale_near.shape != here.shape:
+            # One for all heads where each has its own, or as it was before it had an axis.
+            state_dict[prefix + "log_scale_near"] = scale_near.reshape(1).expand(here.shape)
         if prefix + _RECORD not in state_dict and self.bound is not None:
             warnings.warn(
                 f"bound: the weights of {prefix or 'the layer'} do not say which bound they were trained under; this "
@@ -423,8 +427,8 @@ class RoPEAttention(nn.Module):
     def extra_repr(self) -> str:
         """What PyTorch prints of the layer beside its parts."""
         return (
-            f"rotary={self.rotary}, bound={self.bound}, near={self.near}, causal={self.causal}, eps={self.eps}, "
-            f"method={self.method!r}"
+            f"rotary={self.rotary}, bound={self.bound}, near={self.near}, near_by_head={self.near_by_head}, "
+            f"causal={self.causal}, eps={self.eps}, method={self.method!r}"
         )
 
 

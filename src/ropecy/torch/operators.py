@@ -73,7 +73,7 @@ def _keywords(key_mask, q_positions, k_positions, scale_near, *options):
         "scale": scale,
         "causal": causal,
         "window": window if window is None or len(window) > 1 else window[0],
-        "near": None if width is None else (width, scale_near.item()),
+        "near": None if width is None else (width, scale_near.tolist()),
         "q_offset": q_offset,
         "lengths": None if lengths is None else tuple(array(lengths)),
         "eps": eps,
@@ -151,7 +151,8 @@ def differentiate(
     dQ, dK, dV = tensor(g.dQ, query), tensor(g.dK, key), tensor(g.dV, value)
     if any_lost:
         nan = torch.zeros_like(lost, dtype=grad.dtype).masked_fill(lost, torch.nan)
-        dQ, dscale_near = _spoilt(dQ, nan), dscale_near + nan.sum()
+        of_heads = nan.sum((-2, -1)).reshape(-1, *dscale_near.shape).sum(0)
+        dQ, dscale_near = _spoilt(dQ, nan), dscale_near + of_heads
         dK, dV = (_spoilt(x, nan.sum(-2, keepdim=True)) for x in (dK, dV))
     return dQ, dK, dV, dscale_near
 
@@ -175,8 +176,8 @@ def _(query, key, value, *options):
 
 @torch.library.register_fake("ropecy::attention_backward", lib=library)
 def _(grad, query, key, value, key_mask, q_positions, k_positions, scale_near, *options):
-    near = query if scale_near is None else scale_near
-    return *(x.new_empty(x.shape) for x in (query, key, value)), near.new_empty(())
+    near = query.new_empty(()) if scale_near is None else scale_near.new_empty(scale_near.shape)
+    return *(x.new_empty(x.shape) for x in (query, key, value)), near
 
 
 def save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -215,7 +216,7 @@ def _batched(info: Any, in_dims: tuple[Any, ...], inputs: tuple[Any, ...], rows:
 
 
 def _one_by_one(operator: Any, info: Any, in_dims: tuple[Any, ...], inputs: tuple[Any, ...]) -> list[Any]:
-    """The operator's result for each element of vmap's batch: one call has one scale_near, and one gradient by it."""
+    """The operator's result for each element of vmap's batch: a call has a scale_near and a gradient by it."""
 
     def element(x: Any, axis: Any, i: int) -> Any:
         return x.select(axis, i) if isinstance(axis, int) else x  # of a list, the axis is a list

@@ -162,7 +162,7 @@ def _form(layer: RoPEAttention) -> dict[str, Any]:
         "head_dim": layer.head_dim,
         "rotary": repr(layer.rotary),
         "bound": layer.bound,
-        "near": None if layer.near is None else (layer.near, layer.log_scale_near.exp().item()),
+        "near": None if layer.near is None else (layer.near, layer.log_scale_near.exp().squeeze().tolist()),
         "eps": layer.eps,
         "dtype": layer.q_proj.weight.dtype,
     }

@@ -15,6 +15,8 @@ from . import family, streaming
 
 Saved = streaming.Saved | family.Saved
 
+_LEAST = -64  # of the exponent that the gradient by a near scale leaves to the scale
+
 
 def _kernels(problem: Outline) -> ModuleType:
     return streaming if problem.family is None else family
@@ -39,8 +41,17 @@ def backward(problem: Problem, saved: Saved, do: np.ndarray) -> InputGradients:
     return _kernels(problem).backward(problem, saved, do)
 
 
-def near_scale_gradient(problem: Problem, o: np.ndarray, lse: np.ndarray, do: np.ndarray) -> np.float64:
-    """d<do, O> / d scale_near = sum of dS_ij <q_i, k_j> over the pairs of the near field, of any engine's o and lse.
+def of_one_scale(problem: Problem) -> Problem:
+    """The problem with `scale_near` as its only scale, if that is one number and the whole band is near."""
+    mask, near = problem.mask, problem.near
+    if near is None or near.by_head or max(-mask.lo, mask.hi) >= near.width:
+        return problem
+    return replace(problem, scale=near.scale, near=None)
+
+
+def near_scale_gradient(problem: Problem, o: np.ndarray, lse: np.ndarray, do: np.ndarray) -> np.ndarray:
+    """d<do, O> / d scale_near of each slot and query head, (H, G) float64, from any engine's o and lse: the sum of
+    dS_ij <q_i, k_j> over the pairs of the near field.
 
     Notes
     -----
@@ -48,13 +59,14 @@ def near_scale_gradient(problem: Problem, o: np.ndarray, lse: np.ndarray, do: np
     """
     width, scale_near = problem.near
     mask = problem.mask.within(1 - width, width - 1)
-    # q is multiplied by the mantissa of scale_near, the scale is its power of two. So dq is the sum over keys that is
-    # wanted here, even where scale_near is 0.
-    mantissa, exponent = math.frexp(scale_near)
-    q = problem.q * problem.q.dtype.type(mantissa)
-    band = replace(problem, q=q, scale=math.ldexp(1.0, exponent), mask=mask, near=None)
+    # q is multiplied by scale_near but for a power of two, which is the scale. So dq is the sum over keys that is
+    # wanted here, even where scale_near is 0. That power is not so small that dq vanishes beside that of other heads.
+    exponent = np.maximum(np.frexp(scale_near)[1], _LEAST)
+    q = problem.q * np.asarray(np.ldexp(scale_near, -exponent), problem.dtype)[..., None, None]
+    near = problem.near._replace(scale=np.ldexp(1.0, exponent))
+    band = of_one_scale(replace(problem, q=q, near=near, mask=mask))
     if mask.lo > mask.hi or band.empty:
-        return np.float64(0)
+        return np.zeros(problem.sizes[:2])
     # Weights are computed with the sums of the band itself. Computed from lse, those of huge scores might overflow by
     # rounding alone.
     _, own, saved = forward(band, math.inf, True)
@@ -62,4 +74,4 @@ def near_scale_gradient(problem: Problem, o: np.ndarray, lse: np.ndarray, do: np
         inverse = (saved.inverse * np.minimum(share(own, lse), 1)).astype(o.dtype)
     dq = backward(band, replace(saved, o=o, inverse=inverse), do).dq
     with np.errstate(over="ignore"):
-        return np.ldexp(np.einsum("hgid,hgid->", problem.q, dq, dtype=np.float64), -exponent)
+        return np.ldexp(np.einsum("hgid,hgid->hg", problem.q, dq, dtype=np.float64), -exponent)

@@ -50,16 +50,18 @@ class Tiles:
         mask = problem.mask
         self.first = -mask.most
         t = np.arange(self.first, 1 - mask.least)
-        self.factor = np.full(len(t), float(problem.scale))
+        # Rows of the factors of scores by offset that there are, and which row each slot and query head has.
+        self.factors, self.which = np.full((1, len(t)), float(problem.scale)), np.zeros(problem.sizes[:2], np.intp)
         if problem.near is not None:
-            self.factor[np.abs(t) < problem.near[0]] = problem.near[1]
+            scales, self.which = problem.near.distinct(*problem.sizes[:2])
+            self.factors = np.where(np.abs(t) < problem.near.width, scales[:, None], self.factors)
         index = family.rows(t[0], t[-1])
         values = family.values[index[0] : index[-1] + 1]
-        self.exponents = [_exponent(X) for X in (problem.q, problem.k, values, self.factor)]
+        self.exponents = [_exponent(X) for X in (problem.q, problem.k, values, self.factors)]
         self.q = np.ldexp(problem.q, -self.exponents[0])
         self.k = np.ldexp(problem.k[:, ::-1], -self.exponents[1])
         self.v = problem.v[:, ::-1]
-        self.factor = np.ldexp(self.factor, -self.exponents[3])
+        self.factors = np.ldexp(self.factors, -self.exponents[3])
         self.gain_exponent = sum(self.exponents)
         # If this is clipped, then up to rounding all scores are 0, or they differ so much that weights are 0 or 1.
         clipped = min(max(self.gain_exponent, -64), np.finfo(dtype).maxexp - 2)
@@ -89,17 +91,21 @@ class Tiles:
             keys = slice(place, min(place + _KEYS, n_k - start))
             yield keys, slice(first + keys.start, last + keys.stop - 1)
 
-    def entries(self, offsets: slice) -> np.ndarray:
+    def factor(self, head: int, group: int, offsets: slice) -> np.ndarray:
+        """What scores of a query head are multiplied by at these offsets, (m,)."""
+        return self.factors[self.which[head, group], offsets]
+
+    def entries(self, head: int, group: int, offsets: slice) -> np.ndarray:
         """The entries of factor_t W_t at these offsets, (|S|, m)."""
         family, dtype = self.problem.family, self.q.dtype
         values = family.values[family.rows(self.first + offsets.start, self.first + offsets.stop - 1)]
-        values = np.ldexp(values, -self.exponents[2]) * self.factor[offsets, None]
+        values = np.ldexp(values, -self.exponents[2]) * self.factor(head, group, offsets)[:, None]
         return np.ascontiguousarray(values.T, dtype)
 
     def tile(self, head: int, group: int, rows: slice, keys: slice, offsets: slice) -> tuple[np.ndarray, ...]:
         """Scores s (rows, keys), -inf for hidden pairs; the entries of W, (|S|, m); and U_b for every b."""
         q, k = self.q[head, group, rows], self.k[head, keys]
-        W = self.entries(offsets)
+        W = self.entries(head, group, offsets)
         left = self.problem.family.left
         U = np.empty((len(self.columns), len(q), W.shape[1]), q.dtype)
         s = np.zeros((len(q), len(k)), q.dtype)
@@ -229,14 +235,15 @@ def backward(problem: Problem, saved: Saved, do: np.ndarray) -> InputGradients:
         dq[h, g, start:stop] = found[0]
         dk[h] += found[1][::-1]
         dv[h] += found[2][::-1]
-        dfamily[:, start : stop + n_k - 1] += found[3]
+        seen = slice(start, stop + n_k - 1)
+        dfamily[:, seen] += found[3] * tiles.factor(h, g, seen)
         if dsymbol is not None:
-            dsymbol[h, g, start : stop + n_k - 1] += found[4]
+            dsymbol[h, g, seen] += found[4]
     of_q, of_k, of_w, of_factor = tiles.exponents
     with np.errstate(over="ignore"):
         dq = np.ldexp(dq, of_k + of_w + of_factor).astype(problem.q.dtype)
         dk = np.ldexp(dk, of_q + of_w + of_factor).astype(problem.q.dtype)
-        dfamily = np.ldexp(dfamily * tiles.factor, of_q + of_k + of_factor)
+        dfamily = np.ldexp(dfamily, of_q + of_k + of_factor)
     found = InputGradients(dq, dk, dv.astype(problem.dtype), family=dfamily)
     if dsymbol is not None:
         found.symbol = (SymbolGradient(dsymbol[..., ::-1], problem.mask.least),)

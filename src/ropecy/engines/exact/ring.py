@@ -81,7 +81,8 @@ class Ring:
         """The gradients of ``<do, O>``; those of the bias and of the near field's scale are this rank's parts."""
         rank = self._ranks.rank
         dq, dk, dv = own = [np.zeros(X.shape) for X in self._piece[:3]]
-        symbol, scale_near = [], np.float64(0)
+        symbol, near = [], self._problem.near
+        scale_near = None if near is None else np.zeros(self._problem.sizes[:2])
         tasks = _Tasks()
         for step, guest, pieces in self._meetings([*self._piece, self._o, self._lse, do]):
             away = []
@@ -91,7 +92,8 @@ class Ring:
                 failing = InputGradients(self._empty_grad(span), *self._empty_keys(keys))
                 part = tasks.run(self._backward_block, block, *results, failing=failing)
                 symbol += part.symbol
-                scale_near += part.scale_near or 0.0
+                if part.scale_near is not None:
+                    scale_near += part.scale_near
                 if rows == rank:
                     dq[:, :, span] += part.dq
                 else:

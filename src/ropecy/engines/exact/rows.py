@@ -88,12 +88,14 @@ class ExactRows:
         if bias is not None:
             bias = bias[min(head, len(bias) - 1), min(group, bias.shape[1] - 1)]
             bias = np.ascontiguousarray(bias[n - stop : n - stop + len(piece) + keys - 1])[None, None]
-        mask = problem.mask.rows(first, first + len(piece)).first_keys(keys).slots(slice(head, head + 1))
+        one = slice(head, head + 1), slice(group, group + 1)
+        mask = problem.mask.rows(first, first + len(piece)).first_keys(keys).slots(one[0])
         return replace(
             problem,
             q=np.ascontiguousarray(problem.q[head, group, piece])[None, None],
             k=problem.k[head : head + 1, :keys],
             v=problem.v[head : head + 1, :keys],
+            near=problem.near and problem.near.at(one),
             bias=bias,
             mask=mask,
         )

@@ -31,6 +31,7 @@ class Tables:
     grad_scale: float
     symbol: np.ndarray | None
     factor: np.ndarray | None
+    factor_start: np.ndarray | None  # (H, G): where in `factor` the table of a head begins
     key_shift: np.ndarray
     bias_shift: np.ndarray | float  # what was taken from every bias, (H or 1, G or 1, 1)
 
@@ -199,12 +200,14 @@ def tables_of(
             bias = problem.bias[..., ::-1][..., first:last]
             inside[...], bias_shift = from_the_largest(bias, LOG2E / gain, dtype)
             reach = reach - float(inside.min(initial=0)) * gain / LOG2E
-    factor = None
+    factor = start = None
     if problem.near is not None:
-        width, scale_near = problem.near[0], math.ldexp(problem.near[1], -of_scale)
+        scales, which = problem.near.times_power(-of_scale).distinct(heads, problem.sizes.G)
         offset = (n_k - 1) - np.arange(n + n_k - 1)  # j - i at u = i - j + n_k - 1
-        near = np.abs(offset - mask.offset) < width
-        factor = np.pad(np.where(near, scale_near, scale) * LOG2E, (block, tile)).astype(dtype)
+        near = np.abs(offset - mask.offset) < problem.near.width
+        each = np.where(near, scales[:, None], scale) * LOG2E
+        factor = np.pad(each, ((0, 0), (block, tile))).astype(dtype)
+        start = which * factor.shape[1]
         reach = math.inf
     key_shift = np.zeros((heads, -(-n_k // block) * block), dtype)
     key_shift[:, n_k:] = -np.inf
@@ -223,6 +226,7 @@ def tables_of(
         grad_scale=math.log(2) if problem.near is not None else scale,
         symbol=symbol,
         factor=factor,
+        factor_start=start,
         key_shift=key_shift,
         bias_shift=bias_shift,
     )

@@ -169,7 +169,7 @@ class NearFar(Executable):
         if pieces.distributed:
             ring = _near_ring(near, split, pieces, self.scores)
             return *ring.forward(), ring
-        near = _of_one_scale(near)
+        near = attention.of_one_scale(near)
         bound = self.scores.plain if near.scale == whole.scale else np.inf
         o, lse, _ = attention.forward(near, bound, True)
         return o, lse, None
@@ -223,6 +223,8 @@ class NearFar(Executable):
             H, G = problem.sizes[:2]
             found.dq = found.dq.reshape(problem.q.shape)
             found.dk, found.dv = (X.reshape(H, G, *X.shape[1:]).sum(axis=1) for X in (found.dk, found.dv))
+            if found.scale_near is not None:
+                found.scale_near = found.scale_near.reshape(H, G)
         if problem.tail is not None:
             of_far = SymbolGradient(far, problem.mask.least)
             found.symbol = (*found.symbol, of_far) if pieces.distributed else (of_far,)
@@ -236,7 +238,7 @@ class NearFar(Executable):
         if saved.ring is not None:
             found = saved.ring.backward(do)
         else:
-            near = _of_one_scale(split.near_part(whole))
+            near = attention.of_one_scale(split.near_part(whole))
             found = attention.backward(near, attention.resume(near, np.inf, saved.o, saved.lse), do)
         if saved.near_o is not None:
             # Far parts use centred keys. That does not change dq if the dS of a row sum to 0 over its far keys, but
@@ -292,13 +294,6 @@ class NearFar(Executable):
             for _ in range(1 + grad):
                 found += sums(state, sender.size)
         return found
-
-
-def _of_one_scale(near: Problem) -> Problem:
-    """The problem with `scale_near` as its only scale, if its whole band lies inside the range of `near`."""
-    if near.near is None or max(-near.mask.lo, near.mask.hi) >= near.near[0]:
-        return near
-    return replace(near, scale=near.near[1], near=None)
 
 
 def _near_ring(near: Problem, split: Split, pieces: Pieces, scores: Scores) -> Ring:

@@ -125,7 +125,7 @@ def split(problem: Outline, tolerance: float, statistics: Statistics) -> tuple[S
     H, G = outline.sizes[:2]
     left, right = tail.left, tail.right
     if problem.near is not None:
-        left, right = max(left, problem.near[0]), max(right, problem.near[0])
+        left, right = max(left, problem.near.width), max(right, problem.near.width)
     rates = np.broadcast_to(tail.rate, (2, tail.rate.shape[1], H * G)).reshape(2, -1, H, G)[..., 0]
     weights = np.broadcast_to(tail.log_weight, rates.shape[:2] + (H * G,)).reshape(2, -1, H, G)
     if problem.bias is not None:

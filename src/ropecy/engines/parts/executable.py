@@ -186,6 +186,8 @@ class InParts(Executable):
 
     def backward(self, problem: Problem, result: Result, do: np.ndarray, pieces: Pieces = WHOLE) -> InputGradients:
         found = InputGradients(*(np.zeros_like(X) for X in (problem.q, problem.k, problem.v)))
+        if problem.near is not None:
+            found.scale_near = np.zeros(problem.sizes[:2])
         for part, own in zip(self.parts, result.saved, strict=True):
             selection = part.selection
             of_part = own.backward(part.problem(problem), selection.rows(do), selection.pieces(pieces))
@@ -194,7 +196,7 @@ class InParts(Executable):
             selection.put_keys(found.dv, of_part.dv)
             found.symbol += tuple(selection.symbol(symbol, problem.sizes.H) for symbol in of_part.symbol)
             if of_part.scale_near is not None:
-                found.scale_near = of_part.scale_near + (found.scale_near or 0.0)
+                selection.add_near(found.scale_near, of_part.scale_near)
         return found
 
 

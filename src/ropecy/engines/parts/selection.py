@@ -48,6 +48,9 @@ class Selection(Protocol):
     def symbol(self, found: SymbolGradient, H: int) -> SymbolGradient:
         """The part's gradient of a bias, for all H slots of the whole."""
 
+    def add_near(self, into: np.ndarray, X: np.ndarray) -> None:
+        """Adds the part's gradient of the near field's scale to that of the whole, (H, G)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Heads:
@@ -96,6 +99,9 @@ class Heads:
 
         return _changed(found, spread)
 
+    def add_near(self, into: np.ndarray, X: np.ndarray) -> None:
+        into[self.slots] += X
+
 
 @dataclass(frozen=True, slots=True)
 class Sequences:
@@ -109,7 +115,7 @@ class Sequences:
 
     def problem(self, whole: Problem) -> Problem:
         outline, q, k, v = self.outline(whole), self.rows(whole.q), self._keys(whole.k), self._keys(whole.v)
-        own = {name: getattr(outline, name) for name in ("mask", "bias", "tail", "origin")}
+        own = {name: getattr(outline, name) for name in ("mask", "near", "bias", "tail", "origin")}
         return replace(whole, q=q, k=k, v=v, **own)
 
     def outline(self, whole: Outline) -> Outline:
@@ -148,6 +154,9 @@ class Sequences:
             return X.reshape(*before, -1, *after)
 
         return _changed(found, summed)
+
+    def add_near(self, into: np.ndarray, X: np.ndarray) -> None:
+        into += X.reshape(len(into), -1, into.shape[1]).sum(axis=1)
 
 
 def parts_of(problem: Problem) -> Iterator[Selection]:

@@ -37,7 +37,7 @@ static REAL RC_NAME(row_dot)(ptrdiff_t length, const REAL *a, const REAL *b) {
     return sum;
 }
 
-/* What the slots of a ring are to every query of a head, in arrays of its pitch. */
+/* What the slots of a ring are to the queries of a head, in arrays of its pitch. */
 typedef struct {
     REAL *age, *gain, *hidden; /* hidden: -inf where there is no token, else 0 */
 } RC_NAME(ring_slots);
@@ -48,10 +48,15 @@ static RC_NAME(ring_slots) RC_NAME(slots_of)(const rc_decode_problem *p, ptrdiff
         const ptrdiff_t age = j <= slot ? slot - j : slot - j + p->capacity;
         const int seen = j < p->capacity && age < recent;
         y.age[j] = seen ? (REAL)age : 0;
-        y.gain[j] = seen && age < p->near ? (REAL)p->stretch : 1;
         y.hidden[j] = seen ? 0 : -(REAL)INFINITY;
     }
     return y;
+}
+
+/* Lets the scores of near tokens be multiplied by `stretch`. */
+static void RC_NAME(set_gain)(const rc_decode_problem *p, const RC_NAME(ring_slots) * y, REAL stretch) {
+    for (ptrdiff_t j = 0; j < p->ring_pitch; j++)
+        y->gain[j] = y->hidden[j] == 0 && y->age[j] < (REAL)p->near ? stretch : 1;
 }
 
 /* S[j] = gain_j x . k_j - slope age_j for keys [a][j], -inf where there is no token; the largest of S and `least`. */
@@ -105,6 +110,7 @@ static void RC_NAME(step)(const rc_decode_problem *p, ptrdiff_t stream, ptrdiff_
     const RC_NAME(monomials) y = {d, columns, p->pitch, p->offset, p->count};
     const REAL *weights = p->weights, *middle = (const REAL *)p->value_centre + head * p->d_v;
     const REAL *rows = (const REAL *)p->rows + head * (groups + (p->v != 0)) * d;
+    const REAL *stretch = (const REAL *)p->stretch + own * p->stretches;
     const REAL *slope = (const REAL *)p->slope + own * states, *fall = (const REAL *)p->fall + head * states;
     const REAL *state = (const REAL *)p->state[stream] + own * states * columns * p->pitch;
     REAL *ring_keys = (REAL *)p->ring_keys + head * d * ring_pitch;
@@ -126,6 +132,8 @@ static void RC_NAME(step)(const rc_decode_problem *p, ptrdiff_t stream, ptrdiff_
         for (ptrdiff_t f = 0; f < p->pitch; f += LANES)
             STORE(phi + g * features + f, LOAD(phi + g * features + f) * LOAD(weights + f));
         const ptrdiff_t s = states == 1 ? 0 : g;
+        if (g < p->stretches)
+            RC_NAME(set_gain)(p, &slots, stretch[g]);
         REAL *S = E + g * ring_pitch;
         const REAL most = RC_NAME(row_scores)(d, ring_pitch, rows + g * d, ring_keys, slope[s], &slots, fall[s], S);
         top[g] = p->near ? most : 0;

@@ -26,7 +26,8 @@ typedef struct {
      * read (`block` elements before u = 0, `tile` after u = n + n_k - 2), in units of log2; symbol is -inf where the band forbids. */
     const void *symbol;                    /* NULL, or a table per (head, group), or shared where the stride is 0 */
     ptrdiff_t symbol_head, symbol_group;   /* strides in elements */
-    const void *factor;                    /* NULL, or a table that multiplies <q, k> */
+    const void *factor;                    /* NULL, or tables that multiply <q, k> */
+    const ptrdiff_t *factor_start;         /* (heads, groups): where in `factor` that of each begins, in elements */
     const void *key_shift;                 /* (heads, padded n_k): 0, or -inf for a key that is masked or padding */
     int masked;                            /* whether key_shift masks more than the padding */
     void *key_pack, *value_pack;           /* (heads, padded n_k, d), (heads, padded n_k, d_v) */

@@ -22,7 +22,7 @@ static RC_NAME(masking) RC_NAME(masking_of)(const rc_exact_problem *p, ptrdiff_t
     if (p->symbol)
         m.symbol = (const REAL *)p->symbol + head * p->symbol_head + group * p->symbol_group + BLOCK;
     if (p->factor)
-        m.factor = (const REAL *)p->factor + BLOCK;
+        m.factor = (const REAL *)p->factor + p->factor_start[head * p->groups + group] + BLOCK;
     m.key_shift = (const REAL *)p->key_shift + head * rc_round_up(p->n_k, BLOCK);
     return m;
 }

@@ -120,7 +120,8 @@ typedef struct {
     const ptrdiff_t *length;     /* tokens of each stream, the one that comes among them */
     const ptrdiff_t *recent;     /* how many of these are in the ring; other slots are not seen */
     ptrdiff_t near;              /* 0 for none */
-    double stretch;
+    ptrdiff_t stretches;         /* 1 for all groups of a head, or one for each */
+    const double *stretch;       /* (heads, stretches) */
     const double *value_centre;  /* (streams, heads, d_v) */
     const double *rows;          /* (streams, heads, 1 + groups, d): k, then q; without v (.., groups, d): q alone */
     const double *v;             /* (streams, heads, d_v), or NULL where no token comes */
