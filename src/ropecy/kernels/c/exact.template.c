@@ -57,31 +57,38 @@ RC_INLINE void RC_NAME(apply_tables)(const int V, vreal acc[KEYS][VECTORS], cons
     }
 }
 
-/* P = 2^scores and sum += P, no maximum. */
+/* P = 2^scores and sum += P, no maximum. The sum is kept in registers meanwhile: the compiler takes `sum` for a part of P, and
+ * would store and load it again for each key, which took longer than exp. */
 RC_INLINE void RC_NAME(weights_bounded)(const int V, ptrdiff_t d, const REAL *queries, const REAL *keys, REAL *P, vreal *sum,
                                         const RC_NAME(masking) * m, ptrdiff_t row0, ptrdiff_t j) {
     vreal acc[KEYS][VECTORS];
     RC_NAME(dots)(V, acc, d, queries, keys);
     if (m)
         RC_NAME(apply_tables)(V, acc, m, row0, j);
+    vreal part[VECTORS];
+    RC_UNROLL for (int v = 0; v < V; v++) part[v] = sum[v];
     RC_UNROLL for (int r = 0; r < KEYS; r++) RC_UNROLL for (int v = 0; v < V; v++) {
         vreal e = RC_NAME(exp2)(acc[r][v]);
-        sum[v] += e;
+        part[v] += e;
         STORE(P + r * TILE + v * LANES, e);
     }
+    RC_UNROLL for (int v = 0; v < V; v++) sum[v] = part[v];
 }
 
-/* S = scores, largest = max(largest, scores). */
+/* S = scores, largest = max(largest, scores), in registers meanwhile as the sum above. */
 RC_INLINE void RC_NAME(scores_unbounded)(const int V, ptrdiff_t d, const REAL *queries, const REAL *keys, REAL *S,
                                          vreal *largest, const RC_NAME(masking) * m, ptrdiff_t row0, ptrdiff_t j) {
     vreal acc[KEYS][VECTORS];
     RC_NAME(dots)(V, acc, d, queries, keys);
     if (m)
         RC_NAME(apply_tables)(V, acc, m, row0, j);
+    vreal most[VECTORS];
+    RC_UNROLL for (int v = 0; v < V; v++) most[v] = largest[v];
     RC_UNROLL for (int r = 0; r < KEYS; r++) RC_UNROLL for (int v = 0; v < V; v++) {
-        largest[v] = RC_NAME(vector_max)(largest[v], acc[r][v]);
+        most[v] = RC_NAME(vector_max)(most[v], acc[r][v]);
         STORE(S + r * TILE + v * LANES, acc[r][v]);
     }
+    RC_UNROLL for (int v = 0; v < V; v++) largest[v] = most[v];
 }
 
 /* Of KEYS keys and the vectors of queries that there are in a tile, which may be the last one and not full. */
@@ -215,11 +222,13 @@ static void RC_NAME(forward)(const rc_exact_problem *p, ptrdiff_t head, ptrdiff_
                     }
                     STORE(maximum + v * LANES, now);
                 }
+                vreal added = {0}; /* in a register: see weights_bounded */
                 for (ptrdiff_t j = 0; j < rc_round_up(keys, KEYS); j++) {
                     vreal e = RC_NAME(exp2)((LOAD(P + j * TILE + v * LANES) - now) * gain);
-                    part[v] += e;
+                    added += e;
                     STORE(P + j * TILE + v * LANES, e);
                 }
+                part[v] = added;
             }
         }
         REAL flat[TILE];

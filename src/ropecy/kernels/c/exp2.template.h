@@ -10,6 +10,10 @@ RC_INLINE vreal RC_NAME(vector_max)(vreal a, vreal b) {
     return (vreal)_mm512_max_ps((__m512)a, (__m512)b);
 #elif defined(__AVX512F__)
     return (vreal)_mm512_max_pd((__m512d)a, (__m512d)b);
+#elif defined(__AVX2__) && RC_BITS == 32
+    return (vreal)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__AVX2__)
+    return (vreal)_mm256_max_pd((__m256d)a, (__m256d)b);
 #else
     vint more = (vint)(a > b);
     return (vreal)(((vint)a & more) | ((vint)b & ~more));
