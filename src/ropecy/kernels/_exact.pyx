@@ -53,7 +53,7 @@ cdef extern from "c/exact.h" nogil:
         void *dv
 
     ctypedef struct rc_exact_functions:
-        int tile, block, lanes
+        int queries, tile, block, lanes
         size_t (*forward_workspace)(const rc_exact_problem *) noexcept nogil
         size_t (*backward_workspace)(const rc_exact_problem *) noexcept nogil
         void (*pack_keys)(const rc_exact_problem *, ptrdiff_t, ptrdiff_t) noexcept nogil
@@ -82,7 +82,7 @@ cdef const rc_halves_kernels *halves = rc_halves_select(LEVEL)
 cdef struct Pass:
     rc_exact_problem p
     const rc_exact_functions *f
-    ptrdiff_t tiles, blocks  # of a head's queries and keys
+    ptrdiff_t tiles, blocks  # of a head's queries (forward: pieces of them) and keys
     ptrdiff_t item  # bytes of a number that is computed with
     char *work
     size_t size  # of a thread's workspace
@@ -158,7 +158,7 @@ cdef void forward_tile(void *context, ptrdiff_t task, const rc_worker *worker) n
     cdef const Pass *x = <const Pass *>context
     # Long rows first: the last tiles of a causal problem see the most keys.
     cdef ptrdiff_t tile = x.p.heads * x.p.groups * x.tiles - 1 - task
-    cdef ptrdiff_t row = tile // x.tiles * x.p.n + tile % x.tiles * x.f.tile
+    cdef ptrdiff_t row = tile // x.tiles * x.p.n + tile % x.tiles * x.f.queries
     x.f.forward(&x.p, tile // x.tiles // x.p.groups, tile // x.tiles % x.p.groups, tile % x.tiles,
                 <const char *>x.p.q + row * x.p.d * x.item, <char *>x.p.o + row * x.p.d_v * x.item,
                 x.work + worker.slot * x.size)
@@ -193,7 +193,7 @@ def forward(q, k, v, tables, bint want_lse, int threads):
     cdef double pairs
     describe(p, q, k, v, tables)
     x.f, x.item = functions_of(q.dtype), q.itemsize
-    x.blocks, x.tiles = pieces(p.n_k, x.f.block), pieces(p.n, x.f.tile)
+    x.blocks, x.tiles = pieces(p.n_k, x.f.block), pieces(p.n, x.f.queries)
     o = np.empty(q.shape[:3] + (p.d_v,), q.dtype)
     maximum, inverse = np.empty(q.shape[:3], q.dtype), np.empty(q.shape[:3], q.dtype)
     lse = np.empty(q.shape[:3]) if want_lse else None
@@ -317,7 +317,7 @@ cdef void forward_rows(
     const Heads *h, const rc_exact_problem *p, ptrdiff_t group, ptrdiff_t tile, char *work
 ) noexcept nogil:
     """One tile of one head's queries, widened and its results rounded where they are halves."""
-    cdef ptrdiff_t row = tile * h.x.f.tile, rows = min(<ptrdiff_t>h.x.f.tile, p.n - row), at = group * p.n + row
+    cdef ptrdiff_t row = tile * h.x.f.queries, rows = min(<ptrdiff_t>h.x.f.queries, p.n - row), at = group * p.n + row
     cdef const char *q = <const char *>p.q + at * p.d * h.stored
     cdef char *o = <char *>p.o + at * p.d_v * h.stored
     cdef float *wide_q = <float *>(work + h.x.size)
@@ -372,7 +372,7 @@ def forward_mild(q, k, v, tables, sizes, bint want_lse, int threads):
     describe(p, q, k, v, tables)
     compute = np.dtype(np.float32) if q.itemsize == 2 else q.dtype
     x.f, x.item = functions_of(compute), compute.itemsize
-    x.blocks, x.tiles = pieces(p.n_k, x.f.block), pieces(p.n, x.f.tile)
+    x.blocks, x.tiles = pieces(p.n_k, x.f.block), pieces(p.n, x.f.queries)
     h.stored, h.packed, h.widen, h.narrow = q.itemsize, NULL, NULL, NULL
     if h.stored == 2:
         h.widen, h.narrow = halves.widen_bfloat16, halves.narrow_bfloat16
@@ -390,7 +390,7 @@ def forward_mild(q, k, v, tables, sizes, bint want_lse, int threads):
     x.size = lines(max(<ptrdiff_t>x.f.forward_workspace(p), max(p.d, p.d_v) * (8 + 2 * x.item))) + LINE
     h.keys = lines(x.blocks * x.f.block * p.d * x.item)
     h.values = lines(p.n_k * p.d_v * x.item) if h.widen != NULL else 0
-    h.rows = lines(max(p.n_k * p.d, x.f.tile * (p.d + p.d_v)) * x.item) if h.widen != NULL else 0
+    h.rows = lines(max(p.n_k * p.d, x.f.queries * (p.d + p.d_v)) * x.item) if h.widen != NULL else 0
     apart = p.heads < HEADS or operations > HEAD
     h.size = x.size + h.rows + (0 if apart else h.keys + h.values)
     memory = borrowed(threads * h.size + apart * p.heads * (h.keys + h.values))

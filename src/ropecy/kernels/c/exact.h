@@ -4,7 +4,7 @@
  * workspaces, and what each writes does not depend on the others.
  *
  *   pack_keys, pack_values   keys as [register block][a][key]; padding keys are 0
- *   forward                  one tile of queries, its rows of q and of o: o, maximum, inverse, lse
+ *   forward                  `queries` queries, their rows of q and of o: o, maximum, inverse, lse
  *   prepare                  one tile of queries for backward: transposed q and do, <o, do>
  *   backward                 key blocks [first, last) of one segment, all queries: dk, dv, the segment's dq
  *   collect                  dq of one tile: the segments' parts added in order
@@ -47,13 +47,14 @@ typedef struct {
 } rc_exact_problem;
 
 typedef struct {
+    int queries;              /* of a piece of forward: some whole tiles */
     int tile, block;          /* queries in a tile, keys in a block */
     int lanes;                /* rows for backward are padded to a multiple of this */
     size_t (*forward_workspace)(const rc_exact_problem *);
     size_t (*backward_workspace)(const rc_exact_problem *);
     void (*pack_keys)(const rc_exact_problem *, ptrdiff_t head, ptrdiff_t block);
     void (*pack_values)(const rc_exact_problem *, ptrdiff_t head, ptrdiff_t block);
-    void (*forward)(const rc_exact_problem *, ptrdiff_t head, ptrdiff_t group, ptrdiff_t tile, const void *q, void *o,
+    void (*forward)(const rc_exact_problem *, ptrdiff_t head, ptrdiff_t group, ptrdiff_t piece, const void *q, void *o,
                     void *workspace);
     void (*prepare)(const rc_exact_problem *, ptrdiff_t head, ptrdiff_t group, ptrdiff_t tile);
     void (*backward)(const rc_exact_problem *, ptrdiff_t head, ptrdiff_t segment, ptrdiff_t first, ptrdiff_t last,

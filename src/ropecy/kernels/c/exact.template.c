@@ -11,6 +11,15 @@
  * which is 15% of the whole at d = 64 and a third at d = 16. Share of the peak reached (float32, AVX-512, two cores of a
  * Zen 4, 230 GFLOP/s, n = 4,096, exp not counted): forward 67% at d = 16, 88% at d = 64; with backward 73% and 86%. */
 
+/* Queries of a piece of forward, whose P is [key][QUERIES]. With 16 registers a tile is small, and keys and values, which come
+ * from L2 or from beyond it, would be read too often for one. Backward, whose P and dS share the L1 cache, takes one tile. */
+#undef QUERIES
+#if RC_REGISTERS == 32
+#define QUERIES TILE
+#else
+#define QUERIES (2 * TILE)
+#endif
+
 typedef struct {
     const REAL *symbol, *factor, *key_shift; /* at u = 0; at key 0 */
     ptrdiff_t lo, hi, n_k;
@@ -27,12 +36,13 @@ static RC_NAME(masking) RC_NAME(masking_of)(const rc_exact_problem *p, ptrdiff_t
     return m;
 }
 
-/* Whether the tile at row0 and `keys` keys from j0 on need the tables; if not, every pair is allowed, unbiased. Keys are
+/* Whether `queries` queries from row0 on and `keys` keys from j0 on need the tables; if not, every pair is allowed, unbiased. Keys are
  * computed KEYS at once, of which the last ones may have to be hidden. */
-static int RC_NAME(needs_tables)(const RC_NAME(masking) * m, ptrdiff_t row0, ptrdiff_t j0, ptrdiff_t keys) {
+static int RC_NAME(needs_tables)(const RC_NAME(masking) * m, ptrdiff_t row0, int queries, ptrdiff_t j0,
+                                 ptrdiff_t keys) {
     if (m->everywhere || m->masked || keys % KEYS)
         return 1;
-    return j0 - (row0 + TILE - 1) < m->lo || j0 + keys - 1 - row0 > m->hi;
+    return j0 - (row0 + queries - 1) < m->lo || j0 + keys - 1 - row0 > m->hi;
 }
 
 /* The keys [*first, *last) that some row of [row0, row1) sees. */
@@ -62,7 +72,7 @@ RC_INLINE void RC_NAME(apply_tables)(const int V, vreal acc[KEYS][VECTORS], cons
 RC_INLINE void RC_NAME(weights_bounded)(const int V, ptrdiff_t d, const REAL *queries, const REAL *keys, REAL *P, vreal *sum,
                                         const RC_NAME(masking) * m, ptrdiff_t row0, ptrdiff_t j) {
     vreal acc[KEYS][VECTORS];
-    RC_NAME(dots)(V, acc, d, queries, keys);
+    RC_NAME(dots)(V, acc, d, queries, QUERIES, keys);
     if (m)
         RC_NAME(apply_tables)(V, acc, m, row0, j);
     vreal part[VECTORS];
@@ -70,7 +80,7 @@ RC_INLINE void RC_NAME(weights_bounded)(const int V, ptrdiff_t d, const REAL *qu
     RC_UNROLL for (int r = 0; r < KEYS; r++) RC_UNROLL for (int v = 0; v < V; v++) {
         vreal e = RC_NAME(exp2)(acc[r][v]);
         part[v] += e;
-        STORE(P + r * TILE + v * LANES, e);
+        STORE(P + r * QUERIES + v * LANES, e);
     }
     RC_UNROLL for (int v = 0; v < V; v++) sum[v] = part[v];
 }
@@ -79,19 +89,19 @@ RC_INLINE void RC_NAME(weights_bounded)(const int V, ptrdiff_t d, const REAL *qu
 RC_INLINE void RC_NAME(scores_unbounded)(const int V, ptrdiff_t d, const REAL *queries, const REAL *keys, REAL *S,
                                          vreal *largest, const RC_NAME(masking) * m, ptrdiff_t row0, ptrdiff_t j) {
     vreal acc[KEYS][VECTORS];
-    RC_NAME(dots)(V, acc, d, queries, keys);
+    RC_NAME(dots)(V, acc, d, queries, QUERIES, keys);
     if (m)
         RC_NAME(apply_tables)(V, acc, m, row0, j);
     vreal most[VECTORS];
     RC_UNROLL for (int v = 0; v < V; v++) most[v] = largest[v];
     RC_UNROLL for (int r = 0; r < KEYS; r++) RC_UNROLL for (int v = 0; v < V; v++) {
         most[v] = RC_NAME(vector_max)(most[v], acc[r][v]);
-        STORE(S + r * TILE + v * LANES, acc[r][v]);
+        STORE(S + r * QUERIES + v * LANES, acc[r][v]);
     }
     RC_UNROLL for (int v = 0; v < V; v++) largest[v] = most[v];
 }
 
-/* Of KEYS keys and the vectors of queries that there are in a tile, which may be the last one and not full. */
+/* Of KEYS keys and the vectors of queries that there are in a tile, of which the last one may not be full. */
 typedef struct {
     void (*plain)(ptrdiff_t d, const REAL *queries, const REAL *keys, REAL *P, vreal *sum);
     void (*masked)(ptrdiff_t d, const REAL *queries, const REAL *keys, REAL *P, vreal *sum, const RC_NAME(masking) * m,
@@ -128,12 +138,26 @@ static const RC_NAME(pairs_functions) RC_NAME(pairs)[VECTORS + 1] = {
 #undef RC_PAIRS_OF
 #undef RC_PAIRS_ROW
 
+/* Of the next tile, where so many vectors are left. */
+RC_INLINE const RC_NAME(pairs_functions) *RC_NAME(pairs_of)(int vectors) { return &RC_NAME(pairs)[rc_min(vectors, VECTORS)]; }
+
+/* N (d_v x QUERIES) += P V of `keys` keys, for the first V vectors of queries. */
+static void RC_NAME(add_values)(int d_v, int V, ptrdiff_t keys, const REAL *P, const REAL *values, REAL *N) {
+    const int blocks = rc_blocks(d_v, ROWS);
+    for (int b = 0; b < blocks; b++) {
+        const int c0 = rc_block_start(d_v, blocks, b), c1 = rc_block_start(d_v, blocks, b + 1);
+        for (int v = 0; v < V; v += VECTORS)
+            RC_NAME(product)[c1 - c0][rc_min(VECTORS, V - v)](keys, P + v * LANES, QUERIES, values + c0, d_v,
+                                                             N + c0 * QUERIES + v * LANES, QUERIES, RC_ADD, 0);
+    }
+}
+
 /* Blocks after which sums over keys go on from 0: added to a long sum, equal terms are all rounded to the same side.
  * rounding.sums_rounding counts with it. */
 enum { RC_NAME(STRETCH) = 16 };
 
 static size_t RC_NAME(forward_workspace)(const rc_exact_problem *p) {
-    return TILE * (sizeof(REAL) * (p->d + p->d_v + BLOCK) + sizeof(double) * p->d_v);
+    return QUERIES * (sizeof(REAL) * (p->d + p->d_v + BLOCK) + sizeof(double) * p->d_v);
 }
 
 static void RC_NAME(pack_keys)(const rc_exact_problem *p, ptrdiff_t head, ptrdiff_t block) {
@@ -148,25 +172,24 @@ static void RC_NAME(pack_values)(const rc_exact_problem *p, ptrdiff_t head, ptrd
                   (REAL *)p->value_pack + (head * padded + j0) * p->d_v);
 }
 
-static void RC_NAME(forward)(const rc_exact_problem *p, ptrdiff_t head, ptrdiff_t group, ptrdiff_t tile, const void *q, void *o,
+static void RC_NAME(forward)(const rc_exact_problem *p, ptrdiff_t head, ptrdiff_t group, ptrdiff_t piece, const void *q, void *o,
                              void *workspace) {
-    const ptrdiff_t d = p->d, d_v = p->d_v, row0 = tile * TILE, rows = rc_min(TILE, p->n - row0);
+    const ptrdiff_t d = p->d, d_v = p->d_v, row0 = piece * QUERIES, rows = rc_min(QUERIES, p->n - row0);
     const ptrdiff_t slot = (head * p->groups + group) * p->n + row0, padded = rc_round_up(p->n_k, BLOCK);
     const RC_NAME(masking) masking = RC_NAME(masking_of)(p, head, group);
     const int V = (int)((rows + LANES - 1) / LANES); /* vectors of queries that there are */
-    const RC_NAME(pairs_functions) *pairs = &RC_NAME(pairs)[V];
-    REAL *queries = workspace, *P = queries + d * TILE, *N = P + BLOCK * TILE;
-    REAL maximum[TILE];
+    REAL *queries = workspace, *P = queries + d * QUERIES, *N = P + BLOCK * QUERIES;
+    REAL maximum[QUERIES];
     /* Of the stretches before this one, where there are any. */
-    double sum[TILE], sum_before[TILE] = {0}, *before = (double *)(N + d_v * TILE);
+    double sum[QUERIES], sum_before[QUERIES] = {0}, *before = (double *)(N + d_v * QUERIES);
     int blocks = 0;
     const int bounded = p->bounded[head];
-    RC_NAME(tile_load)(q, d, rows, d, p->factor ? 1 : (REAL)(p->scale * LOG2E), 0, queries, TILE);
-    for (ptrdiff_t i = 0; i < d_v * TILE; i++)
+    RC_NAME(tile_load)(q, d, rows, d, p->factor ? 1 : (REAL)(p->scale * LOG2E), 0, queries, QUERIES);
+    for (ptrdiff_t i = 0; i < d_v * QUERIES; i++)
         N[i] = 0;
     /* The lowest number, below every score that is not masked, and finite, so that a masked score minus the maximum is
      * -inf and not NaN. */
-    for (int i = 0; i < TILE; i++) {
+    for (int i = 0; i < QUERIES; i++) {
         maximum[i] = bounded ? 0 : RC_BITS == 32 ? -(REAL)__FLT_MAX__ : -(REAL)__DBL_MAX__;
         sum[i] = 0;
     }
@@ -174,33 +197,37 @@ static void RC_NAME(forward)(const rc_exact_problem *p, ptrdiff_t head, ptrdiff_
     RC_NAME(visible_keys)(p, row0, row0 + rows, &first, &last);
     for (ptrdiff_t j0 = first / BLOCK * BLOCK; j0 < last; j0 += BLOCK, blocks++) {
         const ptrdiff_t keys = rc_min(BLOCK, last - j0);
-        const RC_NAME(masking) *m = RC_NAME(needs_tables)(&masking, row0, j0, keys) ? &masking : 0;
+        const RC_NAME(masking) *m = RC_NAME(needs_tables)(&masking, row0, QUERIES, j0, keys) ? &masking : 0;
         if (blocks && blocks % RC_NAME(STRETCH) == 0) {
-            for (ptrdiff_t i = 0; i < d_v * TILE; i++) {
+            for (ptrdiff_t i = 0; i < d_v * QUERIES; i++) {
                 before[i] = N[i] + (blocks == RC_NAME(STRETCH) ? 0 : before[i]);
                 N[i] = 0;
             }
-            for (int i = 0; i < TILE; i++) {
+            for (int i = 0; i < QUERIES; i++) {
                 sum_before[i] += sum[i];
                 sum[i] = 0;
             }
         }
         const REAL *pack = (const REAL *)p->key_pack + (head * padded + j0) * d;
-        vreal part[VECTORS];
+        vreal part[QUERIES / LANES];
         for (int v = 0; v < V; v++)
             part[v] = (vreal){0};
         if (bounded) {
             for (ptrdiff_t j = 0; j < keys; j += KEYS)
-                if (m)
-                    pairs->masked(d, queries, pack + j * d, P + j * TILE, part, m, row0, j0 + j);
-                else
-                    pairs->plain(d, queries, pack + j * d, P + j * TILE, part);
+                for (int v = 0, i = 0; v < V; v += VECTORS, i += TILE)
+                    if (m)
+                        RC_NAME(pairs_of)(V - v)->masked(d, queries + i, pack + j * d, P + j * QUERIES + i, part + v, m,
+                                                         row0 + i, j0 + j);
+                    else
+                        RC_NAME(pairs_of)(V - v)->plain(d, queries + i, pack + j * d, P + j * QUERIES + i, part + v);
         } else {
-            vreal largest[VECTORS];
+            vreal largest[QUERIES / LANES];
             for (int v = 0; v < V; v++)
                 largest[v] = LOAD(maximum + v * LANES);
             for (ptrdiff_t j = 0; j < keys; j += KEYS)
-                pairs->scores(d, queries, pack + j * d, P + j * TILE, largest, m, row0, j0 + j);
+                for (int v = 0, i = 0; v < V; v += VECTORS, i += TILE)
+                    RC_NAME(pairs_of)(V - v)->scores(d, queries + i, pack + j * d, P + j * QUERIES + i, largest + v, m,
+                                                     row0 + i, j0 + j);
             const REAL gain = (REAL)p->gain;
             for (int v = 0; v < V; v++) {
                 vreal was = LOAD(maximum + v * LANES), now = largest[v];
@@ -212,10 +239,10 @@ static void RC_NAME(forward)(const rc_exact_problem *p, ptrdiff_t head, ptrdiff_
                     REAL shrink[LANES];
                     STORE(shrink, RC_NAME(exp2)((was - now) * gain));
                     for (ptrdiff_t c = 0; c < d_v; c++)
-                        STORE(N + c * TILE + v * LANES, LOAD(N + c * TILE + v * LANES) * LOAD(shrink));
+                        STORE(N + c * QUERIES + v * LANES, LOAD(N + c * QUERIES + v * LANES) * LOAD(shrink));
                     for (ptrdiff_t c = 0; blocks >= RC_NAME(STRETCH) && c < d_v; c++)
                         for (int i = 0; i < LANES; i++)
-                            before[c * TILE + v * LANES + i] *= shrink[i];
+                            before[c * QUERIES + v * LANES + i] *= shrink[i];
                     for (int i = 0; i < LANES; i++) {
                         sum[v * LANES + i] *= shrink[i];
                         sum_before[v * LANES + i] *= shrink[i];
@@ -224,22 +251,22 @@ static void RC_NAME(forward)(const rc_exact_problem *p, ptrdiff_t head, ptrdiff_
                 }
                 vreal added = {0}; /* in a register: see weights_bounded */
                 for (ptrdiff_t j = 0; j < rc_round_up(keys, KEYS); j++) {
-                    vreal e = RC_NAME(exp2)((LOAD(P + j * TILE + v * LANES) - now) * gain);
+                    vreal e = RC_NAME(exp2)((LOAD(P + j * QUERIES + v * LANES) - now) * gain);
                     added += e;
-                    STORE(P + j * TILE + v * LANES, e);
+                    STORE(P + j * QUERIES + v * LANES, e);
                 }
                 part[v] = added;
             }
         }
-        REAL flat[TILE];
+        REAL flat[QUERIES];
         for (int v = 0; v < V; v++)
             STORE(flat + v * LANES, part[v]);
         for (int i = 0; i < V * LANES; i++)
             sum[i] += flat[i];
-        RC_NAME(product_tile)((int)d_v, V, keys, P, (const REAL *)p->v + (head * p->n_k + j0) * d_v, d_v, N);
+        RC_NAME(add_values)((int)d_v, V, keys, P, (const REAL *)p->v + (head * p->n_k + j0) * d_v, N);
     }
-    REAL inverse[TILE];
-    for (ptrdiff_t i = 0; i < TILE; i++) {
+    REAL inverse[QUERIES];
+    for (ptrdiff_t i = 0; i < QUERIES; i++) {
         const double whole = sum_before[i] + sum[i];
         inverse[i] = whole > 0 ? (REAL)(1 / whole) : 0;
         if (i < rows) {
@@ -249,12 +276,12 @@ static void RC_NAME(forward)(const rc_exact_problem *p, ptrdiff_t head, ptrdiff_
                 p->lse[slot + i] = whole > 0 ? LN2 * (maximum[i] * p->gain + __builtin_log2(whole)) : -__builtin_inf();
         }
     }
-    for (ptrdiff_t i = 0; blocks > RC_NAME(STRETCH) && i < d_v * TILE; i++)
+    for (ptrdiff_t i = 0; blocks > RC_NAME(STRETCH) && i < d_v * QUERIES; i++)
         N[i] = (REAL)(N[i] + before[i]);
     for (ptrdiff_t c = 0; c < d_v; c++)
         for (int v = 0; v < V; v++)
-            STORE(N + c * TILE + v * LANES, LOAD(N + c * TILE + v * LANES) * LOAD(inverse + v * LANES));
-    RC_NAME(tile_load)(N, TILE, d_v, rows, 1, 0, o, (int)d_v);
+            STORE(N + c * QUERIES + v * LANES, LOAD(N + c * QUERIES + v * LANES) * LOAD(inverse + v * LANES));
+    RC_NAME(tile_load)(N, QUERIES, d_v, rows, 1, 0, o, (int)d_v);
 }
 
 static void RC_NAME(prepare)(const rc_exact_problem *p, ptrdiff_t head, ptrdiff_t group, ptrdiff_t tile) {
@@ -281,7 +308,7 @@ static void RC_NAME(prepare)(const rc_exact_problem *p, ptrdiff_t head, ptrdiff_
 RC_NOINLINE void RC_NAME(weights_known)(ptrdiff_t d, const REAL *queries, const REAL *keys, REAL *P, const REAL *stats,
                                         REAL gain, const RC_NAME(masking) * m, ptrdiff_t row0, ptrdiff_t j) {
     vreal acc[KEYS][VECTORS];
-    RC_NAME(dots)(VECTORS, acc, d, queries, keys);
+    RC_NAME(dots)(VECTORS, acc, d, queries, TILE, keys);
     if (m)
         RC_NAME(apply_tables)(VECTORS, acc, m, row0, j);
     RC_UNROLL for (int v = 0; v < VECTORS; v++) {
@@ -295,7 +322,7 @@ RC_NOINLINE void RC_NAME(weights_known)(ptrdiff_t d, const REAL *queries, const 
 RC_NOINLINE void RC_NAME(score_gradients)(ptrdiff_t d_v, const REAL *grads, const REAL *values, const REAL *P, REAL *dS,
                                           const REAL *dots) {
     vreal acc[KEYS][VECTORS];
-    RC_NAME(dots)(VECTORS, acc, d_v, grads, values);
+    RC_NAME(dots)(VECTORS, acc, d_v, grads, TILE, values);
     RC_UNROLL for (int v = 0; v < VECTORS; v++) {
         vreal mean = LOAD(dots + v * LANES);
         RC_UNROLL for (int r = 0; r < KEYS; r++)
@@ -347,7 +374,7 @@ static void RC_NAME(backward)(const rc_exact_problem *p, ptrdiff_t head, ptrdiff
                 const ptrdiff_t row0 = tile * TILE, rows = rc_min(TILE, n - row0), at = lane * tiles + tile;
                 const REAL *q = (const REAL *)p->q_tiles + at * d * TILE, *g = (const REAL *)p->grad_tiles + at * d_v * TILE;
                 const REAL *stats = (const REAL *)p->row_stats + at * 3 * TILE;
-                const RC_NAME(masking) *m = RC_NAME(needs_tables)(&masking, row0, j0, keys) ? &masking : 0;
+                const RC_NAME(masking) *m = RC_NAME(needs_tables)(&masking, row0, TILE, j0, keys) ? &masking : 0;
                 for (ptrdiff_t j = 0; j < keys_up; j += KEYS)
                     RC_NAME(weights_known)(d, q, k_pack + j * d, P + j * TILE, stats, (REAL)p->gain, m, row0, j0 + j);
                 for (ptrdiff_t j = 0; j < keys_up; j += KEYS)
@@ -384,6 +411,7 @@ static void RC_NAME(collect)(const rc_exact_problem *p, ptrdiff_t head, ptrdiff_
 }
 
 static const rc_exact_functions RC_NAME(functions) = {
+    QUERIES,
     TILE,
     BLOCK,
     LANES,

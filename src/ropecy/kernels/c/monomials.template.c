@@ -130,7 +130,7 @@ static void RC_NAME(exact_pairs)(const rc_monomials_problem *p, RC_NAME(room) * 
     for (ptrdiff_t j = 0; j < count; j += KEYS) {
         vreal acc[KEYS][VECTORS];
         const REAL *fall = w->fall + limit - (j0 + j);
-        RC_NAME(dots)(VECTORS, acc, p->d, w->scaled, w->key_pack + (j0 + j) * p->d);
+        RC_NAME(dots)(VECTORS, acc, p->d, w->scaled, TILE, w->key_pack + (j0 + j) * p->d);
         RC_UNROLL for (int r = 0; r < KEYS; r++) RC_UNROLL for (int v = 0; v < VECTORS; v++)
             STORE(w->E + (j + r) * TILE + v * LANES, RC_NAME(exp2)(acc[r][v]) * LOAD(fall - r + v * LANES));
     }
@@ -140,7 +140,7 @@ static void RC_NAME(exact_pairs)(const rc_monomials_problem *p, RC_NAME(room) * 
 static void RC_NAME(exact_gradients)(RC_NAME(room) * w, ptrdiff_t j0, ptrdiff_t count) {
     for (ptrdiff_t j = 0; j < count; j += KEYS) {
         vreal acc[KEYS][VECTORS];
-        RC_NAME(dots)(VECTORS, acc, w->y.columns, w->dN, w->column_pack + (j0 + j) * w->y.columns);
+        RC_NAME(dots)(VECTORS, acc, w->y.columns, w->dN, TILE, w->column_pack + (j0 + j) * w->y.columns);
         RC_UNROLL for (int r = 0; r < KEYS; r++) RC_UNROLL for (int v = 0; v < VECTORS; v++)
             STORE(w->dE + (j + r) * TILE + v * LANES, LOAD(w->E + (j + r) * TILE + v * LANES) * acc[r][v]);
     }

@@ -13,8 +13,9 @@
 #define LOG2E 1.4426950408889634074
 #define LN2 0.69314718055994530942
 
-/* acc[r][v] = <x of key r, x of query lane v> for the first V vectors of a tile's queries, keys packed [a][KEYS]. */
-RC_INLINE void RC_NAME(dots)(const int V, vreal acc[KEYS][VECTORS], ptrdiff_t d, const REAL *queries, const REAL *keys) {
+/* acc[r][v] = <x of key r, x of query lane v> for V vectors of queries stored [a][pitch], keys packed [a][KEYS]. */
+RC_INLINE void RC_NAME(dots)(const int V, vreal acc[KEYS][VECTORS], ptrdiff_t d, const REAL *queries, const int pitch,
+                             const REAL *keys) {
     RC_UNROLL for (int r = 0; r < KEYS; r++) RC_UNROLL for (int v = 0; v < V; v++) acc[r][v] = (vreal){0};
     for (ptrdiff_t a = 0; a < d; a++) {
         vreal x[VECTORS];
@@ -23,7 +24,7 @@ RC_INLINE void RC_NAME(dots)(const int V, vreal acc[KEYS][VECTORS], ptrdiff_t d,
             vreal y = SPLAT(keys[r]);
             RC_UNROLL for (int v = 0; v < V; v++) acc[r][v] += x[v] * y;
         }
-        queries += TILE;
+        queries += pitch;
         keys += KEYS;
     }
 }
