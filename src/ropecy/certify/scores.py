@@ -44,8 +44,9 @@ class Scores:
         The largest ``||k_j - centre||`` of each slot; None with a family.
     products : float
         `plain` without the scale.
-    lost : float
-        A bound of the rounding error that the products <q_i, k_j> have from the projections and rotations of q and k.
+    lost_of_slots : (H,) float64 array or float
+        A bound of the rounding error that the products <q_i, k_j> of each slot have from the projections and rotations
+        of q and k.
     """
 
     plain: float
@@ -57,7 +58,12 @@ class Scores:
     how: str = "with keys centred"
     keys: np.ndarray | None = None
     products: float = math.inf
-    lost: float = 0.0
+    lost_of_slots: np.ndarray | float = 0.0
+
+    @property
+    def lost(self) -> float:
+        """The largest of `lost_of_slots`."""
+        return float(np.max(self.lost_of_slots))
 
     def of_rows(self, problem: Problem) -> np.ndarray:
         """The bound B_i of each row's scores, ``|scale| ||q_i|| max_j ||k_j - centre||``, (H, G, n) float64."""
@@ -91,11 +97,13 @@ class Scores:
         return replace(self, bound=B, q_factor=q_factor, k_factor=k_factor, of_slots=of_slots, how=how)
 
 
-def unbounded(problem: Outline, plain: float, products: float = math.inf, lost: float = 0.0) -> Scores:
-    """Scores of which only `plain`, `products` and `lost` are known: enough for engines that need no `bound`."""
+def unbounded(
+    problem: Outline, plain: float, products: float = math.inf, lost: np.ndarray | float = 0.0
+) -> Scores:
+    """Scores of which only `plain`, `products` and what is `lost` are known: enough for engines that need no `bound`."""
     slots = np.ones((3, problem.sizes.H))
     slots[2] = math.inf
-    return Scores(plain, math.inf, None, *slots, products=products, lost=lost)
+    return Scores(plain, math.inf, None, *slots, products=products, lost_of_slots=lost)
 
 
 @dataclass(slots=True)
@@ -134,8 +142,7 @@ def plain_scores(problem: Problem, norms: Norms) -> Scores:
         # Keys were projected and rotated before they were centred, so their error is relative to their norms before.
         origin = problem.origin
         q, k = norms.q if origin.q_norm is None else origin.q_norm, norms.k if origin.k_norm is None else origin.k_norm
-        lost = origin.q_lost * float((q * norms.k).max()) * room(problem)
-        lost += origin.k_lost * float((norms.q * k).max()) * room(problem)
+        lost = (origin.q_lost * (q * norms.k) + origin.k_lost * (norms.q * k)) * room(problem)
     return unbounded(problem, plain, products, lost)
 
 

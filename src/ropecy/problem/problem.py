@@ -59,9 +59,9 @@ class Origin:
     unit : float or None
         Of packed sequences: the largest range of a column of v, or max |v| where all are constant; it is that of the
         values of all sequences, before each is centred by itself.
-    largest, varied : float or None
-        max |v| before values were centred and scaled, over all columns and over those that are not constant; None if
-        they were not.
+    largest, varied : (H,) or (H, s) arrays or None
+        max |v| of each slot, and of each of s packed sequences in it, before values were centred and scaled: over all
+        columns, and over those that are not constant. None if they were not.
     exponent : int
         Values were multiplied by ``2^-exponent``.
     hidden : bool
@@ -84,8 +84,8 @@ class Origin:
     projected: bool = False
     v_size: float | None = None
     unit: float | None = None
-    largest: float | None = None
-    varied: float | None = None
+    largest: np.ndarray | None = None
+    varied: np.ndarray | None = None
     exponent: int = 0
     hidden: bool = False
     axes: tuple[int, ...] = ()
@@ -94,8 +94,9 @@ class Origin:
 
     def slots(self, which: Slots, H: int) -> Origin:
         """The origin of some of H slots."""
-        q_norm, k_norm = (None if norm is None else norm[which] for norm in (self.q_norm, self.k_norm))
-        return replace(self, q_norm=q_norm, k_norm=k_norm, axes=(), sequences=None, heads=self.heads or H)
+        own = {name: getattr(self, name) for name in ("q_norm", "k_norm", "largest", "varied")}
+        own = {name: None if X is None else X[which] for name, X in own.items()}
+        return replace(self, **own, axes=(), sequences=None, heads=self.heads or H)
 
     def named(self, slots: Slots, H: int) -> tuple[tuple[int, ...], ...]:
         """The indices of these of H slots along the user's leading axes, and after them that of a packed sequence."""

@@ -137,7 +137,7 @@ def _as_given(context: Context) -> Context:
     # One value alone is the result as it is.
     if origin.largest is not None and problem.sizes.n_k > 1:
         values.exact = False
-        values.residual = max(values.residual, origin.largest / (values.spread or 1.0))
+        values.residual = max(values.residual, float(origin.largest.max()) / (values.spread or 1.0))
     if origin.k_norm is not None:
         products = float((measure_norms(problem).q * origin.k_norm).max()) * room(problem)
         statistics.plain = replace(statistics.plain, products=products, plain=products * abs(problem.scale))
