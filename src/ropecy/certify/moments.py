@@ -27,6 +27,7 @@ queries)
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -251,10 +252,11 @@ def far_keys(problem: Outline, rows: np.ndarray) -> np.ndarray:
     return problem.mask.stops_before_chunk(rows, chunk(problem))
 
 
-def worst_case(problem: Outline, p: Polynomial) -> np.ndarray:
-    """A bound of |T_ic - Attn_ic| / range_j(V_jc) for each row, (H, 1, n) float64, for any scores within p's bound B.
+def worst_case(problem: Outline, polynomials: Sequence[Polynomial]) -> np.ndarray:
+    """A bound of |T_ic - Attn_ic| / range_j(V_jc) for each row, (H, 1, n) float64, for any scores within the bound B of the
+    slot's polynomial p; `polynomials` are one for all slots or one for each.
 
-    Where no key is hidden, all slots have the same, and H is 1.
+    Where no key is hidden and there is one polynomial, all slots have the same, and H is 1.
 
     Notes
     -----
@@ -266,12 +268,16 @@ def worst_case(problem: Outline, p: Polynomial) -> np.ndarray:
     """
     rows = np.arange(problem.sizes.n)
     stops = far_keys(problem, rows), problem.mask.stops(rows)
-    slots = 1 if problem.mask.kept is None else problem.sizes.H
+    slots = len(polynomials) if problem.mask.kept is None else problem.sizes.H
     far, seen = (problem.mask.kept_before(keys, slots).astype(np.float64) for keys in stops)
-    weight = far * math.exp(min(2 * p.B, 700))
+    error, heaviest, largest = (
+        np.array([[of(p)] for p in polynomials])
+        for of in (lambda p: p.error, lambda p: math.exp(min(2 * p.B, 700)), lambda p: poly.tau(p.error))
+    )
+    weight = far * heaviest
     total = weight + (seen - far)
     share = np.divide(weight, total, out=np.zeros_like(weight), where=total > 0)
-    return np.minimum(poly.tau(p.error), p.error * share)[:, None]
+    return np.minimum(largest, error * share)[:, None]
 
 
 def value_distances(problem: Problem, values: Values, comm: Communicator = SERIAL) -> np.ndarray:

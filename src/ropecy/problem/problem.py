@@ -74,6 +74,8 @@ class Origin:
     heads : int or None
         How many slots work is cut up for, where these are parts of a problem of that many slots, so that the results
         of a slot do not depend on what it is computed together with; None for as many as there are.
+    alike : int or None
+        How many slots of this shape the whole problem has, where these are some of them; None for as many as there are.
     """
 
     q_lost: float = 0.0
@@ -91,12 +93,13 @@ class Origin:
     axes: tuple[int, ...] = ()
     sequences: np.ndarray | None = None
     heads: int | None = None
+    alike: int | None = None
 
     def slots(self, which: Slots, H: int) -> Origin:
         """The origin of some of H slots."""
         own = {name: getattr(self, name) for name in ("q_norm", "k_norm", "largest", "varied")}
         own = {name: None if X is None else X[which] for name, X in own.items()}
-        return replace(self, **own, axes=(), sequences=None, heads=self.heads or H)
+        return replace(self, **own, axes=(), sequences=None, heads=self.heads or H, alike=self.alike or H)
 
     def named(self, slots: Slots, H: int) -> tuple[tuple[int, ...], ...]:
         """The indices of these of H slots along the user's leading axes, and after them that of a packed sequence."""
@@ -174,6 +177,16 @@ class Outline:
     def cut_for(self) -> int:
         """How many slots work is cut up for."""
         return self.origin.heads or self.sizes.H
+
+    @property
+    def several(self) -> bool:
+        """Whether there are other slots of their shape, or more than one."""
+        return (self.origin.alike or self.sizes.H) > 1
+
+    @property
+    def share(self) -> float:
+        """The part that the slots are of all of their shape."""
+        return self.sizes.H / (self.origin.alike or self.sizes.H)
 
     @property
     def unit(self) -> float:
@@ -269,6 +282,7 @@ class Problem(Outline):
                 self.origin.slots(np.repeat(np.arange(H), G), H),
                 axes=(*self.origin.axes[:-1], *(G * axis for axis in self.origin.axes[-1:])),
                 heads=self.origin.heads and self.origin.heads * G,
+                alike=self.origin.alike and self.origin.alike * G,
             ),
         )
 

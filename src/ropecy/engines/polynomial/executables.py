@@ -80,8 +80,9 @@ class Polynomial(Executable):
         at = RowsAtKeys(problem, pieces)
         o, lse, saved = features.forward(at.problem, self.expansion, want_lse, pieces.comm)
         result = self._result(Saved(saved, at, o, lse), want_lse)
-        if problem.mask.causal and not pieces.distributed:
-            rows = moments.worst_case(problem, self.expansion.p)
+        polynomials = self.expansion.polynomials
+        if (problem.mask.causal or len(polynomials) > 1) and not pieces.distributed:
+            rows = moments.worst_case(problem, polynomials)
             largest, rows = float(rows.max()), np.broadcast_to(rows, o.shape[:3])
             result.found = replace(self.certificate, truncation=largest, rows_truncation=rows)
         return result
