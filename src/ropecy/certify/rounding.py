@@ -139,9 +139,9 @@ def polynomial_rounding(problem: Outline, B: float, values: Values, lost: float 
     return float(_of_monomials(problem, B, values.far.any(), values.offset, lost))
 
 
-def rounding_of_slots(problem: Outline, scores: Scores, values: Values) -> np.ndarray:
-    """`polynomial_rounding` of each slot by itself, in units of the range of its own values, (H,)."""
-    return _of_monomials(problem, scores.of_slots, values.far, values.offsets, scores.lost_of_slots)
+def rounding_of_slots(problem: Outline, scores: Scores, values: Values, B: np.ndarray) -> np.ndarray:
+    """`polynomial_rounding` of each slot by itself for scores within B, in units of the range of its own values, (H,)."""
+    return _of_monomials(problem, B, values.far, values.offsets, scores.lost_of_slots)
 
 
 def _of_monomials(

@@ -86,15 +86,15 @@ class Scores:
             keys=None if self.keys is None else self.keys[which],
         )
 
-    def within(self, B: float) -> Scores:
-        """The bounds and factors for those rows alone whose own bound is at most B."""
-        if B >= self.bound:
+    def within(self, B: float | np.ndarray) -> Scores:
+        """The bounds and factors for those rows alone whose own bound is at most B, one for all slots or one for each."""
+        if np.all(B >= self.of_slots):
             return self
         of_slots = np.minimum(self.of_slots, B)
         balance = np.sqrt(np.divide(of_slots, self.of_slots, out=np.ones_like(of_slots), where=self.of_slots > 0))
         q_factor, k_factor = self.q_factor / balance, self.k_factor * balance
         how = f"{self.how}, but for the longest queries"
-        return replace(self, bound=B, q_factor=q_factor, k_factor=k_factor, of_slots=of_slots, how=how)
+        return replace(self, bound=float(of_slots.max()), q_factor=q_factor, k_factor=k_factor, of_slots=of_slots, how=how)
 
 
 def unbounded(

@@ -71,11 +71,13 @@ class Values:
         return storing(dtype, self.varied) / self.spread if self.varied else 0.0
 
     @property
-    def share(self) -> float:
-        """About how far values are from `middle`, in units of the range: a half plus the distance of their mean."""
+    def share(self) -> np.ndarray:
+        """About how far the values of each slot are from `middle`, in units of the range: a half plus the distance of
+        their mean.
+        """
         spread = (self.high - self.low).astype(np.float64)
         off = np.abs(self.mean - self.middle)
-        return 0.5 + float(np.divide(off, spread, out=np.zeros_like(off), where=spread > 0).max(initial=0))
+        return 0.5 + np.divide(off, spread, out=np.zeros_like(off), where=spread > 0).max(axis=1, initial=0)
 
 
 def measure_values(problem: Problem, comm: Communicator = SERIAL) -> Values:

@@ -76,6 +76,8 @@ class Origin:
         of a slot do not depend on what it is computed together with; None for as many as there are.
     alike : int or None
         How many slots of this shape the whole problem has, where these are some of them; None for as many as there are.
+    numbers : (H,) int array or None
+        Which of all slots these are, by which each draws random numbers of its own; None for all in order.
     """
 
     q_lost: float = 0.0
@@ -94,11 +96,13 @@ class Origin:
     sequences: np.ndarray | None = None
     heads: int | None = None
     alike: int | None = None
+    numbers: np.ndarray | None = None
 
     def slots(self, which: Slots, H: int) -> Origin:
         """The origin of some of H slots."""
         own = {name: getattr(self, name) for name in ("q_norm", "k_norm", "largest", "varied")}
         own = {name: None if X is None else X[which] for name, X in own.items()}
+        own["numbers"] = (np.arange(H) if self.numbers is None else self.numbers)[which]
         return replace(self, **own, axes=(), sequences=None, heads=self.heads or H, alike=self.alike or H)
 
     def named(self, slots: Slots, H: int) -> tuple[tuple[int, ...], ...]:
@@ -177,6 +181,11 @@ class Outline:
     def cut_for(self) -> int:
         """How many slots work is cut up for."""
         return self.origin.heads or self.sizes.H
+
+    @property
+    def numbers(self) -> np.ndarray:
+        """Which of all slots of the call these are, (H,)."""
+        return np.arange(self.sizes.H) if self.origin.numbers is None else self.origin.numbers
 
     @property
     def several(self) -> bool:

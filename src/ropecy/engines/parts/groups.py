@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import secrets
+from dataclasses import replace
 
 import numpy as np
 
@@ -10,7 +12,8 @@ from ...problem.problem import Slots
 from ..base import Context
 from ..exact.cost import exact_work
 from ..polynomial.cost import polynomial_work
-from ..polynomial.worst_case import left_by_rounding, of_each_slot, worth_measuring
+from ..polynomial.moment_search import search
+from ..polynomial.worst_case import WorstCase, left_by_rounding, of_each_slot, worth_measuring
 
 # What planning one more group may cost, in seconds and as a part of the exact work of a slot.
 _PLAN, _LOOK = 4e-4, 0.03
@@ -18,15 +21,16 @@ _PLAN, _LOOK = 4e-4, 0.03
 _FEW_PAIRS = 2**14
 
 
-def groups(context: Context) -> list[Slots]:
-    """The slots in groups, those with the smallest scores first; one group where all are alike.
+def groups(context: Context) -> tuple[Context, list[Slots]]:
+    """The context with what was found of moments, and the slots in groups, those of the lowest degrees first; one group
+    where all are alike.
 
     The group of a slot depends on its own scores and values and on the shape of the call, never on other slots. In each
     group a slot has a polynomial for its own bound, rounded up.
     """
     outline, request = context.outline, context.request
     H, _, n, n_k, *_ = outline.sizes
-    one = [slice(0, H)]
+    one = context, [slice(0, H)]
     if H < 2 or n * n_k < _FEW_PAIRS or outline.family is not None:
         return one
     if request.method == "exact" or request.degree is not None:
@@ -34,35 +38,33 @@ def groups(context: Context) -> list[Slots]:
     exact = exact_work(outline, request.grad)
     if not worth_measuring(context, exact, any_slot=True):
         return one
+    context = with_a_seed(context)
     limit = exact.nominal if request.method == "auto" else math.inf
-    many = _LOOK * exact.nominal > H * _PLAN
-    found: dict[tuple[int, float, float], list[int]] = {}
-    for slot, key in enumerate(_keys(context, limit, many)):
-        found.setdefault(key, []).append(slot)
-    return [in_order(np.array(slots)) for _, slots in sorted(found.items())]
-
-
-def _keys(context: Context, limit: float, many: bool) -> list[tuple[int, float, float]]:
-    """What slots of one group share: (0, a degree that serves them for less than `limit` seconds, what rounding leaves of
-    eps), or (1, the size of their scores, 0).
-
-    Where no degree serves, slots are told apart by the power of two that their scores are within, if `many` are to be
-    told apart: moments, or a split of outliers, may serve some of them.
-    """
-    outline, scores, grad = context.outline, context.statistics.scores, context.request.grad
     left = left_by_rounding(context)
-    polynomials = of_each_slot(scores, left)
-    degrees = {max(1, p.degree) for p in polynomials if p is not None}
-    pays = {degree for degree in degrees if polynomial_work(outline, degree, grad).nominal < limit}
+    degrees = [0 if p is None else max(1, p.degree) for p in of_each_slot(context.statistics.scores, left)]
+    if WorstCase().lacks(outline) is None and request.certify == "proof":
+        context = replace(context, by_moments=tuple(search(context, degrees)))
+    pays = {g for g in set(degrees) - {0} if polynomial_work(outline, g, request.grad).nominal < limit}
+    of_slots = zip(degrees, left.tolist(), context.statistics.scores.of_slots.tolist(), strict=True)
+    many, found = _LOOK * exact.nominal > H * _PLAN, {}
+    for slot, (degree, allowed, B) in enumerate(of_slots):
+        by_moments = context.by_moments and context.by_moments[slot]
+        # Slots of one group have one fallback too.
+        if by_moments:
+            key = 0, *by_moments.key, degree
+        elif degree in pays:
+            key = 0, degree, 0, 0, -allowed, degree
+        else:
+            # Where no degree serves, slots are told apart by the power of two that their scores are within, if it pays
+            # to plan many groups: a split of outliers may serve some of them.
+            key = 1, math.frexp(B)[1] if many and B < math.inf else 0, 0, 0, 0, 0
+        found.setdefault(key, []).append(slot)
+    return context, [in_order(np.array(slots)) for _, slots in sorted(found.items())]
 
-    def key(slot: int) -> tuple[int, float, float]:
-        p, B = polynomials[slot], float(scores.of_slots[slot])
-        degree = 0 if p is None else max(1, p.degree)
-        if degree in pays:
-            return 0, float(degree), float(left[slot])
-        return 1, float(math.frexp(B)[1]) if many and B < math.inf else 0.0, 0.0
 
-    return [key(slot) for slot in range(outline.sizes.H)]
+def with_a_seed(context: Context) -> Context:
+    """The context with a seed, one for all parts, so that what was drawn can be drawn again."""
+    return context if context.request.seed is not None else context.asking(seed=secrets.randbits(62))
 
 
 def in_order(slots: np.ndarray) -> Slots:

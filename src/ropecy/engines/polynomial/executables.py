@@ -165,16 +165,17 @@ class ByMoments(Polynomial):
     Attributes
     ----------
     rule : MomentRule
-    eps : float
-    n_exact_rows : int
-        How many rows, of all heads together, may be computed exactly because their certificate is too large.
+    allowed : (H,) array
+        What rounding leaves of eps for the truncation of the rows of each slot.
+    n_exact_rows : (H,) int array
+        How many rows of each slot may be computed exactly because their certificate is too large.
     fallback : Executable or None
         What runs if more rows fail; None if the polynomial engine is insisted on and nothing else certifies eps.
     """
 
     rule: MomentRule
-    eps: float
-    n_exact_rows: int
+    allowed: np.ndarray
+    n_exact_rows: np.ndarray
     fallback: Executable | None = None
 
     def forward(self, problem: Problem, want_lse: bool, pieces: Pieces = WHOLE) -> Result:
@@ -182,22 +183,25 @@ class ByMoments(Polynomial):
         piece, certificate = at.problem, self.certificate
         fits = rule.fits(piece)
         judged = features.Judged(
-            moments.value_distances(piece, self.values, comm), fits.ratio(rule.polynomial, piece.dtype)
+            moments.value_distances(piece, self.values, comm), fits.ratio(rule.polynomials, piece.dtype)
         )
         o, lse, measured = features.forward(piece, self.expansion, want_lse or self.grad, comm, judged=judged)
         rows = rule.truncation(piece, fits, measured)
-        rows[fits.sizes > self.expansion.scores.bound] = np.inf
-        allowed = self.eps - certificate.rounding
+        # Both are products of the same numbers, rounded in another order.
+        rows[fits.sizes > self.expansion.scores.of_slots[:, None, None] * (1 + 1e-12)] = np.inf
+        allowed = self.allowed[:, None, None]
         failed = ~(rows <= allowed)
         of_gradient = None
         if self.grad:
             of_gradient = rule.gradient(piece, fits, measured)
             failed |= ~(of_gradient <= 2 * allowed)
-        n_failed, n_rows = (sum(counts) for counts in zip(*comm.gather((int(failed.sum()), rows.size)), strict=True))
-        if n_failed > self.n_exact_rows:
+        of_slots = comm.total(np.count_nonzero(failed, axis=(1, 2)))
+        left = np.flatnonzero(of_slots > self.n_exact_rows)
+        if len(left):
             if self.fallback is not None:
                 return self.fallback.forward(problem, want_lse, pieces)
-            raise self._too_many(n_failed, n_rows)
+            raise self._too_many(int(of_slots.sum()), sum(comm.gather(rows.size)))
+        n_failed = int(of_slots.sum())
         rounding = certificate.rounding
         if n_failed:
             exact_rows(piece, self.plain, failed, comm).forward(o, lse)
@@ -226,8 +230,8 @@ class ByMoments(Polynomial):
 
     def _too_many(self, n_failed: int, n_rows: int) -> BoundedEntryError:
         return BoundedEntryError(
-            f"degree {self.rule.polynomial.degree} does not certify eps = {self.eps:g} by moments for {n_failed:,} "
-            f"of {n_rows:,} rows, past the {self.n_exact_rows:,} planned to be exact, and by the bound "
+            f"degree {self.rule.degree} does not certify a truncation of {self.allowed.min():.3g} by moments for "
+            f"{n_failed:,} of {n_rows:,} rows, past the {self.n_exact_rows.sum():,} planned to be exact, and by the bound "
             f"B = {self.expansion.scores.bound:.4g} of the scores no degree does; method='exact' has no bound"
         )
 
@@ -240,10 +244,13 @@ class ByMoments(Polynomial):
 class BySample(Polynomial):
     """The first of some degrees for which twice the error of sampled rows is within eps.
 
+    It is the one place where slots are decided on together: the sampled rows are those of all slots, and by what they
+    show all slots take one degree. The evidence about a slot alone would want as many rows of it as there are of all.
+
     Attributes
     ----------
-    trials : list of MomentPolynomial
-        The polynomials to try, by degree; `expansion` and `certificate` are those of the first.
+    trials : list of (tuple of MomentPolynomial)
+        The polynomials of all slots to try, by degree; `expansion` and `certificate` are those of the first.
     sample : Sample or None
         None while the executable is sent between processes, each of which has the sample already.
     eps : float
@@ -253,7 +260,7 @@ class BySample(Polynomial):
         Plans what runs then, if there is no `fallback`.
     """
 
-    trials: list[MomentPolynomial]
+    trials: list[tuple[MomentPolynomial, ...]]
     sample: Sample | None
     eps: float
     fallback: Executable | None = None
@@ -263,15 +270,16 @@ class BySample(Polynomial):
         at, comm, certificate = RowsAtKeys(problem, pieces), pieces.comm, self.certificate
         piece, scores = at.problem, self.expansion.scores
         rng = np.random.default_rng(certificate.seed)
-        for p in self.trials:
-            o, lse, saved = features.forward(piece, replace(self.expansion, p=p), want_lse, comm)
+        for polynomials in self.trials:
+            expansion, degree = Expansion.of_slots(scores, self.values, polynomials), polynomials[0].degree
+            o, lse, saved = features.forward(piece, expansion, want_lse, comm)
             risk = self.sample.risk(piece, scores, saved.inverse, comm)
             chosen = draw(risk, certificate.n_sampled, rng, comm)
             errors = row_errors(piece, o, chosen, piece.unit, bound=self.plain, comm=comm)
             truncation = 2 * max(comm.gather(float(errors.max(initial=0))))
             if truncation <= self.eps - certificate.rounding:
-                features_of_p = n_features(piece.sizes.d, p.degree)
-                found = replace(certificate, degree=p.degree, n_features=features_of_p, truncation=truncation)
+                count = n_features(piece.sizes.d, degree)
+                found = replace(certificate, degree=degree, n_features=count, truncation=truncation)
                 return self._result(Saved(saved, at, o, lse), want_lse, found)
         refusal = None
         if self.fallback is not None:
@@ -282,7 +290,7 @@ class BySample(Polynomial):
         except BoundedEntryError as error:
             refusal = error
         raise BoundedEntryError(
-            f"twice the error of {certificate.n_sampled} sampled rows is {truncation:.2g} at degree {p.degree}, past "
+            f"twice the error of {certificate.n_sampled} sampled rows is {truncation:.2g} at degree {degree}, past "
             f"eps = {self.eps:g}, and no proof certifies it for scores within B = {scores.bound:.4g}; method='exact' "
             "has no bound"
         ) from refusal

@@ -144,7 +144,7 @@ def certified(
     begins, ends = where(scores), cure(outline, scores)
     if allowed.min() <= 0:
         if rounding is None:
-            rounding = rounding_of_slots(outline, scores, context.statistics.values).max()
+            rounding = rounding_of_slots(outline, scores, context.statistics.values, scores.of_slots).max()
         lost = f"rounding in {outline.dtype.name} alone is {rounding:.2g}"
         return None, f"{begins}: no degree certifies eps = {eps:g}, {lost}; {ends}"
     found = of_each_slot(scores, allowed, degree)
@@ -158,14 +158,15 @@ def certified(
     return None, f"{begins}: no degree certifies eps = {eps:g}; {ends}"
 
 
-def left_by_rounding(context: Context) -> np.ndarray:
+def left_by_rounding(context: Context, B: np.ndarray | None = None) -> np.ndarray:
     """What rounding leaves of eps for the truncation of each slot, (H,); 0 or less where it leaves nothing.
 
-    In a call of several slots it is rounded down to a multiple of a 64th of eps, so that slots differ in it only where
+    Scores are within B, by default within the bound of each slot. In a call of several slots it is rounded down to a multiple of a 64th of eps, so that slots differ in it only where
     rounding counts.
     """
     outline, statistics, eps = context.outline, context.statistics, context.request.eps
-    left = 1 - rounding_of_slots(outline, statistics.scores, statistics.values) / eps
+    B = statistics.scores.of_slots if B is None else B
+    left = 1 - rounding_of_slots(outline, statistics.scores, statistics.values, B) / eps
     return eps * (np.floor(_LEFT * left) / _LEFT if outline.several else left)
 
 
