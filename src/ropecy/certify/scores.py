@@ -44,6 +44,8 @@ class Scores:
         The largest ``||k_j - centre||`` of each slot; None with a family.
     products : float
         `plain` without the scale.
+    plain_of_slots : (H,) float64 array or float
+        `plain` of each slot.
     lost_of_slots : (H,) float64 array or float
         A bound of the rounding error that the products <q_i, k_j> of each slot have from the projections and rotations
         of q and k.
@@ -58,6 +60,7 @@ class Scores:
     how: str = "with keys centred"
     keys: np.ndarray | None = None
     products: float = math.inf
+    plain_of_slots: np.ndarray | float = math.inf
     lost_of_slots: np.ndarray | float = 0.0
 
     @property
@@ -135,7 +138,8 @@ def largest_scores(problem: Problem) -> np.ndarray:
 def plain_scores(problem: Problem, norms: Norms) -> Scores:
     """The bound of the scores by norms alone, `Scores.plain`; `Scores.bound` is inf."""
     with np.errstate(all="ignore"):
-        products = float((norms.q * norms.k).max()) * room(problem)
+        of_slots = norms.q * norms.k * room(problem)
+        products = float(of_slots.max())
         plain = products * abs(problem.scale)
         if not math.isfinite(plain):
             return unbounded(problem, math.inf)
@@ -143,7 +147,7 @@ def plain_scores(problem: Problem, norms: Norms) -> Scores:
         origin = problem.origin
         q, k = norms.q if origin.q_norm is None else origin.q_norm, norms.k if origin.k_norm is None else origin.k_norm
         lost = (origin.q_lost * (q * norms.k) + origin.k_lost * (norms.q * k)) * room(problem)
-    return unbounded(problem, plain, products, lost)
+    return replace(unbounded(problem, plain, products, lost), plain_of_slots=of_slots * abs(problem.scale))
 
 
 def query_norms(problem: Problem) -> np.ndarray:

@@ -143,6 +143,10 @@ class Executable(ABC):
         """The result that `backward` needs if `problem` has only some of the keys, and o and lse are of all keys."""
         raise NotImplementedError(f"{self.engine} attention can't be resumed under a larger softmax")
 
+    def slots(self, which: Slots) -> Executable:
+        """What runs some of the slots alone; its certificates are those of all."""
+        raise NotImplementedError(f"{self.engine} attention can't be told to run some of the slots")
+
     def measured_by(self, statistics: Statistics | None) -> Executable:
         """This executable with the measurements of this process; with None without any, to be sent to other ranks."""
         return self

@@ -95,4 +95,4 @@ def _executable(context: Context, slots: list[Slot], fallback: Executable | None
         of_gradient_ = max(slot.of_gradient for slot in slots)
         gradient = of_gradient(outline, certificate, r[0].degree + 1, of_gradient_)
     expansion = Expansion.of_slots(scores, values, p, r)
-    return ByMoments(certificate, gradient, expansion, scores.plain, rule, allowed, n_exact_rows, fallback)
+    return ByMoments(certificate, gradient, expansion, scores.plain_of_slots, rule, allowed, n_exact_rows, fallback)

@@ -76,7 +76,7 @@ class Sampled(Engine):
         fallback = proved.executable if self._prove is None and proved is not None else None
         expansion = Expansion.of_slots(scores, statistics.values, trials[0])
         executable = BySample(
-            certificate, None, expansion, scores.plain, trials, statistics.sample, request.eps, fallback, self._prove
+            certificate, None, expansion, scores.plain_of_slots, trials, statistics.sample, request.eps, fallback, self._prove
         )
         reason = "the smallest degree whose error in sampled rows, doubled, is within eps"
         work = polynomial_work(outline, degree, False) + sampling

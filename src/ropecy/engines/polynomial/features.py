@@ -8,7 +8,7 @@ features are differentiated and no n x (d d_v) matrices are formed, which saves 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ from ...kernels import _monomials
 from ...problem.communicator import SERIAL, Communicator
 from ...problem.input_gradients import InputGradients
 from ...problem.mask import Mask
-from ...problem.problem import Outline, Problem, Sizes
+from ...problem.problem import Outline, Problem, Sizes, Slots
 from ..kept import kept_below
 
 # How many segments there are at most, over all slots: enough to keep many threads busy.
@@ -113,6 +113,15 @@ class Expansion:
         alike = all(own is p[0] for own in p) and (of_gradient is None or all(r is of_gradient[0] for r in of_gradient))
         r = None if of_gradient is None else of_gradient[0]
         return cls(scores, values, p[0], r, (None, None) if alike else (p, of_gradient))
+
+    def slots(self, which: Slots) -> Expansion:
+        """The expansion of some of the slots."""
+        of_slots = ("q_factor", "k_factor", "of_slots", "keys", "centre")
+        scores = {name: getattr(self.scores, name) for name in of_slots}
+        scores = {name: None if X is None else X[which] for name, X in scores.items()}
+        each = tuple(None if own is None else tuple(np.array(own, object)[which]) for own in self.each)
+        values = replace(self.values, middle=self.values.middle[which])
+        return replace(self, scores=replace(self.scores, **scores), values=values, each=each)
 
     @property
     def polynomials(self) -> tuple[Polynomial | MomentPolynomial, ...]:

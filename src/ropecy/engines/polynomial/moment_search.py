@@ -266,7 +266,9 @@ class _Search:
             return
         h_r = None
         if self._grad:
-            h_r = sample.of_rows(_of_each(r, lambda own: own.radius[0])) * sample.mean(outline, degree - degree % 2)
+            radius = sample.of_rows(_of_each(r, lambda own: own.radius[0]))
+            with np.errstate(all="ignore"):
+                h_r = radius * sample.mean(outline, degree - degree % 2)
         allowed = left_by_rounding(self._context, B)
         kept = sample.kept(outline, allowed, B, h, h_r)
         total = cost + self._exact * kept.share

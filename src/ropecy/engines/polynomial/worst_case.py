@@ -51,7 +51,7 @@ class WorstCase(Engine):
         if request.grad:
             gradient = of_gradient(context.outline, certificate, degree + 1, error)
         expansion = Expansion.of_slots(statistics.scores, statistics.values, found, found if request.grad else None)
-        executable = PolynomialExecutable(certificate, gradient, expansion, statistics.scores.plain)
+        executable = PolynomialExecutable(certificate, gradient, expansion, statistics.scores.plain_of_slots)
         work = polynomial_work(context.outline, degree, request.grad)
         size = features.memory(context.piece, degree, request.grad)
         return Candidate(executable, work, size, insisted(context))
