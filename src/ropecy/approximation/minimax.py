@@ -208,7 +208,7 @@ def B_grid(B: float) -> float:
     if B <= _SMALLEST_BOUND:
         return _SMALLEST_BOUND
     mantissa, exponent = math.frexp(B)
-    return math.ldexp(next(m for m in _MANTISSAS if m >= mantissa), exponent)
+    return math.ldexp(_MANTISSAS[bisect_left(_MANTISSAS, mantissa)], exponent)
 
 
 def fine_grid(B: float) -> float:

@@ -65,14 +65,17 @@ class RowFits:
         self._any_past = bool(self._past.any())
         # Queries that were normalised have one size. That is seen from the smallest and the largest, which is ten times
         # cheaper than placing every row on the grid.
-        kappas, of_kappa = np.unique(kappa, return_inverse=True)
+        kappas, of_kappa = np.ravel(kappa)[:1], 0
+        if np.any(kappa != kappas):
+            kappas, of_kappa = np.unique(kappa, return_inverse=True)
+            of_kappa = of_kappa.reshape(np.shape(kappa))
         ends = self._steps(np.array([sizes.min(), sizes.max()])) if sizes.size and not self._any_past else (0, 1)
         if ends[0] == ends[1] and len(kappas) == 1:
             there, self._index = ends[:1], np.broadcast_to(np.intp(0), sizes.shape)
         else:
             # A kind of rows is a step of the grid and a kappa.
             steps = np.where(self._past, 0, self._steps(sizes))
-            kinds = steps * len(kappas) + of_kappa.reshape(np.shape(kappa))
+            kinds = steps if len(kappas) == 1 else steps * len(kappas) + of_kappa
             there = np.flatnonzero(np.bincount(kinds.reshape(-1)))
             place = np.zeros(there.max(initial=0) + 1, np.intp)
             place[there] = np.arange(len(there))
@@ -104,13 +107,17 @@ class RowFits:
 
         The second factor is relative to the first. None is returned where every row has that of all slots.
         """
-        if len(set(polynomials)) == 1 and all(fit in (None, polynomials[0]) for fit in self._fits):
+        p, one = polynomials[0], len(set(polynomials)) == 1
+        if one and all(fit in (None, p) for fit in self._fits):
             return None
-        g, ratio = polynomials[0].degree, np.ones((2, *self._index.shape), dtype)
-        below, top = (
-            self.of_rows(lambda fit, t=t: fit.coefficients[t]) / of_each(polynomials, lambda p, t=t: p.coefficients[t])
-            for t in (g - 1, g)
-        )
+        g, ratio = p.degree, np.ones((2, *self._index.shape), dtype)
+        if one:
+            below, top = (self.of_rows(lambda fit, t=t: fit.coefficients[t] / p.coefficients[t]) for t in (g - 1, g))
+        else:
+            below, top = (
+                self.of_rows(lambda fit, t=t: fit.coefficients[t]) / of_each(polynomials, lambda p, t=t: p.coefficients[t])
+                for t in (g - 1, g)
+            )
         kept = np.isfinite(top)
         ratio[0, kept] = below[kept]
         ratio[1, kept] = (top[kept] / ratio[0, kept]).astype(dtype)

@@ -184,6 +184,11 @@ class Sample:
         ends = itertools.pairwise([*self._starts, len(self._head)])
         return ((head, slice(*own)) for head, own in enumerate(ends))
 
+    @once
+    def _longest(self) -> np.ndarray:
+        """The largest bound of a row of each slot, (H,)."""
+        return self.every.max(axis=(1, 2))
+
     def of_rows(self, X: np.ndarray) -> np.ndarray:
         """A number of each slot for each of its sampled rows."""
         return X[self._head]
@@ -205,7 +210,10 @@ class Sample:
         """How many rows of each slot have a bound larger than its B; an estimate if the sequence is in pieces."""
         if self.every is None:
             return np.ceil(self._total(np.where(self.sizes > self.of_rows(B), self.weight, 0.0)))
-        return np.count_nonzero(self.every > B[:, None, None], axis=(1, 2))
+        found, some = np.zeros(len(B), int), np.flatnonzero(B < self._longest)
+        for slot in some.tolist():
+            found[slot] = np.count_nonzero(self.every[slot] > B[slot])
+        return found
 
     def risk(self, problem: Problem, scores: Scores, inverse: np.ndarray, comm: Communicator = SERIAL) -> np.ndarray:
         """A number for each row with which its error is expected to grow, (H, G, n).

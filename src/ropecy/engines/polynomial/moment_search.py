@@ -14,6 +14,7 @@ import numpy as np
 
 from ...approximation import minimax as poly
 from ...approximation.moment_fit import MomentPolynomial, fit_moments, taylor
+from ...certify.once import once
 from ...certify.sample import Kept, Sample
 from ..base import Context
 from ..cost import Work
@@ -204,34 +205,43 @@ class _Search:
     def _try(self, degree: int, kappa: np.ndarray, tried: np.ndarray) -> None:
         """Tries this degree in these slots, with fourth moments if kappa is not 0."""
         sample, outline, fourth = self._sample, self._outline, None
-        order, extra, bounds = degree - degree % 2, moments_work(outline), self._context.statistics.scores.of_slots
+        order, extra = degree - degree % 2, moments_work(outline)
         h = sample.radius(outline, sample.fits(degree, kappa), order)
         if kappa.any():
             extra += fourth_work(outline)
             tried = tried & (self._cost(degree, extra) < self._limit)
             # Fourth moments are measured only if this degree would suffice for Gaussian scores, because they take long.
             few = np.zeros(len(tried), bool)
-            for B in sample.cuts(bounds) if tried.any() else ():
-                few |= ~np.isnan(B) & sample.kept(outline, left_by_rounding(self._context, B), B, h).few
+            for cut in self._cuts if tried.any() else ():
+                few |= cut.there & sample.kept(outline, cut.allowed, cut.B, h).few
             tried = tried & few
             if not tried.any():
                 return
             fourth = self._context.statistics.fourth(self._context.request.seed, tried)
             h = sample.radius(outline, sample.fits(degree, kappa), order, fourth)
-        for B in sample.cuts(bounds):
-            own = tried & ~np.isnan(B)
+        for cut in self._cuts:
+            own = tried & cut.there
             if self._grad and own.any():
-                h = sample.radius(outline, sample.fits(degree, kappa, np.where(own, B, bounds)), order)
-            for p, r in self._weights(np.where(own, B, np.nan), degree, kappa):
-                self._consider(p, r, kappa, B, h, extra)
+                h = sample.radius(outline, sample.fits(degree, kappa, cut.grid), order)
+            for p, r in self._weights(np.where(own, cut.grid, np.nan), degree, kappa) if own.any() else ():
+                self._consider(p, r, kappa, cut, h, extra)
+
+    @once
+    def _cuts(self) -> list[_Cut]:
+        """The bounds to try."""
+        found = []
+        for B in self._sample.cuts(self._context.statistics.scores.of_slots):
+            there = ~np.isnan(B)
+            grid = np.array([poly.B_grid(own) if exists else 0.0 for own, exists in zip(B.tolist(), there, strict=True)])
+            found.append(_Cut(B, there, grid, left_by_rounding(self._context, B)))
+        return found
 
     def _weights(
-        self, B: np.ndarray, degree: int, kappa: np.ndarray
+        self, grid: np.ndarray, degree: int, kappa: np.ndarray
     ) -> Iterator[tuple[list[MomentPolynomial | None], list[MomentPolynomial | None]]]:
-        """The polynomials (of forward, of backward) of all slots to try at that degree; None where B is NaN or there is
-        no polynomial, and without gradients for backward.
+        """The polynomials (of forward, of backward) of all slots to try at that degree; None where the bound is NaN or
+        there is no polynomial, and without gradients for backward.
         """
-        grid = np.array([math.nan if math.isnan(bound) else poly.B_grid(bound) for bound in B.tolist()])
         p = _each(lambda bound, of_kappa: fit_moments(bound, degree, of_kappa / bound**2), grid, kappa)
         if not self._grad:
             yield p, [None] * len(p)
@@ -246,7 +256,7 @@ class _Search:
         p: list[MomentPolynomial | None],
         r: list[MomentPolynomial | None],
         kappa: np.ndarray,
-        B: np.ndarray,
+        cut: _Cut,
         h: np.ndarray,
         extra: Work,
     ) -> None:
@@ -269,21 +279,41 @@ class _Search:
             radius = sample.of_rows(_of_each(r, lambda own: own.radius[0]))
             with np.errstate(all="ignore"):
                 h_r = radius * sample.mean(outline, degree - degree % 2)
-        allowed = left_by_rounding(self._context, B)
-        kept = sample.kept(outline, allowed, B, h, h_r)
+        kept = sample.kept(outline, cut.allowed, cut.B, h, h_r)
         total = cost + self._exact * kept.share
         better, longer = there & kept.few & (total < self._limit), None
         for slot in np.flatnonzero(better).tolist():
-            longer = sample.longer(B) if longer is None else longer
+            longer = sample.longer(cut.B) if longer is None else longer
             self._limit[slot] = total[slot]
-            own = Slot(p[slot], r[slot], float(kappa[slot]), float(B[slot]), float(allowed[slot]), *_of(kept, slot))
-            self._best[slot] = own._replace(n_long=int(longer[slot]))
+            numbers = float(kappa[slot]), float(cut.B[slot]), float(cut.allowed[slot]), *_of(kept, slot)
+            self._best[slot] = Slot(p[slot], r[slot], *numbers, int(longer[slot]))
 
 
-def _of(kept: Kept, slot: int) -> tuple[float, float, float, int, int]:
-    """The last fields of a `Slot`."""
+class _Cut(NamedTuple):
+    """Bounds B of the rows that are kept, one for each slot: (H,) arrays.
+
+    Attributes
+    ----------
+    B : array
+        NaN where none is to be tried.
+    there : bool array
+        Where there is one.
+    grid : array
+        B rounded up to the grid, 0 where there is none.
+    allowed : array
+        What rounding leaves of eps.
+    """
+
+    B: np.ndarray
+    there: np.ndarray
+    grid: np.ndarray
+    allowed: np.ndarray
+
+
+def _of(kept: Kept, slot: int) -> tuple[float, float, float, int]:
+    """What `Slot` says of the rows that are kept."""
     numbers = (float(X[slot]) for X in (kept.truncation, kept.of_gradient, kept.share))
-    return *numbers, int(kept.n_exact_rows[slot]), 0
+    return *numbers, int(kept.n_exact_rows[slot])
 
 
 def _each(make: Callable[..., MomentPolynomial | None], *of_slots: np.ndarray) -> list[MomentPolynomial | None]:
