@@ -84,15 +84,14 @@ def _executable(context: Context, slots: list[Slot], fallback: Executable | None
     scores, values = statistics.scores.within(B), statistics.values
     fourth = statistics.fourth(request.seed, kappa > 0) if kappa.any() else None
     p, r = tuple(slot.p for slot in slots), tuple(slot.r for slot in slots) if request.grad else None
-    sample = statistics.sample.every if context.by_moments is None else None
-    rule = MomentRule(p, kappa, scores, fourth, sum(slot.n_long for slot in slots), r, sample)
+    rule = MomentRule(p, kappa, scores, fourth, sum(slot.n_long for slot in slots), r, statistics.sample.every)
     degree, truncation = max(1, rule.degree), max(slot.truncation for slot in slots)
     certificate = certificate_of(outline, scores, values, degree, truncation, "moments")
     if fourth is not None:
         certificate = replace(certificate, seed=fourth.seed, failure=FAILURE * outline.share)
     gradient = None
     if request.grad:
-        of_gradient_ = max(slot.of_gradient for slot in slots)
-        gradient = of_gradient(outline, certificate, r[0].degree + 1, of_gradient_)
+        most = max(slot.of_gradient for slot in slots)
+        gradient = of_gradient(outline, certificate, r[0].degree + 1, most)
     expansion = Expansion.of_slots(scores, values, p, r)
     return ByMoments(certificate, gradient, expansion, scores.plain_of_slots, rule, allowed, n_exact_rows, fallback)

@@ -206,14 +206,19 @@ class _Search:
         """Tries this degree in these slots, with fourth moments if kappa is not 0."""
         sample, outline, fourth = self._sample, self._outline, None
         order, extra = degree - degree % 2, moments_work(outline)
-        h = sample.radius(outline, sample.fits(degree, kappa), order)
         if kappa.any():
             extra += fourth_work(outline)
             tried = tried & (self._cost(degree, extra) < self._limit)
+            if not tried.any():
+                return
+        h = sample.radius(outline, sample.fits(degree, kappa), order)
+        if kappa.any():
             # Fourth moments are measured only if this degree would suffice for Gaussian scores, because they take long.
-            few = np.zeros(len(tried), bool)
-            for cut in self._cuts if tried.any() else ():
-                few |= cut.there & sample.kept(outline, cut.allowed, cut.B, h).few
+            few = ~tried
+            for cut in self._cuts:
+                few = few | (cut.there & sample.kept(outline, cut.allowed, cut.B, h).few)
+                if few.all():
+                    break
             tried = tried & few
             if not tried.any():
                 return
