@@ -1,22 +1,10 @@
 """What a slot, a head of a batch element, gets does not depend on which slots are beside it."""
 
-from dataclasses import replace
-
 import numpy as np
-import oracle
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from inside import chosen_for, outputs
 
 import ropecy
-from ropecy.certify.sample import Sample
-from ropecy.certify.statistics import Statistics
-from ropecy.engines.base import Context
-from ropecy.engines.parts.groups import groups
-from ropecy.engines.polynomial.executables import ByMoments
-from ropecy.problem.problem import Problem
-from ropecy.problem.request import Request
 
 N, D = 400, 6
 # The size of scores, of values, how unlike the lengths of queries are, and how far from 0 values lie.
@@ -55,8 +43,15 @@ def _results(slots, grad, **options):
 
 
 @settings(max_examples=25)
-@given(first=SLOT, others=st.lists(SLOT, min_size=3, max_size=3), causal=st.booleans(), grad=st.booleans(),
-       method=METHODS, eps=st.sampled_from([1e-3, 2e-2]), seed=st.integers(0, 99))
+@given(
+    first=SLOT,
+    others=st.lists(SLOT, min_size=3, max_size=3),
+    causal=st.booleans(),
+    grad=st.booleans(),
+    method=METHODS,
+    eps=st.sampled_from([1e-3, 2e-2]),
+    seed=st.integers(0, 99),
+)
 def test_bits_and_certificates_are_a_slots_own(first, others, causal, grad, method, eps, seed):
     if method == "polynomial":
         first, *others = ((min(own[0], 4.0), *own[1:]) for own in (first, *others))

@@ -96,7 +96,9 @@ def fourth_moments(problem: Problem, scores: Scores, seed: int | None) -> Fourth
     return Fourth(stops, largest + 64 * float(np.finfo(problem.k.dtype).eps) * stops, seed)
 
 
-def _largest_variance(rows: _quartic.Rows, stops: np.ndarray, kept: np.ndarray, steps: int, start: np.ndarray) -> np.ndarray:
+def _largest_variance(
+    rows: _quartic.Rows, stops: np.ndarray, kept: np.ndarray, steps: int, start: np.ndarray
+) -> np.ndarray:
     """The largest Ritz values, (H, L), after `steps` steps of Lanczos with full reorthogonalisation from `start`."""
     products = rows.apply(stops, None)[0]
     H, L, d, _ = products.shape

@@ -114,10 +114,9 @@ class RowFits:
         if one:
             below, top = (self.of_rows(lambda fit, t=t: fit.coefficients[t] / p.coefficients[t]) for t in (g - 1, g))
         else:
-            below, top = (
-                self.of_rows(lambda fit, t=t: fit.coefficients[t]) / of_each(polynomials, lambda p, t=t: p.coefficients[t])
-                for t in (g - 1, g)
-            )
+            own = (of_each(polynomials, lambda p, t=t: p.coefficients[t]) for t in (g - 1, g))
+            fits = (self.of_rows(lambda fit, t=t: fit.coefficients[t]) for t in (g - 1, g))
+            below, top = (X / of_slot for X, of_slot in zip(fits, own, strict=True))
         kept = np.isfinite(top)
         ratio[0, kept] = below[kept]
         ratio[1, kept] = (top[kept] / ratio[0, kept]).astype(dtype)
@@ -285,8 +284,8 @@ def far_keys(problem: Outline, rows: np.ndarray) -> np.ndarray:
 
 
 def worst_case(problem: Outline, polynomials: Sequence[Polynomial]) -> np.ndarray:
-    """A bound of |T_ic - Attn_ic| / range_j(V_jc) for each row, (H, 1, n) float64, for any scores within the bound B of the
-    slot's polynomial p; `polynomials` are one for all slots or one for each.
+    """A bound of |T_ic - Attn_ic| / range_j(V_jc) for each row, (H, 1, n) float64, for any scores within the bound B of
+    the slot's polynomial p; `polynomials` are one for all slots or one for each.
 
     Where no key is hidden and there is one polynomial, all slots have the same, and H is 1.
 

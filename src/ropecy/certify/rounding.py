@@ -140,7 +140,10 @@ def polynomial_rounding(problem: Outline, B: float, values: Values, lost: float 
 
 
 def rounding_of_slots(problem: Outline, scores: Scores, values: Values, B: np.ndarray) -> np.ndarray:
-    """`polynomial_rounding` of each slot by itself for scores within B, in units of the range of its own values, (H,)."""
+    """`polynomial_rounding` of each slot by itself, for scores within B, in units of the range of its own values: (H,).
+
+    B has an entry for each slot.
+    """
     return _of_monomials(problem, B, values.far, values.offsets, scores.lost_of_slots)
 
 

@@ -264,8 +264,8 @@ class Sample:
         return found
 
     def fits(self, degree: int, kappa: np.ndarray, least: np.ndarray | None = None) -> RowFits:
-        """The polynomials of the sampled rows, with a kappa for each slot; bounds smaller than the `least` of their slot
-        are raised to it.
+        """The polynomials of the sampled rows, with a kappa for each slot; a bound below the `least` of its slot is
+        raised to it.
         """
         sizes = self.sizes if least is None else np.maximum(self.sizes, self.of_rows(least))
         return RowFits(sizes, degree, self.of_rows(kappa))

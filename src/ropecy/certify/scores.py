@@ -90,20 +90,19 @@ class Scores:
         )
 
     def within(self, B: float | np.ndarray) -> Scores:
-        """The bounds and factors for those rows alone whose own bound is at most B, one for all slots or one for each."""
+        """The bounds and factors for rows whose own bound is at most B, which is one for all slots or one for each."""
         if np.all(B >= self.of_slots):
             return self
         of_slots = np.minimum(self.of_slots, B)
         balance = np.sqrt(np.divide(of_slots, self.of_slots, out=np.ones_like(of_slots), where=self.of_slots > 0))
         q_factor, k_factor = self.q_factor / balance, self.k_factor * balance
         how = f"{self.how}, but for the longest queries"
-        return replace(self, bound=float(of_slots.max()), q_factor=q_factor, k_factor=k_factor, of_slots=of_slots, how=how)
+        factors = {"q_factor": q_factor, "k_factor": k_factor}
+        return replace(self, bound=float(of_slots.max()), of_slots=of_slots, how=how, **factors)
 
 
-def unbounded(
-    problem: Outline, plain: float, products: float = math.inf, lost: np.ndarray | float = 0.0
-) -> Scores:
-    """Scores of which only `plain`, `products` and what is `lost` are known: enough for engines that need no `bound`."""
+def unbounded(problem: Outline, plain: float, products: float = math.inf, lost: np.ndarray | float = 0.0) -> Scores:
+    """Scores of which only `plain`, `products` and `lost` are known: enough for engines that need no `bound`."""
     slots = np.ones((3, problem.sizes.H))
     slots[2] = math.inf
     return Scores(plain, math.inf, None, *slots, products=products, lost_of_slots=lost)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from dataclasses import dataclass
 
@@ -123,8 +122,8 @@ def _sized(found: Values, problem: Problem) -> Values:
 
 
 def _offset(problem: Problem, varied: float, spread: float, size: float) -> float:
-    """`Values.offset` of values of this range, the largest of which, but for constant columns, is `varied`; what is lost
-    is relative to `size`.
+    """`Values.offset` of values of the range `spread` that are at most `varied` where columns are not constant; what is
+    lost is relative to `size`.
     """
     if not spread:
         return 1.0

@@ -108,8 +108,9 @@ class Work:
 
 
 def shared(work: Callable[..., Work]) -> Callable[..., Work]:
-    """A decorator for ``work(outline, ...)``: the work of some slots of a call is their share of that of all which are of
-    their shape. So what is cheapest for a slot does not depend on how many others take the same.
+    """A decorator for ``work(outline, ...)``: the work of some slots is their share of that of all of their shape.
+
+    So what is cheapest for a slot does not depend on how many others take the same.
     """
 
     @wraps(work)

@@ -158,7 +158,8 @@ class ExactRowsOfPieces(ExactRows):
         part[told.own] = own.dq[self.marked]
         for here, head, block in told.blocks(self.problem):
             block_o, block_do = (told.column(index, here, self.problem.dtype) for index in (1, 3))
-            saved = attention.resume(block, self._bound(head.start), block_o, told.column(2, here, np.dtype(float))[..., 0])
+            block_lse = told.column(2, here, np.dtype(float))[..., 0]
+            saved = attention.resume(block, self._bound(head.start), block_o, block_lse)
             found = attention.backward(block, saved, block_do)
             part[here] = found.dq[0, 0]
             into.dk[head] += found.dk
@@ -226,6 +227,8 @@ def _tell(rows: ExactRows, arrays: list[np.ndarray], comm: Communicator) -> _Tol
     return _Told(marked, own, elsewhere, slot[:, 0].astype(int), columns)
 
 
-def exact_rows(problem: Problem, bound: float | np.ndarray, marked: np.ndarray, comm: Communicator = SERIAL) -> ExactRows:
+def exact_rows(
+    problem: Problem, bound: float | np.ndarray, marked: np.ndarray, comm: Communicator = SERIAL
+) -> ExactRows:
     """The marked rows of this problem, which over several processes is a piece of a longer sequence."""
     return ExactRowsOfPieces(problem, bound, marked, comm) if comm.distributed else ExactRows(problem, bound, marked)

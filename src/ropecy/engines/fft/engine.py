@@ -150,4 +150,5 @@ def base_rounding(context: Context) -> float:
 def _work(context: Context, p: Polynomial) -> Work:
     """Of transforms, but for exact rows."""
     outline = context.outline
-    return Work(outline.share * _CALL) + operations_work(outline, operations(outline, max(1, p.degree), context.request.grad))
+    count = operations(outline, max(1, p.degree), context.request.grad)
+    return Work(outline.share * _CALL) + operations_work(outline, count)

@@ -16,10 +16,10 @@ from ..base import Candidate, Context, Engine, Executable, Refusal, Search
 from ..cost import Work
 from ..exact.cost import exact_work
 from . import features
-from .moment_search import MOST
 from .cost import polynomial_work, sample_work
 from .executables import BySample
 from .features import Expansion
+from .moment_search import MOST
 from .worst_case import SUPPORTS
 
 # How many rows judge a degree by their error: four tiles of the exact engine, which two or four threads share evenly.
@@ -75,9 +75,8 @@ class Sampled(Engine):
         )
         fallback = proved.executable if self._prove is None and proved is not None else None
         expansion = Expansion.of_slots(scores, statistics.values, trials[0])
-        executable = BySample(
-            certificate, None, expansion, scores.plain_of_slots, trials, statistics.sample, request.eps, fallback, self._prove
-        )
+        own = certificate, None, expansion, scores.plain_of_slots, trials, statistics.sample
+        executable = BySample(*own, request.eps, fallback, self._prove)
         reason = "the smallest degree whose error in sampled rows, doubled, is within eps"
         work = polynomial_work(outline, degree, False) + sampling
         return Candidate(executable, work, features.memory(context.piece, degree, False), reason)

@@ -213,7 +213,7 @@ class ByMoments(Polynomial):
         if self.grad:
             of_gradient = rule.gradient(piece, fits, measured)
             failed |= ~(of_gradient <= 2 * allowed)
-        of_slots = comm.total(np.count_nonzero(failed, axis=(1, 2)))
+        of_slots = np.sum(comm.gather(np.count_nonzero(failed, axis=(1, 2))), axis=0)
         left = of_slots > self.n_exact_rows
         if left.any() and self.fallback is None:
             raise self._too_many(int(of_slots.sum()), sum(comm.gather(rows.size)))
@@ -280,8 +280,8 @@ class ByMoments(Polynomial):
     def _too_many(self, n_failed: int, n_rows: int) -> BoundedEntryError:
         return BoundedEntryError(
             f"degree {self.rule.degree} does not certify a truncation of {self.allowed.min():.3g} by moments for "
-            f"{n_failed:,} of {n_rows:,} rows, past the {np.sum(self.n_exact_rows):,} planned to be exact, and by the bound "
-            f"B = {self.expansion.scores.bound:.4g} of the scores no degree does; method='exact' has no bound"
+            f"{n_failed:,} of {n_rows:,} rows, past the {np.sum(self.n_exact_rows):,} planned to be exact, and by the "
+            f"bound B = {self.expansion.scores.bound:.4g} of the scores no degree does; method='exact' has no bound"
         )
 
     def traffic(self, sender: Sender) -> Traffic:

@@ -121,9 +121,7 @@ def search(context: Context, worst: Sequence[int], least: int = 2) -> list[Slot 
     return _Search(context, worst, serves).run(least)
 
 
-def expected_degrees(
-    B: np.ndarray, square: np.ndarray | None, allowed: np.ndarray, share: np.ndarray
-) -> np.ndarray:
+def expected_degrees(B: np.ndarray, square: np.ndarray | None, allowed: np.ndarray, share: np.ndarray) -> np.ndarray:
     """About the least degree by which errors are within what is `allowed`, for scores within B: by the worst case or by
     moments; 0 where there is none. All are arrays of one entry a slot.
 
@@ -237,7 +235,7 @@ class _Search:
         found = []
         for B in self._sample.cuts(self._context.statistics.scores.of_slots):
             there = ~np.isnan(B)
-            grid = np.array([poly.B_grid(own) if exists else 0.0 for own, exists in zip(B.tolist(), there, strict=True)])
+            grid = np.array([poly.B_grid(own) for own in np.where(there, B, 0.0).tolist()])
             found.append(_Cut(B, there, grid, left_by_rounding(self._context, B)))
         return found
 
@@ -304,7 +302,7 @@ class _Cut(NamedTuple):
     there : bool array
         Where there is one.
     grid : array
-        B rounded up to the grid, 0 where there is none.
+        B rounded up to the grid.
     allowed : array
         What rounding leaves of eps.
     """

@@ -132,8 +132,9 @@ def cure(outline: Outline, scores: Scores) -> str:
 def certified(
     context: Context, rounding: float | None = None, eps: float | None = None
 ) -> tuple[tuple[Polynomial, ...] | None, str | None]:
-    """The polynomial of each slot, all of one degree: the smallest (or the one that was asked for) that certifies eps in
-    all of them, and None; or None, and why there is none.
+    """The polynomial of each slot, and None; or None, and why there is none.
+
+    All are of one degree: the smallest (or the one that was asked for) that certifies eps in all slots.
 
     `rounding` is the rounding error of the engine, by default that of the polynomial engine. `eps` is by default that
     of the request.
@@ -161,8 +162,8 @@ def certified(
 def left_by_rounding(context: Context, B: np.ndarray | None = None) -> np.ndarray:
     """What rounding leaves of eps for the truncation of each slot, (H,); 0 or less where it leaves nothing.
 
-    Scores are within B, by default within the bound of each slot. In a call of several slots it is rounded down to a multiple of a 64th of eps, so that slots differ in it only where
-    rounding counts.
+    Scores are within B, by default within the bound of each slot. In a call of several slots it is rounded down to a
+    multiple of a 64th of eps, so that slots differ in it only where rounding counts.
     """
     outline, statistics, eps = context.outline, context.statistics, context.request.eps
     B = statistics.scores.of_slots if B is None else B
@@ -170,9 +171,7 @@ def left_by_rounding(context: Context, B: np.ndarray | None = None) -> np.ndarra
     return eps * (np.floor(_LEFT * left) / _LEFT if outline.several else left)
 
 
-def of_each_slot(
-    scores: Scores, allowed: np.ndarray, degree: int | None = None
-) -> list[Polynomial | None]:
+def of_each_slot(scores: Scores, allowed: np.ndarray, degree: int | None = None) -> list[Polynomial | None]:
     """For each slot the polynomial of the smallest degree, or of this degree, whose error for the slot's own scores is
     at most what is `allowed`; None where there is none.
     """
