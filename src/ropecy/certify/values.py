@@ -115,20 +115,20 @@ def _sized(found: Values, problem: Problem) -> Values:
     ranges = np.where(ranges > 0, ranges, sizes)
     found.spread = float(ranges.max(where=spreads > 0, initial=0.0)) or largest
     size = largest if origin.v_size is None else origin.v_size
-    found.offsets = np.array([_offset(problem, *own, size) for own in zip(varied, ranges, strict=True)])
+    found.offsets = _offsets(problem, varied, ranges, size)
     if found.spread:
-        found.offset = _offset(problem, found.varied, found.spread, size)
+        found.offset = (found.storing(problem.dtype) + origin.v_lost * size / found.spread) / problem.unit
     return found
 
 
-def _offset(problem: Problem, varied: float, spread: float, size: float) -> float:
-    """`Values.offset` of values of the range `spread` that are at most `varied` where columns are not constant; what is
-    lost is relative to `size`.
+def _offsets(problem: Problem, varied: np.ndarray, ranges: np.ndarray, size: float) -> np.ndarray:
+    """`Values.offset` of slots whose values have these ranges and are at most `varied` where columns are not constant;
+    what is lost is relative to `size`.
     """
-    if not spread:
-        return 1.0
-    stored = storing(problem.dtype, varied) / spread if varied else 0.0
-    return (stored + problem.origin.v_lost * size / spread) / problem.unit
+    eps, tiny = np.finfo(problem.dtype).eps, np.finfo(problem.dtype).smallest_subnormal
+    stored = np.where(varied > 0, np.maximum(float(eps) * varied / 2, float(tiny) / 2 or float(tiny)), 0.0)
+    lost = stored + problem.origin.v_lost * size
+    return np.divide(lost, ranges * problem.unit, out=np.ones_like(ranges), where=ranges > 0)
 
 
 def storing(dtype: np.dtype, largest: float) -> float:
