@@ -142,7 +142,7 @@ def looks_at_a_sample(context: Context) -> bool:
         return False
     if request.certify == "sample" and not request.grad:
         return True
-    found = of_each_slot(context.statistics.scores, left_by_rounding(context), request.degree)
+    found = of_each_slot(context, left_by_rounding(context), request.degree)
     return bool(may_serve(context, [0 if p is None else max(1, p.degree) for p in found]).any())
 
 

@@ -41,7 +41,7 @@ def groups(context: Context) -> tuple[Context, list[Slots]]:
     context = with_a_seed(context)
     limit = exact.nominal if request.method == "auto" else math.inf
     left = left_by_rounding(context)
-    degrees = [0 if p is None else max(1, p.degree) for p in of_each_slot(context.statistics.scores, left)]
+    degrees = [0 if p is None else max(1, p.degree) for p in of_each_slot(context, left)]
     if WorstCase().lacks(outline) is None and request.certify == "proof":
         context = replace(context, by_moments=tuple(search(context, degrees)))
     pays = {g for g in set(degrees) - {0} if polynomial_work(outline, g, request.grad).nominal < limit}

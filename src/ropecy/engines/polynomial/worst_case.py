@@ -148,7 +148,7 @@ def certified(
             rounding = rounding_of_slots(outline, scores, context.statistics.values, scores.of_slots).max()
         lost = f"rounding in {outline.dtype.name} alone is {rounding:.2g}"
         return None, f"{begins}: no degree certifies eps = {eps:g}, {lost}; {ends}"
-    found = of_each_slot(scores, allowed, degree)
+    found = of_each_slot(context, allowed, degree)
     if None not in found:
         most = max(p.degree for p in found)
         return tuple(p if p.degree == most else poly.minimax(poly.B_grid(p.B), most) for p in found), None
@@ -171,23 +171,29 @@ def left_by_rounding(context: Context, B: np.ndarray | None = None) -> np.ndarra
     return eps * (np.floor(_LEFT * left) / _LEFT if outline.several else left)
 
 
-def of_each_slot(scores: Scores, allowed: np.ndarray, degree: int | None = None) -> list[Polynomial | None]:
+def of_each_slot(context: Context, allowed: np.ndarray, degree: int | None = None) -> list[Polynomial | None]:
     """For each slot the polynomial of the smallest degree, or of this degree, whose error for the slot's own scores is
     at most what is `allowed`; None where there is none.
     """
-    of_slots = zip(scores.of_slots.tolist(), allowed.tolist(), strict=True)
-    return [_of_bound(poly.fine_grid(B), left, degree) if B <= poly.MAX_BOUND else None for B, left in of_slots]
+    of_slots = zip(context.statistics.scores.of_slots.tolist(), allowed.tolist(), strict=True)
+    found = []
+    for B, left in of_slots:
+        if B > poly.MAX_BOUND or left <= 0:
+            found.append(None)
+        elif degree is None:
+            found.append(_of_bound(poly.fine_grid(B), left))
+        else:
+            # One slot alone has the sharpest polynomial; those of several are few, and are made once.
+            bounds = ([poly.B_grid(B)] if context.outline.several else []) + [poly.fine_grid(B)]
+            made = (poly.minimax(bound, max(1, degree)) for bound in bounds)
+            found.append(next((p for p in made if p.error <= poly.relative_error_for(left)), None))
+    return found
 
 
 @lru_cache(maxsize=4096)
-def _of_bound(B: float, allowed: float, degree: int | None) -> Polynomial | None:
-    """A polynomial for scores within B that are off by no more than is `allowed`, of the smallest degree or of this."""
-    if allowed <= 0:
-        return None
+def _of_bound(B: float, allowed: float) -> Polynomial | None:
+    """The polynomial of the smallest degree for scores within B by which O is off by no more than is `allowed`."""
     e, bound = poly.relative_error_for(allowed), poly.B_grid(B)
-    if degree is not None:
-        made = (poly.minimax(at, max(1, degree)) for at in (bound, B))
-        return next((p for p in made if p.error <= e), None)
     needed = poly.smallest_degree(B, e)
     if needed is None:
         return None
