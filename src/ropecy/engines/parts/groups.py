@@ -42,7 +42,8 @@ def groups(context: Context) -> tuple[Context, list[Slots]]:
     limit = exact.nominal if request.method == "auto" else math.inf
     left = left_by_rounding(context)
     degrees = [0 if p is None else max(1, p.degree) for p in of_each_slot(context, left)]
-    if WorstCase().lacks(outline) is None and request.certify == "proof":
+    proof = request.certify == "proof" and request.takes("polynomial")
+    if proof and WorstCase().lacks(outline) is None:
         context = replace(context, by_moments=tuple(search(context, degrees)))
     pays = {g for g in set(degrees) - {0} if polynomial_work(outline, g, request.grad).nominal < limit}
     of_slots = zip(degrees, left.tolist(), context.statistics.scores.of_slots.tolist(), strict=True)
