@@ -89,7 +89,8 @@ class Outliers(Engine):
         """The candidate for this split, if there is one cheaper than `most`; `extra` is the work of the exact parts."""
         request, statistics, rest_of = context.request, context.statistics, split.rest
         rounding = exact_rounding(context.outline, statistics.scores, statistics.values)
-        own = replace(context, outline=rest_of, piece=rest_of, statistics=Statistics(rest_of))
+        statistics_of_rest = Statistics(rest_of)
+        own = replace(context, outline=rest_of, piece=rest_of, statistics=statistics_of_rest, by_moments=None)
         try:
             rest = self.plan(own)
             certificate = rest.executable.certificate

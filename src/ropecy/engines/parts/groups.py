@@ -56,9 +56,9 @@ def groups(context: Context) -> tuple[Context, list[Slots]]:
         elif degree in pays:
             key = 0, degree, 0, 0, -allowed, degree
         else:
-            # Where no degree serves, slots are told apart by the power of two that their scores are within, if it pays
-            # to plan many groups: a split of outliers may serve some of them.
-            key = 1, math.frexp(B)[1] if many and B < math.inf else 0, 0, 0, 0, 0
+            # Where no degree serves, a split of outliers may. Each slot is planned alone if that costs little beside
+            # its exact work, and otherwise all are planned together.
+            key = 1, slot if many and B < math.inf else 0, 0, 0, 0, 0
         found.setdefault(key, []).append(slot)
     return context, [in_order(np.array(slots)) for _, slots in sorted(found.items())]
 
