@@ -46,8 +46,8 @@ class Series:
 
     def model(self, kind: str) -> Model:
         """A model of this kind of attention, whose far field has a bound of 2."""
-        sizes = {"width": self._WIDTH, "heads": 4, "blocks": self._BLOCKS, "eps": 0.05}
-        return Model(kinds(2.0)[kind], nn.Linear(2, self._WIDTH), 1, **sizes)
+        read = nn.Linear(2, self._WIDTH)
+        return Model(kinds(2.0)[kind], read, 1, width=self._WIDTH, heads=4, blocks=self._BLOCKS, eps=0.05)
 
     def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """What is read (2, n, 2), and what is to be told (2, n)."""
@@ -75,8 +75,7 @@ class Sources:
 
     def model(self, kind: str) -> Model:
         """A model of this kind of attention, whose far field has a bound of 4."""
-        sizes = {"width": self._WIDTH, "heads": 4, "blocks": 2, "eps": 0.1}
-        return Model(kinds(4.0)[kind], Bytes(self._WIDTH), 256, **sizes)
+        return Model(kinds(4.0)[kind], Bytes(self._WIDTH), 256, width=self._WIDTH, heads=4, blocks=2, eps=0.1)
 
     def loss(self, model: nn.Module, generator: torch.Generator, *, held: bool) -> Tensor:
         """Bits of a byte of a piece drawn from the files to train with, or from those held out."""
