@@ -2,7 +2,7 @@
 
     python asv_bench/far_field.py FILE.json [FILE.png]
 
-For each kind the best of a few rates by one seed, then three others. Runs that the file has are not done again. Seconds
+For each kind the best of a few rates by one seed, then two other seeds. Runs that the file has are not done again. Seconds
 are those of one thread, so that a busy machine biases nothing.
 """
 
@@ -17,11 +17,11 @@ from ropecy import far_demo
 
 # What is trained, for how many seconds, and the rates that are tried.
 WORKS = {
-    "series of 8,192 steps, 80 s": (far_demo.Series(8192), 80.0, (3e-3, 1e-2, 3e-2)),
-    "series of 2,048 steps, 20 s": (far_demo.Series(2048), 20.0, (3e-3, 1e-2)),
-    "sources, 4,096 bytes, 30 s": (far_demo.Sources(4096), 30.0, (3e-3, 1e-2)),
+    "series of 8,192 steps, 80 s": (far_demo.Series(8192), 80.0, (3e-3, 1e-2, 3e-2, 1e-1)),
+    "series of 2,048 steps, 10 s": (far_demo.Series(2048), 10.0, (1e-2, 3e-2)),
+    "sources, 4,096 bytes, 15 s": (far_demo.Sources(4096), 15.0, (3e-3, 1e-2)),
 }
-TUNED_BY, SEEDS = 0, (1, 2, 3)
+SEEDS = (0, 1, 2)  # the first of which tunes the rates
 
 
 class Study:
@@ -42,8 +42,11 @@ class Study:
         return far_demo.Run(**self._runs[key])
 
     def tuned(self, name, kind):
-        """The rate whose loss is the lowest."""
-        return min(WORKS[name][2], key=lambda rate: self.run(name, kind, rate, TUNED_BY).loss)
+        """The rate whose loss is the lowest; the near field alone never sees the event of a series, at any rate."""
+        work, _, rates = WORKS[name]
+        if isinstance(work, far_demo.Series) and kind == "near field alone":
+            return far_demo.RATES[kind]
+        return min(rates, key=lambda rate: self.run(name, kind, rate, SEEDS[0]).loss)
 
 
 def main(path, drawing=None):
