@@ -20,7 +20,7 @@ from .demo_model import NEAR, Model, kinds, of_seconds, optimise
 
 # The rate of each kind that asv_bench/far_field.py found the best for 8,192 steps.
 RATES = {
-    "near and far, ropecy": 3e-3,
+    "near and far, ropecy": 1e-2,
     "ordinary RoPE, exact": 3e-2,
     "ordinary RoPE, SDPA": 3e-2,
     "near field alone": 1e-2,
@@ -134,7 +134,7 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m ropecy.torch_demo far", description=__doc__.split("\n\n")[0])
     parser.add_argument("--steps", type=int, default=8192, help="of a series")
     parser.add_argument("--seconds", type=float, default=80.0, help="of training, those of all processors together")
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plot", type=Path, metavar="FILE")
     a = parser.parse_args(arguments)
     if a.steps < _LEAST:
