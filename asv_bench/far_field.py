@@ -38,13 +38,12 @@ class Study:
         return far_demo.Run(**self._runs[key])
 
     def tuned(self, n, kind):
-        """The best rate by the first seed, and the second best where that has learned anything."""
+        """The rates by which the first seed has learned anything, or else the best of all."""
         if kind == "near field alone":
             return [far_demo.RATES[kind]]  # at no rate does it see the event
         _, rates = LENGTHS[n]
         losses = {rate: self.run(n, kind, rate, SEEDS[0]).loss for rate in rates}
-        best, second, *_ = sorted(rates, key=losses.get)
-        return [best, second] if losses[second] < LEARNED else [best]
+        return [rate for rate in rates if losses[rate] < LEARNED] or [min(rates, key=losses.get)]
 
 
 def main(path, drawing=None):
