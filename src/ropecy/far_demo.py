@@ -21,7 +21,7 @@ from .demo_model import NEAR, Model, kinds, of_seconds, optimise
 # The rate of each kind that asv_bench/far_field.py found the best for 8,192 steps.
 RATES = {
     "near and far, ropecy": 1e-2,
-    "ordinary RoPE, exact": 3e-2,
+    "ordinary RoPE, exact": 1e-2,
     "ordinary RoPE, SDPA": 3e-2,
     "near field alone": 1e-2,
 }
