@@ -128,7 +128,9 @@ def _offsets(problem: Problem, varied: np.ndarray, ranges: np.ndarray, size: flo
     eps, tiny = np.finfo(problem.dtype).eps, np.finfo(problem.dtype).smallest_subnormal
     stored = np.where(varied > 0, np.maximum(float(eps) * varied / 2, float(tiny) / 2 or float(tiny)), 0.0)
     lost = stored + problem.origin.v_lost * size
-    return np.divide(lost, ranges * problem.unit, out=np.ones_like(ranges), where=ranges > 0)
+    # One after the other: a range next to the least number times a unit would be 0.
+    with np.errstate(over="ignore"):
+        return np.divide(lost, ranges, out=np.full_like(ranges, problem.unit), where=ranges > 0) / problem.unit
 
 
 def storing(dtype: np.dtype, largest: float) -> float:
