@@ -31,9 +31,9 @@ def by_moments(problem, degree, kappa=0.0, scores=None):
     if p is None:
         return None
     fourth = fourth_moments.fourth_moments(problem, scores, seed=5) if kappa else None
-    rule = moments.MomentRule(p, kappa, scores, fourth)
+    rule = moments.MomentRule((p,), kappa, scores, fourth)
     fits = rule.fits(problem)
-    judged = features.Judged(moments.value_distances(problem, values), fits.ratio(p, problem.dtype))
+    judged = features.Judged(moments.value_distances(problem, values), fits.ratio((p,), problem.dtype))
     o, _, saved = features.forward(problem, features.Expansion(scores, values, p), False, judged=judged)
     return o, rule.truncation(problem, fits, saved), saved, rule
 

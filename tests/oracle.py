@@ -305,8 +305,11 @@ def attention(
         each = each.reshape(()) if each.size == 1 else each[:, None, None]
         factor = np.where(np.abs(t) < near[0], each, factor)
     factor = factor.astype(dtype)
+    # What all keys have in common adds the same to all scores of a row: it is added to lse, and costs no digits of P.
+    common_key = np.zeros_like(k[..., :1, :]) if near is not None or family is not None else _first(k, key_mask)
+    apart_k = k - common_key
     if family is None:
-        s = factor * (q @ np.swapaxes(k, -1, -2))
+        s = factor * (q @ np.swapaxes(apart_k, -1, -2))
     else:
         matrices = family.matrices(t, q.shape[-1], dtype)
         s = factor * np.einsum("...ia,ijab,...jb->...ij", q, matrices, k)
@@ -328,7 +331,7 @@ def attention(
     apart = v - common
     O = np.where(Z > 0, P @ apart + common, 0)
     with np.errstate(divide="ignore"):
-        lse = (top + shift + np.log(Z))[..., 0]
+        lse = (top + shift + np.log(Z) + dtype(scale) * (q @ np.swapaxes(common_key, -1, -2)))[..., 0]
 
     def backward(dO):
         """{"dQ": ..., ...}: the gradients of <dO, O>, each in the shape of its argument."""
@@ -336,7 +339,7 @@ def attention(
         dP = dO @ np.swapaxes(apart, -1, -2)
         dS = P * (dP - (P * dP).sum(axis=-1, keepdims=True))
         if family is None:
-            dq = (dS * factor) @ k
+            dq = (dS * factor) @ apart_k
             dk = np.swapaxes(dS * factor, -1, -2) @ q
         else:
             dq = np.einsum("...ij,ijab,...jb->...ia", dS * factor, matrices, k)

@@ -15,7 +15,7 @@ MODULES = ["ropecy"] + [module.name for module in pkgutil.walk_packages(ropecy._
 
 @pytest.mark.parametrize("name", [name for name in MODULES if not name.endswith("__main__") and name not in WITHOUT])
 def test_examples(name):
-    if name.startswith(("ropecy.torch", "ropecy.serve_demo")):
+    if name.startswith(("ropecy.torch", "ropecy.serve_demo", "ropecy.demo_model", "ropecy.far_demo")):
         pytest.importorskip("torch")
     if name.startswith("ropecy.transformers"):
         pytest.importorskip("transformers")

@@ -78,7 +78,7 @@ def test_either_moment_certifies_a_causal_row(rng):
     Q, K = (cases.unit_rows(x) for x in rng.standard_normal((2, n, d)))
     problem = problem_of(Q[None, None], K[None], rng.uniform(-1, 1, (1, n, 1)), causal=True, scale=1 / d)
     (o, rows, saved, rule), kappa = by_moments(problem, 2, 8.0), 8.0
-    p, far = rule.polynomial, moments.far_keys(problem, np.arange(problem.q.shape[2]))
+    p, far = rule.polynomials[0], moments.far_keys(problem, np.arange(problem.q.shape[2]))
     y = K if rule.scores.centre is None else K - rule.scores.centre[0]
     s = np.where(np.arange(n) < far[:, None], Q @ y.T / d, 0)
     second, inverse = np.sum(s**2, axis=1), saved.inverse[0, 0]
@@ -138,7 +138,7 @@ def test_fourth_moments_are_attained_up_to_the_room_of_lanczos(degree, masked, r
     scores = measure(problem)
     s = (k[0, :, 0] - (0 if scores.centre is None else scores.centre[0, 0])) * scores.k_factor * scores.q_factor
     o, rows, _, rule = by_moments(problem, degree, kappa=4.0)
-    p = rule.polynomial
+    (p,) = rule.polynomials
     w = np.polyval(p.coefficients[::-1], s)
     fourth = np.mean(s**2) ** 2 + scores.bound**4 * rule.fourth.largest[0, 0] / len(s)
     assert np.mean(s**4) <= fourth * (1 + 1e-12)

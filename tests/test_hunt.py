@@ -172,8 +172,16 @@ def assert_warned_where_eps_is_not_certified(warned, certificate, drawn):
     assert warned == (past and drawn["method"] == "auto"), f"warned: {warned}, eps {drawn['eps']}, {certificate}"
 
 
+RANGE_NEXT_TO_NOTHING = {
+    "method": "exact", "dtype": "float64", "sizes": "few", "heads": "one", "scores": 0.5, "data": "gauss",
+    "moved": "no", "values": "tiny", "seen": "causal", "bias": "none", "rotated": "no", "projected": "no",
+    "upstream": "uniform", "eps": 0.001, "seed": 0,
+}  # fmt: skip
+
+
 @hunting_numbers
 @given(hunted.words(hunted.SHORT))
+@example(RANGE_NEXT_TO_NOTHING)
 def test_results_of_any_size(drawn):
     case, dO = hunted.short(drawn)
     found = answered(lambda **how: ropecy.attention(**how, return_certificate=True), case, drawn)

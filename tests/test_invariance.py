@@ -73,7 +73,7 @@ def test_batch_is_a_loop(method, rng):
     for index in np.ndindex(2, 3):
         part = _results({"Q": Q[index], "K": K[index], "V": V[index]}, dO[index], **options)
         for name, value in part.items():
-            # The polynomial may differ, since a batch is planned for its worst head.
+            # The polynomial may differ, since bounds are rounded up where there are several slots.
             tolerance = 1e-13 if method == "exact" else 2e-5
             np.testing.assert_allclose(whole[name][index], value, rtol=0, atol=tolerance, err_msg=name)
 

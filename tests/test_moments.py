@@ -15,7 +15,7 @@ from ropecy.approximation import moment_fit
 from ropecy.certify import moments
 from ropecy.certify.statistics import Statistics
 from ropecy.certify.values import medians
-from ropecy.engines.polynomial import by_moments as planning
+from ropecy.engines.polynomial import moment_search as search
 
 # ---- the polynomials ----
 
@@ -197,10 +197,10 @@ def test_a_look_may_cost_more_where_it_is_expected_to_find_something(rng, monkey
     q, k = rng.standard_normal((2, 8192, 16)).astype(np.float32)
     q, k = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (q, k))
     v = rng.uniform(-1, 1, (8192, 16)).astype(np.float32)
-    looks, run = [], planning._Search.run
-    monkeypatch.setattr(planning._Search, "run", lambda search: looks.append(search) or run(search))
+    looks, run = [], search._Search.run
+    monkeypatch.setattr(search._Search, "run", lambda own, least: looks.append(own) or run(own, least))
     # Let no look be cheap, on any machine: it is worth it for B = 1, of which degree 3 is expected, not for B = 2.
-    monkeypatch.setattr(planning, "_LOOK", 0)
+    monkeypatch.setattr(search, "_LOOK", 0)
     assert ropecy.plan(q, k, v, scale=1.0, causal=True).certificate.rule == "moments"
     assert looks
     problem = problem_of(q[None, None], k[None], v[None], scale=2.0, causal=True)
@@ -444,7 +444,8 @@ def test_rounding_has_its_part_of_eps(rng):
     planned = chosen_for(problem, eps=1e-2, method="polynomial", degree=2, seed=1).executable
     rows = planned.forward(problem, False).certificate.rows_truncation
     eps = 1.5 * float(np.quantile(rows, 0.99))
-    planned = replace(planned, eps=eps, certificate=replace(planned.certificate, rounding=eps / 3))
+    certificate = replace(planned.certificate, rounding=eps / 3)
+    planned = replace(planned, allowed=np.array([2 / 3 * eps]), certificate=certificate)
     certificate = planned.forward(problem, False).certificate
     assert certificate.n_exact_rows == np.count_nonzero(rows > eps - planned.certificate.rounding) > 20
     assert certificate.error <= eps

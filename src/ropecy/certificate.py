@@ -73,8 +73,8 @@ class Certificate:
         ``max |V|`` where all columns are constant). It is a model of its size, not a proof, and includes `storing`.
     rows_truncation : (..., n) float64 array or None
         `truncation` row by row, in units of the range over the keys that the row sees; None in a plan. All rows that
-        are not exact have the same where the rule is "sampled", and where it is "worst case" without a causal mask.
-        Under a causal mask rows with few keys far behind them have less.
+        are not exact have the same where the rule is "sampled", and those of a head where it is "worst case" without a
+        causal mask. Under a causal mask rows with few keys far behind them have less.
     n_exact_rows : int
         How many rows were computed exactly because the polynomial's certificate would be too large for them.
     seed, failure : int or None, float

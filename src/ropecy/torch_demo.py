@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -22,94 +20,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from . import serve_demo
+from . import far_demo, serve_demo
 from .attention import attention, attention_vjp
 from .certificate import named
-from .rotary import Rotary
-from .torch import RoPEAttention, scaled_dot_product_attention
+from .demo_model import HEAD, NEAR, ROTARY, Bytes, Model, kinds, of_steps, optimise, read_sources
+from .torch import RoPEAttention
 
-# d = 8 with half of it rotated, B = 4: the far field that still recalls (one key of 4,096 can have 42% of a row).
-HEAD, BOUND, NEAR = 8, 4.0, 64
-ROTARY = Rotary(HEAD, rotary_dim=HEAD // 2)
-_HASHED = 8192  # rows of the table of hashed triples of bytes
+BOUND = 4.0  # of the far field that still recalls: one key of 4,096 can have 42% of a row
+KINDS = {name: kind for name, kind in kinds(BOUND).items() if name != "ordinary RoPE, exact"}
 _PLACES = (0, 64, 256, 1024)  # where bits a byte are told apart
 
 
-class ByTorch(RoPEAttention):
-    """Ordinary RoPE, 1/sqrt(d) and no bound, rotated and attended by PyTorch."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Attention of the tokens x (batch, n, embed_dim) among themselves."""
-        q, k, v, _ = self._heads(x)
-        half = self.rotary.rotary_dim // 2
-        theta = 10000.0 ** (-torch.arange(half) / half)
-        angle = torch.arange(x.shape[1])[:, None] * theta
-        cos, sin = angle.cos(), angle.sin()
-
-        def rotate(y: Tensor) -> Tensor:
-            a, b, rest = y.split((half, half, y.shape[-1] - 2 * half), dim=-1)
-            return torch.cat((a * cos - b * sin, a * sin + b * cos, rest), dim=-1)
-
-        return self.o_proj(sdpa(rotate(q), rotate(k), v, is_causal=True).transpose(1, 2).flatten(2))
-
-
-class WindowAlone(RoPEAttention):
-    """The near field of a bounded layer, and nothing beyond it."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Attention of the tokens x (batch, n, embed_dim) among themselves."""
-        q, k, v, _ = self._heads(x)
-        options = {"is_causal": True, "window": self.near, "rotary": self.rotary, "method": "exact"}
-        o = scaled_dot_product_attention(q * self.log_scale_near.exp(), k, v, scale=1.0, **options)
-        return self.o_proj(o.transpose(1, 2).flatten(2))
-
-
-KINDS = {
-    "near and far, ropecy": (RoPEAttention, {"bound": BOUND, "near": NEAR, "method": "auto"}),
-    "near and far, exact": (RoPEAttention, {"bound": BOUND, "near": NEAR, "method": "exact"}),
-    "ordinary RoPE, SDPA": (ByTorch, {}),
-    "near field alone": (WindowAlone, {"bound": BOUND, "near": NEAR}),
-}
-
-
-class Model(nn.Module):
-    """A byte is predicted from those before it: pre-norm blocks of attention and a two-layer network."""
-
-    def __init__(self, kind: str, *, width: int, heads: int, blocks: int, eps: float, hashed: int = _HASHED) -> None:
-        super().__init__()
-        attends, options = KINDS[kind]
-        self.embed, self.triples = nn.Embedding(256, width), nn.Embedding(hashed, width)
-        self.blocks = nn.ModuleList()
-        for _ in range(blocks):
-            layer = attends(width, heads, head_dim=HEAD, rotary=ROTARY, eps=eps, **options)
-            network = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-            self.blocks.append(nn.ModuleList([nn.LayerNorm(width), layer, nn.LayerNorm(width), network]))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 256)
-        for table in (self.embed, self.triples):
-            nn.init.normal_(table.weight, std=0.5)
-
-    def forward(
-        self,
-        text: Tensor,
-        attend: Callable[[int, RoPEAttention, Tensor], Tensor] = lambda i, layer, x: layer(x),
-        *,
-        last: bool = False,
-    ) -> Tensor:
-        """Logits (batch, n, 256) of the byte that follows each of text (batch, n), or of the last alone, n = 1.
-
-        The i-th block has ``attend(i, layer, x)`` of its layer.
-        """
-        before = [nn.functional.pad(text, (shift, 0))[:, : text.shape[1]] for shift in (1, 2)]
-        triple = (text + 256 * before[0] + 65536 * before[1]) * 2654435761 % 2**32 % len(self.triples.weight)
-        x = self.embed(text) + self.triples(triple)
-        if last:
-            x = x[:, -1:]
-        for i, (norm, layer, second, network) in enumerate(self.blocks):
-            x = x + attend(i, layer, norm(x))
-            x = x + network(second(x))
-        return self.head(self.norm(x))
+def model_of(kind: str, sizes: dict[str, Any]) -> Model:
+    """A byte is predicted from those before it."""
+    return Model(KINDS[kind], Bytes(sizes["width"]), 256, **sizes)
 
 
 @dataclass
@@ -123,16 +48,6 @@ class Run:
     certificates: list[str] = field(default_factory=list)
 
 
-def read_sources(seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Bytes to train with, and those of other files: Python's modules, in an order that the seed draws."""
-    files = sorted(Path(os.__file__).parent.glob("*.py"))
-    order = np.random.default_rng(seed).permutation(len(files))
-    texts = [files[i].read_bytes() for i in order]
-    held = len(files) // 8
-    parts = (bytearray(b"".join(part)) for part in (texts[held:], texts[:held]))
-    return tuple(torch.frombuffer(part, dtype=torch.uint8).long() for part in parts)
-
-
 def spans(context: int) -> list[tuple[int, int]]:
     """The positions whose bits a byte are told apart."""
     return list(pairwise([*(p for p in _PLACES if p < context), context]))
@@ -141,23 +56,6 @@ def spans(context: int) -> list[tuple[int, int]]:
 def loss(model: nn.Module, piece: Tensor, reduction: str = "mean") -> Tensor:
     """Nats of every byte but the first, from those before it."""
     return cross_entropy(model(piece[None, :-1])[0], piece[1:], reduction=reduction)
-
-
-def optimise(model: nn.Module, loss_of: Callable[[], Tensor], steps: int, rate: float) -> list[float]:
-    """The loss of every step of Adam, the rate rising over a tenth of the steps and falling to 0 as a cosine."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01)
-    losses = []
-    for step in range(steps):
-        warm = min(1.0, (step + 1) / max(1, steps // 10))
-        for group in optimizer.param_groups:
-            group["lr"] = rate * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
-        nats = loss_of()
-        optimizer.zero_grad()
-        nats.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        losses.append(nats.item())
-    return losses
 
 
 def train(
@@ -172,7 +70,7 @@ def train(
 ) -> Run:
     """Train one model on windows that the seed draws, the same for every kind, and measure it on the held-out files."""
     torch.manual_seed(seed)
-    model, run = Model(kind, **sizes), Run()
+    model, run = model_of(kind, sizes), Run()
     generator = torch.Generator().manual_seed(seed)
     source, held = texts
 
@@ -180,7 +78,7 @@ def train(
         start = int(torch.randint(len(source) - context - 1, (), generator=generator))
         return loss(model, source[start : start + context + 1])
 
-    run.losses = optimise(model, loss_of, steps, rate)
+    run.losses = optimise(model, loss_of, of_steps(steps), rate)
     pieces = held[: len(held) // (context + 1) * (context + 1)].view(-1, context + 1)[:12]
     with torch.no_grad():
         nats = torch.stack([loss(model, piece, "none") for piece in pieces]).mean(0)
@@ -234,12 +132,12 @@ def saved(inputs: tuple[Any, ...], options: dict[str, Any], rounds: int = 3) -> 
 def time_steps(source: Tensor, sizes: dict[str, Any], contexts: list[int], rounds: int = 3) -> dict[str, list[float]]:
     """Seconds of a step of every kind at every context: medians of rounds in which the kinds take turns."""
     times: dict[str, list[list[float]]] = {kind: [[] for _ in contexts] for kind in KINDS}
-    models = {kind: Model(kind, **sizes) for kind in KINDS}
+    models = {kind: model_of(kind, sizes) for kind in KINDS}
     for place, context in enumerate(contexts):
         for _ in range(rounds):
             for kind, model in models.items():
                 start = time.perf_counter()
-                optimise(model, partial(loss, model, source[: context + 1]), 1, 0.0)
+                optimise(model, partial(loss, model, source[: context + 1]), of_steps(1), 0.0)
                 times[kind][place].append(time.perf_counter() - start)
     return {kind: [float(np.median(each)) for each in found] for kind, found in times.items()}
 
@@ -252,8 +150,7 @@ def recall(kind: str, seed: int, eps: float, *, steps: int, rate: float = 1e-2, 
     """
     torch.manual_seed(seed)
     keys, values, width, half = 16, 16, 64, n // 2
-    attends, options = KINDS[kind]
-    layer = attends(width, 4, head_dim=HEAD, rotary=ROTARY, eps=eps, **options)
+    layer = KINDS[kind](width, 4, head_dim=HEAD, rotary=ROTARY, eps=eps)
     parts = {"key": nn.Embedding(keys + 1, width), "value": nn.Embedding(values + 1, width), "layer": layer}
     model = nn.ModuleDict(parts | {"norm": nn.LayerNorm(width), "head": nn.Linear(width, values)})
     generator = torch.Generator().manual_seed(seed)
@@ -268,7 +165,7 @@ def recall(kind: str, seed: int, eps: float, *, steps: int, rate: float = 1e-2, 
         x = model["key"](torch.cat((told, asked), 1)) + model["value"](shown)
         return model["head"](model["norm"](x + layer(x)))[:, half:].flatten(0, 1), wanted.flatten()
 
-    optimise(model, lambda: cross_entropy(*answers()), steps, rate)
+    optimise(model, lambda: cross_entropy(*answers()), of_steps(steps), rate)
     with torch.no_grad():
         tried = [answers() for _ in range(4)]
     return float(np.mean([(logits.argmax(-1) == wanted).float().mean().item() for logits, wanted in tried]))
@@ -312,12 +209,13 @@ def draw(path: Path, runs: dict[str, list[Run]], context: int) -> None:
 def to_serve(steps: int, weights: Path | None) -> tuple[Model, Tensor]:
     """The bounded model, read from a file of weights or trained (and written there), and the text to train with."""
     torch.manual_seed(0)
-    model, text = Model("near and far, ropecy", width=96, heads=4, blocks=2, eps=0.1), read_sources()[0]
+    sizes = {"width": 96, "heads": 4, "blocks": 2, "eps": 0.1}
+    model, text = model_of("near and far, ropecy", sizes), read_sources()[0]
     if weights is not None and weights.exists():
         model.load_state_dict(torch.load(weights, weights_only=True))
         return model.eval(), text
     starts = torch.randint(len(text) - 1025, (steps,)).tolist()
-    optimise(model, lambda: loss(model, text[(at := starts.pop()) : at + 1025]), steps, 1e-2)
+    optimise(model, lambda: loss(model, text[(at := starts.pop()) : at + 1025]), of_steps(steps), 1e-2)
     if weights is not None:
         torch.save(model.state_dict(), weights)
     return model.eval(), text
@@ -328,6 +226,8 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["serve"]:
         return serve_demo.main(arguments[1:], to_serve)
+    if arguments[:1] == ["far"]:
+        return far_demo.main(arguments[1:])
     parser = argparse.ArgumentParser(prog="python -m ropecy.torch_demo", description=__doc__.split("\n\n")[0])
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=150)
@@ -342,7 +242,7 @@ def main(arguments: list[str] | None = None) -> None:
     a = parser.parse_args(arguments)
     sizes = {"width": a.width, "heads": a.heads, "blocks": a.blocks, "eps": a.eps}
     texts = read_sources()
-    count = sum(p.numel() for p in Model(next(iter(KINDS)), **sizes).parameters())
+    count = sum(p.numel() for p in model_of(next(iter(KINDS)), sizes).parameters())
     print(f"text      {len(texts[0]):,} bytes of Python's library to train with, {len(texts[1]):,} of other files")
     print(f"model     {count:,} parameters, context {a.context:,}, {a.steps} steps, {torch.get_num_threads()} threads")
     print(f"near      {NEAR} tokens at a learnt temperature; far: d = {HEAD}, B = {BOUND:g}, eps = {a.eps:g}\n")

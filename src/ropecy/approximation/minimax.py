@@ -22,6 +22,7 @@ of its own computation.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -34,6 +35,7 @@ __all__ = [
     "B_grid",
     "Polynomial",
     "antiderivative",
+    "fine_grid",
     "minimax",
     "n_features",
     "relative_error_for",
@@ -49,6 +51,7 @@ MAX_BOUND = 32.0
 UNIT = 2.0**-53
 STEPS_PER_OCTAVE = 24
 _MANTISSAS = tuple(2.0 ** (k / STEPS_PER_OCTAVE - 1) for k in range(STEPS_PER_OCTAVE + 1))
+_FINE_MANTISSAS = tuple(2.0 ** (k / (16 * STEPS_PER_OCTAVE) - 1) for k in range(16 * STEPS_PER_OCTAVE + 1))
 _SMALLEST_BOUND = 2.0**-40
 _POINTS_PER_DEGREE = 10
 _MAX_EXCHANGES = 40
@@ -205,7 +208,15 @@ def B_grid(B: float) -> float:
     if B <= _SMALLEST_BOUND:
         return _SMALLEST_BOUND
     mantissa, exponent = math.frexp(B)
-    return math.ldexp(next(m for m in _MANTISSAS if m >= mantissa), exponent)
+    return math.ldexp(_MANTISSAS[bisect_left(_MANTISSAS, mantissa)], exponent)
+
+
+def fine_grid(B: float) -> float:
+    """The smallest number 2^{k/384} >= B (steps of 0.18%), and at least 2^-40, as `B_grid`."""
+    if B <= _SMALLEST_BOUND:
+        return _SMALLEST_BOUND
+    mantissa, exponent = math.frexp(B)
+    return math.ldexp(_FINE_MANTISSAS[bisect_left(_FINE_MANTISSAS, mantissa)], exponent)
 
 
 def smallest_degree(B: float, e: float, max_degree: int = MAX_DEGREE) -> int | None:

@@ -55,7 +55,8 @@ def measure_family(problem: Problem) -> Scores:
     # The rounding error of a row of q or k is bounded in norm only: it may sit in any entry, so norms multiply it.
     lost = (problem.origin.q_lost + problem.origin.k_lost) * float(by_norm.max()) * room
     how = "by the norms of its matrices"
-    return Scores(plain, float(of_slots.max()), None, *factors, of_slots, how=how, products=products, lost=lost)
+    more = {"how": how, "products": products, "lost_of_slots": lost}
+    return Scores(plain, float(of_slots.max()), None, *factors, of_slots, **more)
 
 
 def largest_entries(problem: Problem) -> float:

@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import math
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ..kernels import _quartic
-from ..problem.problem import Outline, Problem
+from ..problem.problem import Outline, Problem, Slots
 from .moments import chunk
 from .scores import Scores
 
@@ -47,6 +47,10 @@ class Fourth:
     stops: np.ndarray
     largest: np.ndarray
     seed: int
+
+    def slots(self, which: Slots) -> Fourth:
+        """Those of some of the slots."""
+        return replace(self, largest=self.largest[which])
 
     def of_rows(self, far: np.ndarray) -> np.ndarray:
         """`largest` for rows whose first `far` keys, (n,), are seen through the polynomial: (H, n)."""
@@ -75,26 +79,30 @@ def fourth_moments(problem: Problem, scores: Scores, seed: int | None) -> Fourth
     """
     if seed is None:
         seed = secrets.randbits(62)
-    rng = np.random.default_rng(seed)
     H, _, d = problem.k.shape
     stops = prefixes(problem)
     rows = _quartic.Rows(problem.k, problem.mask.kept, scores.centre, scores.k_factor, problem.threads)
     steps = min(STEPS, d * (d + 1) // 2)
-    theta = _largest_variance(rows, stops, problem.mask.kept_before(stops, problem.sizes.H), steps, rng)
+    # Each slot has a start of its own, whatever slots are beside it.
+    draws = (np.random.default_rng([seed, number]) for number in problem.numbers.tolist())
+    start = np.array([rng.standard_normal((len(stops), d, d)) for rng in draws])
+    theta = _largest_variance(rows, stops, problem.mask.kept_before(stops, H), steps, start)
+    every = (problem.origin.alike or H) * len(stops)
     # After as many steps as there are dimensions further ones change nothing, so fewer steps than STEPS are as good.
-    room = math.log(1.648 * math.sqrt(d * (d + 1) / 2) * theta.size / FAILURE) / (2 * STEPS - 1)
+    room = math.log(1.648 * math.sqrt(d * (d + 1) / 2) * every / FAILURE) / (2 * STEPS - 1)
     size = (scores.keys * abs(scores.k_factor))[:, None] ** 4
     largest = np.divide(theta / (1 - room * room), size, out=np.zeros_like(theta), where=size > 0)
     # The products were computed in the precision of the data, so their rounding is added.
     return Fourth(stops, largest + 64 * float(np.finfo(problem.k.dtype).eps) * stops, seed)
 
 
-def _largest_variance(rows: _quartic.Rows, stops: np.ndarray, kept: np.ndarray, steps: int, rng) -> np.ndarray:
-    """The largest Ritz values, (H, L), after `steps` steps of Lanczos with full reorthogonalisation."""
+def _largest_variance(
+    rows: _quartic.Rows, stops: np.ndarray, kept: np.ndarray, steps: int, start: np.ndarray
+) -> np.ndarray:
+    """The largest Ritz values, (H, L), after `steps` steps of Lanczos with full reorthogonalisation from `start`."""
     products = rows.apply(stops, None)[0]
     H, L, d, _ = products.shape
     # Sums are written with einsum, because BLAS would start threads of its own that keep spinning afterwards.
-    start = rng.standard_normal((H, L, d, d))
     X = start + start.swapaxes(2, 3)  # Gaussian in an orthonormal basis of symmetric matrices
     X /= np.linalg.norm(X, axis=(2, 3), keepdims=True)
     basis, T = np.empty((steps, H, L, d, d)), np.zeros((H, L, steps, steps))

@@ -27,6 +27,7 @@ queries)
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -55,26 +56,34 @@ class RowFits:
     sizes : array
         B_i, the bound of the scores of each row, of any shape.
     degree : int
-    kappa : float
-        As in `fit_moments`, but for scores in units of B_i.
+    kappa : float or array
+        As in `fit_moments`, but for scores in units of B_i; one for all rows, or an array that is broadcast to `sizes`.
     """
 
-    def __init__(self, sizes: np.ndarray, degree: int, kappa: float) -> None:
+    def __init__(self, sizes: np.ndarray, degree: int, kappa: float | np.ndarray) -> None:
         self.sizes, self._past = sizes, ~(sizes <= poly.MAX_BOUND)
         self._any_past = bool(self._past.any())
         # Queries that were normalised have one size. That is seen from the smallest and the largest, which is ten times
         # cheaper than placing every row on the grid.
+        kappas, of_kappa = np.ravel(kappa)[:1], 0
+        if np.any(kappa != kappas):
+            kappas, of_kappa = np.unique(kappa, return_inverse=True)
+            of_kappa = of_kappa.reshape(np.shape(kappa))
         ends = self._steps(np.array([sizes.min(), sizes.max()])) if sizes.size and not self._any_past else (0, 1)
-        if ends[0] == ends[1]:
+        if ends[0] == ends[1] and len(kappas) == 1:
             there, self._index = ends[:1], np.broadcast_to(np.intp(0), sizes.shape)
         else:
+            # A kind of rows is a step of the grid and a kappa.
             steps = np.where(self._past, 0, self._steps(sizes))
-            there = np.flatnonzero(np.bincount(steps.reshape(-1)))
+            kinds = steps if len(kappas) == 1 else steps * len(kappas) + of_kappa
+            there = np.flatnonzero(np.bincount(kinds.reshape(-1)))
             place = np.zeros(there.max(initial=0) + 1, np.intp)
             place[there] = np.arange(len(there))
-            self._index = place[steps]
-        bounds = (poly.B_grid(poly.MAX_BOUND * 2.0 ** (-i / poly.STEPS_PER_OCTAVE) * (1 - 1e-9)) for i in there)
-        self._fits = [fit_moments(B, degree, kappa / B**2) for B in bounds]
+            self._index = place[kinds]
+        self._fits = []
+        for step, which in zip(*np.divmod(there, len(kappas)), strict=True):
+            B = poly.B_grid(poly.MAX_BOUND * 2.0 ** (-step / poly.STEPS_PER_OCTAVE) * (1 - 1e-9))
+            self._fits.append(fit_moments(B, degree, float(kappas[which]) / B**2))
 
     @staticmethod
     def _steps(sizes: np.ndarray) -> np.ndarray:
@@ -92,19 +101,31 @@ class RowFits:
         found[self._past] = math.inf
         return found
 
-    def ratio(self, p: MomentPolynomial, dtype: np.dtype) -> np.ndarray | None:
-        """Factors that turn the two top coefficients of p into those of each row, (2, ...) (see c/monomials.h).
+    def ratio(self, polynomials: Sequence[MomentPolynomial], dtype: np.dtype) -> np.ndarray | None:
+        """Factors that turn the two top coefficients of a slot's polynomial into those of each row, (2, H, G, n) (see
+        c/monomials.h); `polynomials` are one for all slots or one for each.
 
-        The second factor is relative to the first. None is returned where every row has p itself.
+        The second factor is relative to the first. None is returned where every row has that of all slots.
         """
-        if all(fit in (None, p) for fit in self._fits):
+        p, one = polynomials[0], len(set(polynomials)) == 1
+        if one and all(fit in (None, p) for fit in self._fits):
             return None
         g, ratio = p.degree, np.ones((2, *self._index.shape), dtype)
-        below, top = (self.of_rows(lambda fit, t=t: fit.coefficients[t] / p.coefficients[t]) for t in (g - 1, g))
+        if one:
+            below, top = (self.of_rows(lambda fit, t=t: fit.coefficients[t] / p.coefficients[t]) for t in (g - 1, g))
+        else:
+            own = (of_each(polynomials, lambda p, t=t: p.coefficients[t]) for t in (g - 1, g))
+            fits = (self.of_rows(lambda fit, t=t: fit.coefficients[t]) for t in (g - 1, g))
+            below, top = (X / of_slot for X, of_slot in zip(fits, own, strict=True))
         kept = np.isfinite(top)
         ratio[0, kept] = below[kept]
         ratio[1, kept] = (top[kept] / ratio[0, kept]).astype(dtype)
         return ratio
+
+
+def of_each(polynomials: Sequence[MomentPolynomial], what: Callable[[MomentPolynomial], float]) -> np.ndarray:
+    """what(p) for the polynomial p of each slot, (H, 1, 1), or (1, 1, 1) where all slots have one."""
+    return np.array([what(p) for p in polynomials], np.float64)[:, None, None]
 
 
 class Measured(Protocol):
@@ -131,37 +152,48 @@ class MomentRule:
 
     Attributes
     ----------
-    polynomial : MomentPolynomial
-        The polynomial for the largest bound B among the rows that the polynomial engine keeps.
-    kappa : float
-        As in `RowFits`.
+    polynomials : tuple of MomentPolynomial
+        One for all slots, or one for each, of one degree: that for the largest bound B among the rows of the slot that
+        the polynomial engine keeps.
+    kappa : float or (H,) array
+        As in `RowFits`, for all slots or for each.
     scores : Scores
-        Bounds and factors for the rows whose bound is at most B.
+        Bounds and factors for the rows whose bound is at most the B of their slot.
     fourth : Fourth or None
         Bounds of fourth moments, if they are used.
     n_long : int
         How many rows have a bound past B; they are computed exactly.
-    weights : MomentPolynomial or None
-        The polynomial that backward has for its weights, of the same order; None without gradients. If it is given,
-        all rows have `polynomial` itself in forward, because dV is made with the weights of forward.
+    weights : tuple of MomentPolynomial or None
+        The polynomials that backward has for its weights, of the same order; None without gradients. If they are given,
+        all rows have those of `polynomials` in forward, because dV is made with the weights of forward.
     sizes : (H, G, n) array or None
         B_i of all rows; they are measured where it is None.
     """
 
-    polynomial: MomentPolynomial
-    kappa: float
+    polynomials: tuple[MomentPolynomial, ...]
+    kappa: float | np.ndarray
     scores: Scores
     fourth: Fourth | None = field(default=None, repr=False)
     n_long: int = 0
-    weights: MomentPolynomial | None = None
+    weights: tuple[MomentPolynomial, ...] | None = None
     sizes: np.ndarray | None = field(default=None, repr=False)
+
+    @property
+    def degree(self) -> int:
+        """The degree of the polynomials of forward."""
+        return self.polynomials[0].degree
+
+    @property
+    def order(self) -> int:
+        """The order of all polynomials."""
+        return self.polynomials[0].order
 
     def fits(self, problem: Problem) -> RowFits:
         """The polynomial of every row."""
         sizes = self.scores.of_rows(problem) if self.sizes is None else self.sizes
         if self.weights is not None:
-            sizes = np.maximum(sizes, self.scores.bound)
-        return RowFits(sizes, self.polynomial.degree, self.kappa)
+            sizes = np.maximum(sizes, self.scores.of_slots[:, None, None])
+        return RowFits(sizes, self.degree, np.reshape(self.kappa, (-1, 1, 1)))
 
     def truncation(self, problem: Problem, fits: RowFits, measured: Measured) -> np.ndarray:
         """A bound of |T_ic - Attn_ic| / range_j(V_jc) for each row, (H, G, n) float64; inf where there is none.
@@ -186,9 +218,9 @@ class MomentRule:
 
     def gradient(self, problem: Problem, fits: RowFits, measured: Measured) -> np.ndarray:
         """The error of gradients that each row accounts for, (H, G, n) float64, by `gradient_error`."""
-        r, mean = self.weights, self._mean(fits, measured.moment)
-        unit = problem.unit
-        radius = r.radius[0] * mean + 16 * unit * math.exp(r.B) * r.radius[0] * r.B**r.order
+        mean, factor = self._mean(fits, measured.moment), 16 * problem.unit
+        radius = of_each(self.weights, lambda r: r.radius[0]) * mean
+        radius = radius + of_each(self.weights, lambda r: factor * math.exp(r.B) * r.radius[0] * r.B**r.order)
         errors = gradient_error(self._radius(problem, fits, measured), radius)
         return np.where(measured.inverse > 0, errors, 0.0)
 
@@ -199,7 +231,7 @@ class MomentRule:
 
     def _radius(self, problem: Problem, fits: RowFits, measured: Measured) -> np.ndarray:
         """h_i of the module's docstring: the sum over keys of a row's radius divided by its denominator, (H, G, n)."""
-        k, unit, mean = self.polynomial.order, problem.unit, self._mean(fits, measured.moment)
+        k, unit, mean = self.order, problem.unit, self._mean(fits, measured.moment)
         inverse = measured.inverse
         with np.errstate(all="ignore"):
             # The second term covers the rounding of the coefficient that the moment was divided by.
@@ -251,10 +283,11 @@ def far_keys(problem: Outline, rows: np.ndarray) -> np.ndarray:
     return problem.mask.stops_before_chunk(rows, chunk(problem))
 
 
-def worst_case(problem: Outline, p: Polynomial) -> np.ndarray:
-    """A bound of |T_ic - Attn_ic| / range_j(V_jc) for each row, (H, 1, n) float64, for any scores within p's bound B.
+def worst_case(problem: Outline, polynomials: Sequence[Polynomial]) -> np.ndarray:
+    """A bound of |T_ic - Attn_ic| / range_j(V_jc) for each row, (H, 1, n) float64, for any scores within the bound B of
+    the slot's polynomial p; `polynomials` are one for all slots or one for each.
 
-    Where no key is hidden, all slots have the same, and H is 1.
+    Where no key is hidden and there is one polynomial, all slots have the same, and H is 1.
 
     Notes
     -----
@@ -266,12 +299,16 @@ def worst_case(problem: Outline, p: Polynomial) -> np.ndarray:
     """
     rows = np.arange(problem.sizes.n)
     stops = far_keys(problem, rows), problem.mask.stops(rows)
-    slots = 1 if problem.mask.kept is None else problem.sizes.H
+    slots = len(polynomials) if problem.mask.kept is None else problem.sizes.H
     far, seen = (problem.mask.kept_before(keys, slots).astype(np.float64) for keys in stops)
-    weight = far * math.exp(min(2 * p.B, 700))
+    error, heaviest, largest = (
+        np.array([[of(p)] for p in polynomials])
+        for of in (lambda p: p.error, lambda p: math.exp(min(2 * p.B, 700)), lambda p: poly.tau(p.error))
+    )
+    weight = far * heaviest
     total = weight + (seen - far)
     share = np.divide(weight, total, out=np.zeros_like(weight), where=total > 0)
-    return np.minimum(poly.tau(p.error), p.error * share)[:, None]
+    return np.minimum(largest, error * share)[:, None]
 
 
 def value_distances(problem: Problem, values: Values, comm: Communicator = SERIAL) -> np.ndarray:

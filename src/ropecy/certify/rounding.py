@@ -130,13 +130,33 @@ def _best(problem: Outline, depth: np.ndarray) -> np.ndarray:
 def polynomial_rounding(problem: Outline, B: float, values: Values, lost: float = 0.0) -> float:
     """The rounding error of O by the polynomial engine, in units of max_c range_j(v_jc), for scores within B.
 
+    It is no more than the largest of `rounding_of_slots` where B is the largest bound of a slot.
+
     Sums of monomials cancel where scores are negative, which costs a few units of rounding times e^{2B}: 0.3 to 4 were
     measured, 11 where B is small. Values are centred, so an offset of theirs costs no more than storing O does. `lost`
     is `Scores.lost`, the error of the products <q, k> (see `moved`).
     """
-    unit = problem.unit
-    sums = 12 + 4 * math.exp(min(2 * B, 700))
-    return unit * (sums * (2 if values.far else 1) + 2 * values.offset) + moved(problem, lost)
+    return float(_of_monomials(problem, B, values.far.any(), values.offset, lost))
+
+
+def rounding_of_slots(problem: Outline, scores: Scores, values: Values, B: np.ndarray) -> np.ndarray:
+    """`polynomial_rounding` of each slot by itself, for scores within B, in units of the range of its own values: (H,).
+
+    B has an entry for each slot.
+    """
+    return _of_monomials(problem, B, values.far, values.offsets, scores.lost_of_slots)
+
+
+def _of_monomials(
+    problem: Outline,
+    B: float | np.ndarray,
+    far: bool | np.ndarray,
+    offset: float | np.ndarray,
+    lost: float | np.ndarray,
+) -> np.ndarray:
+    sums = 12 + 4 * np.exp(np.minimum(2 * B, 700))
+    of_scores = np.minimum(1.0, abs(problem.scale) * lost)
+    return problem.unit * (sums * np.where(far, 2, 1) + 2 * offset) + of_scores
 
 
 def moved(problem: Outline, lost: float) -> float:

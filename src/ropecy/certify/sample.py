@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,7 +16,6 @@ from ..problem.problem import Outline, Problem, Slots
 from .fourth_moments import Fourth
 from .moments import TILE, RowFits, far_keys, gradient_error
 from .once import once
-from .rounding import polynomial_rounding
 from .scores import Scores
 from .values import Values
 
@@ -27,7 +27,7 @@ _CUT = 0.5  # the largest part of the sampled rows that may be left out because 
 
 def steps(problem: Outline, n: int, n_k: int) -> tuple[int, int]:
     """The distances (of rows, of keys) at which a `Sample` takes one, for n rows in each head and n_k keys."""
-    H, G = problem.sizes[:2]
+    H, G = problem.origin.alike or problem.sizes.H, problem.sizes.G
     return max(1, n // max(16, SAMPLED_ROWS // (H * G))), max(1, n_k // SAMPLED_KEYS)
 
 
@@ -56,11 +56,33 @@ def draw(risk: np.ndarray, count: int, rng: np.random.Generator, comm: Communica
     return np.flatnonzero(~remain)
 
 
+class Kept(NamedTuple):
+    """What to expect of each slot, (H,) arrays, if some rows are left to the exact engine.
+
+    Attributes
+    ----------
+    few : bool array
+        Whether these rows are few enough.
+    share : array
+        The part of the exact work of the slot that they take.
+    n_exact_rows : int array
+        How many of them are allowed for.
+    truncation, of_gradient : arrays
+        The largest truncation of the rows that are kept, of O and of gradients.
+    """
+
+    few: np.ndarray
+    share: np.ndarray
+    n_exact_rows: np.ndarray
+    truncation: np.ndarray
+    of_gradient: np.ndarray
+
+
 class Sample:
     """Some rows and some keys of a problem, and estimates made from them.
 
     The rows are taken at equal distances; rows that are longer than all of these are sampled separately, if the whole
-    sequence is in one process.
+    sequence is in one process. What is estimated of a slot depends on no other slot.
 
     Attributes
     ----------
@@ -73,7 +95,7 @@ class Sample:
     second, first : (R,) arrays
         The mean square and the mean of the scores of each row, over the sampled keys.
     n_rows : int
-        How many rows there are in all.
+        How many rows there are in each slot.
     every : (H, G, n) array or None
         The bounds of all rows; None if the sequence is in pieces.
     """
@@ -90,23 +112,27 @@ class Sample:
 
         sizes = scores.of_rows(problem).reshape(H * G, n)
         some = (np.arange(H * G)[:, None] * n + np.arange(0, n, row_step)).reshape(-1)
-        few, n_longer = np.empty(0, int), 0
+        few, n_longer = [np.empty(0, int)] * H, np.zeros(H)
         if not comm.distributed:
-            longer = np.flatnonzero(sizes > 1.01 * sizes.reshape(-1)[some].max(initial=0))
-            few, n_longer = longer[:: max(1, len(longer) // SAMPLED_ROWS)], len(longer)
+            longest = 1.01 * sizes[:, ::row_step].reshape(H, -1).max(axis=1, initial=0)
+            found = np.flatnonzero((sizes.reshape(H, G, n) > longest[:, None, None]).reshape(-1))
+            longer = np.split(found, np.searchsorted(found, np.arange(1, H) * G * n))
+            n_longer[:] = [len(rows) for rows in longer]
+            few = [rows[:: max(1, len(rows) // (SAMPLED_ROWS // (problem.origin.alike or H) or 1))] for rows in longer]
         n_some = sum(comm.gather(len(some)))
-        weights = (H * G * total - n_longer) / max(1, n_some), n_longer / max(1, len(few))
-        own = np.concatenate([some, few])
+        weights = (G * total - n_longer) / max(1, n_some / H), n_longer / np.maximum(1, [len(rows) for rows in few])
+        lanes = len(some) // H, [len(rows) for rows in few]
+        own = np.concatenate([some, *few])
         lane, row = np.divmod(own, max(1, n))
         first = sum(rows for rows, _ in lengths[: comm.rank])
         # Three numbers of each sampled row: its flat index, how many rows it stands for, and its bound.
-        weights = np.repeat(weights, [len(some), len(few)])
+        weights = np.concatenate([np.repeat(*both) for both in zip(weights, lanes, strict=True)])
         sample = np.array([lane * total + first + row, weights, sizes.reshape(-1)[own]])
         sample, x = comm.joined(sample, 1), comm.joined(problem.q.reshape(-1, d)[own], 0)
         order = np.argsort(sample[0], kind="stable")
         index, self.weight, self.sizes = sample[:, order]
         self.index = index.astype(np.intp)
-        self.n_rows = int(H * G * total)
+        self.n_rows = int(G * total)
         self.every = sizes.reshape(H, G, n) if not comm.distributed else None
         self._head, self._row = self.index // max(1, G * total), self.index % max(1, total)
         self._x = np.multiply(x[order], scores.q_factor[self._head, None], dtype=np.float64)
@@ -116,25 +142,24 @@ class Sample:
             x = self._x[rows]
             self.second[rows] = _rows.quadratic(x[None], self._products[head : head + 1], problem.threads)[0]
             self.first[rows] = x @ mean[head]
-        self._share, self._lost = values.share, scores.lost
+        self._share = np.minimum(1.0, 1.1 * values.share)[self._head]
         self._means: dict[int, np.ndarray] = {}
         self._seen: tuple[np.ndarray, np.ndarray] | None = None
 
-    def slots(self, which: Slots, scores: Scores, values: Values) -> Sample:
-        """The rows and keys of some of the slots, whose scores and values these are; of a sequence in pieces."""
+    def slots(self, which: Slots) -> Sample:
+        """The rows and keys of some of the slots."""
         H = len(self._y)
-        heads, of_head = np.arange(H)[which], self.n_rows // H
+        heads = np.arange(H)[which]
         place = np.full(H, -1)
         place[heads] = np.arange(len(heads))
         rows = place[self._head] >= 0
         found = object.__new__(Sample)
         found._head, found._row, found._x = place[self._head[rows]], self._row[rows], self._x[rows]
-        found.index = self.index[rows] + (found._head - self._head[rows]) * of_head
+        found.index = self.index[rows] + (found._head - self._head[rows]) * self.n_rows
         found.weight, found.sizes = self.weight[rows], self.sizes[rows]
         found.second, found.first = self.second[rows], self.first[rows]
-        found.n_rows, found.every = of_head * len(heads), None
-        found._y, found._products = self._y[which], self._products[which]
-        found._share, found._lost = values.share, scores.lost
+        found.n_rows, found.every = self.n_rows, None if self.every is None else self.every[which]
+        found._y, found._products, found._share = self._y[which], self._products[which], self._share[rows]
         found._means, found._seen = {}, None
         return found
 
@@ -150,15 +175,45 @@ class Sample:
             y, count = y * mask[..., None], mask.sum(axis=1)
         return np.ascontiguousarray(y), count
 
-    def _by_head(self) -> Iterator[tuple[int, slice]]:
-        cuts = np.searchsorted(self._head, np.arange(len(self._y) + 1))
-        return ((head, slice(*ends)) for head, ends in enumerate(itertools.pairwise(cuts)))
+    @once
+    def _starts(self) -> np.ndarray:
+        """Where the sampled rows of each slot begin, (H,)."""
+        return np.searchsorted(self._head, np.arange(len(self._y)))
 
-    def longer(self, B: float) -> int:
-        """How many rows have a bound larger than B; an estimate if the sequence is in pieces."""
+    def _by_head(self) -> Iterator[tuple[int, slice]]:
+        ends = itertools.pairwise([*self._starts, len(self._head)])
+        return ((head, slice(*own)) for head, own in enumerate(ends))
+
+    @once
+    def _longest(self) -> np.ndarray:
+        """The largest bound of a row of each slot, (H,)."""
+        return self.every.max(axis=(1, 2))
+
+    def of_rows(self, X: np.ndarray) -> np.ndarray:
+        """A number of each slot for each of its sampled rows."""
+        return X[self._head]
+
+    def _total(self, X: np.ndarray) -> np.ndarray:
+        """A number of each sampled row, added up in each slot."""
+        return np.add.reduceat(X, self._starts)
+
+    def _middle(self, X: np.ndarray) -> np.ndarray:
+        """The median over the sampled rows of each slot, or the larger of the two in the middle."""
+        counts = np.diff([*self._starts, len(X)])
+        return X[np.lexsort((X, self._head))][self._starts + counts // 2]
+
+    def usual(self, problem: Outline) -> tuple[np.ndarray, np.ndarray]:
+        """The size and the mean square of the scores of a usual row of each slot."""
+        return self._middle(self.sizes), self._middle(self.mean(problem, 2))
+
+    def longer(self, B: np.ndarray) -> np.ndarray:
+        """How many rows of each slot have a bound larger than its B; an estimate if the sequence is in pieces."""
         if self.every is None:
-            return math.ceil(self.weight[self.sizes > B].sum())
-        return int(np.count_nonzero(self.every > B))
+            return np.ceil(self._total(np.where(self.sizes > self.of_rows(B), self.weight, 0.0)))
+        found, some = np.zeros(len(B), int), np.flatnonzero(B < self._longest)
+        for slot in some.tolist():
+            found[slot] = np.count_nonzero(self.every[slot] > B[slot])
+        return found
 
     def risk(self, problem: Problem, scores: Scores, inverse: np.ndarray, comm: Communicator = SERIAL) -> np.ndarray:
         """A number for each row with which its error is expected to grow, (H, G, n).
@@ -195,27 +250,32 @@ class Sample:
             found.append(square / np.mean(square, axis=1, keepdims=True))
         return found
 
-    def _tail(self, k: int) -> float:
-        """The largest ``m_k(i) / m_2(i)^(k/2)`` over a few rows i, m_k being the k-th moment of a row's scores."""
-        found = 1.0
+    def _tail(self, k: int) -> np.ndarray:
+        """The largest ``m_k(i) / m_2(i)^(k/2)`` over a few rows i of each slot, m_k being the k-th moment of a row's
+        scores.
+        """
+        found = np.ones(len(self._y))
         with np.errstate(all="ignore"):
-            for square in self._squares if k > 2 else []:
+            for head, square in enumerate(self._squares if k > 2 else []):
                 power = square
                 for _ in range(k // 2 - 2):  # pow is fifty times slower than a product
                     power = power * square
-                found = np.nanmax(np.einsum("rj,rj->r", power, square) / square.shape[1], initial=found)
-        return float(found)
+                found[head] = np.nanmax(np.einsum("rj,rj->r", power, square) / square.shape[1], initial=1.0)
+        return found
 
-    def fits(self, degree: int, kappa: float, least: float = 0.0) -> RowFits:
-        """The polynomials of the sampled rows; bounds smaller than `least` are raised to it."""
-        return RowFits(np.maximum(self.sizes, least), degree, kappa)
+    def fits(self, degree: int, kappa: np.ndarray, least: np.ndarray | None = None) -> RowFits:
+        """The polynomials of the sampled rows, with a kappa for each slot; a bound below the `least` of its slot is
+        raised to it.
+        """
+        sizes = self.sizes if least is None else np.maximum(self.sizes, self.of_rows(least))
+        return RowFits(sizes, degree, self.of_rows(kappa))
 
     def mean(self, problem: Outline, order: int) -> np.ndarray:
         """An estimate of ``sum_j s_ij^order`` divided by the denominator, for each sampled row."""
         if order not in self._means:
             far, seen = self._keys_of(problem)
             with np.errstate(all="ignore"):
-                mean = far / np.maximum(seen, 1) * self._tail(order) * self.second ** (order // 2)
+                mean = far / np.maximum(seen, 1) * self._tail(order)[self._head] * self.second ** (order // 2)
                 self._means[order] = mean * np.exp(-self.first)
         return self._means[order]
 
@@ -243,58 +303,64 @@ class Sample:
     def truncation(self, h: np.ndarray) -> np.ndarray:
         """An estimate of what `MomentRule.truncation` will find, for rows whose h_i is `h`."""
         with np.errstate(all="ignore"):
-            return np.where(h < 1, h / np.maximum(1 - h, 1e-300) * min(1.0, 1.1 * self._share), math.inf)
+            return np.where(h < 1, h / np.maximum(1 - h, 1e-300) * self._share, math.inf)
 
     def kept(
-        self, problem: Outline, values: Values, eps: float, B: float, h: np.ndarray, h_r: np.ndarray | None = None
-    ) -> tuple[float, int, float, float] | None:
-        """What to expect if the polynomial engine keeps the rows whose bound is at most B and that reach eps.
+        self, problem: Outline, allowed: np.ndarray, B: np.ndarray, h: np.ndarray, h_r: np.ndarray | None = None
+    ) -> Kept:
+        """What to expect if the polynomial engine keeps the rows of each slot whose bound is at most the slot's B and
+        that reach eps.
 
-        Returns the part of the whole exact work that the other rows take, how many of these are allowed for, and the
-        largest truncation of the kept rows, of O and of gradients; None if too many rows are left to the exact engine.
         A row is not kept if its bound is past B, or if its truncation, estimated from the radii h (and h_r in
-        backward), is more than rounding leaves of eps.
+        backward), is more than is `allowed` in its slot.
         """
-        grad, total = h_r is not None, self.n_rows
-        allowed = eps - polynomial_rounding(problem, B, values, self._lost)
-        expected = self.truncation(h)
-        of_gradient = gradient_error(h, h_r) if grad else np.zeros_like(h)
-        long = self.sizes > B
+        expected, allowed = self.truncation(h), self.of_rows(allowed)
+        of_gradient = np.zeros_like(h) if h_r is None else gradient_error(h, h_r)
+        long = self.sizes > self.of_rows(B)
         others = ~(long | ((expected <= allowed) & (of_gradient <= 2 * allowed)))
-        pairs = max(1.0, problem.sizes.H * problem.sizes.G * problem.mask.pairs())
+        pairs = max(1.0, problem.sizes.G * problem.mask.pairs())
         work = self.weight * self._keys_of(problem)[1] / pairs
         if problem.mask.causal:
             # The exact engine computes a whole tile even for a single row.
             rows, beside = long | others, np.zeros(len(long), bool)
-            beside[1:] = rows[:-1]
-            beside[:-1] |= rows[1:]
+            alike = self._head[1:] == self._head[:-1]
+            beside[1:] = rows[:-1] & alike
+            beside[:-1] |= rows[1:] & alike
             work *= np.where(beside, 1.0, TILE)
-        share = work[long].sum() + 1.5 * work[others].sum()
-        count = self.longer(B) + 1.5 * self.weight[others].sum()
-        if count > _FEW * total and share > _FEW:
-            return None
-        truncation = (float(np.max(errors, where=~(long | others), initial=0.0)) for errors in (expected, of_gradient))
-        # If more rows fail than are allowed for, the whole problem is computed again. So there is room for rows that
-        # the sample misses, above all the first ones of a causal problem.
-        return float(share), math.ceil(count + total / 256) + TILE, *truncation
+        share = self._total(np.where(long, 1.0, np.where(others, 1.5, 0.0)) * work)
+        count = self.longer(B) + self._total(np.where(others, 1.5 * self.weight, 0.0))
+        few = (count <= _FEW * self.n_rows) | (share <= _FEW)
+        errors = (np.where(long | others, 0.0, X) for X in (expected, of_gradient))
+        # If more rows fail than are allowed for, the whole slot is computed again. So there is room for rows that the
+        # sample misses, above all the first ones of a causal problem.
+        n_exact_rows = np.ceil(count + self.n_rows / 256).astype(int) + TILE
+        return Kept(few, share, n_exact_rows, *(np.maximum.reduceat(X, self._starts) for X in errors))
 
-    def cuts(self, bound: float) -> list[float]:
-        """Bounds B to try for the rows that are kept: `bound`, and lower ones that leave out 1, 2, 4, ... of them."""
-        sizes = np.sort(self.sizes)[::-1]
-        found = [bound]
-        for count in 2 ** np.arange(int(_CUT * len(sizes)).bit_length()):
+    def cuts(self, bounds: np.ndarray) -> Iterator[np.ndarray]:
+        """Bounds B to try for the rows of each slot that are kept: `bounds`, and lower ones that leave out 1, 2, 4, ...
+        of its sampled rows; NaN where there is none.
+        """
+        counts = np.diff([*self._starts, len(self.sizes)])
+        falling, found = self.sizes[np.lexsort((-self.sizes, self._head))], bounds
+        yield np.where(bounds <= poly.MAX_BOUND, bounds, np.nan)
+        for count in 2 ** np.arange(int(_CUT * counts.max()).bit_length()):
+            there = count <= _CUT * counts
+            B = np.where(there, falling[np.minimum(self._starts + count, len(falling) - 1)], np.inf)
             # Less than a step of the grid changes nothing.
-            if sizes[count] < 0.97 * found[-1]:
-                found.append(float(sizes[count]))
-        return [B for B in found if B <= poly.MAX_BOUND]
+            less = B < 0.97 * found
+            found = np.where(less, B, found)
+            if less.any():
+                yield np.where(less & (B <= poly.MAX_BOUND), B, np.nan)
 
-    def kappa(self) -> float:
-        """``B_i^2 / (3 m_2)`` of the row with the largest second moment m_2, rounded to a power of 2.
+    def kappa(self) -> np.ndarray:
+        """``B_i^2 / (3 m_2)`` of the row of each slot with the largest second moment m_2, rounded to a power of 2.
 
         For Gaussian scores this is the ratio of the second moment to the fourth, for scores in units of B_i.
         """
-        worst = int(self.second.argmax())
-        second, size = float(self.second[worst]), float(self.sizes[worst])
-        if not 0 < second < math.inf or not 0 < size < math.inf:
-            return 1.0
-        return 2.0 ** min(40, max(-1, round(2 * math.log2(size) - math.log2(3 * second))))
+        found = np.ones(len(self._y))
+        for head, rows in self._by_head():
+            worst = rows.start + int(self.second[rows].argmax())
+            second, size = float(self.second[worst]), float(self.sizes[worst])
+            if 0 < second < math.inf and 0 < size < math.inf:
+                found[head] = 2.0 ** min(40, max(-1, round(2 * math.log2(size) - math.log2(3 * second))))
+        return found

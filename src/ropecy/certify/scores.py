@@ -44,8 +44,11 @@ class Scores:
         The largest ``||k_j - centre||`` of each slot; None with a family.
     products : float
         `plain` without the scale.
-    lost : float
-        A bound of the rounding error that the products <q_i, k_j> have from the projections and rotations of q and k.
+    plain_of_slots : (H,) float64 array or float
+        `plain` of each slot.
+    lost_of_slots : (H,) float64 array or float
+        A bound of the rounding error that the products <q_i, k_j> of each slot have from the projections and rotations
+        of q and k.
     """
 
     plain: float
@@ -57,7 +60,13 @@ class Scores:
     how: str = "with keys centred"
     keys: np.ndarray | None = None
     products: float = math.inf
-    lost: float = 0.0
+    plain_of_slots: np.ndarray | float = math.inf
+    lost_of_slots: np.ndarray | float = 0.0
+
+    @property
+    def lost(self) -> float:
+        """The largest of `lost_of_slots`."""
+        return float(np.max(self.lost_of_slots))
 
     def of_rows(self, problem: Problem) -> np.ndarray:
         """The bound B_i of each row's scores, ``|scale| ||q_i|| max_j ||k_j - centre||``, (H, G, n) float64."""
@@ -80,9 +89,9 @@ class Scores:
             keys=None if self.keys is None else self.keys[which],
         )
 
-    def within(self, B: float) -> Scores:
-        """The bounds and factors for those rows alone whose own bound is at most B."""
-        if B >= self.bound:
+    def within(self, B: float | np.ndarray) -> Scores:
+        """The bounds and factors for rows whose own bound is at most B, which is one for all slots or one for each."""
+        if np.all(B >= self.of_slots):
             return self
         of_slots = np.minimum(self.of_slots, B)
         ratio = np.divide(of_slots, self.of_slots, out=np.ones_like(of_slots), where=self.of_slots > 0)
@@ -90,14 +99,15 @@ class Scores:
         balance = np.sqrt(np.where(ratio > 0, ratio, 1))
         q_factor, k_factor = self.q_factor / balance, self.k_factor * balance
         how = f"{self.how}, but for the longest queries"
-        return replace(self, bound=B, q_factor=q_factor, k_factor=k_factor, of_slots=of_slots, how=how)
+        factors = {"q_factor": q_factor, "k_factor": k_factor}
+        return replace(self, bound=float(of_slots.max()), of_slots=of_slots, how=how, **factors)
 
 
-def unbounded(problem: Outline, plain: float, products: float = math.inf, lost: float = 0.0) -> Scores:
+def unbounded(problem: Outline, plain: float, products: float = math.inf, lost: np.ndarray | float = 0.0) -> Scores:
     """Scores of which only `plain`, `products` and `lost` are known: enough for engines that need no `bound`."""
     slots = np.ones((3, problem.sizes.H))
     slots[2] = math.inf
-    return Scores(plain, math.inf, None, *slots, products=products, lost=lost)
+    return Scores(plain, math.inf, None, *slots, products=products, lost_of_slots=lost)
 
 
 @dataclass(slots=True)
@@ -129,16 +139,16 @@ def largest_scores(problem: Problem) -> np.ndarray:
 def plain_scores(problem: Problem, norms: Norms) -> Scores:
     """The bound of the scores by norms alone, `Scores.plain`; `Scores.bound` is inf."""
     with np.errstate(all="ignore"):
-        products = float((norms.q * norms.k).max()) * room(problem)
+        of_slots = norms.q * norms.k * room(problem)
+        products = float(of_slots.max())
         plain = products * abs(problem.scale)
         if not math.isfinite(plain):
             return unbounded(problem, math.inf)
         # Keys were projected and rotated before they were centred, so their error is relative to their norms before.
         origin = problem.origin
         q, k = norms.q if origin.q_norm is None else origin.q_norm, norms.k if origin.k_norm is None else origin.k_norm
-        lost = origin.q_lost * float((q * norms.k).max()) * room(problem)
-        lost += origin.k_lost * float((norms.q * k).max()) * room(problem)
-    return unbounded(problem, plain, products, lost)
+        lost = (origin.q_lost * (q * norms.k) + origin.k_lost * (norms.q * k)) * room(problem)
+    return replace(unbounded(problem, plain, products, lost), plain_of_slots=of_slots * abs(problem.scale))
 
 
 def query_norms(problem: Problem) -> np.ndarray:

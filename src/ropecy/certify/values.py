@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from dataclasses import dataclass
 
@@ -29,6 +28,8 @@ class Values:
         The error of storing O, in units of rounding times max_c range_j(v_jc): max |v| / max_c range_j(v_jc) for the
         values before their normal form (1 where all columns are constant), and more where v itself carries rounding
         errors or is subnormal.
+    offsets : (H,) array
+        `offset` of each slot, in units of the range of its own values.
     residual : float
         max |v| / max_c range_j(v_jc) for the values in their normal form.
     varied : float
@@ -43,8 +44,8 @@ class Values:
     exact : bool
         Whether all columns are constant and carry no rounding errors: what is left of them in the normal form is 0, so
         that O is exact but for storing it.
-    far : bool
-        Whether a value may be as far from `middle` as the whole range, instead of half of it.
+    far : (H,) bool array
+        In which slots a value may be as far from `middle` as the whole range, instead of half of it.
     """
 
     middle: np.ndarray
@@ -52,7 +53,8 @@ class Values:
     low: np.ndarray
     high: np.ndarray
     mean: np.ndarray
-    far: bool = False
+    far: np.ndarray
+    offsets: np.ndarray | None = None
     residual: float = 1.0
     varied: float = 0.0
     spread: float = 0.0
@@ -61,18 +63,20 @@ class Values:
     def slots(self, which: Slots, problem: Problem) -> Values:
         """Those of some of the slots, of which `problem` consists."""
         ends = (X[which] for X in (self.low, self.high, self.mean))
-        return _sized(Values(self.middle[which], 1.0, *ends, self.far), problem)
+        return _sized(Values(self.middle[which], 1.0, *ends, self.far[which]), problem)
 
     def storing(self, dtype: np.dtype) -> float:
         """The error of storing O in a dtype, in units of max_c range_j(v_jc)."""
         return storing(dtype, self.varied) / self.spread if self.varied else 0.0
 
     @property
-    def share(self) -> float:
-        """About how far values are from `middle`, in units of the range: a half plus the distance of their mean."""
+    def share(self) -> np.ndarray:
+        """About how far the values of each slot are from `middle`, in units of the range: a half plus the distance of
+        their mean.
+        """
         spread = (self.high - self.low).astype(np.float64)
         off = np.abs(self.mean - self.middle)
-        return 0.5 + float(np.divide(off, spread, out=np.zeros_like(off), where=spread > 0).max(initial=0))
+        return 0.5 + np.divide(off, spread, out=np.zeros_like(off), where=spread > 0).max(axis=1, initial=0)
 
 
 def measure_values(problem: Problem, comm: Communicator = SERIAL) -> Values:
@@ -85,29 +89,48 @@ def measure_values(problem: Problem, comm: Communicator = SERIAL) -> Values:
     half_low, half_high = 0.5 * low, 0.5 * high
     middle = half_low + half_high
     mean = total / kept_keys(problem, comm)[:, None]
-    far = False
+    far = np.zeros(len(v), bool)
     if problem.mask.causal and not comm.distributed:
         crowded = np.abs(mean - middle) > 0.9 * (half_high - half_low)
-        if far := bool(crowded.any()):
+        far = crowded.any(axis=1)
+        if far.any():
             middle = np.where(crowded, medians(problem).astype(v.dtype), middle)
     return _sized(Values(middle, 1.0, low, high, mean, far), problem)
 
 
 def _sized(found: Values, problem: Problem) -> Values:
     """The values with the numbers that follow from the ends of their columns."""
-    spread = float((0.5 * found.high - 0.5 * found.low).max())
-    largest = max(float(found.high.max()), -float(found.low.min()))
-    origin, unit = problem.origin, problem.unit
+    spreads = (0.5 * found.high - 0.5 * found.low).max(axis=1).astype(np.float64)
+    sizes = np.maximum(found.high.max(axis=1), -found.low.min(axis=1)).astype(np.float64)
+    origin, spread, largest = problem.origin, float(spreads.max()), float(sizes.max())
     found.exact = not spread and not origin.v_lost
-    found.residual, found.varied = 0.5 * largest / spread if spread else 1.0, largest
+    found.residual, varied = 0.5 * largest / spread if spread else 1.0, sizes
     if origin.largest is not None:
-        largest, found.varied = origin.largest, origin.varied
+        sizes, varied = (X.reshape(len(spreads), -1).max(axis=1) for X in (origin.largest, origin.varied))
+        largest = float(sizes.max())
+    found.varied = float(varied.max())
     # The range of float64 values may be past the largest number.
-    found.spread = min(2 * math.ldexp(spread, origin.exponent), sys.float_info.max) or largest
+    with np.errstate(over="ignore"):
+        ranges = np.minimum(np.ldexp(spreads, origin.exponent + 1), sys.float_info.max)
+    ranges = np.where(ranges > 0, ranges, sizes)
+    found.spread = float(ranges.max(where=spreads > 0, initial=0.0)) or largest
+    size = largest if origin.v_size is None else origin.v_size
+    found.offsets = _offsets(problem, varied, ranges, size)
     if found.spread:
-        size = largest if origin.v_size is None else origin.v_size
-        found.offset = (found.storing(problem.dtype) + origin.v_lost * size / found.spread) / unit
+        found.offset = (found.storing(problem.dtype) + origin.v_lost * size / found.spread) / problem.unit
     return found
+
+
+def _offsets(problem: Problem, varied: np.ndarray, ranges: np.ndarray, size: float) -> np.ndarray:
+    """`Values.offset` of slots whose values have these ranges and are at most `varied` where columns are not constant;
+    what is lost is relative to `size`.
+    """
+    eps, tiny = np.finfo(problem.dtype).eps, np.finfo(problem.dtype).smallest_subnormal
+    stored = np.where(varied > 0, np.maximum(float(eps) * varied / 2, float(tiny) / 2 or float(tiny)), 0.0)
+    lost = stored + problem.origin.v_lost * size
+    # One after the other: a range next to the least number times a unit would be 0.
+    with np.errstate(over="ignore"):
+        return np.divide(lost, ranges, out=np.full_like(ranges, problem.unit), where=ranges > 0) / problem.unit
 
 
 def storing(dtype: np.dtype, largest: float) -> float:

@@ -52,6 +52,9 @@ class Context:
         The largest piece that one process has, by which memory is judged; in one process the problem itself.
     distributed : bool
         Whether the sequence is in pieces; then all statistics were measured before planning.
+    by_moments : tuple or None
+        What moments are expected to certify in each slot (`polynomial.moment_search`), None in a slot where nothing
+        cheap; None as a whole where that has not been looked for.
     """
 
     outline: Outline
@@ -59,6 +62,7 @@ class Context:
     statistics: Statistics
     piece: Outline
     distributed: bool = False
+    by_moments: tuple[object | None, ...] | None = None
 
     @classmethod
     def of(cls, problem: Problem, request: Request) -> Context:
@@ -72,15 +76,17 @@ class Context:
 
     def slots(self, which: Slots) -> Context:
         """The context of some of the slots alone."""
-        statistics = self.statistics.slots(which)
-        if not self.distributed:
-            return replace(self, outline=statistics.problem, piece=statistics.problem, statistics=statistics)
-        outline, piece = self.outline.slots(which), self.piece.slots(which)
-        return replace(self, outline=outline, piece=piece, statistics=statistics)
+        statistics, own = self.statistics.slots(which), self.by_moments
+        if own is not None:
+            own = tuple(own[slot] for slot in np.arange(len(own))[which].tolist())
+        outline = piece = statistics.problem
+        if self.distributed:
+            outline, piece = self.outline.slots(which), self.piece.slots(which)
+        return replace(self, outline=outline, piece=piece, statistics=statistics, by_moments=own)
 
     def asking(self, **changes: object) -> Context:
         """The same context with these fields of the request changed."""
-        return replace(self, request=replace(self.request, **changes))
+        return replace(self, request=replace(self.request, **changes), by_moments=None)
 
 
 def gradient_of(certificate: Certificate) -> Certificate:
@@ -136,6 +142,10 @@ class Executable(ABC):
     def resume(self, problem: Problem, result: Result, o: np.ndarray, lse: np.ndarray) -> Result:
         """The result that `backward` needs if `problem` has only some of the keys, and o and lse are of all keys."""
         raise NotImplementedError(f"{self.engine} attention can't be resumed under a larger softmax")
+
+    def slots(self, which: Slots) -> Executable:
+        """What runs some of the slots alone; its certificates are those of all."""
+        raise NotImplementedError(f"{self.engine} attention can't be told to run some of the slots")
 
     def measured_by(self, statistics: Statistics | None) -> Executable:
         """This executable with the measurements of this process; with None without any, to be sent to other ranks."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 
 import numpy as np
 
@@ -103,6 +105,23 @@ class Work:
         It is the geometric mean of the seconds with one thread and with two.
         """
         return math.sqrt(self._one * self._two)
+
+
+def shared(work: Callable[..., Work]) -> Callable[..., Work]:
+    """A decorator for ``work(outline, ...)``: the work of some slots is their share of that of all of their shape.
+
+    So what is cheapest for a slot does not depend on how many others take the same.
+    """
+
+    @wraps(work)
+    def of_share(problem: Outline, *arguments: object, **named: object) -> Work:
+        share = problem.share
+        if share == 1:
+            return work(problem, *arguments, **named)
+        every = problem.outline(sizes=problem.sizes._replace(H=problem.origin.alike))
+        return work(every, *arguments, **named).times(share)
+
+    return of_share
 
 
 def speeds(dtype: np.dtype) -> Speeds:

@@ -11,11 +11,14 @@ from ..engines.exact.engine import Exact, ExactEngine
 from ..engines.fft.engine import FFTEngine
 from ..engines.near_far.engine import NearFarEngine
 from ..engines.outliers.engine import Outliers
-from ..engines.parts.engine import ByHead, BySequence
-from ..engines.polynomial.by_moments import Moments, may_serve
+from ..engines.parts.engine import BySequence, by_head
+from ..engines.parts.groups import groups
+from ..engines.polynomial.by_moments import Moments
 from ..engines.polynomial.by_sample import Sampled
-from ..engines.polynomial.worst_case import WorstCase
+from ..engines.polynomial.moment_search import may_serve
+from ..engines.polynomial.worst_case import WorstCase, left_by_rounding, of_each_slot
 from ..machine.memory import require
+from ..problem.problem import Slots
 from ..problem.request import METHODS
 
 _MINUTE = 60.0
@@ -70,7 +73,8 @@ def choose(context: Context) -> Choice:
     """
     if context.outline.mask.packed is not None:
         return _by_sequence(context)
-    return _by_head(context) or _of_one_plan(context)
+    context, slots = groups(context)
+    return _by_head(context, slots) if len(slots) > 1 else _of_one_plan(context)
 
 
 def _of_one_plan(context: Context) -> Choice:
@@ -138,9 +142,8 @@ def looks_at_a_sample(context: Context) -> bool:
         return False
     if request.certify == "sample" and not request.grad:
         return True
-    search = Search(request, [ExactEngine().offer(context, Search(request))])
-    search.answers.append(WorstCase().offer(context, search))
-    return may_serve(context, search.of_rule("worst case"))
+    found = of_each_slot(context, left_by_rounding(context), request.degree)
+    return bool(may_serve(context, [0 if p is None else max(1, p.degree) for p in found]).any())
 
 
 def _by_sequence(context: Context) -> Choice:
@@ -154,13 +157,13 @@ def _by_sequence(context: Context) -> Choice:
     return _answered(search, answer)
 
 
-def _by_head(context: Context) -> Choice | None:
-    """The choice of a plan for each group of heads, or None where one plan serves all."""
-    answer = ByHead(plan=lambda own: _of_one_plan(own).candidate).offer(context, Search(context.request))
-    if isinstance(answer, Refusal):
-        return None
-    require(answer.bytes, "plans of heads, beyond inputs and outputs,")
-    return _answered(Search(context.request, [_EXACT.offer(context, Search(context.request))]), answer)
+def _by_head(context: Context, slots: list[Slots]) -> Choice:
+    """The choice of a plan for each of these groups of heads, or of one for all where only that fits in memory."""
+    found = by_head(context, slots, lambda own: _of_one_plan(own).candidate)
+    if context.request.method == "auto" and not found.fits:
+        return _of_one_plan(replace(context, by_moments=None))
+    require(found.bytes, "plans of heads, beyond inputs and outputs,")
+    return _answered(Search(context.request, [_EXACT.offer(context, Search(context.request))]), found)
 
 
 def _by_sample(context: Context) -> Choice | None:

@@ -88,7 +88,7 @@ class Normal:
                 centre = _of_each(self.value_centre, self.problem.mask, keys=False)
                 o = np.where(seen, o + centre[:, None], o)
         most = LIMITS[o.dtype].max
-        return np.clip(o, -most, most) if self.problem.origin.largest > most / 2 else o
+        return np.clip(o, -most, most) if self.problem.origin.largest.max(initial=0) > most / 2 else o
 
     def log_sums(self, lse: np.ndarray) -> np.ndarray:
         """lse of the problem as it was, (H, G, n) float64, from that of the normal form."""
@@ -159,7 +159,10 @@ def normal_form(problem: Problem, grad: bool, comm: Communicator = SERIAL) -> No
         v = _taken(problem.v, normal.value_centre, normal.exponent, problem.mask)
         # A constant column is stored without an error, unless it is the result of a projection.
         size, varied = np.maximum(*np.abs(ends)), (ends[0] < ends[1]) | (problem.origin.v_lost > 0)
-        before = {"largest": float(size.max(initial=0)), "varied": float(size.max(initial=0, where=varied))}
+        largest, varied = size.max(axis=2, initial=0), size.max(axis=2, initial=0, where=varied)
+        if problem.mask.packed is None:
+            largest, varied = largest[:, 0], varied[:, 0]
+        before = {"largest": largest.astype(np.float64), "varied": varied.astype(np.float64)}
         origin = replace(problem.origin, **before, exponent=normal.exponent)
         normal.problem = replace(problem, v=v, origin=origin)
     return normal

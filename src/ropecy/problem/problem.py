@@ -60,9 +60,9 @@ class Origin:
     unit : float or None
         Of packed sequences: the largest range of a column of v, or max |v| where all are constant; it is that of the
         values of all sequences, before each is centred by itself.
-    largest, varied : float or None
-        max |v| before values were centred and scaled, over all columns and over those that are not constant; None if
-        they were not.
+    largest, varied : (H,) or (H, s) arrays or None
+        max |v| of each slot, and of each of s packed sequences in it, before values were centred and scaled: over all
+        columns, and over those that are not constant. None if they were not.
     exponent : int
         Values were multiplied by ``2^-exponent``.
     hidden : bool
@@ -75,6 +75,10 @@ class Origin:
     heads : int or None
         How many slots work is cut up for, where these are parts of a problem of that many slots, so that the results
         of a slot do not depend on what it is computed together with; None for as many as there are.
+    alike : int or None
+        How many slots of this shape the whole problem has, where these are some of them; None for as many as there are.
+    numbers : (H,) int array or None
+        Which of all slots these are, by which each draws random numbers of its own; None for all in order.
     """
 
     q_lost: float = 0.0
@@ -85,18 +89,22 @@ class Origin:
     projected: bool = False
     v_size: float | None = None
     unit: float | None = None
-    largest: float | None = None
-    varied: float | None = None
+    largest: np.ndarray | None = None
+    varied: np.ndarray | None = None
     exponent: int = 0
     hidden: bool = False
     axes: tuple[int, ...] = ()
     sequences: np.ndarray | None = None
     heads: int | None = None
+    alike: int | None = None
+    numbers: np.ndarray | None = None
 
     def slots(self, which: Slots, H: int) -> Origin:
         """The origin of some of H slots."""
-        q_norm, k_norm = (None if norm is None else norm[which] for norm in (self.q_norm, self.k_norm))
-        return replace(self, q_norm=q_norm, k_norm=k_norm, axes=(), sequences=None, heads=self.heads or H)
+        own = {name: getattr(self, name) for name in ("q_norm", "k_norm", "largest", "varied")}
+        own = {name: None if X is None else X[which] for name, X in own.items()}
+        own["numbers"] = (np.arange(H) if self.numbers is None else self.numbers)[which]
+        return replace(self, **own, axes=(), sequences=None, heads=self.heads or H, alike=self.alike or H)
 
     def named(self, slots: Slots, H: int) -> tuple[tuple[int, ...], ...]:
         """The indices of these of H slots along the user's leading axes, and after them that of a packed sequence."""
@@ -174,6 +182,21 @@ class Outline:
     def cut_for(self) -> int:
         """How many slots work is cut up for."""
         return self.origin.heads or self.sizes.H
+
+    @property
+    def numbers(self) -> np.ndarray:
+        """Which of all slots of the call these are, (H,)."""
+        return np.arange(self.sizes.H) if self.origin.numbers is None else self.origin.numbers
+
+    @property
+    def several(self) -> bool:
+        """Whether there are other slots of their shape, or more than one."""
+        return (self.origin.alike or self.sizes.H) > 1
+
+    @property
+    def share(self) -> float:
+        """The part that the slots are of all of their shape."""
+        return self.sizes.H / (self.origin.alike or self.sizes.H)
 
     @property
     def unit(self) -> float:
@@ -271,6 +294,7 @@ class Problem(Outline):
                 self.origin.slots(np.repeat(np.arange(H), G), H),
                 axes=(*self.origin.axes[:-1], *(G * axis for axis in self.origin.axes[-1:])),
                 heads=self.origin.heads and self.origin.heads * G,
+                alike=self.origin.alike and self.origin.alike * G,
             ),
         )
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from ...kernels import _exact
 from ...problem.problem import Outline, Problem
-from ..cost import REFERENCE, Work, operations_work, speeds
+from ..cost import REFERENCE, Work, operations_work, shared, speeds
 from . import family, streaming
 
 _CALL, _VJP = 1.5e-4, 0.8e-4  # seconds that Python takes for a call, and for its gradient
@@ -22,6 +22,7 @@ def seconds_of(work: Work, threads: int, grad: bool) -> float:
     return (work.seconds(threads) + _CALL + grad * _VJP) * slowness()
 
 
+@shared
 def exact_work(problem: Outline, grad: bool) -> Work:
     """The work of exact attention, and of its gradient if `grad`."""
     if problem.family is not None:

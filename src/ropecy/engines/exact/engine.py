@@ -12,7 +12,7 @@ from ...certify.statistics import Statistics
 from ...certify.values import Values
 from ...problem.input_gradients import InputGradients
 from ...problem.pieces import WHOLE, Pieces
-from ...problem.problem import Outline, Problem
+from ...problem.problem import Outline, Problem, Slots
 from ...problem.traffic import Sender, Traffic, ring
 from ..base import CHEAPEST, Candidate, Context, Engine, Executable, Refusal, Result, Search, gradient_of
 from . import attention
@@ -62,6 +62,9 @@ class Exact(Executable):
         found.__dict__.update(self.__dict__)
         found._statistics, found._outline = statistics, None
         return found
+
+    def slots(self, which: Slots) -> Exact:
+        return self
 
     def forward(self, problem: Problem, want_lse: bool, pieces: Pieces = WHOLE) -> Result:
         if pieces.distributed:

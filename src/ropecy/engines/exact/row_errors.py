@@ -17,7 +17,7 @@ def row_errors(
     chosen: np.ndarray,
     unit: float,
     *,
-    bound: float = np.inf,
+    bound: float | np.ndarray = np.inf,
     comm: Communicator = SERIAL,
 ) -> np.ndarray:
     """max_c |o_ic - Attn_ic| / range_j(v_jc) for the rows `chosen`, flat indices into (H, G, n).

@@ -27,19 +27,19 @@ class ExactRows:
     Attributes
     ----------
     problem : Problem
-    bound : float
-        A bound of the scores, as `attention.forward` takes it.
+    bound : float or (H,) array
+        A bound of the scores, or one a slot, as `attention.forward` takes it.
     marked : (H, G, n) bool array
     """
 
     problem: Problem
-    bound: float
+    bound: float | np.ndarray
     marked: np.ndarray
 
     def forward(self, o: np.ndarray, lse: np.ndarray | None) -> None:
         """Overwrites o, and lse unless it is None, in the marked rows. Time ``n_k (2 d + 2 d_v + exp)`` a row."""
         for head, group, piece, part in self._pieces():
-            exact, exact_lse, _ = attention.forward(part, self.bound, lse is not None)
+            exact, exact_lse, _ = attention.forward(part, self._bound(head), lse is not None)
             marked = self.marked[head, group, piece]
             o[head, group, piece[marked]] = exact[0, 0, marked]
             if lse is not None:
@@ -53,12 +53,15 @@ class ExactRows:
         for head, group, piece, part in self._pieces():
             at = (slice(head, head + 1), slice(group, group + 1), piece)
             marked = self.marked[at][..., None]
-            saved = attention.resume(part, self.bound, o[at], lse[at])
+            saved = attention.resume(part, self._bound(head), o[at], lse[at])
             found = attention.backward(part, saved, np.where(marked, do[at], 0))
             into.dq[at] += found.dq
             stop = part.sizes.n_k
             into.dk[head, :stop] += found.dk[0]
             into.dv[head, :stop] += found.dv[0]
+
+    def _bound(self, head: int) -> float:
+        return float(np.broadcast_to(self.bound, len(self.marked))[head])
 
     def _pieces(self) -> Iterator[tuple[int, int, np.ndarray, Problem]]:
         """(slot, query head, indices of rows, problem of these rows) for all marked rows, with some between them."""
@@ -111,7 +114,7 @@ class ExactRowsOfPieces(ExactRows):
 
     __slots__ = ("_comm",)
 
-    def __init__(self, problem: Problem, bound: float, marked: np.ndarray, comm: Communicator) -> None:
+    def __init__(self, problem: Problem, bound: float | np.ndarray, marked: np.ndarray, comm: Communicator) -> None:
         super().__init__(problem, bound, marked)
         self._comm = comm
 
@@ -142,8 +145,8 @@ class ExactRowsOfPieces(ExactRows):
         o, lse = np.zeros(marked.shape + part.shape[1:], self.problem.dtype), np.full(marked.shape, -np.inf)
         super().forward(o, lse)
         part[told.own], part_lse[told.own] = o[marked], lse[marked]
-        for here, _, block in told.blocks(self.problem):
-            block_o, block_lse, _ = attention.forward(block, self.bound, True)
+        for here, head, block in told.blocks(self.problem):
+            block_o, block_lse, _ = attention.forward(block, self._bound(head.start), True)
             part[here], part_lse[here] = block_o[0, 0], block_lse[0, 0]
         return part, part_lse
 
@@ -157,7 +160,8 @@ class ExactRowsOfPieces(ExactRows):
         part[told.own] = own.dq[self.marked]
         for here, head, block in told.blocks(self.problem):
             block_o, block_do = (told.column(index, here, self.problem.dtype) for index in (1, 3))
-            saved = attention.resume(block, self.bound, block_o, told.column(2, here, np.dtype(float))[..., 0])
+            block_lse = told.column(2, here, np.dtype(float))[..., 0]
+            saved = attention.resume(block, self._bound(head.start), block_o, block_lse)
             found = attention.backward(block, saved, block_do)
             part[here] = found.dq[0, 0]
             into.dk[head] += found.dk
@@ -225,6 +229,8 @@ def _tell(rows: ExactRows, arrays: list[np.ndarray], comm: Communicator) -> _Tol
     return _Told(marked, own, elsewhere, slot[:, 0].astype(int), columns)
 
 
-def exact_rows(problem: Problem, bound: float, marked: np.ndarray, comm: Communicator = SERIAL) -> ExactRows:
+def exact_rows(
+    problem: Problem, bound: float | np.ndarray, marked: np.ndarray, comm: Communicator = SERIAL
+) -> ExactRows:
     """The marked rows of this problem, which over several processes is a piece of a longer sequence."""
     return ExactRowsOfPieces(problem, bound, marked, comm) if comm.distributed else ExactRows(problem, bound, marked)

@@ -65,13 +65,13 @@ class FFTEngine(Engine):
         lacking = "a sequence in pieces" if context.distributed else self.lacks(context.outline)
         if lacking:
             return self.unable(lacking)
-        worth = search.exact.nominal > _WORTH_ASKING
+        worth = search.exact.nominal > context.outline.share * _WORTH_ASKING
         if not insisted and (not worth or any(c.engine == "polynomial" for c in search.candidates)):
             return Refusal(self.name)
         base = base_rounding(context)
         # Transforms have an eighth of eps; rows to which they do more are computed exactly.
         share = context.request.eps / 8
-        p, refusal = certified(context, base + share)
+        p, refusal = _certified(context, base + share)
         if p is None:
             return Refusal(self.name, refusal)
         work = _work(context, p)
@@ -87,7 +87,7 @@ class FFTEngine(Engine):
             statistics = context.statistics
             of_exact = exact_rounding(context.outline, statistics.scores, statistics.values)
             if poly.tau(p.error) + of_exact > context.request.eps:
-                p, refusal = certified(context, max(base + share, of_exact))
+                p, refusal = _certified(context, max(base + share, of_exact))
                 if p is None:
                     return Refusal(self.name, refusal)
                 work, symbol = _work(context, p), survey(context.problem, p, share)
@@ -130,6 +130,12 @@ class FFTEngine(Engine):
         )
 
 
+def _certified(context: Context, rounding: float) -> tuple[Polynomial | None, str | None]:
+    """The polynomial for the largest scores of all slots, or why there is none."""
+    found, refusal = certified(context, rounding)
+    return found and max(found, key=lambda p: p.B), refusal
+
+
 def base_rounding(context: Context) -> float:
     """Rounding beside that of the transforms: monomials that cancel, in float64, storing O in its dtype, and what
     scores carry of projections and rotations.
@@ -144,4 +150,5 @@ def base_rounding(context: Context) -> float:
 def _work(context: Context, p: Polynomial) -> Work:
     """Of transforms, but for exact rows."""
     outline = context.outline
-    return Work(_CALL) + operations_work(outline, operations(outline, max(1, p.degree), context.request.grad))
+    count = operations(outline, max(1, p.degree), context.request.grad)
+    return Work(outline.share * _CALL) + operations_work(outline, count)

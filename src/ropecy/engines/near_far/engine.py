@@ -39,14 +39,14 @@ class NearFarEngine(Engine):
         # Relative errors of a polynomial and of the sums of exponentials multiply.
         part = found.tail.error
         left = (poly.relative_error_for(max(request.eps - own, 1e-300)) - part) / (1 + part)
-        p, refusal = certified(context, own, poly.tau(left) + own if left > 0 else own)
-        if p is None:
+        polynomials, refusal = certified(context, own, poly.tau(left) + own if left > 0 else own)
+        if polynomials is None:
             return Refusal(self.name, refusal)
-        degree, error = max(1, p.degree), (1 + p.error) * (1 + part) - 1
+        degree, error = max(1, polynomials[0].degree), max((1 + p.error) * (1 + part) - 1 for p in polynomials)
         certificate = certificate_of(outline, statistics.scores, statistics.values, degree, poly.tau(error))
         certificate = replace(certificate, rounding=own)
         gradient = of_gradient(outline, certificate, degree + 1, error) if request.grad else None
-        executable = NearFar(certificate, gradient, found, statistics.scores, statistics.values, p)
+        executable = NearFar(certificate, gradient, found, statistics.scores, statistics.values, polynomials)
         size = memory(found, context.piece, degree, request.grad)
         reason = f"{insisted(context)}: {found}"
         candidate = Candidate(executable, work(found, outline, degree, request.grad), size, reason)

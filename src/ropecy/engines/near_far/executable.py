@@ -26,7 +26,6 @@ from ..exact.ring import Ring
 from ..merge import merge, row_sums, share
 from ..polynomial import features
 from ..polynomial.features import Expansion
-from ..polynomial.worst_case import of_each_slot
 from .split import Far, Split
 
 
@@ -117,8 +116,8 @@ class NearFar(Executable):
     split : Split
     scores, values : Scores, Values
         The measurements of the whole problem.
-    polynomial : Polynomial
-        The polynomial that stands for exp in all far parts.
+    polynomials : tuple of Polynomial
+        The polynomial of each slot, which stands for exp in all far parts.
     """
 
     certificate: Certificate
@@ -126,7 +125,7 @@ class NearFar(Executable):
     split: Split
     scores: Scores
     values: Values
-    polynomial: Polynomial
+    polynomials: tuple[Polynomial, ...]
 
     engine = "polynomial"
 
@@ -189,7 +188,7 @@ class NearFar(Executable):
 
     def _expansion(self, whole: Problem) -> Expansion:
         """The expansion of the far parts, with a slot for each query head if the parts have that."""
-        scores, values, p = self.scores, self.values, self.polynomial
+        scores, values, found = self.scores, self.values, self.polynomials
         repeats = whole.sizes.H // values.middle.shape[0]
         if repeats > 1:
             q_factor, k_factor, of_slots = (
@@ -198,7 +197,8 @@ class NearFar(Executable):
             centre = None if scores.centre is None else np.repeat(scores.centre, repeats, axis=0)
             scores = replace(scores, centre=centre, q_factor=q_factor, k_factor=k_factor, of_slots=of_slots)
             values = replace(values, middle=np.repeat(values.middle, repeats, axis=0))
-        return Expansion(scores, values, p, p if self.grad else None, of_each_slot(p, scores))
+            found = tuple(p for p in found for _ in range(repeats))
+        return Expansion.of_slots(scores, values, found, found if self.grad else None)
 
     def backward(self, problem: Problem, result: Result, do: np.ndarray, pieces: Pieces = WHOLE) -> InputGradients:
         """The sum of the gradients of all parts, each with the O and the denominators of the whole.

@@ -7,13 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import numpy as np
+
 from ...certificate import BoundedEntryError
-from ...certify.rounding import exact_rounding
+from ...certify.rounding import exact_rounding, polynomial_rounding
 from ...certify.statistics import Statistics
 from ..base import Candidate, Context, Engine, Refusal, Search, gradient_of
 from ..cost import Work
-from ..polynomial.by_moments import expected_degree
 from ..polynomial.cost import norms_work, polynomial_work
+from ..polynomial.moment_search import expected_degrees
 from ..polynomial.worst_case import SUPPORTS
 from .executable import BesideOutliers
 from .split import Norms, Split, memory, work
@@ -54,14 +56,20 @@ class Outliers(Engine):
 
     def _splits(self, context: Context, norms: Norms, most: float) -> list[tuple[tuple[int, int], Work]]:
         """How many queries and keys of a slot to take out and what these cost, the cheapest way first."""
-        outline, request, offers = context.outline, context.request, []
+        outline, request, offers, statistics = context.outline, context.request, [], context.statistics
+        share = statistics.values.share.max(keepdims=True)
+
+        def allowed(B: float) -> np.ndarray:
+            """What rounding leaves of the part of eps that is expected to suffice."""
+            eps = request.eps / 4 if request.grad else request.eps
+            rounding = polynomial_rounding(outline, B, statistics.values, statistics.scores.lost)
+            return np.array([eps - rounding])
 
         def cost(B: float, square: float) -> float:
             """The seconds of the polynomial that is expected to suffice for scores within B and of this mean square."""
-            eps = request.eps / 4 if request.grad else request.eps
-            square = None if request.each_weight else square
-            g = expected_degree(context, B, square, eps)
-            if g is None or g > (request.degree or g):
+            own = None if request.each_weight else np.array([square])
+            g = int(expected_degrees(np.array([B]), own, allowed(B), share)[0])
+            if not g or g > (request.degree or g):
                 return math.inf
             return polynomial_work(outline, request.degree or g, request.grad).nominal
 
@@ -81,7 +89,8 @@ class Outliers(Engine):
         """The candidate for this split, if there is one cheaper than `most`; `extra` is the work of the exact parts."""
         request, statistics, rest_of = context.request, context.statistics, split.rest
         rounding = exact_rounding(context.outline, statistics.scores, statistics.values)
-        own = replace(context, outline=rest_of, piece=rest_of, statistics=Statistics(rest_of))
+        statistics_of_rest = Statistics(rest_of)
+        own = replace(context, outline=rest_of, piece=rest_of, statistics=statistics_of_rest, by_moments=None)
         try:
             rest = self.plan(own)
             certificate = rest.executable.certificate

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,7 +16,7 @@ from ..base import Candidate, Context, Engine, Refusal, Search
 from ..cost import Work
 from ..exact.engine import ExactEngine
 from .executable import InParts, Part
-from .groups import groups, in_order
+from .groups import in_order, with_a_seed
 from .selection import Heads, Sequences
 
 Plan = Callable[[Context], Candidate]
@@ -31,62 +30,42 @@ class _Group(NamedTuple):
     candidate: Candidate
 
 
-@dataclass(slots=True)
-class ByHead(Engine):
-    """Offers to plan heads in groups, where one plan for all of them would cost more.
+def by_head(context: Context, together: list[Slots], plan: Plan) -> Candidate:
+    """The candidate that runs a plan for each of these groups of slots.
 
-    Parameters
-    ----------
-    plan : callable
-        ``plan(context)`` is the planner's candidate for the heads of a group.
+    Raises
+    ------
+    BoundedEntryError
+        The engine that is insisted on has no candidate for some heads; the error names them.
     """
+    found = _exact_in_one(context, _planned(context, together, plan))
+    if len(found) == 1:
+        return found[0].candidate
+    origin, H = context.outline.origin, context.outline.sizes.H
+    parts = []
+    for slots, own, candidate in found:
+        planned = context.problem, own.problem
+        parts.append(Part(Heads(slots), candidate.executable, partial(origin.named, slots, H), planned))
+    candidates = [group.candidate for group in found]
+    reasons = [(part.named(), own.reason) for part, own in zip(parts, candidates, strict=True)]
+    reasons = _joined(reasons, partial(named, packed=origin.sequences is not None))
+    copied = sum(0 if isinstance(group.slots, slice) else len(group.slots) for group in found)
+    return _of_parts(context, parts, candidates, reasons, copied * _slot(context))
 
-    plan: Plan
 
-    name: ClassVar[str] = "mixed"
-    SUPPORTS: ClassVar[frozenset[str]] = frozenset({"bias", "near", "window", "causal", "key_mask"})
-
-    def offer(self, context: Context, search: Search) -> Candidate | Refusal:
-        """A candidate, or a refusal where one plan serves all heads.
-
-        Raises
-        ------
-        BoundedEntryError
-            The engine that is insisted on has no candidate for some heads; the error names them.
-        """
-        if self.lacks(context.outline):
-            return Refusal(self.name)
-        together = groups(context)
-        if len(together) == 1:
-            return Refusal(self.name)
-        found = _exact_in_one(context, self._planned(context, together))
-        if len(found) == 1:
-            return found[0].candidate
-        origin, H = context.outline.origin, context.outline.sizes.H
-        parts = []
-        for slots, own, candidate in found:
-            planned = context.problem, own.problem
-            parts.append(Part(Heads(slots), candidate.executable, partial(origin.named, slots, H), planned))
-        candidates = [group.candidate for group in found]
-        reasons = [(part.named(), own.reason) for part, own in zip(parts, candidates, strict=True)]
-        reasons = _joined(reasons, partial(named, packed=origin.sequences is not None))
-        copied = sum(0 if isinstance(group.slots, slice) else len(group.slots) for group in found)
-        candidate = _of_parts(context, parts, candidates, reasons, copied * _slot(context))
-        return candidate if context.request.method != "auto" or candidate.fits else Refusal(self.name)
-
-    def _planned(self, context: Context, together: list[Slots]) -> list[_Group]:
-        found, refused, context = [], [], _with_a_seed(context)
-        for slots in together:
-            own = context.slots(slots)
-            try:
-                found.append(_Group(slots, own, self.plan(own)))
-            except BoundedEntryError as error:
-                origin = context.outline.origin
-                slots = origin.named(slots, context.outline.sizes.H)
-                refused.append(f"{named(slots, origin.sequences is not None)}: {error}")
-        if refused:
-            raise BoundedEntryError("; ".join(refused))
-        return found
+def _planned(context: Context, together: list[Slots], plan: Plan) -> list[_Group]:
+    found, refused = [], []
+    for slots in together:
+        own = context.slots(slots)
+        try:
+            found.append(_Group(slots, own, plan(own)))
+        except BoundedEntryError as error:
+            origin = context.outline.origin
+            slots = origin.named(slots, context.outline.sizes.H)
+            refused.append(f"{named(slots, origin.sequences is not None)}: {error}")
+    if refused:
+        raise BoundedEntryError("; ".join(refused))
+    return found
 
 
 @dataclass(slots=True)
@@ -108,7 +87,7 @@ class BySequence(Engine):
         lacking = self.lacks(context.outline)
         if lacking:
             return self.unable(lacking)
-        whole, request, parts, found = context.problem, _with_a_seed(context).request, [], []
+        whole, request, parts, found = context.problem, with_a_seed(context).request, [], []
         if whole.origin.projected:
             # What projections lost is relative to the longest row of a head, which may be in another sequence.
             norms = measure_norms(whole)
@@ -137,16 +116,11 @@ def _as_given(context: Context) -> Context:
     # One value alone is the result as it is.
     if origin.largest is not None and problem.sizes.n_k > 1:
         values.exact = False
-        values.residual = max(values.residual, origin.largest / (values.spread or 1.0))
+        values.residual = max(values.residual, float(origin.largest.max()) / (values.spread or 1.0))
     if origin.k_norm is not None:
         products = float((measure_norms(problem).q * origin.k_norm).max()) * room(problem)
         statistics.plain = replace(statistics.plain, products=products, plain=products * abs(problem.scale))
     return context
-
-
-def _with_a_seed(context: Context) -> Context:
-    """The context with a seed, one for all parts, so that what was drawn can be drawn again."""
-    return context if context.request.seed is not None else context.asking(seed=secrets.randbits(62))
 
 
 def _exact_in_one(context: Context, found: list[_Group]) -> list[_Group]:

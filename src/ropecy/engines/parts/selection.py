@@ -126,7 +126,10 @@ class Sequences:
             first = mask.least - whole.mask.least
             bias = np.ascontiguousarray(bias[..., first : first + mask.n + mask.n_k - 1])
         found = whole.outline(mask=Mask(mask.n, mask.n_k), bias=bias).slots(np.repeat(np.arange(H), m))
-        origin = replace(found.origin, axes=axes, sequences=self.alike.which)
+        own = {name: getattr(whole.origin, name) for name in ("largest", "varied")}
+        own = {name: None if X is None else X[:, self.alike.which].reshape(-1) for name, X in own.items()}
+        own["numbers"] = (np.arange(H)[:, None] * whole.mask.packed.size + self.alike.which).reshape(-1)
+        origin = replace(found.origin, axes=axes, sequences=self.alike.which, alike=None, **own)
         return found.outline(sizes=found.sizes._replace(n=mask.n, n_k=mask.n_k), mask=mask, origin=origin)
 
     def pieces(self, pieces: Pieces) -> Pieces:

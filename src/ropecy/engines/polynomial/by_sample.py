@@ -16,10 +16,10 @@ from ..base import Candidate, Context, Engine, Executable, Refusal, Search
 from ..cost import Work
 from ..exact.cost import exact_work
 from . import features
-from .by_moments import MOST
 from .cost import polynomial_work, sample_work
 from .executables import BySample
 from .features import Expansion
+from .moment_search import MOST
 from .worst_case import SUPPORTS
 
 # How many rows judge a degree by their error: four tiles of the exact engine, which two or four threads share evenly.
@@ -61,7 +61,7 @@ class Sampled(Engine):
         trials = self._trials(context, sampling, limit)
         if not trials:
             return Refusal(self.name)
-        degree, d = trials[0].degree, outline.sizes.d
+        degree, d = trials[0][0].degree, outline.sizes.d
         certificate = Certificate(
             "polynomial",
             degree,
@@ -74,10 +74,9 @@ class Sampled(Engine):
             n_sampled=rows,
         )
         fallback = proved.executable if self._prove is None and proved is not None else None
-        expansion = Expansion(scores, statistics.values, trials[0])
-        executable = BySample(
-            certificate, None, expansion, scores.plain, trials, statistics.sample, request.eps, fallback, self._prove
-        )
+        expansion = Expansion.of_slots(scores, statistics.values, trials[0])
+        own = certificate, None, expansion, scores.plain_of_slots, trials, statistics.sample
+        executable = BySample(*own, request.eps, fallback, self._prove)
         reason = "the smallest degree whose error in sampled rows, doubled, is within eps"
         work = polynomial_work(outline, degree, False) + sampling
         return Candidate(executable, work, features.memory(context.piece, degree, False), reason)
@@ -90,16 +89,23 @@ class Sampled(Engine):
         return exact_work(outline, False).times(share) + sample_work(outline, False)
 
     @staticmethod
-    def _trials(context: Context, sampling: Work, limit: float) -> list[MomentPolynomial]:
-        """The polynomials to try, by degree, as long as trying all of them takes less than `limit` seconds."""
+    def _trials(context: Context, sampling: Work, limit: float) -> list[tuple[MomentPolynomial, ...]]:
+        """The polynomials of all slots to try, by degree, as long as trying all takes less than `limit` seconds."""
         outline, degree, sample = context.outline, context.request.degree, context.statistics.sample
-        B, trials, total = poly.B_grid(context.statistics.scores.bound), [], 0.0
+        bounds, trials, total = [poly.B_grid(B) for B in context.statistics.scores.of_slots.tolist()], [], 0.0
+        kappas = sample.kappa().tolist()
         for g in [degree] if degree else range(1, MOST + 1):
-            line = MomentPolynomial(B, 1, (1.0, 1.0), 0, (0.0, 0.0), 0.0)
-            p = line if g == 1 else fit_moments(B, g, sample.kappa() / B**2 * (g == 2))
+            p = tuple(_polynomial(g, B, kappa) for B, kappa in zip(bounds, kappas, strict=True))
             total += (polynomial_work(outline, g, False) + sampling).nominal
             if total >= limit or not fits(features.memory(context.piece, g, False)):
                 break
-            if p is not None:
+            if None not in p:
                 trials.append(p)
         return trials
+
+
+def _polynomial(degree: int, B: float, kappa: float) -> MomentPolynomial | None:
+    """The polynomial of this degree for scores within B; kappa is as in `Sample.kappa`."""
+    if degree == 1:
+        return MomentPolynomial(B, 1, (1.0, 1.0), 0, (0.0, 0.0), 0.0)
+    return fit_moments(B, degree, kappa / B**2 * (degree == 2))

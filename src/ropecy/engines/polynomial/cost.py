@@ -15,7 +15,7 @@ from ...certify.sample import SAMPLED_KEYS, SAMPLED_ROWS
 from ...kernels import _monomials
 from ...problem.mask import Mask
 from ...problem.problem import Origin, Outline, Sizes
-from ..cost import Work, speeds
+from ..cost import Work, shared, speeds
 from ..exact.cost import exact_work
 from . import features
 
@@ -34,6 +34,7 @@ _CERTIFIED = 1.5e-8  # a row that is certified by moments
 _LANCZOS = 1e-4, 4e-8  # a step of Lanczos beside its products: a constant, and a part that is multiplied by d^2
 
 
+@shared
 def polynomial_work(problem: Outline, degree: int, grad: bool, grad_degree: int | None = None) -> Work:
     """The work of the polynomial engine, and of its gradient if `grad`, without certifying rows by moments.
 
@@ -166,6 +167,7 @@ def pays_from(served: Sequence[Served]) -> int | None:
     return last * step
 
 
+@shared
 def sample_work(problem: Outline, grad: bool) -> Work:
     """The work of making a `certify.sample.Sample`, and of the estimates made from it."""
     H, G, n, n_k, d, _ = problem.sizes
@@ -173,18 +175,21 @@ def sample_work(problem: Outline, grad: bool) -> Work:
     return Work((1e-3 if grad else 6e-4) + (rows + keys) * (_SAMPLE[0] + _SAMPLE[1] * d * d))
 
 
+@shared
 def norms_work(problem: Outline) -> Work:
     """The work of `outliers.split.Norms`, and of looking at the ways to split that it offers."""
     H, G, n, n_k, d, _ = problem.sizes
     return Work(5e-4 + H * (G * n + n_k) * (_NORM[0] + _NORM[1] * d))
 
 
+@shared
 def moments_work(problem: Outline) -> Work:
     """The work of certifying rows by moments."""
     H, G, n = problem.sizes[:3]
     return Work(_PASS + H * G * n * _CERTIFIED)
 
 
+@shared
 def fourth_work(problem: Outline) -> Work:
     """The work of `certify.fourth_moments`."""
     H, d = problem.sizes.H, problem.sizes.d

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
 from ...approximation.minimax import n_features
 from ...approximation.moment_fit import MomentPolynomial
-from ...certificate import BoundedEntryError, Certificate
+from ...certificate import BoundedEntryError, Certificate, together
 from ...certify import moments
 from ...certify.moments import MomentRule
 from ...certify.rounding import exact_rounding
@@ -18,7 +19,7 @@ from ...certify.statistics import Statistics
 from ...certify.values import Values
 from ...problem.input_gradients import InputGradients
 from ...problem.pieces import WHOLE, Pieces, RowsAtKeys
-from ...problem.problem import Outline, Problem
+from ...problem.problem import Outline, Problem, Slots
 from ...problem.traffic import Sender, Traffic, maxima, sums, totals
 from ..base import Executable, Result
 from ..exact.row_errors import row_errors
@@ -40,6 +41,8 @@ class Saved:
         The results, at the ranks where they were computed.
     exact : (H, G, n) bool array or None
         Which of these rows were computed exactly.
+    left : Left or None
+        The slots that another executable has computed.
     own, own_share : arrays or None
         Where the problem has been resumed under the softmax of more keys, so that o and lse are those of all keys: O of
         its own keys, and what they have of the weight of each row.
@@ -52,6 +55,14 @@ class Saved:
     exact: np.ndarray | None = None
     own: np.ndarray | None = None
     own_share: np.ndarray | None = None
+    left: Left | None = None
+
+
+class Left(NamedTuple):
+    """Some slots whose rows fail too often, and their results by another executable."""
+
+    slots: np.ndarray
+    result: Result
 
 
 @dataclass(slots=True)
@@ -61,14 +72,14 @@ class Polynomial(Executable):
     Attributes
     ----------
     expansion : Expansion
-    plain : float
-        A bound of the scores, as the exact engine takes it.
+    plain : (H,) array
+        A bound of the scores of each slot, as the exact engine takes it.
     """
 
     certificate: Certificate
     gradient_certificate: Certificate | None
     expansion: Expansion
-    plain: float
+    plain: np.ndarray
 
     engine = "polynomial"
 
@@ -80,11 +91,19 @@ class Polynomial(Executable):
         at = RowsAtKeys(problem, pieces)
         o, lse, saved = features.forward(at.problem, self.expansion, want_lse, pieces.comm)
         result = self._result(Saved(saved, at, o, lse), want_lse)
-        if problem.mask.causal and not pieces.distributed:
-            rows = moments.worst_case(problem, self.expansion.p)
+        polynomials = self.expansion.polynomials
+        if (problem.mask.causal or len(polynomials) > 1) and not pieces.distributed:
+            rows = moments.worst_case(problem, polynomials)
             largest, rows = float(rows.max()), np.broadcast_to(rows, o.shape[:3])
             result.found = replace(self.certificate, truncation=largest, rows_truncation=rows)
+        if self.grad and len(polynomials) > 1 and not pieces.distributed:
+            errors = np.array([p.error for p in polynomials])[:, None, None]
+            rows = np.broadcast_to(errors, o.shape[:3])
+            result.gradient_found = replace(self.gradient_certificate, rows_truncation=rows)
         return result
+
+    def slots(self, which: Slots) -> Polynomial:
+        return replace(self, expansion=self.expansion.slots(which), plain=self.plain[which])
 
     def _result(self, saved: Saved, want_lse: bool, *found: Certificate | None) -> Result:
         """The result, with all rows and their certificates sent back to the ranks that they came from."""
@@ -164,16 +183,17 @@ class ByMoments(Polynomial):
     Attributes
     ----------
     rule : MomentRule
-    eps : float
-    n_exact_rows : int
-        How many rows, of all heads together, may be computed exactly because their certificate is too large.
+    allowed : (H,) array
+        What rounding leaves of eps for the truncation of the rows of each slot.
+    n_exact_rows : (H,) int array
+        How many rows of each slot may be computed exactly because their certificate is too large.
     fallback : Executable or None
         What runs if more rows fail; None if the polynomial engine is insisted on and nothing else certifies eps.
     """
 
     rule: MomentRule
-    eps: float
-    n_exact_rows: int
+    allowed: np.ndarray
+    n_exact_rows: np.ndarray
     fallback: Executable | None = None
 
     def forward(self, problem: Problem, want_lse: bool, pieces: Pieces = WHOLE) -> Result:
@@ -181,22 +201,26 @@ class ByMoments(Polynomial):
         piece, certificate = at.problem, self.certificate
         fits = rule.fits(piece)
         judged = features.Judged(
-            moments.value_distances(piece, self.values, comm), fits.ratio(rule.polynomial, piece.dtype)
+            moments.value_distances(piece, self.values, comm), fits.ratio(rule.polynomials, piece.dtype)
         )
         o, lse, measured = features.forward(piece, self.expansion, want_lse or self.grad, comm, judged=judged)
         rows = rule.truncation(piece, fits, measured)
-        rows[fits.sizes > self.expansion.scores.bound] = np.inf
-        allowed = self.eps - certificate.rounding
+        # Both are products of the same numbers, rounded in another order.
+        rows[fits.sizes > self.expansion.scores.of_slots[:, None, None] * (1 + 1e-12)] = np.inf
+        allowed = self.allowed[:, None, None]
         failed = ~(rows <= allowed)
         of_gradient = None
         if self.grad:
             of_gradient = rule.gradient(piece, fits, measured)
             failed |= ~(of_gradient <= 2 * allowed)
-        n_failed, n_rows = (sum(counts) for counts in zip(*comm.gather((int(failed.sum()), rows.size)), strict=True))
-        if n_failed > self.n_exact_rows:
-            if self.fallback is not None:
-                return self.fallback.forward(problem, want_lse, pieces)
-            raise self._too_many(n_failed, n_rows)
+        of_slots = np.sum(comm.gather(np.count_nonzero(failed, axis=(1, 2))), axis=0)
+        left = of_slots > self.n_exact_rows
+        if left.any() and self.fallback is None:
+            raise self._too_many(int(of_slots.sum()), sum(comm.gather(rows.size)))
+        if left.all():
+            return self.fallback.forward(problem, want_lse, pieces)
+        failed[left], rows[left] = False, 0.0
+        n_failed = int(of_slots[~left].sum())
         rounding = certificate.rounding
         if n_failed:
             exact_rows(piece, self.plain, failed, comm).forward(o, lse)
@@ -206,10 +230,10 @@ class ByMoments(Polynomial):
         found = replace(found, truncation=max(comm.gather(float(rows.max(initial=0)))), rows_truncation=rows)
         saved = Saved(measured, at, o, lse)
         if not self.grad:
-            return self._result(saved, want_lse, found)
-        of_gradient[failed] = 0.0
+            return self._beside(problem, self._result(saved, want_lse, found), left, pieces)
+        of_gradient[failed] = of_gradient[left] = 0.0
         # With an inverse of 0 the polynomial's backward pass leaves these rows out.
-        measured.inverse[failed] = 0.0
+        measured.inverse[failed] = measured.inverse[left] = 0.0
         saved.exact = failed if n_failed else None
         gradient = replace(
             self.gradient_certificate,
@@ -218,16 +242,46 @@ class ByMoments(Polynomial):
             rows_truncation=of_gradient,
             n_exact_rows=n_failed,
         )
-        return self._result(saved, want_lse, found, gradient)
+        return self._beside(problem, self._result(saved, want_lse, found, gradient), left, pieces)
+
+    def _beside(self, problem: Problem, result: Result, left: np.ndarray, pieces: Pieces) -> Result:
+        """The result with that of the fallback in the slots that are left to it."""
+        if not left.any():
+            return result
+        slots = np.flatnonzero(left)
+        own = self.fallback.slots(slots).forward(problem.slots(slots), result.lse is not None, pieces)
+        result.saved.left = Left(slots, own)
+        result.o[slots] = own.o
+        if result.lse is not None:
+            result.lse[slots] = own.lse
+        result.found = _both(result.found, own.certificate, slots)
+        if self.grad:
+            result.gradient_found = _both(result.gradient_found, own.gradient_certificate, slots)
+        return result
+
+    def resume(self, problem: Problem, result: Result, o: np.ndarray, lse: np.ndarray) -> Result:
+        resumed, left = super(ByMoments, self).resume(problem, result, o, lse), result.saved.left
+        if left is not None:
+            problem, own = problem.slots(left.slots), left.result
+            own = own.executable.resume(problem, own, o[left.slots], lse[left.slots])
+            resumed.saved.left = Left(left.slots, own)
+        return resumed
+
+    def backward(self, problem: Problem, result: Result, do: np.ndarray, pieces: Pieces = WHOLE) -> InputGradients:
+        found, left = super(ByMoments, self).backward(problem, result, do, pieces), result.saved.left
+        if left is not None:
+            own = left.result.backward(problem.slots(left.slots), do[left.slots], pieces)
+            found.dq[left.slots], found.dk[left.slots], found.dv[left.slots] = own.dq, own.dk, own.dv
+        return found
 
     def measured_by(self, statistics: Statistics | None) -> ByMoments:
         return replace(self, fallback=self.fallback and self.fallback.measured_by(statistics))
 
     def _too_many(self, n_failed: int, n_rows: int) -> BoundedEntryError:
         return BoundedEntryError(
-            f"degree {self.rule.polynomial.degree} does not certify eps = {self.eps:g} by moments for {n_failed:,} "
-            f"of {n_rows:,} rows, past the {self.n_exact_rows:,} planned to be exact, and by the bound "
-            f"B = {self.expansion.scores.bound:.4g} of the scores no degree does; method='exact' has no bound"
+            f"degree {self.rule.degree} does not certify a truncation of {self.allowed.min():.3g} by moments for "
+            f"{n_failed:,} of {n_rows:,} rows, past the {np.sum(self.n_exact_rows):,} planned to be exact, and by the "
+            f"bound B = {self.expansion.scores.bound:.4g} of the scores no degree does; method='exact' has no bound"
         )
 
     def traffic(self, sender: Sender) -> Traffic:
@@ -235,14 +289,24 @@ class ByMoments(Polynomial):
         return found + _range_traffic(sender.outline, sender.size) if sender.outline.mask.causal else found
 
 
+def _both(certificate: Certificate, own: Certificate, slots: np.ndarray) -> Certificate:
+    """The certificate of all slots, given that of the others and that of these."""
+    rows = certificate.rows_truncation.copy()
+    rows[slots] = own.truncation if own.rows_truncation is None else own.rows_truncation
+    return replace(together([certificate, own], [1.0, 1.0]), rows_truncation=rows)
+
+
 @dataclass(slots=True)
 class BySample(Polynomial):
     """The first of some degrees for which twice the error of sampled rows is within eps.
 
+    It is the one place where slots are decided on together: the sampled rows are those of all slots, and by what they
+    show all slots take one degree. The evidence about a slot alone would want as many rows of it as there are of all.
+
     Attributes
     ----------
-    trials : list of MomentPolynomial
-        The polynomials to try, by degree; `expansion` and `certificate` are those of the first.
+    trials : list of (tuple of MomentPolynomial)
+        The polynomials of all slots to try, by degree; `expansion` and `certificate` are those of the first.
     sample : Sample or None
         None while the executable is sent between processes, each of which has the sample already.
     eps : float
@@ -252,7 +316,7 @@ class BySample(Polynomial):
         Plans what runs then, if there is no `fallback`.
     """
 
-    trials: list[MomentPolynomial]
+    trials: list[tuple[MomentPolynomial, ...]]
     sample: Sample | None
     eps: float
     fallback: Executable | None = None
@@ -262,15 +326,16 @@ class BySample(Polynomial):
         at, comm, certificate = RowsAtKeys(problem, pieces), pieces.comm, self.certificate
         piece, scores = at.problem, self.expansion.scores
         rng = np.random.default_rng(certificate.seed)
-        for p in self.trials:
-            o, lse, saved = features.forward(piece, replace(self.expansion, p=p), want_lse, comm)
+        for polynomials in self.trials:
+            expansion, degree = Expansion.of_slots(scores, self.values, polynomials), polynomials[0].degree
+            o, lse, saved = features.forward(piece, expansion, want_lse, comm)
             risk = self.sample.risk(piece, scores, saved.inverse, comm)
             chosen = draw(risk, certificate.n_sampled, rng, comm)
             errors = row_errors(piece, o, chosen, piece.unit, bound=self.plain, comm=comm)
             truncation = 2 * max(comm.gather(float(errors.max(initial=0))))
             if truncation <= self.eps - certificate.rounding:
-                features_of_p = n_features(piece.sizes.d, p.degree)
-                found = replace(certificate, degree=p.degree, n_features=features_of_p, truncation=truncation)
+                count = n_features(piece.sizes.d, degree)
+                found = replace(certificate, degree=degree, n_features=count, truncation=truncation)
                 return self._result(Saved(saved, at, o, lse), want_lse, found)
         refusal = None
         if self.fallback is not None:
@@ -281,7 +346,7 @@ class BySample(Polynomial):
         except BoundedEntryError as error:
             refusal = error
         raise BoundedEntryError(
-            f"twice the error of {certificate.n_sampled} sampled rows is {truncation:.2g} at degree {p.degree}, past "
+            f"twice the error of {certificate.n_sampled} sampled rows is {truncation:.2g} at degree {degree}, past "
             f"eps = {self.eps:g}, and no proof certifies it for scores within B = {scores.bound:.4g}; method='exact' "
             "has no bound"
         ) from refusal

@@ -8,7 +8,7 @@ features are differentiated and no n x (d d_v) matrices are formed, which saves 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ from ...kernels import _monomials
 from ...problem.communicator import SERIAL, Communicator
 from ...problem.input_gradients import InputGradients
 from ...problem.mask import Mask
-from ...problem.problem import Outline, Problem, Sizes
+from ...problem.problem import Outline, Problem, Sizes, Slots
 from ..kept import kept_below
 
 # How many segments there are at most, over all slots: enough to keep many threads busy.
@@ -91,15 +91,42 @@ class Expansion:
         The weights of forward.
     of_gradient : Polynomial or MomentPolynomial, optional
         The weights of backward; None if there is no backward pass.
-    of_slots : tuple of Polynomial, optional
-        Those of each slot, of one degree, in the place of p, and of `of_gradient` where there is a backward pass.
+    each : tuple of (tuple of Polynomial), optional
+        Those of each slot, of one degree, in the place of p and, where there is a backward pass, of `of_gradient`.
     """
 
     scores: Scores
     values: Values
     p: Polynomial | MomentPolynomial
     of_gradient: Polynomial | MomentPolynomial | None = None
-    of_slots: tuple[Polynomial, ...] | None = None
+    each: tuple[tuple[Polynomial | MomentPolynomial, ...] | None, ...] = (None, None)
+
+    @classmethod
+    def of_slots(
+        cls,
+        scores: Scores,
+        values: Values,
+        p: tuple[Polynomial | MomentPolynomial, ...],
+        of_gradient: tuple[Polynomial | MomentPolynomial, ...] | None = None,
+    ) -> Expansion:
+        """The expansion with a polynomial for each slot, all of one degree."""
+        alike = all(own is p[0] for own in p) and (of_gradient is None or all(r is of_gradient[0] for r in of_gradient))
+        r = None if of_gradient is None else of_gradient[0]
+        return cls(scores, values, p[0], r, (None, None) if alike else (p, of_gradient))
+
+    def slots(self, which: Slots) -> Expansion:
+        """The expansion of some of the slots."""
+        of_slots = ("q_factor", "k_factor", "of_slots", "keys", "centre")
+        scores = {name: getattr(self.scores, name) for name in of_slots}
+        scores = {name: None if X is None else X[which] for name, X in scores.items()}
+        each = tuple(None if own is None else tuple(np.array(own, object)[which]) for own in self.each)
+        values = replace(self.values, middle=self.values.middle[which])
+        return replace(self, scores=replace(self.scores, **scores), values=values, each=each)
+
+    @property
+    def polynomials(self) -> tuple[Polynomial | MomentPolynomial, ...]:
+        """The weights of forward, one for all slots or one for each."""
+        return self.each[0] or (self.p,)
 
 
 @dataclass(slots=True)
@@ -150,7 +177,7 @@ def forward(
     Memory: some states of ``F (d_v + 1)`` float64.
     """
     mask, scores = problem.mask, expansion.scores
-    monomials = _monomials_for(problem, expansion.p, expansion.of_gradient, expansion.of_slots)
+    monomials = _monomials_for(problem, expansion.p, expansion.of_gradient, expansion.each)
     frame = Frame(scores.centre, expansion.values.middle, scores.q_factor, scores.k_factor)
     scan = _monomials.Scan(problem, frame, monomials, segments(problem, monomials.state_degree), decay)
     asked = want_lse, 0, None, None
@@ -245,7 +272,7 @@ def segments(problem: Outline, state_degree: int) -> int:
     """Into how many segments the sequence is cut, each with a state. It depends on shapes, never on threads."""
     H, _, n, n_k, d, d_v = problem.sizes
     features = n_features(d, state_degree)
-    state = 8 * H * features * (d_v + 1)
+    state = 8 * (problem.origin.alike or H) * features * (d_v + 1)
     # Adding up states costs little; but if causal, and with more threads than heads, keys are read once more.
     least = max(1024, features) if problem.mask.causal else max(512, features // 4)
     return max(1, min(-(-_SEGMENTS // problem.cut_for), max(n, n_k) // least, _STATE_BYTES // state))
@@ -255,10 +282,10 @@ def _monomials_for(
     problem: Outline,
     p: Polynomial | MomentPolynomial,
     r: Polynomial | MomentPolynomial | None,
-    of_slots: tuple[Polynomial, ...] | None = None,
+    each: tuple[tuple[Polynomial | MomentPolynomial, ...] | None, ...] = (None, None),
 ) -> Monomials:
     """The monomials of a forward pass with weights p and, unless r is None, of a backward pass with weights r; if slots
-    have weights of their own, these take the place of both.
+    have weights of their own, `each`, these take the place of both.
     """
     lanes = _monomials.lanes_of(problem.dtype)
     degree = max(1, p.degree)
@@ -280,8 +307,8 @@ def _monomials_for(
         offset=offset,
         count=count,
         pitch=pitch,
-        weights=weigh([own.coefficients for own in of_slots or (p,)]),
-        grad_weights=None if r is None else weigh([antiderivative(own) for own in of_slots or (r,)]),
+        weights=weigh([own.coefficients for own in each[0] or (p,)]),
+        grad_weights=None if r is None else weigh([antiderivative(own) for own in each[1] or (r,)]),
     )
 
 

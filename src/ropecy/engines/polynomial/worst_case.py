@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import lru_cache
+
+import numpy as np
 
 from ...approximation import minimax as poly
 from ...approximation.minimax import Polynomial
 from ...certificate import Certificate
-from ...certify.rounding import polynomial_rounding
+from ...certify.rounding import polynomial_rounding, rounding_of_slots
 from ...certify.scores import Scores
 from ...certify.values import Values
 from ...problem.problem import Outline
@@ -22,6 +25,7 @@ from .features import Expansion
 
 # What a sample may cost, as a part of the seconds of the best candidate, if rows of no preferred direction would pay.
 LOOK_IF_EXPECTED = 0.1
+_LEFT = 64  # into how many steps what rounding leaves of eps is cut
 SUPPORTS = frozenset({"causal", "key_mask"})  # the features that polynomial engines support
 
 
@@ -38,17 +42,16 @@ class WorstCase(Engine):
         if not worth_measuring(context, search.exact.work):
             return Refusal(self.name, "the cheapest engine, whatever the degree", hopeless=True)
         request, statistics = context.request, context.statistics
-        p, refusal = certified(context)
-        if p is None:
+        found, refusal = certified(context)
+        if found is None:
             return Refusal(self.name, refusal)
-        degree = max(1, p.degree)
-        certificate = certificate_of(context.outline, statistics.scores, statistics.values, degree, poly.tau(p.error))
+        degree, error = max(1, found[0].degree), max(p.error for p in found)
+        certificate = certificate_of(context.outline, statistics.scores, statistics.values, degree, poly.tau(error))
         gradient = None
         if request.grad:
-            gradient = of_gradient(context.outline, certificate, degree + 1, p.error)
-        backward, of_slots = p if request.grad else None, of_each_slot(p, statistics.scores)
-        expansion = Expansion(statistics.scores, statistics.values, p, backward, of_slots)
-        executable = PolynomialExecutable(certificate, gradient, expansion, statistics.scores.plain)
+            gradient = of_gradient(context.outline, certificate, degree + 1, error)
+        expansion = Expansion.of_slots(statistics.scores, statistics.values, found, found if request.grad else None)
+        executable = PolynomialExecutable(certificate, gradient, expansion, statistics.scores.plain_of_slots)
         work = polynomial_work(context.outline, degree, request.grad)
         size = features.memory(context.piece, degree, request.grad)
         return Candidate(executable, work, size, insisted(context))
@@ -91,7 +94,7 @@ def sample_is_cheap(outline: Outline, exact: Work, grad: bool) -> bool:
 
 def would_pay(outline: Outline, degree: int, exact: Work, grad: bool) -> bool:
     """Whether a polynomial of this degree would beat exact attention by more than looking for it costs."""
-    return polynomial_work(outline, max(1, degree), grad).nominal + LOOKING < exact.nominal
+    return polynomial_work(outline, max(1, degree), grad).nominal + outline.share * LOOKING < exact.nominal
 
 
 def certificate_of(
@@ -128,62 +131,80 @@ def cure(outline: Outline, scores: Scores) -> str:
 
 def certified(
     context: Context, rounding: float | None = None, eps: float | None = None
-) -> tuple[Polynomial | None, str | None]:
-    """The polynomial of the smallest degree (or of the one that was asked for) that certifies eps, and None; or None,
-    and why there is none.
+) -> tuple[tuple[Polynomial, ...] | None, str | None]:
+    """The polynomial of each slot, and None; or None, and why there is none.
+
+    All are of one degree: the smallest (or the one that was asked for) that certifies eps in all slots.
 
     `rounding` is the rounding error of the engine, by default that of the polynomial engine. `eps` is by default that
     of the request.
     """
     outline, scores, degree = context.outline, context.statistics.scores, context.request.degree
     eps = context.request.eps if eps is None else eps
-    B, d = scores.bound, outline.terms
-    if rounding is None:
-        rounding = polynomial_rounding(outline, B, context.statistics.values, scores.lost)
+    allowed = left_by_rounding(context) if rounding is None else np.full(outline.sizes.H, eps - rounding)
     begins, ends = where(scores), cure(outline, scores)
-    if rounding >= eps:
+    if allowed.min() <= 0:
+        if rounding is None:
+            rounding = rounding_of_slots(outline, scores, context.statistics.values, scores.of_slots).max()
         lost = f"rounding in {outline.dtype.name} alone is {rounding:.2g}"
         return None, f"{begins}: no degree certifies eps = {eps:g}, {lost}; {ends}"
-    e = poly.relative_error_for(eps - rounding)
-    needed = poly.smallest_degree(B, e)
+    found = of_each_slot(context, allowed, degree)
+    if None not in found:
+        most = max(p.degree for p in found)
+        return tuple(p if p.degree == most else poly.minimax(poly.B_grid(p.B), most) for p in found), None
     if degree is not None:
-        refusal = f"{begins}: degree {degree} does not certify eps = {eps:g}; {_takes(needed, d)}; {ends}"
-        # One slot alone has the sharpest polynomial, for its own bound; slots beside others have that of the grid.
-        bounds = ([poly.B_grid(B)] if outline.sizes.H > 1 and math.isfinite(B) else []) + [max(B, poly.B_grid(0.0))]
-        return _of_degree(bounds, degree, e, refusal)
-    if needed is None:
-        return None, f"{begins}: no degree certifies eps = {eps:g}; {ends}"
-    if needed > 1:
-        # smallest_degree has rounded B up to a bound whose polynomials are cached. For B itself one degree less may be
-        # enough. That polynomial takes a millisecond to make, so it is made only if its error may suffice, which is
-        # about (B / bound)^needed times that for the larger bound.
-        bound = poly.B_grid(B)
-        if poly.minimax(bound, needed - 1).error * (B / bound) ** needed <= 1.02 * e:
-            p = poly.minimax(B, needed - 1)
-            if p.error <= e:
-                return p, None
-    return poly.minimax(poly.B_grid(B), max(1, needed)), None
+        needed = poly.smallest_degree(scores.bound, poly.relative_error_for(float(allowed.min())))
+        takes = _takes(needed, outline.terms)
+        return None, f"{begins}: degree {degree} does not certify eps = {eps:g}; {takes}; {ends}"
+    return None, f"{begins}: no degree certifies eps = {eps:g}; {ends}"
 
 
-def of_each_slot(p: Polynomial, scores: Scores) -> tuple[Polynomial, ...] | None:
-    """A polynomial of the degree of p for each slot's own bound, rounded up to the grid, or p where that passes p's own
-    bound; None where all slots have p. Results of the former depend on the other slots by this degree alone.
+def left_by_rounding(context: Context, B: np.ndarray | None = None) -> np.ndarray:
+    """What rounding leaves of eps for the truncation of each slot, (H,); 0 or less where it leaves nothing.
+
+    Scores are within B, by default within the bound of each slot. In a call of several slots it is rounded down to a
+    multiple of a 64th of eps, so that slots differ in it only where rounding counts.
     """
-    bounds = [poly.B_grid(B) for B in scores.of_slots.tolist()]
-    if min(bounds) >= p.B:
+    outline, statistics, eps = context.outline, context.statistics, context.request.eps
+    B = statistics.scores.of_slots if B is None else B
+    left = 1 - rounding_of_slots(outline, statistics.scores, statistics.values, B) / eps
+    return eps * (np.floor(_LEFT * left) / _LEFT if outline.several else left)
+
+
+def of_each_slot(context: Context, allowed: np.ndarray, degree: int | None = None) -> list[Polynomial | None]:
+    """For each slot the polynomial of the smallest degree, or of this degree, whose error for the slot's own scores is
+    at most what is `allowed`; None where there is none.
+    """
+    of_slots = zip(context.statistics.scores.of_slots.tolist(), allowed.tolist(), strict=True)
+    found = []
+    for B, left in of_slots:
+        if B > poly.MAX_BOUND or left <= 0:
+            found.append(None)
+        elif degree is None:
+            found.append(_of_bound(poly.fine_grid(B), left))
+        else:
+            # One slot alone has the sharpest polynomial; those of several are few, and are made once.
+            bounds = ([poly.B_grid(B)] if context.outline.several else []) + [poly.fine_grid(B)]
+            made = (poly.minimax(bound, max(1, degree)) for bound in bounds)
+            found.append(next((p for p in made if p.error <= poly.relative_error_for(left)), None))
+    return found
+
+
+@lru_cache(maxsize=4096)
+def _of_bound(B: float, allowed: float) -> Polynomial | None:
+    """The polynomial of the smallest degree for scores within B by which O is off by no more than is `allowed`."""
+    e, bound = poly.relative_error_for(allowed), poly.B_grid(B)
+    needed = poly.smallest_degree(B, e)
+    if needed is None:
         return None
-    # A bound that is not on the grid is p's where that allows one degree less.
-    return tuple(poly.minimax(B, p.degree) if B < p.B else p for B in bounds)
-
-
-def _of_degree(bounds: list[float], degree: int, e: float, refusal: str) -> tuple[Polynomial | None, str | None]:
-    """The polynomial of this degree for the first of these bounds that certifies a relative error e."""
-    for bound in bounds:
-        if bound <= poly.MAX_BOUND:
-            p = poly.minimax(bound, max(1, degree))
-            if p.error <= e:
-                return p, None
-    return None, refusal
+    # smallest_degree has rounded B up to the grid. For B itself one degree less may be enough. That polynomial takes a
+    # millisecond to make, so it is made only if its error may suffice, which is about (B / bound)^needed times that for
+    # the larger bound.
+    if needed > 1 and poly.minimax(bound, needed - 1).error * (B / bound) ** needed <= 1.02 * e:
+        p = poly.minimax(B, needed - 1)
+        if p.error <= e:
+            return p
+    return poly.minimax(bound, max(1, needed))
 
 
 def _takes(needed: int | None, d: int) -> str:
