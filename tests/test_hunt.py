@@ -104,7 +104,7 @@ def test_no_result_is_past_what_is_certified(kind, seed, eps, method, causal, ma
         assert np.all(np.linalg.norm(errors, p, axis=-1) <= allowed)
 
 
-@hunting
+@hunting_numbers
 @given(
     eps=st.sampled_from([1e-1, 1e-2, 1e-3]),
     method=st.sampled_from(["auto", "polynomial"]),

@@ -2,8 +2,6 @@
 
 import ctypes
 import os
-import subprocess
-import sys
 import threading
 import time
 
@@ -79,7 +77,7 @@ def test_another_thread_has_no_team(compute):
 
 def test_a_team_that_is_late_rests(compute):
     expected = compute()
-    team = Recorded(late=0.02)  # so that it rests for two seconds
+    team = Recorded(late=0.005)  # so that it rests for half a second
     assert np.array_equal(until_asked(team, compute), expected)
     assert len(team.asked) == 1
     with team.team:
@@ -106,20 +104,25 @@ def test_a_child_asks_no_team(compute):
     assert os.waitpid(child, 0)[1] == 0
 
 
-def test_pytorch_has_no_more_threads_than_before():
+def test_operators_of_pytorch_run_on_a_team(monkeypatch):
     torch = pytest.importorskip("torch")
-    from ropecy.torch import threads
+    import ropecy.torch as door
+    from ropecy.torch import operators
 
-    if not os.path.isdir("/proc/self/task") or not threads._openmp():
-        pytest.skip("PyTorch does not compute with OpenMP here, or threads can't be counted")
-    program = """
-import os, torch, ropecy.torch
-torch.set_num_threads(3)
-x = torch.randn(4, 400, 64, requires_grad=True)
-(x @ x.mT).sum()  # PyTorch's own threads
-before = len(os.listdir("/proc/self/task"))
-ropecy.torch.scaled_dot_product_attention(x, x, x, method="exact").sum().backward()
-print(len(os.listdir("/proc/self/task")) - before)
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["0"], f"{torch.__version__}: {done.stderr}"
+    team, x = Recorded(), torch.randn(4, 400, 64, requires_grad=True)
+    monkeypatch.setattr(operators, "torch_threads", team.team)
+    out = door.scaled_dot_product_attention(x, x, x, method="exact", threads=3)
+
+    def forward():
+        door.scaled_dot_product_attention(x, x, x, method="exact", threads=3)
+
+    def backward():
+        out.sum().backward(retain_graph=True)
+
+    end = time.monotonic() + 60
+    for work in (forward, backward):
+        team.asked.clear()
+        while not team.asked and time.monotonic() < end:
+            time.sleep(0.05)  # a team that was late rests
+            work()
+        assert team.asked
