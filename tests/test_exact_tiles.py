@@ -6,7 +6,7 @@ import pytest
 
 import ropecy
 
-# Tiles have 4 to 48 queries; those past the last whole one fill one to three vectors of 2 to 16.
+# Tiles have 4 to 48 queries; those past the last whole one fill one to four vectors of 2 to 16.
 LENGTHS = [9, 16, 17, 31, 32, 33, 47, 48, 49, 64, 65, 80, 81, 97]
 
 

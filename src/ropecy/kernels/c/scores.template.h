@@ -2,6 +2,9 @@
  * product.template.h).
  *
  * Lanes are queries, keys are broadcast: blocks are stored [key][TILE].
+ *
+ * What bounds it: the multiply-adds. AVX2 on a Zen 4, keys from the L2 cache: `dots` with what is made of them without exp
+ * reaches 91% of the peak at d = 16 and 97% at d = 64, `columns` of 16 queries 97% and 96%.
  */
 #undef KEYS
 #if RC_REGISTERS == 32
