@@ -39,8 +39,8 @@ static RC_NAME(masking) RC_NAME(masking_of)(const rc_exact_problem *p, ptrdiff_t
     return m;
 }
 
-/* Whether `queries` queries from row0 on and `keys` keys from j0 on need the tables; if not, every pair is allowed, unbiased. Keys are
- * computed KEYS at once, of which the last ones may have to be hidden. */
+/* Whether `queries` queries from row0 on and `keys` keys from j0 on need the tables; if not, every pair is allowed, unbiased.
+ * Keys are computed KEYS at once, of which the last ones may have to be hidden. */
 static int RC_NAME(needs_tables)(const RC_NAME(masking) * m, ptrdiff_t row0, int queries, ptrdiff_t j0,
                                  ptrdiff_t keys) {
     if (m->everywhere || m->masked || keys % KEYS)
