@@ -67,7 +67,7 @@ def forward(a: Arguments, request: Request, want_lse: bool) -> tuple[np.ndarray,
     k, v = (contiguous(spread(X, a.batch, heads)) for X in (a.K, a.V))
     if exact is not None:
         if a.dtype != a.compute:
-            return None
+            return None  # bounds of scores take numbers as they are computed with, which the usual way makes
         problem = Problem(q=q, k=k, v=v, scale=a.scale, mask=Mask(a.n, a.n_k, *band).simplified(), threads=a.threads)
         least = float(least_bounds(problem, query_norms(problem)).min())
         if not math.isfinite(least) or may_pay(problem, request, exact, least):
