@@ -179,9 +179,17 @@ RANGE_NEXT_TO_NOTHING = {
 }  # fmt: skip
 
 
+ROUNDING_PAST_EPS = {
+    "method": "auto", "dtype": "float32", "sizes": "few", "heads": "one", "scores": 0.5, "data": "gauss",
+    "moved": "columns unlike", "values": "uniform", "seen": "all", "bias": "none", "rotated": "no", "projected": "no",
+    "upstream": "uniform", "eps": 1e-12, "seed": 0,
+}  # fmt: skip
+
+
 @hunting_numbers
 @given(hunted.words(hunted.SHORT))
 @example(RANGE_NEXT_TO_NOTHING)
+@example(ROUNDING_PAST_EPS)
 def test_results_of_any_size(drawn):
     case, dO = hunted.short(drawn)
     found = answered(lambda **how: ropecy.attention(**how, return_certificate=True), case, drawn)

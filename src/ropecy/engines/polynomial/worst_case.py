@@ -167,7 +167,8 @@ def left_by_rounding(context: Context, B: np.ndarray | None = None) -> np.ndarra
     """
     outline, statistics, eps = context.outline, context.statistics, context.request.eps
     B = statistics.scores.of_slots if B is None else B
-    left = 1 - rounding_of_slots(outline, statistics.scores, statistics.values, B) / eps
+    with np.errstate(over="ignore"):  # counted in eps, rounding may be past the largest number
+        left = 1 - rounding_of_slots(outline, statistics.scores, statistics.values, B) / eps
     return eps * (np.floor(_LEFT * left) / _LEFT if outline.several else left)
 
 
