@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import cases
@@ -330,7 +331,7 @@ def test_threads_give_right_rows_or_an_error(rng):
                 state.step(Q[i], K[i], V[i])
                 done += 1
             except RuntimeError:
-                pass
+                time.sleep(1e-4)  # another thread's call goes on at once instead of when Python takes turns
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(decode_some, range(0, 1600, 400)))
