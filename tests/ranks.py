@@ -729,6 +729,7 @@ def test_bad_input_raises_on_every_rank():
 
 
 if __name__ == "__main__":
-    globals()[sys.argv[1]]()
-    if COMM.rank == 0:
-        print("passed")
+    for name in sys.argv[1:]:
+        globals()[name]()
+        if COMM.rank == 0:
+            print(name, "passed", flush=True)
