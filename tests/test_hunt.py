@@ -184,12 +184,18 @@ ROUNDING_PAST_EPS = {
     "moved": "columns unlike", "values": "uniform", "seen": "all", "bias": "none", "rotated": "no", "projected": "no",
     "upstream": "uniform", "eps": 1e-12, "seed": 0,
 }  # fmt: skip
+ROUNDING_NEXT_TO_THE_LARGEST_NUMBER = {
+    "method": "auto", "dtype": "float32", "sizes": "few", "heads": "key heads", "scores": 1000.0, "data": "gauss",
+    "moved": "no", "values": "rare", "seen": "causal", "bias": "none", "rotated": "no", "projected": "no",
+    "upstream": "uniform", "eps": 1e-09, "seed": 0,
+}  # fmt: skip
 
 
 @hunting_numbers
 @given(hunted.words(hunted.SHORT))
 @example(RANGE_NEXT_TO_NOTHING)
 @example(ROUNDING_PAST_EPS)
+@example(ROUNDING_NEXT_TO_THE_LARGEST_NUMBER)
 def test_results_of_any_size(drawn):
     case, dO = hunted.short(drawn)
     found = answered(lambda **how: ropecy.attention(**how, return_certificate=True), case, drawn)

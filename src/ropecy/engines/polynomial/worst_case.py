@@ -169,7 +169,7 @@ def left_by_rounding(context: Context, B: np.ndarray | None = None) -> np.ndarra
     B = statistics.scores.of_slots if B is None else B
     with np.errstate(over="ignore"):  # counted in eps, rounding may be past the largest number
         left = 1 - rounding_of_slots(outline, statistics.scores, statistics.values, B) / eps
-    return eps * (np.floor(_LEFT * left) / _LEFT if outline.several else left)
+        return eps * (np.floor(_LEFT * left) / _LEFT if outline.several else left)
 
 
 def of_each_slot(context: Context, allowed: np.ndarray, degree: int | None = None) -> list[Polynomial | None]:
