@@ -9,7 +9,7 @@ import numpy as np
 cimport numpy as cnp
 from cython cimport floating
 from libc.math cimport INFINITY, fabs, isfinite, sqrt
-from libc.string cimport memchr
+from libc.string cimport memchr, memset
 
 from ._arrays cimport LINE, line, pieces, pointer
 from ._halves cimport narrow_function, rc_halves_kernels, rc_halves_select, widen_function
@@ -143,6 +143,13 @@ cdef void returned(memory):
         spare.append(memory)
 
 
+cdef char *cut(char **memory, ptrdiff_t size) noexcept nogil:
+    """The first bytes of the memory, which then begins behind them, in another cache line."""
+    cdef char *found = memory[0]
+    memory[0] += lines(size)
+    return found
+
+
 cdef void pack_keys(void *context, ptrdiff_t task, const rc_worker *worker) noexcept nogil:
     cdef const Pass *x = <const Pass *>context
     x.f.pack_keys(&x.p, task // x.blocks, task % x.blocks)
@@ -171,11 +178,13 @@ cdef void prepare_tile(void *context, ptrdiff_t task, const rc_worker *worker) n
 
 cdef void backward_segment(void *context, ptrdiff_t task, const rc_worker *worker) noexcept nogil:
     cdef const Pass *x = <const Pass *>context
-    cdef ptrdiff_t block
+    cdef ptrdiff_t block, head = task // x.p.segments, segment = task % x.p.segments
+    cdef ptrdiff_t size = x.p.groups * x.tiles * x.p.d * x.f.tile * x.item  # of the segment's dq
+    memset(<char *>x.p.dq_segments + (segment * x.p.heads + head) * size, 0, size)
     for block in range(pieces(x.blocks, x.p.segments)):
         if interrupted(worker):
             return
-        x.f.backward(&x.p, task // x.p.segments, task % x.p.segments, block, block + 1, x.work + worker.slot * x.size)
+        x.f.backward(&x.p, head, segment, block, block + 1, x.work + worker.slot * x.size)
 
 
 cdef void collect_tile(void *context, ptrdiff_t task, const rc_worker *worker) noexcept nogil:
@@ -421,41 +430,40 @@ def backward(saved, v, grad, bint want_dsymbol, ptrdiff_t segments, int threads)
     """
     cdef Pass x
     cdef rc_exact_problem *p = &x.p
-    cdef ptrdiff_t tiles
+    cdef ptrdiff_t tiles, keys, rows
+    cdef char *at
     cdef double pairs
     q, k, tables, dtype = saved.sized.q, saved.sized.k, saved.tables, v.dtype
     describe(p, q, k, v, tables)
     p.segments = segments
     x.f = functions_of(dtype)
-    x.blocks, x.tiles = pieces(p.n_k, x.f.block), pieces(p.n, x.f.tile)
+    x.blocks, x.tiles, x.item = pieces(p.n_k, x.f.block), pieces(p.n, x.f.tile), q.itemsize
     pairs = <double>p.heads * p.groups * p.n * p.n_k
     threads = team(threads, pairs * (3 * p.d + 2 * p.d_v + 30))
     dq, dk, dv = np.empty_like(q), np.empty_like(k), np.empty_like(v)
-    key_pack = np.empty((p.heads, x.blocks * x.f.block, p.d), dtype)
-    value_pack = np.empty((p.heads, x.blocks * x.f.block, p.d_v), dtype)
     q_rows, grad_rows = whole_vectors(q, x.f.lanes), whole_vectors(grad, x.f.lanes)
-    # Of each tile of queries, which are padded to whole ones.
-    tiles = p.heads * p.groups * x.tiles
-    rows = tiles * x.f.tile * q.itemsize
-    q_tiles, grad_tiles = np.empty(rows * p.d + LINE, np.uint8), np.empty(rows * p.d_v + LINE, np.uint8)
-    row_stats, dq_segments = np.empty(rows * 3 + LINE, np.uint8), np.zeros(p.segments * rows * p.d + LINE, np.uint8)
     length = x.f.block + p.n + p.n_k - 1 + x.f.tile
     dsymbol = np.zeros((p.segments, p.heads, p.groups, length)) if want_dsymbol else None
-    p.key_pack, p.value_pack, p.grad = pointer(key_pack), pointer(value_pack), pointer(grad)
-    p.q_rows, p.grad_rows = pointer(q_rows), pointer(grad_rows)
-    p.q_tiles, p.grad_tiles, p.row_stats = line(q_tiles), line(grad_tiles), line(row_stats)
-    p.dq_segments, p.dsymbol = line(dq_segments), <double *>pointer(dsymbol)
+    p.grad, p.q_rows, p.grad_rows = pointer(grad), pointer(q_rows), pointer(grad_rows)
     p.o, p.maximum, p.inverse = pointer(saved.o), pointer(saved.maximum), pointer(saved.inverse)
-    p.dq, p.dk, p.dv = pointer(dq), pointer(dk), pointer(dv)
+    p.dq, p.dk, p.dv, p.dsymbol = pointer(dq), pointer(dk), pointer(dv), <double *>pointer(dsymbol)
     p.grad_scale = tables.grad_scale
+    # A column of keys, which are padded to whole blocks, and of queries, to whole tiles.
+    tiles = p.heads * p.groups * x.tiles
+    keys, rows = p.heads * x.blocks * x.f.block * x.item, tiles * x.f.tile * x.item
     x.size = lines(x.f.backward_workspace(p)) + LINE
-    workspace = np.empty(threads * x.size + LINE, np.uint8)
-    x.work = line(workspace)
+    memory = borrowed(threads * x.size + (keys + rows) * (p.d + p.d_v) + rows * (3 + p.segments * p.d) + 6 * LINE)
+    at = line(memory)
+    x.work = cut(&at, threads * x.size)
+    p.key_pack, p.value_pack = cut(&at, keys * p.d), cut(&at, keys * p.d_v)
+    p.q_tiles, p.grad_tiles, p.row_stats = cut(&at, rows * p.d), cut(&at, rows * p.d_v), cut(&at, rows * 3)
+    p.dq_segments = at
     parallel_for(p.heads * x.blocks, team(threads, 4.0 * p.heads * p.n_k * (p.d + p.d_v)), pack_keys_and_values, &x)
     parallel_for(tiles, team(threads, 4.0 * p.heads * p.groups * p.n * (p.d + p.d_v)), prepare_tile, &x)
     # Blocks of one segment go in order, so a segment is one task.
     parallel_for(p.heads * p.segments, threads, backward_segment, &x)
     parallel_for(tiles, team(threads, 4.0 * p.segments * p.heads * p.groups * p.n * p.d), collect_tile, &x)
+    returned(memory)
     return dq, dk, dv, None if dsymbol is None else dsymbol.sum(axis=0)
 
 

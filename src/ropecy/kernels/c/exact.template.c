@@ -378,15 +378,23 @@ static void RC_NAME(backward)(const rc_exact_problem *p, ptrdiff_t head, ptrdiff
                 const REAL *q = (const REAL *)p->q_tiles + at * d * TILE, *g = (const REAL *)p->grad_tiles + at * d_v * TILE;
                 const REAL *stats = (const REAL *)p->row_stats + at * 3 * TILE;
                 const RC_NAME(masking) *m = RC_NAME(needs_tables)(&masking, row0, TILE, j0, keys) ? &masking : 0;
-                for (ptrdiff_t j = 0; j < keys_up; j += KEYS)
+                /* Of the block's keys those that a row of the tile sees: [a, b), from `from` to a whole number of steps. */
+                ptrdiff_t a, b;
+                RC_NAME(visible_keys)(p, row0, row0 + rows, &a, &b);
+                const ptrdiff_t from = rc_max(0, a - j0) / STEP * STEP, end = rc_min(keys, b - j0);
+                const ptrdiff_t end_up = rc_min(keys_up, rc_round_up(end, STEP)), whole = rc_round_up(end, STEP) - from;
+                for (ptrdiff_t j = from; j < end_up; j += KEYS)
                     RC_NAME(weights_known)(d, q, k_pack + j * d, P + j * TILE, stats, (REAL)p->gain, m, row0, j0 + j);
-                for (ptrdiff_t j = 0; j < keys_up; j += KEYS)
+                for (ptrdiff_t j = from; j < end_up; j += KEYS)
                     RC_NAME(score_gradients)(d_v, g, v_pack + j * d_v, P + j * TILE, dS + j * TILE, stats + 2 * TILE);
-                RC_NAME(columns)(wide_v, rows, (const REAL *)p->grad_rows + (lane * n + row0) * wide_v, P, dv);
+                RC_NAME(columns)(wide_v, whole, rows, (const REAL *)p->grad_rows + (lane * n + row0) * wide_v, P + from * TILE,
+                                 dv + from * wide_v);
                 if (dsymbol || p->factor)
-                    RC_NAME(diagonals)(&masking, dsymbol, dS, keys, row0, j0);
-                RC_NAME(columns)(wide, rows, (const REAL *)p->q_rows + (lane * n + row0) * wide, dS, dk);
-                RC_NAME(product_tile)((int)d, VECTORS, keys, dS, (const REAL *)p->k + (head * p->n_k + j0) * d, d,
+                    RC_NAME(diagonals)(&masking, dsymbol, dS + from * TILE, end - from, row0, j0 + from);
+                RC_NAME(columns)(wide, whole, rows, (const REAL *)p->q_rows + (lane * n + row0) * wide, dS + from * TILE,
+                                 dk + from * wide);
+                RC_NAME(product_tile)((int)d, VECTORS, end - from, dS + from * TILE,
+                                      (const REAL *)p->k + (head * p->n_k + j0 + from) * d, d,
                                       (REAL *)p->dq_segments + ((segment * p->heads * p->groups + lane) * tiles + tile) * d * TILE);
             }
         }

@@ -397,10 +397,11 @@ static void RC_NAME(pair_gradients)(const rc_monomials_problem *p, RC_NAME(room)
             const ptrdiff_t some = rc_min(BLOCK, seen - j);
             RC_NAME(exact_pairs)(p, w, j, some, limit);
             RC_NAME(exact_gradients)(w, j, some);
-            for (ptrdiff_t e = rc_round_up(some, KEYS) * TILE; e < BLOCK * TILE; e++)
+            const ptrdiff_t whole = rc_round_up(some, STEP);
+            for (ptrdiff_t e = rc_round_up(some, KEYS) * TILE; e < whole * TILE; e++)
                 w->E[e] = w->dE[e] = 0;
-            RC_NAME(columns)(wide_columns, rows, columns, w->E, w->dv + j * wide_columns);
-            RC_NAME(columns)(wide, rows, w->x, w->dE, w->dk + j * wide);
+            RC_NAME(columns)(wide_columns, whole, rows, columns, w->E, w->dv + j * wide_columns);
+            RC_NAME(columns)(wide, whole, rows, w->x, w->dE, w->dk + j * wide);
             RC_NAME(product_tile)((int)d, VECTORS, some, w->dE, w->keys + j * d, d, w->dx);
         }
         for (ptrdiff_t t = 0; t < rows; t++)
