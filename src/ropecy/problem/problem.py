@@ -174,6 +174,13 @@ class Outline:
         return abs(self.scale) if self.near is None else max(abs(self.scale), self.near.largest)
 
     @property
+    def largest_scales(self) -> float | np.ndarray:
+        """The largest of |scale| and of |scale_near| of each slot, (H,), or one for all."""
+        if self.near is None or not self.near.by_head:
+            return self.largest_scale
+        return np.maximum(abs(self.scale), np.abs(self.near.scale).max(axis=1))
+
+    @property
     def terms(self) -> int:
         """How many products are added up in a score; monomials have so many variables."""
         return self.sizes.d if self.family is None else max(1, len(self.family.used))
@@ -325,6 +332,12 @@ class Problem(Outline):
         """The problem with both sequences reversed, so that j - i becomes i - j; it must have no bias and no family."""
         q, k, v = (np.ascontiguousarray(X) for X in (self.q[:, :, ::-1], self.k[:, ::-1], self.v[:, ::-1]))
         return replace(self, q=q, k=k, v=v, mask=self.mask.reversed())
+
+
+def in_order(slots: np.ndarray) -> Slots:
+    """Ascending indices of slots; a slice where they follow one another."""
+    first, last = int(slots[0]), int(slots[-1])
+    return slice(first, last + 1) if last - first + 1 == len(slots) else slots
 
 
 def unit_of(v: np.ndarray, mask: Mask, threads: int) -> float:
