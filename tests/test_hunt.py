@@ -203,6 +203,12 @@ DQ_PAST_FLOAT32 = {
     "projected": "Q", "upstream": "huge", "eps": 0.001, "seed": 0,
 }  # fmt: skip
 
+RANGES_NEXT_TO_NOTHING = {
+    "method": "auto", "dtype": "float32", "sizes": "few", "heads": "one", "scores": 0.5, "data": "gauss",
+    "moved": "columns unlike", "values": "uniform", "seen": "all", "bias": "none", "rotated": "no", "projected": "no",
+    "upstream": "uniform", "eps": 1e-12, "seed": 0,
+}  # fmt: skip
+
 
 @hunting_numbers
 @given(hunted.words(hunted.SHORT))
@@ -237,6 +243,7 @@ def test_long_problems(drawn):
 
 @hunting_numbers
 @given(hunted.words(hunted.SHORT))
+@example(RANGES_NEXT_TO_NOTHING)
 def test_packed_sequences_of_any_size(drawn):
     if "family" in drawn["rotated"]:
         drawn = {**drawn, "rotated": "no"}

@@ -72,11 +72,12 @@ def rounding_of_pairs(problem: Outline, m: Magnitudes, n_k: int) -> np.ndarray:
     * of storing O, whose entries may be far larger than the range.
     """
     unit, size = problem.unit, score_size(m)
-    off = unit * _of_scores(problem.sizes.d) * size + _times(m.scale, m.lost)
-    if problem.bias is not None:
-        off = off + 2 * unit * bias_reach(problem, size)
     sums = sums_rounding(problem.dtype, n_k, _STRETCH if problem.family is None else 1)
-    return sums * np.maximum(1.0, m.residual) + np.minimum(1.0, off) + unit * m.offset
+    with np.errstate(over="ignore"):
+        off = unit * _of_scores(problem.sizes.d) * size + _times(m.scale, m.lost)
+        if problem.bias is not None:
+            off = off + 2 * unit * bias_reach(problem, size)
+        return sums * np.maximum(1.0, m.residual) + np.minimum(1.0, off) + unit * m.offset
 
 
 def sums_rounding(dtype: np.dtype, n_k: int, stretch: int = _STRETCH) -> float:
@@ -110,7 +111,8 @@ def score_size(m: Magnitudes) -> np.ndarray:
 
 def _times(scale: float | np.ndarray, X: float | np.ndarray) -> np.ndarray:
     """scale X, which is 0 where the scale is, even if X is not known."""
-    return np.multiply(scale, X, out=np.zeros(np.broadcast(scale, X).shape), where=np.not_equal(scale, 0))
+    with np.errstate(over="ignore"):
+        return np.multiply(scale, X, out=np.zeros(np.broadcast(scale, X).shape), where=np.not_equal(scale, 0))
 
 
 def seen_bias(problem: Outline) -> np.ndarray:
@@ -200,9 +202,10 @@ def rounding_of_monomials(problem: Outline, m: Magnitudes) -> np.ndarray:
     Sums of monomials cancel where scores are negative, which costs a few units of rounding times e^{2B}: 0.3 to 4 were
     measured, 11 where B is small. Values are centred, so an offset of theirs costs no more than storing O does.
     """
-    sums = 12 + 4 * np.exp(np.minimum(2 * m.bound, 700))
-    of_scores = np.minimum(1.0, abs(problem.scale) * m.lost)
-    return problem.unit * (sums * np.where(m.far, 2, 1) + 2 * m.offset) + of_scores
+    with np.errstate(over="ignore"):
+        sums = 12 + 4 * np.exp(np.minimum(2 * m.bound, 700))
+        of_scores = np.minimum(1.0, abs(problem.scale) * m.lost)
+        return problem.unit * (sums * np.where(m.far, 2, 1) + 2 * m.offset) + of_scores
 
 
 def moved(problem: Outline, lost: float | np.ndarray) -> np.ndarray:
@@ -210,4 +213,5 @@ def moved(problem: Outline, lost: float | np.ndarray) -> np.ndarray:
 
     It is no more than the error of the scores, and never more than the whole range.
     """
-    return np.minimum(1.0, abs(problem.scale) * np.asarray(lost))
+    with np.errstate(over="ignore"):
+        return np.minimum(1.0, abs(problem.scale) * np.asarray(lost))

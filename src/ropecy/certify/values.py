@@ -108,7 +108,8 @@ def _sized(found: Values, problem: Problem) -> Values:
     origin, spread, largest = problem.origin, float(spreads.max()), float(sizes.max())
     found.exact = not spread and not origin.v_lost
     found.residual, varied = 0.5 * largest / spread if spread else 1.0, sizes
-    found.residuals = np.divide(0.5 * sizes, spreads, out=np.ones_like(sizes), where=spreads > 0)
+    with np.errstate(over="ignore"):
+        found.residuals = np.divide(0.5 * sizes, spreads, out=np.ones_like(sizes), where=spreads > 0)
     if origin.largest is not None:
         sizes, varied = (X.reshape(len(spreads), -1).max(axis=1) for X in (origin.largest, origin.varied))
         largest = float(sizes.max())

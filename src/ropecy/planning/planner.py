@@ -214,7 +214,7 @@ def _by_proof(context: Context, split: bool) -> Choice:
         search = found.search
     except BoundedEntryError as error:
         refusal = error
-    if split and context.request.takes("polynomial") and not any(answer.hopeless for answer in search.refusals):
+    if split and not any(answer.hopeless for answer in search.refusals):
         most = math.inf if search.best is None else search.best.nominal
         found = _answered(search, _OUTLIERS.offer(context, most)) or found
     if found is None:

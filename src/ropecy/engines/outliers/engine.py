@@ -106,7 +106,7 @@ def worth_splitting(context: Context, most: Sequence[float]) -> list[bool]:
 
 def _looks(context: Context, most: float) -> bool:
     """Whether to look for outliers, if what is at hand takes so many seconds."""
-    if context.distributed or WorstCase().lacks(context.outline):
+    if context.distributed or not context.request.takes("polynomial") or WorstCase().lacks(context.outline):
         return False
     # Where nothing else is left, a look is worth it.
     return most == math.inf or norms_work(context.outline).nominal <= _LOOK * most

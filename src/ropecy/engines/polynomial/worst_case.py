@@ -191,7 +191,8 @@ def left_by(context: Context, rounding: np.ndarray) -> np.ndarray:
     rounding counts.
     """
     eps = context.request.eps
-    left = 1 - rounding / eps
+    with np.errstate(over="ignore"):
+        left = 1 - rounding / eps
     return eps * (np.floor(_LEFT * left) / _LEFT if context.outline.several else left)
 
 
