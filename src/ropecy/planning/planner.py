@@ -73,14 +73,15 @@ def choose(context: Context) -> Choice:
     """
     if context.outline.mask.packed is not None:
         return _by_sequence(context)
-    found = groups(context)
-    return _of_one_plan(context) if found is None else _by_head(found)
+    slots = groups(context)
+    found = _of_one_plan(context) if slots is None else _by_head(slots)
+    require(found.candidate.bytes, f"the {found.candidate.engine} engine, beyond inputs and outputs,")
+    return found
 
 
 def _of_one_plan(context: Context, split: bool = True) -> Choice:
     """`choose`, with one plan for all heads, out of which outliers may be taken only if `split`."""
     found = _by_sample(context, split) or _by_proof(context, split)
-    require(found.candidate.bytes, f"the {found.candidate.engine} engine, beyond inputs and outputs,")
     if found.candidate.engine == "exact" and context.request.method == "auto":
         if found.executable.certificate.error > context.request.eps:
             found = _certified_by_another(context, found) or found
@@ -174,7 +175,6 @@ def _by_head(slots: Groups) -> Choice:
         return choices[-1]
     if context.request.method == "auto" and not found.fits:
         return _of_one_plan(replace(context, by_moments=None))
-    require(found.bytes, "plans of heads, beyond inputs and outputs,")
     return _answered(Search(context.request, [_EXACT.offer(context, Search(context.request))]), found)
 
 

@@ -212,8 +212,8 @@ class Outline:
 
     def outline(self, **changes: object) -> Outline:
         """The outline of this problem, with these fields changed."""
-        own = {f.name: getattr(self, f.name) for f in fields(Outline)}
-        return Outline(**own | changes)
+        names, values_of = _all()
+        return Outline(**dict(zip(names, values_of(self), strict=True)) | changes)
 
     def slots(self, which: Slots) -> Outline:
         """The outline of the problem of some of the slots."""
@@ -358,6 +358,13 @@ def _tail_of_slots(
         return found
     heads = np.arange(sizes.H * sizes.G).reshape(sizes.H, sizes.G)[which].reshape(-1)
     return found._replace(log_weight=found.log_weight[..., heads], rate=found.rate[..., heads])
+
+
+@lru_cache
+def _all() -> tuple[tuple[str, ...], Callable[[Outline], tuple[object, ...]]]:
+    """The names of the fields of an outline, and what takes all their values at once."""
+    names = tuple(f.name for f in fields(Outline))
+    return names, attrgetter(*names)
 
 
 @lru_cache

@@ -22,7 +22,7 @@ from .split import Norms, Split, memory, work
 
 _LOOK = 0.02  # what looking for outliers may cost, as a part of the best candidate's seconds
 _OFFERS = 3  # how many ways to split are tried, the cheapest first
-_ALONE = 1e-3  # seconds that a slot must be expected to save by a split, for which it is planned alone
+_ALONE = 4e-3  # seconds that planning a split takes, which a slot must be expected to save by it
 
 
 @dataclass(slots=True)
@@ -85,12 +85,13 @@ def worth_splitting(context: Context, most: Sequence[float]) -> list[bool]:
     The seconds of a slot are what it would take otherwise if all slots were like it. What is found of a slot depends on
     no other slot.
     """
-    found, H = [False] * len(most), context.outline.sizes.H
-    bounds = context.statistics.scores.of_slots.tolist()
-    looked = [slot for slot in range(H) if bounds[slot] < math.inf and _looks(context, most[slot])]
+    found, H, outline = [False] * len(most), context.outline.sizes.H, context.outline
+    bounds, least = context.statistics.scores.of_slots, polynomial_work(outline, 1, context.request.grad).nominal
+    looks = {seconds: least < seconds - H * _ALONE and _looks(context, seconds) for seconds in set(most)}
+    looked = [slot for slot in np.flatnonzero(bounds < math.inf).tolist() if looks[most[slot]]]
     if not looked:
         return found
-    own = context if len(looked) == H else context.slots(in_order(np.array(looked)))
+    own = context.slots(in_order(np.array(looked)))
     scores, values = own.statistics.scores, own.statistics.values
     norms = Norms(own.problem, scores)
     B, square = norms.shortest()
