@@ -50,7 +50,6 @@ def largest(problem: Outline, scores: Scores, values: Values) -> Magnitudes:
 def of_slots(problem: Outline, scores: Scores, values: Values) -> Magnitudes:
     """Those of each slot."""
     of_scores = scores.of_slots, scores.products_of_slots, problem.largest_scales, scores.lost_of_slots
-    of_scores = (np.broadcast_to(X, scores.of_slots.shape) for X in of_scores)
     return Magnitudes(*of_scores, values.offsets, values.residuals, values.far)
 
 
