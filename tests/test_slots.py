@@ -202,7 +202,5 @@ def test_the_levels_of_a_bias_are_its_own(masked):
         return [X[0] for X in (O, g.dQ, g.dK, g.dV, g.dbias)]
 
     t = np.arange(1 - N, N)
-    for X, Y in zip(
-        found(slot, first, np.arange(N) % 3 > 0), found(slot, 0.12 * t, np.arange(N) < 9), strict=True
-    ):
+    for X, Y in zip(found(slot, first, np.arange(N) % 3 > 0), found(slot, 0.12 * t, np.arange(N) < 9), strict=True):
         np.testing.assert_array_equal(X, Y)

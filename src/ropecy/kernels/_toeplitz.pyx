@@ -158,9 +158,9 @@ cdef class Product:
         """The adjoint for grad (H, G, columns, rows), the derivative of the result.
 
         dq (H, G, d, rows) and dk (H, d, keys) are the derivatives for `grad_weights`, dv (H, columns, keys) for
-        `weights`, both (H, most + 1); so are the spectra (H, G or 1, levels, blocks, pitch) of the correlations sum_i of the pairs with
-        one offset, which T's derivative is, summed over the groups where these share T: their real parts, in time;
-        None where not wanted.
+        `weights`, both (H, most + 1); so are the spectra (H, G or 1, levels, blocks, pitch) of the correlations sum_i
+        of the pairs with one offset, which T's derivative is, summed over the groups where these share T: their real
+        parts, in time; None where not wanted.
         """
         cdef Pass p
         cdef ptrdiff_t given = self.groups * self.levels * self.query_blocks

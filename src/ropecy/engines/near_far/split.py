@@ -159,8 +159,7 @@ def split(problem: Outline, tolerance: float) -> tuple[Split | None, str | None]
 
 
 def faded(found: Split, problem: Outline, statistics: Statistics) -> np.ndarray:
-    """In which slots so many keys in a row are hidden that a decayed state fades away before a row that sees it, (H,).
-    """
+    """In which slots so many keys are hidden that a decayed state fades away before a row that sees it, (H,)."""
     outline, H = found.outline(problem), problem.sizes.H
     lost = np.zeros(H, bool)
     for far in found.far:

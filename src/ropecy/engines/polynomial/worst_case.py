@@ -147,9 +147,7 @@ def cure(outline: Outline, scores: Scores) -> str:
     return f"{smaller}method='exact' has no bound"
 
 
-def certified(
-    context: Context, allowed: np.ndarray | None = None
-) -> tuple[tuple[Polynomial, ...] | None, str | None]:
+def certified(context: Context, allowed: np.ndarray | None = None) -> tuple[tuple[Polynomial, ...] | None, str | None]:
     """The polynomial of each slot, and None; or None, and why there is none.
 
     All are of one degree: the smallest (or the one that was asked for) that certifies eps in all slots.
