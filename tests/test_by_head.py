@@ -10,9 +10,9 @@ from inside import chosen
 import ropecy
 from ropecy.engines.base import Context
 from ropecy.engines.parts.executable import InParts
-from ropecy.engines.parts.groups import groups, in_order
+from ropecy.engines.parts.groups import groups
 from ropecy.problem.normal_form import normal_form
-from ropecy.problem.problem import Problem
+from ropecy.problem.problem import Problem, in_order
 from ropecy.problem.request import Request
 
 N, D = 1500, 4
@@ -255,8 +255,7 @@ def test_the_group_of_a_head_is_its_own(bounds, rng):
 
     def grouped(which):
         problem = Problem(q=case["Q"][which][:, None], k=case["K"][which], v=case["V"][which])
-        _, found = groups(Context.of(problem, Request()))
-        return [np.arange(len(which))[slots].tolist() for slots in found]
+        return list(groups(Context.of(problem, Request())).together.values())
 
     expected = grouped([0, 1, 2])
     again = grouped([2, 1, 0])

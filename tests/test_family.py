@@ -339,7 +339,7 @@ def test_rounding_of_products_is_what_the_certificate_counts_with(block, causal,
     found = []
 
     def noted(self, p, run=family_fft.Product.forward):
-        found.append((self._v, p, run(self, p)))
+        found.append((self._v, p[0], run(self, p)))
         return found[-1][-1]
 
     monkeypatch.setattr(family_fft.Product, "forward", noted)

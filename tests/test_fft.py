@@ -114,7 +114,7 @@ def test_levels_and_exact_rows_are_seen_to_be_used(rng):
         for slope in (-0.2, -0.3)
     )
     assert rising.levels.shape[2] == 5 and rising.exact_rows == []
-    assert far.exact_rows == [(0, 60)]  # what lies more than 72 nats below the peak
+    assert far.exact_rows == [(slice(0, 1), 0, 60)]  # what lies more than 72 nats below the peak
     with pytest.raises(ropecy.BoundedEntryError, match="rows"):
         ropecy.plan(Q, K, V, bias=ropecy.RelativeBias(-3.0 * t), causal=True, method="fft")
     assert ropecy.plan(Q, K, V, bias=ropecy.RelativeBias(-3.0 * t), causal=True).engine == "exact"

@@ -111,6 +111,10 @@ def test_no_result_is_past_what_is_certified(kind, seed, eps, method, causal, ma
     sizes=st.lists(st.sampled_from([0.05, 0.2, 0.5, 1.0, 2.0, 5.0, 20.0]), min_size=2, max_size=5),
     **{name: drawn for name, drawn in DRAWN.items() if name != "size"},
 )
+@example(
+    eps=1e-3, method="auto", sizes=[0.05, 5.0], kind="all negative", seed=0, causal=False, masked=False,
+    values="signs of the error", dtype=np.float64,
+)  # fmt: skip
 def test_no_head_is_past_the_certificate_of_its_part(kind, seed, eps, method, sizes, causal, masked, values, dtype):
     rng = np.random.default_rng(seed)
     H, G, d, n = len(sizes), int(rng.integers(1, 3)), int(rng.integers(1, 4)), int(rng.integers(200, 500))
@@ -217,6 +221,12 @@ DQ_PAST_FLOAT32 = {
     "projected": "Q", "upstream": "huge", "eps": 0.001, "seed": 0,
 }  # fmt: skip
 
+RANGES_NEXT_TO_NOTHING = {
+    "method": "auto", "dtype": "float32", "sizes": "few", "heads": "one", "scores": 0.5, "data": "gauss",
+    "moved": "columns unlike", "values": "uniform", "seen": "all", "bias": "none", "rotated": "no", "projected": "no",
+    "upstream": "uniform", "eps": 1e-12, "seed": 0,
+}  # fmt: skip
+
 
 @hunting_numbers
 @given(hunted.words(hunted.SHORT))
@@ -251,6 +261,7 @@ def test_long_problems(drawn):
 
 @hunting_numbers
 @given(hunted.words(hunted.SHORT))
+@example(RANGES_NEXT_TO_NOTHING)
 def test_packed_sequences_of_any_size(drawn):
     if "family" in drawn["rotated"]:
         drawn = {**drawn, "rotated": "no"}

@@ -65,7 +65,7 @@ def test_forward(shape, dtype, rng, ours):
     assert np.all(np.abs(O - dense.O) <= certificate.error * dense.value_range + np.finfo(dtype).eps)
     np.testing.assert_allclose(lse, dense.lse, rtol=0, atol=2e-3)
     exactly = ropecy.attention(**ours(case), method="exact", return_certificate=True)[1]
-    assert certificate.rounding >= exactly.rounding
+    assert certificate.rounding >= exactly.rounding * (1 - 1e-6)  # that of each head in units of its own values
     # Long queries are exact, up to what rounding makes of their scores.
     error = np.abs(O - dense.O)[long_rows(case)]
     assert error.max() <= (1e-3 if dtype == np.float32 else 1e-12)
@@ -79,11 +79,11 @@ def test_gradients(shape, offset, rng, ours):
     options = {"method": "polynomial", "eps": 1e-6}
     plan = ropecy.plan(**ours(case), **options, grad=True)
     # Of three a head, the next power of 2; a mask may hide some.
-    heads = len(case["K"])
-    taken = 4 * heads if "key_mask" not in case else rf"[1-{4 * heads}]"
+    taken = 4 if "key_mask" not in case else "[1-4]"
     assert re.search(rf": {taken} long keys and [1-9]\d* long queries exactly$", plan.reason)
-    rest = chosen(**ours(case), **options, grad=True).executable.rest
-    assert (rest.expansion.scores.centre is not None) == bool(offset)
+    found = chosen(**ours(case), **options, grad=True).executable
+    for own in [part.executable for part in found.parts] if len(case["K"]) > 1 else [found]:
+        assert (own.rest.expansion.scores.centre is not None) == bool(offset)
     _, vjp = ropecy.attention_vjp(**ours(case), **options)
     dense = oracle.attention(**case)
     dO = rng.standard_normal(dense.O.shape)

@@ -105,3 +105,102 @@ def test_a_sequence_rounds_by_its_own_values():
     (names, part), _ = ropecy.attention(Q, K, V, lengths=[40, 1500], **how)[1].parts
     assert names == ((0, 0),)
     assert part.rounding <= 1.01 * ropecy.attention(*few, **how)[1].rounding
+
+
+def _rough(depth, heads, n):
+    """A bias that does not factor, which spreads over so many nats; a table for each head."""
+    t = np.arange(1 - n, n)
+    return np.array([np.cos(t * t + head) * depth / 2 for head in range(heads)])
+
+
+def _shifted(slot, offset):
+    """The same scores but for a constant in each row, with keys far from 0."""
+    q, k, v = slot
+    return q, k + np.float32(offset), v
+
+
+def _with_long_keys(slot, count, length):
+    q, k, v = (X.copy() for X in slot)
+    k[7 : 7 + count] *= length
+    q[9 : 9 + count // 2] *= length
+    return q, k, v
+
+
+# For each way to compute a slot: the slot, wild ones in the place of one beside it, and the call.
+WILD = {
+    "transforms": (
+        _slot(1, 0.8, 1.0, 0.3, 3.0),
+        [_slot(2, 3.0, 1.0, 0.3, 0.0), _slot(3, 0.82, 1e4, 0.0, 30.0), _shifted(_slot(4, 0.8, 1.0, 0.3, 3.0), 300)],
+        {"method": "fft", "eps": 1e-2, "window": (40, 60)},
+    ),
+    "outliers": (
+        _with_long_keys(_slot(1, 0.3, 1.0, 0.0, 1.0), 4, 30),
+        [
+            _with_long_keys(_slot(2, 0.3, 1.0, 0.0, 0.0), 8, 20),
+            _slot(3, 2.5, 1.0, 0.0, 0.0),
+            _slot(4, 0.3, 1e4, 0.0, 30.0),
+        ],
+        {"method": "polynomial", "eps": 2e-2},
+    ),
+    "a near field": (
+        _slot(1, 0.8, 1.0, 0.3, 3.0),
+        [_slot(2, 3.0, 1.0, 0.3, 0.0), _slot(3, 0.8, 1.0, 0.0, 4e3), _shifted(_slot(4, 0.8, 1.0, 0.3, 3.0), 300)],
+        {"method": "polynomial", "eps": 1e-2, "near": (16, 30.0), "causal": True},
+    ),
+    "decayed states": (
+        _slot(1, 0.8, 1.0, 0.3, 3.0),
+        [_slot(2, 3.0, 1.0, 0.3, 0.0), _slot(3, 0.8, 1.0, 0.0, 4e3), _shifted(_slot(4, 0.8, 1.0, 0.3, 3.0), 3000)],
+        {"method": "polynomial", "eps": 1e-2, "bias": ropecy.RelativeBias.alibi(0.1), "causal": True},
+    ),
+}
+
+
+def _part(certificate):
+    """Whether the last slot is in the part of the first one, and the certificate of that part, without its rows."""
+    names, own = next((part for part in certificate.parts if (0,) in part[0]), (((3,),), certificate))
+    return (3,) in names, replace(own, rows_truncation=None, parts=(), n_exact_rows=0)
+
+
+@pytest.mark.parametrize("which", range(3))
+@pytest.mark.parametrize("way", WILD)
+def test_a_wild_slot_changes_nothing_beside_it(way, which):
+    slot, wild, how = WILD[way]
+
+    def found(fourth):
+        slots = [slot, slot, slot, fourth]
+        Q, K, V = (np.stack(X) for X in zip(*slots, strict=True))
+        O, vjp = ropecy.attention_vjp(Q, K, V, scale=1.0, **how)
+        g = vjp(np.sign(V))
+        certificates = vjp.certificate, g.certificate
+        own = O, g.dQ, g.dK, g.dV, *(certificate.rows_truncation for certificate in certificates)
+        return [None if X is None else X[0] for X in own], [_part(certificate) for certificate in certificates]
+
+    expected, certificates = found(slot)
+    beside, again = found(wild[which])
+    for (_, alike), (shared, own) in zip(certificates, again, strict=True):
+        # What a part is certified is the most that any of its slots needs.
+        names = ("engine", "rule", "degree") if shared else alike.__dataclass_fields__
+        assert all(getattr(own, name) == getattr(alike, name) for name in names)
+    assert certificates[0][1].engine == ("fft" if way == "transforms" else "polynomial")
+    for X, Y in zip(beside, expected, strict=True):
+        np.testing.assert_array_equal(X, Y)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_levels_of_a_bias_are_its_own(masked):
+    """However far those of other heads spread, and whichever keys these see."""
+    slot = _slot(1, 0.5, 1.0, 0.0, 0.0)
+    first = _rough(30.0, 1, N)[0]
+
+    def found(other, bias, kept):
+        Q, K, V = (np.stack(X) for X in zip(slot, other, strict=True))
+        how = {"method": "fft", "eps": 1e-2, "scale": 1.0, "bias": ropecy.RelativeBias(np.array([first, bias]))}
+        if masked:
+            how["key_mask"] = np.array([np.arange(N) % 3 > 0, kept])
+        O, vjp = ropecy.attention_vjp(Q, K, V, **how)
+        g = vjp(np.sign(V))
+        return [X[0] for X in (O, g.dQ, g.dK, g.dV, g.dbias)]
+
+    t = np.arange(1 - N, N)
+    for X, Y in zip(found(slot, first, np.arange(N) % 3 > 0), found(slot, 0.12 * t, np.arange(N) < 9), strict=True):
+        np.testing.assert_array_equal(X, Y)

@@ -179,8 +179,11 @@ def together(
     certificates: Sequence[Certificate], units: Sequence[float], parts: tuple[tuple[Indices, Certificate], ...] = ()
 ) -> Certificate:
     """The certificate of what is computed in pieces, given that of each and the unit that its rounding is in, in units
-    of that of the whole; `parts` are those to name.
+    of that of the whole; `parts` are those to name. Where all units are 0, since values are constants that O has
+    exactly, the rounding is the largest of the pieces.
     """
+    if not any(units):
+        units = [1.0] * len(units)
 
     def one(values: set[str]) -> str:
         return values.pop() if len(values) == 1 else "mixed"

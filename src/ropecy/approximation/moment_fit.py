@@ -62,7 +62,7 @@ def taylor(B: float, order: int) -> MomentPolynomial:
     return MomentPolynomial(B, order - 1, coefficients, order, (largest, 0.0), largest)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=8192)
 def fit_moments(B: float, degree: int, kappa: float = 0.0) -> MomentPolynomial | None:
     """p = T_{k-1} + s^k q(s) with the least radius, k being the largest even number <= g and q of degree g - k <= 1.
 

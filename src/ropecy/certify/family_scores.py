@@ -47,7 +47,8 @@ def measure_family(problem: Problem) -> Scores:
             bound = np.maximum(bound, np.minimum(by_entry, norms * _norms(values, family)))
         room = 1 + (8 * problem.sizes.d + len(family.left) + 64) * 2.0**-52
         of_slots = np.minimum(plain, bound) * scale * room
-        products = float(plain.max()) * room
+        each = plain * room
+        products = float(each.max())
         plain = products * scale
     if not math.isfinite(plain):
         return unbounded(problem, math.inf)
@@ -55,7 +56,7 @@ def measure_family(problem: Problem) -> Scores:
     # The rounding error of a row of q or k is bounded in norm only: it may sit in any entry, so norms multiply it.
     lost = (problem.origin.q_lost + problem.origin.k_lost) * float(by_norm.max()) * room
     how = "by the norms of its matrices"
-    more = {"how": how, "products": products, "lost_of_slots": lost}
+    more = {"how": how, "products": products, "products_of_slots": each, "lost_of_slots": lost}
     return Scores(plain, float(of_slots.max()), None, *factors, of_slots, **more)
 
 

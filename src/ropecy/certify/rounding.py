@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,8 +15,52 @@ from .values import Values
 _STRETCH = 1536  # how many keys the exact engine sums in its own dtype, in blocks, before it adds the sum up in float64
 
 
+class Magnitudes(NamedTuple):
+    """What rounding errors grow with, for all slots together, as numbers, or for each slot, as (H,) arrays.
+
+    Attributes
+    ----------
+    bound : number or array
+        A bound of the scores, keys centred.
+    products : number or array
+        A bound of the products <q, k>, keys as they are.
+    scale : number or array
+        The largest factor, in size, that a product is multiplied with.
+    lost : number or array
+        The error of the products that projections and rotations left.
+    offset, residual, far
+        As in `Values`, in units of the largest range of all slots, or of each slot's own.
+    """
+
+    bound: float | np.ndarray
+    products: float | np.ndarray
+    scale: float | np.ndarray
+    lost: float | np.ndarray
+    offset: float | np.ndarray
+    residual: float | np.ndarray
+    far: bool | np.ndarray
+
+
+def largest(problem: Outline, scores: Scores, values: Values) -> Magnitudes:
+    """Those of all slots together."""
+    of_scores = scores.bound, scores.products, problem.largest_scale, scores.lost
+    return Magnitudes(*of_scores, values.offset, values.residual, bool(values.far.any()))
+
+
+def of_slots(problem: Outline, scores: Scores, values: Values) -> Magnitudes:
+    """Those of each slot."""
+    of_scores = scores.of_slots, scores.products_of_slots, problem.largest_scales, scores.lost_of_slots
+    return Magnitudes(*of_scores, values.offsets, values.residuals, values.far)
+
+
 def exact_rounding(problem: Outline, scores: Scores, values: Values, comm: Communicator = SERIAL) -> float:
-    """A bound of the rounding error of O by the exact engine, in units of max_c range_j(v_jc).
+    """A bound of the rounding error of O by the exact engine, in units of max_c range_j(v_jc), over all ranks' keys."""
+    n_k = sum(comm.gather(problem.sizes.n_k))
+    return float(rounding_of_pairs(problem, largest(problem, scores, values), n_k).max())
+
+
+def rounding_of_pairs(problem: Outline, m: Magnitudes, n_k: int) -> np.ndarray:
+    """A bound of the rounding error of O by the exact engine, with n_k keys, for magnitudes of this size.
 
     It is the sum of three errors:
 
@@ -25,14 +70,13 @@ def exact_rounding(problem: Outline, scores: Scores, values: Values, comm: Commu
       the values; and never by more than the range, since O stays between the least and the largest value;
     * of storing O, whose entries may be far larger than the range.
     """
-    unit = problem.unit
-    d, n_k = problem.sizes.d, sum(comm.gather(problem.sizes.n_k))
-    scale, size = problem.largest_scale, score_size(problem, scores)
-    off = unit * _of_scores(d) * size + (scale * scores.lost if scale else 0.0)
-    if problem.bias is not None:
-        off += 2 * unit * bias_reach(problem, size)
+    unit, size = problem.unit, score_size(m)
     sums = sums_rounding(problem.dtype, n_k, _STRETCH if problem.family is None else 1)
-    return sums * max(1.0, values.residual) + min(1.0, off) + unit * values.offset
+    with np.errstate(over="ignore"):
+        off = unit * _of_scores(problem.sizes.d) * size + _times(m.scale, m.lost)
+        if problem.bias is not None:
+            off = off + 2 * unit * bias_reach(problem, size)
+        return sums * np.maximum(1.0, m.residual) + np.minimum(1.0, off) + unit * m.offset
 
 
 def sums_rounding(dtype: np.dtype, n_k: int, stretch: int = _STRETCH) -> float:
@@ -59,10 +103,15 @@ def most_of_norms(dtype: np.dtype, n_k: int, d: int, eps: float) -> float:
     return (eps - sums_rounding(dtype, n_k)) / (_of_scores(d) * float(np.finfo(dtype).eps) / 2)
 
 
-def score_size(problem: Outline, scores: Scores) -> float:
+def score_size(m: Magnitudes) -> np.ndarray:
     """A bound of the scores without their bias, inside the near field and outside."""
-    scale = problem.largest_scale
-    return scale * scores.products if scale else 0.0
+    return _times(m.scale, m.products)
+
+
+def _times(scale: float | np.ndarray, X: float | np.ndarray) -> np.ndarray:
+    """scale X, which is 0 where the scale is, even if X is not known."""
+    with np.errstate(over="ignore"):
+        return np.multiply(scale, X, out=np.zeros(np.broadcast(scale, X).shape), where=np.not_equal(scale, 0))
 
 
 def seen_bias(problem: Outline) -> np.ndarray:
@@ -71,8 +120,9 @@ def seen_bias(problem: Outline) -> np.ndarray:
     return seen if seen.shape[-1] else np.full((*problem.bias.shape[:2], 1), -np.inf)
 
 
-def bias_reach(problem: Outline, size: float) -> float:
-    """A bound of the weighted mean, over the keys of a row, of how far their biases lie below the largest bias.
+def bias_reach(problem: Outline, size: np.ndarray) -> np.ndarray:
+    """A bound of the weighted mean, over the keys of a row, of how far their biases lie below the largest bias of the
+    head, for each slot; one for all slots that share the bias and the size.
 
     Scores without bias are within `size`. One bound is the distance from the largest to the least bias. The other is
     the sum of two distances: from the largest bias down to the largest that the row sees, and from there to the mean
@@ -82,19 +132,18 @@ def bias_reach(problem: Outline, size: float) -> float:
     where = problem.mask.seen_symbol
     seen = problem.bias[..., where]
     if not seen.shape[-1]:
-        return 0.0
+        return np.zeros(len(seen))
     with np.errstate(over="ignore", invalid="ignore"):
-        top = seen.max(axis=-1, keepdims=True)
-        depth = top - seen
-        deepest = float(depth.max())
+        depth = seen.max(axis=-1, keepdims=True) - seen
+        deepest = depth.max(axis=(1, 2))
         near = 2 * size + math.log(max(problem.sizes.n_k, 1))
-        if deepest <= near or problem.origin.hidden:
+        if np.all(deepest <= near) or problem.origin.hidden:
             return deepest
         beside = where.start, problem.bias.shape[-1] - where.stop
         depth = np.pad(depth, ((0, 0), (0, 0), beside), constant_values=np.inf)
         best = _best(problem, depth)
-    best = float(best[np.isfinite(best)].max(initial=0))
-    return min(deepest, best + near)
+        best = np.where(np.isfinite(best), best, 0).max(axis=(1, 2), initial=0)
+        return np.minimum(deepest, best + near)
 
 
 def _best(problem: Outline, depth: np.ndarray) -> np.ndarray:
@@ -130,13 +179,12 @@ def _best(problem: Outline, depth: np.ndarray) -> np.ndarray:
 def polynomial_rounding(problem: Outline, B: float, values: Values, lost: float = 0.0) -> float:
     """The rounding error of O by the polynomial engine, in units of max_c range_j(v_jc), for scores within B.
 
-    It is no more than the largest of `rounding_of_slots` where B is the largest bound of a slot.
-
-    Sums of monomials cancel where scores are negative, which costs a few units of rounding times e^{2B}: 0.3 to 4 were
-    measured, 11 where B is small. Values are centred, so an offset of theirs costs no more than storing O does. `lost`
-    is `Scores.lost`, the error of the products <q, k> (see `moved`).
+    It is no more than the largest of `rounding_of_slots` where B is the largest bound of a slot. `lost` is
+    `Scores.lost`, the error of the products <q, k> (see `moved`).
     """
-    return float(_of_monomials(problem, B, values.far.any(), values.offset, lost))
+    far = bool(values.far.any())
+    m = Magnitudes(B, math.inf, abs(problem.scale), lost, values.offset, values.residual, far)
+    return float(rounding_of_monomials(problem, m))
 
 
 def rounding_of_slots(problem: Outline, scores: Scores, values: Values, B: np.ndarray) -> np.ndarray:
@@ -144,26 +192,25 @@ def rounding_of_slots(problem: Outline, scores: Scores, values: Values, B: np.nd
 
     B has an entry for each slot.
     """
-    return _of_monomials(problem, B, values.far, values.offsets, scores.lost_of_slots)
+    return rounding_of_monomials(problem, of_slots(problem, scores, values)._replace(bound=B))
 
 
-def _of_monomials(
-    problem: Outline,
-    B: float | np.ndarray,
-    far: bool | np.ndarray,
-    offset: float | np.ndarray,
-    lost: float | np.ndarray,
-) -> np.ndarray:
-    sums = 12 + 4 * np.exp(np.minimum(2 * B, 700))
-    of_scores = np.minimum(1.0, abs(problem.scale) * lost)
-    return problem.unit * (sums * np.where(far, 2, 1) + 2 * offset) + of_scores
+def rounding_of_monomials(problem: Outline, m: Magnitudes) -> np.ndarray:
+    """The rounding error of O by sums of monomials, for magnitudes of this size.
+
+    Sums of monomials cancel where scores are negative, which costs a few units of rounding times e^{2B}: 0.3 to 4 were
+    measured, 11 where B is small. Values are centred, so an offset of theirs costs no more than storing O does.
+    """
+    with np.errstate(over="ignore"):
+        sums = 12 + 4 * np.exp(np.minimum(2 * m.bound, 700))
+        of_scores = np.minimum(1.0, abs(problem.scale) * m.lost)
+        return problem.unit * (sums * np.where(m.far, 2, 1) + 2 * m.offset) + of_scores
 
 
-def moved(problem: Outline, lost: float) -> float:
+def moved(problem: Outline, lost: float | np.ndarray) -> np.ndarray:
     """How far O moves, in units of the range of the values, if the products <q, k> are off by `lost`.
 
     It is no more than the error of the scores, and never more than the whole range.
     """
-    return min(1.0, abs(problem.scale) * lost) if lost else 0.0
-
-
+    with np.errstate(over="ignore"):
+        return np.minimum(1.0, abs(problem.scale) * np.asarray(lost))

@@ -44,6 +44,8 @@ class Scores:
         The largest ``||k_j - centre||`` of each slot; None with a family.
     products : float
         `plain` without the scale.
+    products_of_slots : (H,) float64 array or float
+        `products` of each slot.
     plain_of_slots : (H,) float64 array or float
         `plain` of each slot.
     lost_of_slots : (H,) float64 array or float
@@ -60,6 +62,7 @@ class Scores:
     how: str = "with keys centred"
     keys: np.ndarray | None = None
     products: float = math.inf
+    products_of_slots: np.ndarray | float = math.inf
     plain_of_slots: np.ndarray | float = math.inf
     lost_of_slots: np.ndarray | float = 0.0
 
@@ -148,7 +151,8 @@ def plain_scores(problem: Problem, norms: Norms) -> Scores:
         origin = problem.origin
         q, k = norms.q if origin.q_norm is None else origin.q_norm, norms.k if origin.k_norm is None else origin.k_norm
         lost = (origin.q_lost * (q * norms.k) + origin.k_lost * (norms.q * k)) * room(problem)
-    return replace(unbounded(problem, plain, products, lost), plain_of_slots=of_slots * abs(problem.scale))
+    found = unbounded(problem, plain, products, lost)
+    return replace(found, products_of_slots=of_slots, plain_of_slots=of_slots * abs(problem.scale))
 
 
 def query_norms(problem: Problem) -> np.ndarray:

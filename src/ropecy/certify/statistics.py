@@ -72,7 +72,7 @@ class Statistics:
         return Sample(self.problem, self.scores, self.values, self._comm)
 
     def slots(self, which: Slots) -> Statistics:
-        """The statistics of some of the slots; the bounds of their scores are not measured again.
+        """The statistics of some of the slots; what has been measured of all is not measured again.
 
         If the sequence is in pieces, nothing is, so that no messages are needed.
         """
@@ -80,8 +80,10 @@ class Statistics:
         found._norms = self._norms.slots(which)
         found.plain = plain_scores(found.problem, found._norms)
         found.scores = self.scores.slots(which, found.plain)
-        if self._comm.distributed:
-            found.values, found.hidden = self.values.slots(which, found.problem), self.hidden.slots(which)
+        if self._comm.distributed or "values" in vars(self):
+            found.values = self.values.slots(which, found.problem)
+        if self._comm.distributed or "hidden" in vars(self):
+            found.hidden = self.hidden.slots(which)
         if "sample" in vars(self):
             found.sample = self.sample.slots(which)
         found._fourth = self._fourth and self._fourth.slots(which)

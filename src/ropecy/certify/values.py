@@ -32,6 +32,8 @@ class Values:
         `offset` of each slot, in units of the range of its own values.
     residual : float
         max |v| / max_c range_j(v_jc) for the values in their normal form.
+    residuals : (H,) array
+        `residual` of each slot, in units of the range of its own values.
     varied : float
         max |v| over the columns that are not constant, before the normal form: in a constant column O is that constant
         and is stored without an error.
@@ -56,6 +58,7 @@ class Values:
     far: np.ndarray
     offsets: np.ndarray | None = None
     residual: float = 1.0
+    residuals: np.ndarray | None = None
     varied: float = 0.0
     spread: float = 0.0
     exact: bool = False
@@ -105,6 +108,8 @@ def _sized(found: Values, problem: Problem) -> Values:
     origin, spread, largest = problem.origin, float(spreads.max()), float(sizes.max())
     found.exact = not spread and not origin.v_lost
     found.residual, varied = 0.5 * largest / spread if spread else 1.0, sizes
+    with np.errstate(over="ignore"):
+        found.residuals = np.divide(0.5 * sizes, spreads, out=np.ones_like(sizes), where=spreads > 0)
     if origin.largest is not None:
         sizes, varied = (X.reshape(len(spreads), -1).max(axis=1) for X in (origin.largest, origin.varied))
         largest = float(sizes.max())

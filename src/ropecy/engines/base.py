@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -76,6 +76,8 @@ class Context:
 
     def slots(self, which: Slots) -> Context:
         """The context of some of the slots alone."""
+        if isinstance(which, slice) and which == slice(0, self.outline.sizes.H):
+            return self
         statistics, own = self.statistics.slots(which), self.by_moments
         if own is not None:
             own = tuple(own[slot] for slot in np.arange(len(own))[which].tolist())
@@ -92,6 +94,12 @@ class Context:
 def gradient_of(certificate: Certificate) -> Certificate:
     """The certificate of gradients beside one of O: their rounding error is taken to be four times that of O."""
     return replace(certificate, rounding=4 * certificate.rounding)
+
+
+def row_by_row(certificate: Certificate, of_slots: list[float], rows: tuple[int, int, int]) -> Certificate:
+    """The certificate with the truncation of each of these (H, G, n) rows, which is that of its slot."""
+    found = np.broadcast_to(np.array(of_slots)[:, None, None], rows)
+    return replace(certificate, rows_truncation=found)
 
 
 class Executable(ABC):
@@ -314,6 +322,21 @@ class Search:
         return next((a for a in polynomials if a.executable.certificate.rule == rule), None)
 
 
+class Alike(NamedTuple):
+    """How an engine would compute a slot.
+
+    Attributes
+    ----------
+    key : tuple of numbers
+        Slots of one key are computed together; those of smaller keys come first.
+    seconds : float
+        What it would take if all slots were like this one.
+    """
+
+    key: tuple[float, ...]
+    seconds: float
+
+
 class Engine(ABC):
     """A solver, which offers a candidate for a problem or says why it has none.
 
@@ -341,6 +364,13 @@ class Engine(ABC):
     def unable(self, lacking: str) -> Refusal:
         """The refusal of a problem that has what this engine does not do."""
         return Refusal(self.name, lacking, NotImplementedError)
+
+    def alike(self, context: Context, most: float) -> list[Alike | None]:
+        """How this engine would compute each slot; None where it has nothing that takes less than `most` seconds.
+
+        That of a slot depends on its own numbers and on the shape of the call, never on other slots.
+        """
+        return [None] * context.outline.sizes.H
 
     @abstractmethod
     def offer(self, context: Context, search: Search) -> Candidate | Refusal:

@@ -417,9 +417,12 @@ def forward_mild(q, k, v, tables, sizes, bint want_lse, int threads):
 
 def segments_of(ptrdiff_t heads, ptrdiff_t n_k, dtype):
     """Into how many parts, each with its own dq, backward cuts the keys of each of so many heads: what keeps 8 threads
-    busy.
+    busy, and two where few of these heads are computed exactly, for long sequences, as long as that takes few dq.
     """
-    return max(1, min(8 // heads if heads else 1, pieces(n_k, functions_of(dtype).block)))
+    if heads == 0:
+        return 1
+    of_few = min(4, 32 // heads, n_k // 1024)
+    return max(1, min(max(8 // heads, of_few), pieces(n_k, functions_of(dtype).block)))
 
 
 def backward(saved, v, grad, bint want_dsymbol, ptrdiff_t segments, int threads):

@@ -144,7 +144,7 @@ cdef class Product:
         self.arrays = (q, k, v, spectra, gain, degrees, variables, factors, turn, terms)
 
     def forward(self, weights):
-        """(H, G, columns, rows): sum_a w_|a| q^a T (k^a v)."""
+        """(H, G, columns, rows): sum_a w_|a| q^a T (k^a v), for weights (H, most + 1) of each degree."""
         cdef Pass p
         memset(&p, 0, sizeof(Pass))
         p.size = self.passing(self.key_blocks) + 2 * (self.groups * self.rows + self.keys)
@@ -158,9 +158,9 @@ cdef class Product:
         """The adjoint for grad (H, G, columns, rows), the derivative of the result.
 
         dq (H, G, d, rows) and dk (H, d, keys) are the derivatives for `grad_weights`, dv (H, columns, keys) for
-        `weights`; so are the spectra (H, G or 1, levels, blocks, pitch) of the correlations sum_i of the pairs with
-        one offset, which T's derivative is, summed over the groups where these share T: their real parts, in time;
-        None where not wanted.
+        `weights`, both (H, most + 1); so are the spectra (H, G or 1, levels, blocks, pitch) of the correlations sum_i
+        of the pairs with one offset, which T's derivative is, summed over the groups where these share T: their real
+        parts, in time; None where not wanted.
         """
         cdef Pass p
         cdef ptrdiff_t given = self.groups * self.levels * self.query_blocks
@@ -216,7 +216,7 @@ cdef class Product:
 
     cdef void forward_pair(self, const Pass *p, ptrdiff_t head, ptrdiff_t part, ptrdiff_t pair,
                            double *work) noexcept nogil:
-        cdef double weight = p.weights[self.degrees[pair]]
+        cdef double weight = p.weights[head * (self.most + 1) + self.degrees[pair]]
         cdef double *spectra = work
         cdef double *room = spectra + 2 * self.pitch * max(self.key_blocks, self.products.outputs)
         cdef double *keys = room + RC_CHUNK * max(self.products.outputs, self.key_blocks)
@@ -248,8 +248,9 @@ cdef class Product:
     cdef void backward_pair(self, const Pass *p, ptrdiff_t head, ptrdiff_t part, ptrdiff_t pair,
                             double *work) noexcept nogil:
         cdef ptrdiff_t degree = self.degrees[pair], slot = part * self.heads + head
+        cdef ptrdiff_t of_degree = head * (self.most + 1) + degree
         # A constant has no derivative.
-        cdef double weight = p.weights[degree], grad_weight = p.grad_weights[degree] if degree else 0
+        cdef double weight = p.weights[of_degree], grad_weight = p.grad_weights[of_degree] if degree else 0
         cdef ptrdiff_t given = self.groups * self.levels * self.query_blocks
         cdef double *spectra = work
         cdef double *room = spectra + 2 * self.pitch * max(self.key_blocks, self.products.outputs)

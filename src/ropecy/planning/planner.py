@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
 from ..certificate import AccuracyWarning, BoundedEntryError, warn
@@ -12,13 +13,12 @@ from ..engines.fft.engine import FFTEngine
 from ..engines.near_far.engine import NearFarEngine
 from ..engines.outliers.engine import Outliers
 from ..engines.parts.engine import BySequence, by_head
-from ..engines.parts.groups import groups
+from ..engines.parts.groups import Groups, groups
 from ..engines.polynomial.by_moments import Moments
 from ..engines.polynomial.by_sample import Sampled
 from ..engines.polynomial.moment_search import may_serve
 from ..engines.polynomial.worst_case import WorstCase, left_by_rounding, of_each_slot
 from ..machine.memory import require
-from ..problem.problem import Slots
 from ..problem.request import METHODS
 
 _MINUTE = 60.0
@@ -73,14 +73,15 @@ def choose(context: Context) -> Choice:
     """
     if context.outline.mask.packed is not None:
         return _by_sequence(context)
-    context, slots = groups(context)
-    return _by_head(context, slots) if len(slots) > 1 else _of_one_plan(context)
-
-
-def _of_one_plan(context: Context) -> Choice:
-    """`choose`, with one plan for all heads."""
-    found = _by_sample(context) or _by_proof(context)
+    slots = groups(context)
+    found = _of_one_plan(context) if slots is None else _by_head(slots)
     require(found.candidate.bytes, f"the {found.candidate.engine} engine, beyond inputs and outputs,")
+    return found
+
+
+def _of_one_plan(context: Context, split: bool = True) -> Choice:
+    """`choose`, with one plan for all heads, out of which outliers may be taken only if `split`."""
+    found = _by_sample(context, split) or _by_proof(context, split)
     if found.candidate.engine == "exact" and context.request.method == "auto":
         if found.executable.certificate.error > context.request.eps:
             found = _certified_by_another(context, found) or found
@@ -157,16 +158,27 @@ def _by_sequence(context: Context) -> Choice:
     return _answered(search, answer)
 
 
-def _by_head(context: Context, slots: list[Slots]) -> Choice:
+def _by_head(slots: Groups) -> Choice:
     """The choice of a plan for each of these groups of heads, or of one for all where only that fits in memory."""
-    found = by_head(context, slots, lambda own: _of_one_plan(own).candidate)
+    context, choices = slots.context, []
+
+    def plan(own: Context) -> Candidate:
+        choices.append(_of_one_plan(own, split=False))
+        return choices[-1].candidate
+
+    def split(own: Context, seconds: float) -> Candidate | None:
+        answer = _OUTLIERS.offer(own, seconds)
+        return answer if isinstance(answer, Candidate) else None
+
+    found = by_head(slots, plan, split)
+    if choices and found is choices[-1].candidate:
+        return choices[-1]
     if context.request.method == "auto" and not found.fits:
         return _of_one_plan(replace(context, by_moments=None))
-    require(found.bytes, "plans of heads, beyond inputs and outputs,")
     return _answered(Search(context.request, [_EXACT.offer(context, Search(context.request))]), found)
 
 
-def _by_sample(context: Context) -> Choice | None:
+def _by_sample(context: Context, split: bool) -> Choice | None:
     """The choice of a polynomial whose error is judged by sampled rows, or None.
 
     It is made where the caller asked for certify="sample" and trying degrees in this way costs less than the cheapest
@@ -185,11 +197,11 @@ def _by_sample(context: Context) -> Choice | None:
         search = Search(request)
     if any(refusal.hopeless for refusal in search.refusals):
         return None
-    prove = None if context.distributed else lambda: _by_proof(context).executable
+    prove = None if context.distributed else lambda: _by_proof(context, split).executable
     return _answered(search, Sampled(prove).offer(context, search))
 
 
-def _by_proof(context: Context) -> Choice:
+def _by_proof(context: Context, split: bool) -> Choice:
     """The choice among engines with a proved error.
 
     It is the cheapest engine for the whole problem, or, where that costs less, a polynomial for most rows and keys with
@@ -202,12 +214,15 @@ def _by_proof(context: Context) -> Choice:
         search = found.search
     except BoundedEntryError as error:
         refusal = error
-    if context.request.takes("polynomial") and not any(answer.hopeless for answer in search.refusals):
-        outliers = Outliers(plan=lambda rest: _at_once(rest).candidate)
-        found = _answered(search, outliers.offer(context, search)) or found
+    if split and not any(answer.hopeless for answer in search.refusals):
+        most = math.inf if search.best is None else search.best.nominal
+        found = _answered(search, _OUTLIERS.offer(context, most)) or found
     if found is None:
         raise refusal
     return found
+
+
+_OUTLIERS = Outliers(plan=lambda rest: _at_once(rest).candidate)
 
 
 def _answered(search: Search, answer: Candidate | Refusal) -> Choice | None:

@@ -174,6 +174,13 @@ class Outline:
         return abs(self.scale) if self.near is None else max(abs(self.scale), self.near.largest)
 
     @property
+    def largest_scales(self) -> float | np.ndarray:
+        """The largest of |scale| and of |scale_near| of each slot, (H,), or one for all."""
+        if self.near is None or not self.near.by_head:
+            return self.largest_scale
+        return np.maximum(abs(self.scale), np.abs(self.near.scale).max(axis=1))
+
+    @property
     def terms(self) -> int:
         """How many products are added up in a score; monomials have so many variables."""
         return self.sizes.d if self.family is None else max(1, len(self.family.used))
@@ -205,8 +212,8 @@ class Outline:
 
     def outline(self, **changes: object) -> Outline:
         """The outline of this problem, with these fields changed."""
-        own = {f.name: getattr(self, f.name) for f in fields(Outline)}
-        return Outline(**own | changes)
+        names, values_of = _all()
+        return Outline(**dict(zip(names, values_of(self), strict=True)) | changes)
 
     def slots(self, which: Slots) -> Outline:
         """The outline of the problem of some of the slots."""
@@ -327,6 +334,12 @@ class Problem(Outline):
         return replace(self, q=q, k=k, v=v, mask=self.mask.reversed())
 
 
+def in_order(slots: np.ndarray) -> Slots:
+    """Ascending indices of slots; a slice where they follow one another."""
+    first, last = int(slots[0]), int(slots[-1])
+    return slice(first, last + 1) if last - first + 1 == len(slots) else slots
+
+
 def unit_of(v: np.ndarray, mask: Mask, threads: int) -> float:
     """The largest range of a column of v (H, n_k, m) over kept keys, or max |v| where all columns are constant."""
     if not v.size:
@@ -345,6 +358,13 @@ def _tail_of_slots(
         return found
     heads = np.arange(sizes.H * sizes.G).reshape(sizes.H, sizes.G)[which].reshape(-1)
     return found._replace(log_weight=found.log_weight[..., heads], rate=found.rate[..., heads])
+
+
+@lru_cache
+def _all() -> tuple[tuple[str, ...], Callable[[Outline], tuple[object, ...]]]:
+    """The names of the fields of an outline, and what takes all their values at once."""
+    names = tuple(f.name for f in fields(Outline))
+    return names, attrgetter(*names)
 
 
 @lru_cache

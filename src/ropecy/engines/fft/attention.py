@@ -27,7 +27,7 @@ from ..exact import attention
 from . import family
 from .blocks import near
 from .shared import Shared, plans
-from .symbol import Symbol
+from .symbol import Run, Symbol
 
 
 @dataclass(slots=True)
@@ -38,19 +38,19 @@ class Saved:
     ----------
     product : Shared or family.Product
         The sums over keys.
-    symbol, p, scores
+    symbol, polynomials, scores
         As `forward` was given them.
     centred : (H, G, d_v, n) float64 array
         O without the values' middle.
     inverse : (H, G, n) float64 array
         One over the denominators; 0 for rows that are computed exactly or see no key.
     exact : list of (Problem, attention.Saved)
-        For each run of rows that was computed exactly.
+        For each run of rows that was computed exactly, in some of the slots.
     """
 
     product: Shared | family.Product
     symbol: Symbol
-    p: Polynomial
+    polynomials: tuple[Polynomial, ...]
     scores: Scores
     centred: np.ndarray
     inverse: np.ndarray
@@ -58,7 +58,7 @@ class Saved:
 
 
 def forward(
-    problem: Problem, scores: Scores, p: Polynomial, symbol: Symbol, want_lse: bool
+    problem: Problem, scores: Scores, polynomials: tuple[Polynomial, ...], symbol: Symbol, want_lse: bool
 ) -> tuple[np.ndarray, np.ndarray | None, Saved]:
     """O (H, G, n, d_v), lse float64 or None, and what backward needs.
 
@@ -66,8 +66,10 @@ def forward(
     ----------
     problem : Problem
     scores : Scores
-        Centre and sizes of q and k, so that all scores are within ``[-p.B, p.B]``.
-    p : Polynomial
+        Centre and sizes of q and k.
+    polynomials : tuple of Polynomial
+        The polynomial p of each slot, whose scores are all within ``[-p.B, p.B]``. All are of one degree, and with a
+        family they are equal.
     symbol : Symbol
         `survey` of the problem.
     want_lse : bool
@@ -79,17 +81,17 @@ def forward(
     """
     H, G, n = problem.sizes[:3]
     # Taken from v and given back to O, for the error of a transform is as large as what it is given.
-    middle = medians(problem)
+    middle, degree = medians(problem), polynomials[0].degree
     values = _centred(problem, middle)
     if problem.family is None:
-        product = Shared(problem, scores, values, symbol, p)
+        product = Shared(problem, scores, values, symbol, max(1, degree))
     else:
-        work = family.operations(problem, p.degree, symbol.block, near(problem, symbol.block), False)
+        work = family.operations(problem, degree, symbol.block, near(problem, symbol.block), False)
         product = family.Product(problem, scores, values, symbol, plans(symbol.block, work))
-    sums = product.forward(p)
+    sums = product.forward(polynomials)
     plain = np.broadcast_to(symbol.top < symbol.unseen, (H, G, n)).copy()
-    for first, last in symbol.exact_rows:
-        plain[..., first:last] = False
+    for run in symbol.exact_rows:
+        plain[run.at] = False
     denominators = np.where(plain, sums[:, :, -1], 1)
     inverse = np.where(plain, 1 / denominators, 0)
     centred = sums[:, :, :-1] * inverse[:, :, None]
@@ -103,13 +105,14 @@ def forward(
                 "hgna,ha->hgn", problem.q, scores.centre.astype(np.float64), dtype=np.float64
             )
         lse = np.where(plain, np.log(denominators) + shift, -np.inf)
-    saved = Saved(product, symbol, p, scores, centred, inverse, [])
-    for first, last in symbol.exact_rows:
-        part = _rows(problem, first, last)
-        o_part, lse_part, saved_part = attention.forward(part, scores.plain, want_lse)
-        o[:, :, first:last] = o_part
+    saved = Saved(product, symbol, polynomials, scores, centred, inverse, [])
+    plain_scores = np.broadcast_to(scores.plain_of_slots, (H,))
+    for run in symbol.exact_rows:
+        part = _rows(problem, run)
+        o_part, lse_part, saved_part = attention.forward(part, plain_scores[run.slots], want_lse)
+        o[run.at] = o_part
         if want_lse:
-            lse[:, :, first:last] = lse_part
+            lse[run.at] = lse_part
         saved.exact.append((part, saved_part))
     return o, lse, saved
 
@@ -125,12 +128,12 @@ def backward(problem: Problem, saved: Saved, do: np.ndarray) -> InputGradients:
     pairs have the weights p(s_ij) t_{j-i} / den_i there too. Two pairs of transforms for each monomial and column.
     """
     H, G, n = problem.sizes[:3]
-    p, symbol = saved.p, saved.symbol
+    symbol = saved.symbol
     grad = np.zeros((H, G, problem.v.shape[2] + 1, n))
     upstream = do.astype(np.float64).swapaxes(-1, -2)
     grad[:, :, :-1] = upstream * saved.inverse[:, :, None]
     grad[:, :, -1] = -(upstream * saved.centred).sum(axis=2) * saved.inverse
-    dq, dk, dv, dsymbol, *dfamily = saved.product.backward(p, grad, problem.bias is not None)
+    dq, dk, dv, dsymbol, *dfamily = saved.product.backward(saved.polynomials, grad, problem.bias is not None)
     n_k, dtype = problem.sizes.n_k, problem.dtype
     dq = np.ascontiguousarray((saved.scores.q_factor[:, None, None, None] * dq).swapaxes(-1, -2).astype(dtype))
     dk = np.ascontiguousarray((saved.scores.k_factor[:, None, None] * dk).swapaxes(-1, -2).astype(dtype))
@@ -144,17 +147,17 @@ def backward(problem: Problem, saved: Saved, do: np.ndarray) -> InputGradients:
         for total in dfamily:
             # The family's entries are in order of i - j, and not of j - i.
             np.copyto(total, 0, where=hidden.all(axis=0)[::-1])
-    for (first, last), (part, saved_part) in zip(symbol.exact_rows, saved.exact, strict=True):
-        found = attention.backward(part, saved_part, np.ascontiguousarray(do[:, :, first:last]))
-        dq[:, :, first:last] = found.dq
-        dk += found.dk
-        dv += found.dv
+    for run, (part, saved_part) in zip(symbol.exact_rows, saved.exact, strict=True):
+        found = attention.backward(part, saved_part, np.ascontiguousarray(do[run.at]))
+        dq[run.at] = found.dq
+        dk[run.slots] += found.dk
+        dv[run.slots] += found.dv
         if dsymbol is not None:
             own = found.symbol[0].values
             own = own if dsymbol.shape[1] > 1 else own.sum(axis=1, keepdims=True)
-            dsymbol[..., n - last : n - first + n_k - 1] += own
+            dsymbol[run.slots, :, n - run.last : n - run.first + n_k - 1] += own
         for total in dfamily:
-            total[:, first : last + n_k - 1] += found.family
+            total[:, run.first : run.last + n_k - 1] += found.family
     found = InputGradients(dq, dk, dv, family=dfamily[0] if dfamily else None)
     if dsymbol is not None:
         found.symbol = (SymbolGradient(dsymbol, problem.mask.least),)
@@ -171,14 +174,16 @@ def _centred(problem: Problem, middle: np.ndarray) -> np.ndarray:
     return values
 
 
-def _rows(problem: Problem, first: int, last: int) -> Problem:
-    """The problem of the query rows [first, last)."""
-    n, n_k, bias = problem.sizes.n, problem.sizes.n_k, problem.bias
+def _rows(problem: Problem, run: Run) -> Problem:
+    """The problem of some query rows of some slots."""
+    n, n_k = problem.sizes.n, problem.sizes.n_k
+    problem = problem if run.slots == slice(0, len(problem.q)) else problem.slots(run.slots)
+    bias = problem.bias
     return replace(
         problem,
-        q=np.ascontiguousarray(problem.q[:, :, first:last]),
-        mask=problem.mask.rows(first, last),
-        bias=None if bias is None else np.ascontiguousarray(bias[..., n - last : n - first + n_k - 1]),
+        q=np.ascontiguousarray(problem.q[:, :, run.first : run.last]),
+        mask=problem.mask.rows(run.first, run.last),
+        bias=None if bias is None else np.ascontiguousarray(bias[..., n - run.last : n - run.first + n_k - 1]),
     )
 
 

@@ -37,8 +37,8 @@ def block_size(problem: Outline, allowed: int) -> int:
 
 def parts(problem: Outline, degree: int, rows: int, keys: int) -> int:
     """The number of parts that the monomials are cut into. It follows from shapes, never from the number of threads."""
-    wanted = -(-_PARTS // problem.sizes.H)
-    room = int(_PART_BYTES / (8 * part_size(problem, rows, keys, True)))
+    wanted = -(-_PARTS // problem.cut_for)
+    room = int(_PART_BYTES / (8 * part_size(problem, rows, keys, True) * problem.cut_for / problem.sizes.H))
     return max(1, min(wanted, max(2, room), n_features(problem.sizes.d, degree) // 2))
 
 

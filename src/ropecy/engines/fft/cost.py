@@ -37,7 +37,10 @@ def memory(problem: Outline, degree: int, grad: bool) -> float:
     if problem.family is not None:
         return family.memory(problem, degree, block, grad)
     rows, keys = round_up(n, block), round_up(n_k, block)
-    symbols, own = (1, 1) if problem.bias is None else (math.prod(problem.bias.shape[:2]), problem.bias.shape[1])
+    symbols, own = 1, 1
+    if problem.bias is not None:
+        heads, own = problem.bias.shape[:2]
+        symbols = (heads if problem.mask.kept is None else H) * own
     # A spectrum takes 4 numbers for each entry of a column.
     spectra = 4.0 * (rows + keys) * symbols
     passing = 4 * max(own * rows, keys) + (4 * max(G * rows, keys) if grad else 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,16 +12,16 @@ from ...approximation import minimax as poly
 from ...approximation.minimax import Polynomial
 from ...certificate import Certificate
 from ...certify.family_scores import largest_entries
-from ...certify.rounding import exact_rounding, moved
+from ...certify.rounding import Magnitudes, largest, moved, of_slots, rounding_of_pairs
 from ...certify.scores import Scores
 from ...certify.values import Values
 from ...problem.input_gradients import InputGradients
 from ...problem.pieces import WHOLE, Pieces
 from ...problem.problem import Problem
-from ..base import CHEAPEST, Candidate, Context, Engine, Executable, Refusal, Result, Search
+from ..base import CHEAPEST, Alike, Candidate, Context, Engine, Executable, Refusal, Result, Search, row_by_row
 from ..cost import Work, operations_work
 from ..exact.cost import exact_work
-from ..polynomial.worst_case import certificate_of, certified, cure, of_gradient, where
+from ..polynomial.worst_case import certificate_of, certified, cure, left_by, of_each_slot, of_gradient, where
 from . import attention
 from .cost import memory, operations
 from .symbol import Symbol, survey
@@ -35,20 +36,29 @@ _UNIT = 2.0**-53
 
 @dataclass(slots=True)
 class FFT(Executable):
-    """Monomials between which T is applied by transforms."""
+    """Monomials between which T is applied by transforms.
+
+    Attributes
+    ----------
+    polynomials : tuple of Polynomial
+        The polynomial of each slot.
+    """
 
     certificate: Certificate
     gradient_certificate: Certificate | None
     scores: Scores
     values: Values
-    polynomial: Polynomial
+    polynomials: tuple[Polynomial, ...]
     symbol: Symbol
 
     engine = "fft"
 
     def forward(self, problem: Problem, want_lse: bool, pieces: Pieces = WHOLE) -> Result:
-        o, lse, saved = attention.forward(problem, self.scores, self.polynomial, self.symbol, want_lse)
-        return Result(o, lse, self, saved)
+        o, lse, saved = attention.forward(problem, self.scores, self.polynomials, self.symbol, want_lse)
+        errors = [p.error for p in self.polynomials]
+        found = row_by_row(self.certificate, [poly.tau(e) for e in errors], o.shape[:3])
+        gradient = self.gradient_certificate and row_by_row(self.gradient_certificate, errors, o.shape[:3])
+        return Result(o, lse, self, saved, found, gradient)
 
     def backward(self, problem: Problem, result: Result, do: np.ndarray, pieces: Pieces = WHOLE) -> InputGradients:
         return attention.backward(problem, result.saved, do)
@@ -68,51 +78,63 @@ class FFTEngine(Engine):
         worth = search.exact.nominal > context.outline.share * _WORTH_ASKING
         if not insisted and (not worth or any(c.engine == "polynomial" for c in search.candidates)):
             return Refusal(self.name)
-        base = base_rounding(context)
-        # Transforms have an eighth of eps; rows to which they do more are computed exactly.
-        share = context.request.eps / 8
-        p, refusal = _certified(context, base + share)
-        if p is None:
+        found, refusal = _certified(context)
+        if found is None:
             return Refusal(self.name, refusal)
-        work = _work(context, p)
+        degree = max(1, found[0].degree)
+        work = _work(context, degree)
         if work.nominal > _DAY:
-            return Refusal(self.name, self._too_long(context, p, work))
-        size = memory(context.outline, max(1, p.degree), context.request.grad)
+            return Refusal(self.name, self._too_long(context, degree, work))
+        size = memory(context.outline, degree, context.request.grad)
         exact = search.exact
         if not insisted and not Candidate(exact.executable, work, size, "").beats(exact):
             return Refusal(self.name)
-        symbol, of_exact = survey(context.problem, p, share), 0.0
-        if symbol.exact_rows:
-            # They round as exact work does.
-            statistics = context.statistics
-            of_exact = exact_rounding(context.outline, statistics.scores, statistics.values)
-            if poly.tau(p.error) + of_exact > context.request.eps:
-                p, refusal = _certified(context, max(base + share, of_exact))
-                if p is None:
-                    return Refusal(self.name, refusal)
-                work, symbol = _work(context, p), survey(context.problem, p, share)
-        return self._candidate(context, p, symbol, max(base + symbol.rounding, of_exact), work)
+        return self._candidate(context, found, work)
 
-    def _candidate(
-        self, context: Context, p: Polynomial, symbol: Symbol, rounding: float, work: Work
-    ) -> Candidate | Refusal:
-        """Of this polynomial, where not too many rows are exact."""
+    def _candidate(self, context: Context, found: tuple[Polynomial, ...], work: Work) -> Candidate | Refusal:
+        """Of these polynomials, where not too many rows are exact."""
         outline, request, statistics = context.outline, context.request, context.statistics
-        degree, n = max(1, p.degree), outline.sizes.n
-        rows = sum(last - first for first, last in symbol.exact_rows)
-        if rows > n / 2:
-            return Refusal(self.name, self._too_many(context, rows, degree))
-        certificate = certificate_of(outline, statistics.scores, statistics.values, degree, poly.tau(p.error))
+        degree, n = max(1, found[0].degree), outline.sizes.n
+        symbol = survey(context.problem, found, _share(context))
+        if symbol.n_exact_rows.max() > n / 2:
+            return Refusal(self.name, self._too_many(context, int(symbol.n_exact_rows.max()), degree))
+        scores, values = statistics.scores, statistics.values
+        error = max(p.error for p in found)
+        certificate = certificate_of(outline, scores, values, degree, poly.tau(error))
+        own, of_exact = _roundings(context, largest(outline, scores, values))
+        rounding = float(np.max(own)) + float(symbol.rounding.max())
+        if symbol.exact_rows:
+            rounding = max(rounding, float(np.max(of_exact)))
         certificate = replace(certificate, engine="fft", rounding=rounding)
-        gradient = of_gradient(outline, certificate, degree + 1, p.error) if request.grad else None
-        executable = FFT(certificate, gradient, statistics.scores, statistics.values, p, symbol)
-        work = work.times((1 + symbol.unseen) / 2) + exact_work(outline, request.grad).times(rows / n)
+        gradient = of_gradient(outline, certificate, degree + 1, error) if request.grad else None
+        executable = FFT(certificate, gradient, scores, values, found, symbol)
+        work = work.times((1 + symbol.unseen) / 2)
+        work += exact_work(outline, request.grad).times(float(symbol.n_exact_rows.mean()) / n)
         size = memory(outline, degree, request.grad)
         return Candidate(executable, work, size, "method='fft'" if request.method == "fft" else CHEAPEST)
 
+    def alike(self, context: Context, most: float) -> list[Alike | None]:
+        """By the degree, by what rounding leaves of eps, by levels, and by whether too many rows would be exact."""
+        outline, request = context.outline, context.request
+        worth = request.method == "fft" or exact_work(outline, request.grad).nominal > _WORTH_ASKING
+        if context.distributed or self.lacks(outline) or not worth:
+            return super().alike(context, most)
+        allowed = _allowed(context)
+        found = of_each_slot(context, allowed)
+        works = {g: _work(context, g).nominal for g in {p.degree for p in found if p is not None}}
+        if min(works.values(), default=math.inf) >= most:
+            return super().alike(context, most)
+        symbol = _surveyed(context, found)
+        exact, n, keys = exact_work(outline, request.grad).nominal, outline.sizes.n, []
+        each = zip(found, allowed.tolist(), symbol.n_levels.tolist(), symbol.n_exact_rows.tolist(), strict=True)
+        for p, left, levels, rows in each:
+            price = math.inf if p is None else works[p.degree] * (1 + levels) / 2 + exact * rows / n
+            keys.append(Alike((p.degree, -left, levels, rows > n / 2), price) if price < most else None)
+        return keys
+
     @staticmethod
-    def _too_long(context: Context, p: Polynomial, work: Work) -> str:
-        outline, scores, degree = context.outline, context.statistics.scores, max(1, p.degree)
+    def _too_long(context: Context, degree: int, work: Work) -> str:
+        outline, scores = context.outline, context.statistics.scores
         features = poly.n_features(outline.terms, degree)
         return (
             f"{where(scores)}: degree {degree} certifies eps = {context.request.eps:g}, and transforms of its "
@@ -130,25 +152,56 @@ class FFTEngine(Engine):
         )
 
 
-def _certified(context: Context, rounding: float) -> tuple[Polynomial | None, str | None]:
-    """The polynomial for the largest scores of all slots, or why there is none."""
-    found, refusal = certified(context, rounding)
-    return found and max(found, key=lambda p: p.B), refusal
+def _certified(context: Context) -> tuple[tuple[Polynomial, ...] | None, str | None]:
+    """The polynomial of each slot, or why there is none. Slots that share a family share the polynomial."""
+    found, refusal = certified(context, _allowed(context))
+    if found is not None and context.outline.family is not None:
+        found = (max(found, key=lambda p: p.B),) * len(found)
+    return found, refusal
 
 
-def base_rounding(context: Context) -> float:
-    """Rounding beside that of the transforms: monomials that cancel, in float64, storing O in its dtype, and what
-    scores carry of projections and rotations.
+def _share(context: Context) -> float:
+    """What transforms may take of eps: rows to which they do more are computed exactly."""
+    return context.request.eps / 8
+
+
+def _allowed(context: Context) -> np.ndarray:
+    """What rounding leaves of eps for the truncation of each slot's polynomial, (H,)."""
+    outline, statistics = context.outline, context.statistics
+    base, of_exact = _roundings(context, of_slots(outline, statistics.scores, statistics.values))
+    of_transforms = base + _share(context)
+    left = left_by(context, of_transforms)
+    more = of_exact > of_transforms
+    if more.any():
+        # Rows that are computed exactly round as exact work does.
+        found = of_each_slot(context, left)
+        if any(p is not None for p in found):
+            more &= _surveyed(context, found).n_exact_rows > 0
+            left = np.where(more, left_by(context, of_exact), left)
+    return left
+
+
+def _surveyed(context: Context, polynomials: Sequence[Polynomial | None]) -> Symbol:
+    """The survey for polynomials that only some of the slots have; what it says of the others means nothing."""
+    another = next(p for p in polynomials if p is not None)
+    return survey(context.problem, [another if p is None else p for p in polynomials], _share(context))
+
+
+def _roundings(context: Context, m: Magnitudes) -> tuple[np.ndarray, np.ndarray]:
+    """Rounding beside that of the transforms (monomials that cancel, in float64, storing O in its dtype, and what
+    scores carry of projections and rotations), and that of rows that are computed exactly.
     """
-    outline, scores = context.outline, context.statistics.scores
-    stored = float(np.finfo(outline.dtype).eps) * (1 + context.statistics.values.offset)
+    outline = context.outline
     # What is added up in a family's scores may pass the scores themselves.
-    largest = scores.bound if outline.family is None else abs(outline.scale) * largest_entries(context.problem)
-    return stored + moved(outline, scores.lost) + _UNIT * (12 + 4 * math.exp(min(scores.bound + largest, 700)))
+    added = m.bound if outline.family is None else abs(outline.scale) * largest_entries(context.problem)
+    monomials = _UNIT * (12 + 4 * np.exp(np.minimum(m.bound + added, 700)))
+    stored = float(np.finfo(outline.dtype).eps) * (1 + m.offset)
+    exact = rounding_of_pairs(outline, m, outline.sizes.n_k)
+    return stored + moved(outline, m.lost) + monomials, exact
 
 
-def _work(context: Context, p: Polynomial) -> Work:
+def _work(context: Context, degree: int) -> Work:
     """Of transforms, but for exact rows."""
     outline = context.outline
-    count = operations(outline, max(1, p.degree), context.request.grad)
+    count = operations(outline, degree, context.request.grad)
     return Work(outline.share * _CALL) + operations_work(outline, count)

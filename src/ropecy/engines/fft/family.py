@@ -9,6 +9,7 @@ a batch.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -178,21 +179,25 @@ class Product:
         self._monomial_bytes = 8.0 * self._v.shape[1] * levels.shape[2] * (rows // b) * _circulant.pitch_of(b)
         self._product = _family.Product(transforms, (q, k), W, of_levels, nonzero, by_row, problem.threads)
 
-    def forward(self, p: Polynomial) -> np.ndarray:
-        """(H, G, columns, n): sum_j p(s_ij) exp(b_{j-i}) v_j."""
+    def forward(self, polynomials: Sequence[Polynomial]) -> np.ndarray:
+        """(H, G, columns, n): sum_j p(s_ij) exp(b_{j-i}) v_j, with one p for all slots, which share W."""
         H, G, n, _ = self._problem.q.shape
+        p = polynomials[0]
         lists, parts = self._lists(p.degree, 1)
         v, size = _of_one_size(self._v, np.ones(1))
         sums = self._product.forward(lists, parts, v, np.array(p.coefficients))
         return (sums.reshape(H, G, *sums.shape[2:]) * size[:, None])[:, :, : self._columns, :n]
 
-    def backward(self, p: Polynomial, grad: np.ndarray, want_dsymbol: bool) -> tuple[np.ndarray | None, ...]:
+    def backward(
+        self, polynomials: Sequence[Polynomial], grad: np.ndarray, want_dsymbol: bool
+    ) -> tuple[np.ndarray | None, ...]:
         """The adjoint for grad (H, G, columns, n): dq (H, G, d, n), dk (H, d, n_k), both of the features of an
         antiderivative of p, dv (H, columns, n_k), dsymbol (H, G or 1, n + n_k - 1) or None, and dfamily (|S|, n + n_k
         - 1), also where W is 0.
         """
         problem = self._problem
         (H, G, n, d), (_, n_k, _), C = problem.q.shape, problem.k.shape, grad.shape[2]
+        p = polynomials[0]
         raised = antiderivative(p)
         weights = np.zeros(len(raised))
         weights[: len(p.coefficients)] = p.coefficients

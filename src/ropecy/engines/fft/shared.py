@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from functools import lru_cache
 from itertools import combinations_with_replacement
@@ -27,30 +28,35 @@ _WORTH_MEASURING = 4e5
 
 
 class Shared:
-    """The sums over keys of weights times values, and their adjoint, with one T for all monomials."""
+    """The sums over keys of weights times values, and their adjoint, with one T for all monomials.
 
-    def __init__(self, problem: Problem, scores: Scores, values: np.ndarray, symbol: Symbol, p: Polynomial) -> None:
+    Each slot has a polynomial of its own; all are of one degree.
+    """
+
+    def __init__(self, problem: Problem, scores: Scores, values: np.ndarray, symbol: Symbol, degree: int) -> None:
         self._problem, self._symbol = problem, symbol
-        work = transform_operations(problem, max(1, p.degree), symbol.block, False)
+        work = transform_operations(problem, degree, symbol.block, False)
         self._fft, self._symbol_fft = plans(symbol.block, work)
         self._operands = _operands(problem, scores, values, symbol, self._symbol_fft)
 
-    def forward(self, p: Polynomial) -> np.ndarray:
+    def forward(self, polynomials: Sequence[Polynomial]) -> np.ndarray:
         """sum_j p(s_ij) t_{j-i} v_j for every column of values, (H, G, columns, n)."""
-        degree = max(1, p.degree)
-        weights = _padded(p.coefficients, degree)
+        degree = max(1, polynomials[0].degree)
+        weights = _padded((p.coefficients for p in polynomials), degree)
         return self._product(degree).forward(weights)[..., : self._problem.q.shape[2]]
 
-    def backward(self, p: Polynomial, grad: np.ndarray, want_dsymbol: bool) -> tuple[np.ndarray | None, ...]:
+    def backward(
+        self, polynomials: Sequence[Polynomial], grad: np.ndarray, want_dsymbol: bool
+    ) -> tuple[np.ndarray | None, ...]:
         """The gradients of ``<grad, sums>`` for grad (H, G, columns, n): dq (H, G, d, n), dk (H, d, n_k), dv (H,
         columns, n_k), and where it is wanted that of the bias, (H, G or 1, n + n_k - 1), else None.
         """
-        n, n_k, degree = self._problem.q.shape[2], self._problem.k.shape[1], max(1, p.degree) + 1
+        n, n_k, degree = self._problem.q.shape[2], self._problem.k.shape[1], max(1, polynomials[0].degree) + 1
         padded = np.zeros((*grad.shape[:-1], self._operands[0].shape[-1]))
         padded[..., :n] = grad
-        dq, dk, dv, correlations = self._product(degree).backward(
-            _padded(p.coefficients, degree), _padded(antiderivative(p), degree), padded, want_dsymbol
-        )
+        weights = _padded((p.coefficients for p in polynomials), degree)
+        raised = _padded((antiderivative(p) for p in polynomials), degree)
+        dq, dk, dv, correlations = self._product(degree).backward(weights, raised, padded, want_dsymbol)
         dsymbol = None
         if correlations is not None:
             nonzero, threads = self._operands[4], self._problem.threads
@@ -115,11 +121,9 @@ def _symbol_gradient(
     return (symbol.levels * t.reshape(H, G, levels, -1)[..., _offsets(symbol, n, n_k)][..., ::-1]).sum(axis=2)
 
 
-def _padded(coefficients: tuple[float, ...], degree: int) -> np.ndarray:
-    """The coefficients as an array of degree + 1 numbers, with zeros for those that are missing."""
-    padded = np.zeros(degree + 1)
-    padded[: len(coefficients)] = coefficients
-    return padded
+def _padded(coefficients: Iterable[Sequence[float]], degree: int) -> np.ndarray:
+    """The coefficients of each slot's polynomial, (H, degree + 1), with zeros for those that are missing."""
+    return np.array([(*own, *[0.0] * (degree + 1 - len(own))) for own in coefficients])
 
 
 @kept_below(lambda d, degree: n_features(d, degree) * (degree + 2))

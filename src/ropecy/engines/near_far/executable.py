@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ...approximation.bias_forms import FarGradient
-from ...approximation.minimax import Polynomial
+from ...approximation.minimax import Polynomial, tau
 from ...certificate import Certificate
 from ...certify.scores import Scores
 from ...certify.values import Values
@@ -20,7 +20,7 @@ from ...problem.input_gradients import InputGradients, SymbolGradient
 from ...problem.pieces import WHOLE, Pieces
 from ...problem.problem import Problem
 from ...problem.traffic import Sender, Traffic, ring, sums
-from ..base import Executable, Result
+from ..base import Executable, Result, row_by_row
 from ..exact import attention
 from ..exact.ring import Ring
 from ..merge import merge, row_sums, share
@@ -157,7 +157,11 @@ class NearFar(Executable):
         shape = problem.q.shape[:3]
         if want_lse:
             lse = (lse if split.peak is None else lse + split.peak[..., None]).reshape(shape)
-        return Result(o.reshape(shape + o.shape[3:]), lse if want_lse else None, self, saved)
+        # Relative errors of a polynomial and of the sums of exponentials multiply.
+        errors = [(1 + p.error) * (1 + split.tail.error) - 1 for p in self.polynomials]
+        found = row_by_row(self.certificate, [tau(e) for e in errors], shape)
+        gradient = self.gradient_certificate and row_by_row(self.gradient_certificate, errors, shape)
+        return Result(o.reshape(shape + o.shape[3:]), lse if want_lse else None, self, saved, found, gradient)
 
     def _near(self, whole: Problem, pieces: Pieces) -> tuple[np.ndarray | None, np.ndarray | None, Ring | None]:
         """O and lse of the near field, None if it has no pairs; and the ring, if the sequence is in pieces."""
@@ -169,7 +173,8 @@ class NearFar(Executable):
             ring = _near_ring(near, split, pieces, self.scores)
             return *ring.forward(), ring
         near = attention.of_one_scale(near)
-        bound = self.scores.plain if near.scale == whole.scale else np.inf
+        bound = np.repeat(self.scores.plain_of_slots, whole.sizes.H // len(self.scores.of_slots))
+        bound = bound if near.scale == whole.scale else np.inf
         o, lse, _ = attention.forward(near, bound, True)
         return o, lse, None
 

@@ -16,7 +16,14 @@ import numpy as np
 
 from ...approximation.bias_forms import Tail
 from ...certify.hidden_keys import Hidden
-from ...certify.rounding import bias_reach, exact_rounding, polynomial_rounding, score_size, seen_bias
+from ...certify.rounding import (
+    Magnitudes,
+    bias_reach,
+    rounding_of_monomials,
+    rounding_of_pairs,
+    score_size,
+    seen_bias,
+)
 from ...certify.statistics import Statistics
 from ...problem.pieces import Layout
 from ...problem.problem import Outline, Problem
@@ -108,7 +115,7 @@ class Split:
         return bias - self.peak[..., None]
 
 
-def split(problem: Outline, tolerance: float, statistics: Statistics) -> tuple[Split | None, str | None]:
+def split(problem: Outline, tolerance: float) -> tuple[Split | None, str | None]:
     """The parts of a problem, and None; or None, and why it has none.
 
     The sums of exponentials have a relative error of at most `tolerance`.
@@ -121,7 +128,6 @@ def split(problem: Outline, tolerance: float, statistics: Statistics) -> tuple[S
         return None, f"a bias whose far field no sum of exponentials fits within {tolerance:.2g}"
     found = Split(tail.rate.shape[-1] > 1 and G > 1, None, [], tail)
     outline = found.outline(problem)
-    repeats = G if found.ungrouped else 1
     H, G = outline.sizes[:2]
     left, right = tail.left, tail.right
     if problem.near is not None:
@@ -143,10 +149,6 @@ def split(problem: Outline, tolerance: float, statistics: Statistics) -> tuple[S
             rate = rates[side, term]
             if not np.isfinite(weights[side, term]).any():
                 continue
-            if rate.any():
-                gap = _longest_gap(part, statistics.hidden, side == 1)
-                if np.any(rate * np.repeat(gap, repeats) > _FADED):
-                    return None, "keys that are hidden for so long that a decayed state fades away"
             found.far.append(Far(side == 1, term, first, weights[side, term], rate.copy() if rate.any() else None))
     if not found.far:
         return None, "a near field without a far one"
@@ -154,6 +156,17 @@ def split(problem: Outline, tolerance: float, statistics: Statistics) -> tuple[S
     if found.near[0] > found.near[1] or found.near_part(outline).empty:
         found.near = None
     return found, None
+
+
+def faded(found: Split, problem: Outline, statistics: Statistics) -> np.ndarray:
+    """In which slots so many keys are hidden that a decayed state fades away before a row that sees it, (H,)."""
+    outline, H = found.outline(problem), problem.sizes.H
+    lost = np.zeros(H, bool)
+    for far in found.far:
+        if far.rate is not None:
+            gap = _longest_gap(_far_outline(outline, far.first, far.right), statistics.hidden, far.right)
+            lost |= (far.rate.reshape(H, -1) * gap[:, None] > _FADED).any(axis=1)
+    return lost
 
 
 def _far_outline(outline: Outline, first: int, right: bool) -> Outline:
@@ -173,22 +186,20 @@ def _longest_gap(part: Outline, hidden: Hidden, right: bool) -> np.ndarray:
     return np.where(start < n_k, gap, 0)
 
 
-def rounding(split: Split, problem: Outline, statistics: Statistics) -> float:
+def rounding(split: Split, problem: Outline, m: Magnitudes) -> np.ndarray:
     """A bound of the rounding error of O: of the far parts, of the near field, and of merging them.
 
     Parts are merged by differences of lse, which are float64 numbers as large as the distance of a row's best key from
     the peak. Their rounding errors are independent, so they grow with the square root of the number of merges.
     """
-    unit, scores, values = problem.unit, statistics.scores, statistics.values
-    total = polynomial_rounding(problem, scores.bound, values, scores.lost)
-    total += 2 * unit * len(split.far) * (1 + values.offset)
+    total = rounding_of_monomials(problem, m) + 2 * problem.unit * len(split.far) * (1 + m.offset)
     merges = len(split.far) + (split.near is not None) - 1
     if problem.bias is not None and merges:
-        reach = bias_reach(problem, score_size(problem, scores))
-        total += min(1.0, 2 * 2.0**-53 * math.sqrt(merges) * reach)
+        reach = bias_reach(problem, score_size(m))
+        total = total + np.minimum(1.0, 2 * 2.0**-53 * math.sqrt(merges) * reach)
     if split.near is None:
         return total
-    return total + exact_rounding(split.near_part(problem), scores, values)
+    return total + rounding_of_pairs(split.near_part(problem), m, problem.sizes.n_k)
 
 
 def work(split: Split, problem: Outline, degree: int, grad: bool) -> Work:

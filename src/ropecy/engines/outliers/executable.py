@@ -55,8 +55,8 @@ class BesideOutliers(Executable):
     ----------
     split : Split
     rest : Executable
-    plain : float
-        A bound of all scores, as the exact engine takes it.
+    plain : (H,) array
+        A bound of the scores of each slot, as the exact engine takes it.
     """
 
     certificate: Certificate
@@ -64,7 +64,7 @@ class BesideOutliers(Executable):
     values: Values
     split: Split
     rest: Executable
-    plain: float
+    plain: np.ndarray
 
     engine = "polynomial"
 
@@ -87,7 +87,7 @@ class BesideOutliers(Executable):
     def _merge(self, problem: Problem, o: np.ndarray, lse: np.ndarray) -> None:
         """Turns o and lse of the rest into those of the whole, in place, by computing long keys and queries exactly."""
         for rows, _, part in parts(problem, self.split):
-            part_o, part_lse, _ = attention.forward(part, self.plain, True)
+            part_o, part_lse, _ = attention.forward(part, self.plain[rows[0]], True)
             merge(o[rows], lse[rows], part_o, part_lse)
         if self.split.rows is not None:
             exact_rows(problem, self.plain, self.split.rows).forward(o, lse)

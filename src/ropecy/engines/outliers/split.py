@@ -12,7 +12,7 @@ from ...certify.once import once
 from ...certify.scores import Scores
 from ...kernels import _quartic, _rows
 from ...problem.mask import Mask
-from ...problem.problem import Outline, Problem
+from ...problem.problem import Outline, Problem, Slots
 from ..cost import Work
 from ..exact.cost import exact_work
 
@@ -70,6 +70,20 @@ class Norms:
         finite, largest = np.isfinite(second).all(axis=(1, 2)), np.full(len(second), np.inf)
         largest[finite] = np.linalg.eigvalsh(second[finite])[:, -1]
         return largest / np.maximum(np.count_nonzero(kept, axis=1), 1)
+
+    def slots(self, which: Slots) -> Norms:
+        """Those of some of the slots."""
+        found = object.__new__(Norms)
+        found._queries, found._keys, found._spread = self._queries[which], self._keys[which], self._spread[which]
+        found._longest = tuple(X[which] for X in self._longest)
+        found._problem = self._problem.slots(which)
+        return found
+
+    def shortest(self) -> tuple[np.ndarray, np.ndarray]:
+        """About the smallest B and the smallest square of `candidates` for each slot by itself, (H,) each."""
+        queries, keys = (X[:, _counts(X.shape[1] - 1)[-1]] for X in self._longest)
+        with np.errstate(all="ignore"):
+            return queries * keys, queries**2 * self._spread
 
     def candidates(self) -> Iterator[tuple[int, int, float, float]]:
         """Ways to split, as (n_rows, n_keys, B, square).

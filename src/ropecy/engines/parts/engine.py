@@ -11,15 +11,16 @@ import numpy as np
 
 from ...certificate import BoundedEntryError, named
 from ...certify.scores import measure_norms, room
-from ...problem.problem import Slots
+from ...problem.problem import Slots, in_order
 from ..base import Candidate, Context, Engine, Refusal, Search
 from ..cost import Work
 from ..exact.engine import ExactEngine
 from .executable import InParts, Part
-from .groups import in_order, with_a_seed
+from .groups import Groups, with_a_seed
 from .selection import Heads, Sequences
 
 Plan = Callable[[Context], Candidate]
+Split = Callable[[Context, float], Candidate | None]
 
 
 class _Group(NamedTuple):
@@ -30,15 +31,28 @@ class _Group(NamedTuple):
     candidate: Candidate
 
 
-def by_head(context: Context, together: list[Slots], plan: Plan) -> Candidate:
-    """The candidate that runs a plan for each of these groups of slots.
+def by_head(groups: Groups, plan: Plan, split: Split) -> Candidate:
+    """The candidate that runs a plan for each group of slots.
+
+    `plan` is for slots together, without a look at outliers; ``split(context, seconds)`` takes outliers out of one
+    slot, if that takes less.
 
     Raises
     ------
     BoundedEntryError
         The engine that is insisted on has no candidate for some heads; the error names them.
     """
-    found = _exact_in_one(context, _planned(context, together, plan))
+    context, together = groups.context, {key: list(slots) for key, slots in groups.together.items()}
+    apart = []
+    for slot, (key, seconds) in groups.alone.items():
+        own = context.slots(slice(slot, slot + 1))
+        candidate = split(own, seconds * own.outline.share / context.outline.share)
+        if candidate is None:
+            together.setdefault(key, []).append(slot)
+        else:
+            apart.append(_Group(slice(slot, slot + 1), own, candidate))
+    alike = [in_order(np.sort(slots)) for _, slots in sorted(together.items())]
+    found = _exact_in_one(context, _planned(context, alike, plan) + apart)
     if len(found) == 1:
         return found[0].candidate
     origin, H = context.outline.origin, context.outline.sizes.H

@@ -1,74 +1,86 @@
-"""Which slots of a problem are planned together, because polynomials of one degree serve all of them."""
+"""Which slots of a problem are planned together, because one engine computes all of them with one degree."""
 
 from __future__ import annotations
 
 import math
 import secrets
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-import numpy as np
-
-from ...problem.problem import Slots
-from ..base import Context
+from ..base import Alike, Context, Engine
 from ..exact.cost import exact_work
-from ..polynomial.cost import polynomial_work
+from ..fft.engine import FFTEngine
+from ..near_far.engine import NearFarEngine
+from ..outliers.engine import worth_splitting
 from ..polynomial.moment_search import search
 from ..polynomial.worst_case import WorstCase, left_by_rounding, of_each_slot, worth_measuring
 
-# What planning one more group may cost, in seconds and as a part of the exact work of a slot.
-_PLAN, _LOOK = 4e-4, 0.03
-# Below so many pairs of rows and keys a slot is computed exactly, whatever its scores are.
+# With method="auto" a slot of fewer pairs of rows and keys is computed exactly, whatever its scores are.
 _FEW_PAIRS = 2**14
+# In the order in which the planner asks them. A slot is computed by the first one that has something for it.
+_ENGINES: tuple[Engine, ...] = (WorstCase(), NearFarEngine(), FFTEngine())
 
 
-def groups(context: Context) -> tuple[Context, list[Slots]]:
-    """The context with what was found of moments, and the slots in groups, those of the lowest degrees first; one group
-    where all are alike.
+@dataclass(slots=True)
+class Groups:
+    """The slots of a problem in groups. The group of a slot depends on its own numbers and on the shape of the call.
 
-    The group of a slot depends on its own scores and values and on the shape of the call, never on other slots. In each
-    group a slot has a polynomial for its own bound, rounded up.
+    Attributes
+    ----------
+    context : Context
+        What engines are to be asked about, with what was found of moments.
+    together : dict
+        The slots of each group by what they have in common, by which groups are in order.
+    alone : dict
+        Of slots that outliers may be taken out of: their group otherwise, and the seconds that these take there.
     """
+
+    context: Context
+    together: dict[tuple[float, ...], list[int]]
+    alone: dict[int, tuple[tuple[float, ...], float]]
+
+
+def groups(context: Context) -> Groups | None:
+    """The slots in groups; None where all of them are planned together, whatever their scores are."""
     outline, request = context.outline, context.request
     H, _, n, n_k, *_ = outline.sizes
-    one = context, [slice(0, H)]
-    if H < 2 or n * n_k < _FEW_PAIRS or outline.family is not None:
-        return one
-    if request.method == "exact" or request.degree is not None:
-        return one
-    exact = exact_work(outline, request.grad)
-    if not worth_measuring(context, exact, any_slot=True):
-        return one
+    if H < 2 or outline.family is not None or request.method == "exact" or request.degree is not None:
+        return None
+    exact, most = exact_work(outline, request.grad), math.inf
+    if request.method == "auto":
+        most = exact.nominal
+        if n * n_k < _FEW_PAIRS:
+            return None
+    plain = WorstCase().lacks(outline) is None
+    if plain and not worth_measuring(context, exact, any_slot=True):
+        return None
     context = with_a_seed(context)
-    limit = exact.nominal if request.method == "auto" else math.inf
-    left = left_by_rounding(context)
-    degrees = [0 if p is None else max(1, p.degree) for p in of_each_slot(context, left)]
-    proof = request.certify == "proof" and request.takes("polynomial")
-    if proof and WorstCase().lacks(outline) is None:
-        context = replace(context, by_moments=tuple(search(context, degrees)))
-    pays = {g for g in set(degrees) - {0} if polynomial_work(outline, g, request.grad).nominal < limit}
-    of_slots = zip(degrees, left.tolist(), context.statistics.scores.of_slots.tolist(), strict=True)
-    many, found = _LOOK * exact.nominal > H * _PLAN, {}
-    for slot, (degree, allowed, B) in enumerate(of_slots):
-        by_moments = context.by_moments and context.by_moments[slot]
-        # Slots of one group have one fallback too.
-        if by_moments:
-            key = 0, *by_moments.key, degree
-        elif degree in pays:
-            key = 0, degree, 0, 0, -allowed, degree
+    if plain and request.certify == "proof" and request.takes("polynomial"):
+        found = of_each_slot(context, left_by_rounding(context))
+        context = replace(context, by_moments=tuple(search(context, [0 if p is None else p.degree for p in found])))
+    keys = _keys(context, most)
+    together, alone = {}, {}
+    promising = worth_splitting(context, [most if own is None else own.seconds for own in keys])
+    for slot, own in enumerate(keys):
+        # Last come those for which there is no engine but the exact one, if that may run.
+        key, seconds = (math.inf,) if own is None else own.key, most if own is None else own.seconds
+        if promising[slot]:
+            alone[slot] = key, seconds
         else:
-            # Where no degree serves, a split of outliers may. Each slot is planned alone if that costs little beside
-            # its exact work, and otherwise all are planned together.
-            key = 1, slot if many and B < math.inf else 0, 0, 0, 0, 0
-        found.setdefault(key, []).append(slot)
-    return context, [in_order(np.array(slots)) for _, slots in sorted(found.items())]
+            together.setdefault(key, []).append(slot)
+    return Groups(context, together, alone)
+
+
+def _keys(context: Context, most: float) -> list[Alike | None]:
+    """How each slot would be computed, if by another engine than the exact one."""
+    found: list[Alike | None] = [None] * context.outline.sizes.H
+    for place, engine in enumerate(_ENGINES):
+        if None in found and context.request.takes(engine.name):
+            for slot, own in enumerate(engine.alike(context, most)):
+                if found[slot] is None and own is not None:
+                    found[slot] = own._replace(key=(place, *own.key))
+    return found
 
 
 def with_a_seed(context: Context) -> Context:
     """The context with a seed, one for all parts, so that what was drawn can be drawn again."""
     return context if context.request.seed is not None else context.asking(seed=secrets.randbits(62))
-
-
-def in_order(slots: np.ndarray) -> Slots:
-    """Ascending indices; a slice where they follow one another."""
-    first, last = int(slots[0]), int(slots[-1])
-    return slice(first, last + 1) if last - first + 1 == len(slots) else slots

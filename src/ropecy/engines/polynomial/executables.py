@@ -300,8 +300,8 @@ def _both(certificate: Certificate, own: Certificate, slots: np.ndarray) -> Cert
 class BySample(Polynomial):
     """The first of some degrees for which twice the error of sampled rows is within eps.
 
-    It is the one place where slots are decided on together: the sampled rows are those of all slots, and by what they
-    show all slots take one degree. The evidence about a slot alone would want as many rows of it as there are of all.
+    Slots are decided on together here: the sampled rows are those of all slots, and by what they show all slots take
+    one degree. The evidence about a slot alone would want as many rows of it as there are of all.
 
     Attributes
     ----------

@@ -16,7 +16,7 @@ from ...certify.scores import Scores
 from ...certify.values import Values
 from ...problem.problem import Outline
 from ...problem.request import Request
-from ..base import CHEAPEST, Candidate, Context, Engine, Refusal, Search
+from ..base import CHEAPEST, Alike, Candidate, Context, Engine, Refusal, Search
 from ..cost import Work
 from . import features
 from .cost import LOOKING, polynomial_work, sample_work
@@ -55,6 +55,24 @@ class WorstCase(Engine):
         work = polynomial_work(context.outline, degree, request.grad)
         size = features.memory(context.piece, degree, request.grad)
         return Candidate(executable, work, size, insisted(context))
+
+    def alike(self, context: Context, most: float) -> list[Alike | None]:
+        """By what moments certify, where that is known, else by the degree and by what rounding leaves of eps."""
+        outline, grad = context.outline, context.request.grad
+        if self.lacks(outline) is not None:
+            return super().alike(context, most)
+        left, by_moments = left_by_rounding(context), context.by_moments or [None] * outline.sizes.H
+        degrees = [0 if p is None else p.degree for p in of_each_slot(context, left)]
+        seconds = {g: polynomial_work(outline, g, grad).nominal if g else math.inf for g in set(degrees)}
+        keys: list[Alike | None] = []
+        for found, degree, allowed in zip(by_moments, degrees, left.tolist(), strict=True):
+            # Slots of one group have one fallback too.
+            if found is not None:
+                keys.append(Alike((*found.key, degree), found.work(context).nominal))
+            else:
+                own = Alike((degree, 0, 0, -allowed, degree), seconds[degree])
+                keys.append(own if own.seconds < most else None)
+        return keys
 
 
 def insisted(context: Context) -> str:
@@ -129,24 +147,19 @@ def cure(outline: Outline, scores: Scores) -> str:
     return f"{smaller}method='exact' has no bound"
 
 
-def certified(
-    context: Context, rounding: float | None = None, eps: float | None = None
-) -> tuple[tuple[Polynomial, ...] | None, str | None]:
+def certified(context: Context, allowed: np.ndarray | None = None) -> tuple[tuple[Polynomial, ...] | None, str | None]:
     """The polynomial of each slot, and None; or None, and why there is none.
 
     All are of one degree: the smallest (or the one that was asked for) that certifies eps in all slots.
 
-    `rounding` is the rounding error of the engine, by default that of the polynomial engine. `eps` is by default that
-    of the request.
+    `allowed`, (H,), is what rounding leaves of eps for the truncation of each slot, by default in the polynomial
+    engine.
     """
     outline, scores, degree = context.outline, context.statistics.scores, context.request.degree
-    eps = context.request.eps if eps is None else eps
-    allowed = left_by_rounding(context) if rounding is None else np.full(outline.sizes.H, eps - rounding)
+    allowed, eps = left_by_rounding(context) if allowed is None else allowed, context.request.eps
     begins, ends = where(scores), cure(outline, scores)
     if allowed.min() <= 0:
-        if rounding is None:
-            rounding = rounding_of_slots(outline, scores, context.statistics.values, scores.of_slots).max()
-        lost = f"rounding in {outline.dtype.name} alone is {rounding:.2g}"
+        lost = f"rounding in {outline.dtype.name} alone is {eps - allowed.min():.2g}"
         return None, f"{begins}: no degree certifies eps = {eps:g}, {lost}; {ends}"
     found = of_each_slot(context, allowed, degree)
     if None not in found:
@@ -162,14 +175,23 @@ def certified(
 def left_by_rounding(context: Context, B: np.ndarray | None = None) -> np.ndarray:
     """What rounding leaves of eps for the truncation of each slot, (H,); 0 or less where it leaves nothing.
 
-    Scores are within B, by default within the bound of each slot. In a call of several slots it is rounded down to a
-    multiple of a 64th of eps, so that slots differ in it only where rounding counts.
+    Scores are within B, by default within the bound of each slot.
     """
-    outline, statistics, eps = context.outline, context.statistics, context.request.eps
+    outline, statistics = context.outline, context.statistics
     B = statistics.scores.of_slots if B is None else B
+    return left_by(context, rounding_of_slots(outline, statistics.scores, statistics.values, B))
+
+
+def left_by(context: Context, rounding: np.ndarray) -> np.ndarray:
+    """What these rounding errors leave of eps, (H,); 0 or less where they leave nothing.
+
+    In a call of several slots it is rounded down to a multiple of a 64th of eps, so that slots differ in it only where
+    rounding counts.
+    """
+    eps = context.request.eps
     with np.errstate(over="ignore"):  # counted in eps, rounding may be past the largest number
-        left = 1 - rounding_of_slots(outline, statistics.scores, statistics.values, B) / eps
-        return eps * (np.floor(_LEFT * left) / _LEFT if outline.several else left)
+        left = 1 - rounding / eps
+        return eps * (np.floor(_LEFT * left) / _LEFT if context.outline.several else left)
 
 
 def of_each_slot(context: Context, allowed: np.ndarray, degree: int | None = None) -> list[Polynomial | None]:
