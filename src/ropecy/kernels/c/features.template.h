@@ -1,5 +1,5 @@
 /* Monomials of a tile of tokens and the three products with a state, for one precision (include after
- * product.template.h; monomials.h has the order of monomials).
+ * product.template.h and row_features.template.h; monomials.h has the order of monomials).
  *
  *   update         state += phi^T columns          lanes are features; the top degree is made a panel at a time
  *   evaluate       N = state^T phi                 lanes are tokens; the top degree is never formed: its sum over a
@@ -16,160 +16,13 @@
  */
 #undef WIDE
 #undef GRAD_ROWS
-#undef PANEL
 #define WIDE (2 * LANES)     /* tokens side by side in differentiate */
 #if RC_REGISTERS == 32
 #define GRAD_ROWS 6          /* monomials whose dphi is kept in registers */
 #else
 #define GRAD_ROWS 3
 #endif
-#define PANEL (4 * VECTORS * LANES) /* top-degree features made at a time */
 #define PREFIX 64            /* features of a prefix block: PREFIX * TILE of them stay in L1 */
-
-/* The part of the problem that says which monomials there are; degrees are at least 1. */
-typedef struct {
-    ptrdiff_t d, columns, pitch;
-    const ptrdiff_t *offset, *count;
-} RC_NAME(monomials);
-
-RC_INLINE ptrdiff_t RC_NAME(count)(const RC_NAME(monomials) * y, int s, ptrdiff_t m) { return y->count[s * (y->d + 1) + m]; }
-
-/* Where the monomials of degrees below s end. */
-RC_INLINE ptrdiff_t RC_NAME(below)(const RC_NAME(monomials) * y, int s) {
-    return y->offset[s - 1] + RC_NAME(count)(y, s - 1, y->d);
-}
-
-/* Rows of features: dst[t][i] = src[t][i] x[t] for i < length; the last vector may run over. ldd is a whole number of
- * vectors, and all stores but the first are aligned where dst's buffer is. */
-RC_INLINE void RC_NAME(scaled_copy)(int tokens, const REAL *x, ptrdiff_t ldx, const REAL *src, ptrdiff_t lds, ptrdiff_t length,
-                                    REAL *dst, ptrdiff_t ldd) {
-    const ptrdiff_t aligned = LANES - (ptrdiff_t)((uintptr_t)dst / sizeof(REAL) % LANES);
-    for (int t = 0; t < tokens; t++)
-        STORE(dst + t * ldd, LOAD(src + t * lds) * x[t * ldx]);
-    if (length > aligned)
-        for (int t = 0; t < tokens; t++)
-            for (ptrdiff_t i = aligned; i < length; i += LANES)
-                STORE(dst + t * ldd + i, LOAD(src + t * lds + i) * x[t * ldx]);
-}
-
-/* Monomials of degree 2 have prefixes of 1 to d, so scaled copies of them are vectors that are mostly empty and unaligned.
- * Where a vector holds all d variables, whole vectors of products are made of two permutations of it instead: for d = 8
- * and 16 lanes, 3 stores a token for 11. */
-#undef PICK
-#if defined(__AVX512F__) && RC_BITS == 32
-#define PICK(x, places) (vreal)_mm512_permutexvar_ps((__m512i)(places), (__m512)(x))
-#elif defined(__AVX512F__)
-#define PICK(x, places) (vreal)_mm512_permutexvar_pd((__m512i)(places), (__m512d)(x))
-#elif defined(__AVX2__) && RC_BITS == 32
-#define PICK(x, places) (vreal)_mm256_permutevar8x32_ps((__m256)(x), (__m256i)(places))
-#endif
-
-#ifdef PICK
-/* dst[t][f] = the monomial number f of degree 2 of x[t]; the last vector runs over. d is at most LANES. */
-static void RC_NAME(pairs)(int tokens, const REAL *x, ptrdiff_t d, REAL *dst, ptrdiff_t ldd) {
-    vint largest = {0}, other = {0};
-    int m = 0, i = 0;
-    for (ptrdiff_t f = 0; f < d * (d + 1) / 2; f += LANES) {
-        for (int lane = 0; lane < LANES; lane++) {
-            largest[lane] = m < d ? m : 0;
-            other[lane] = m < d ? i : 0;
-            if (i++ == m)
-                m++, i = 0;
-        }
-        for (int t = 0; t < tokens; t++) {
-            const vreal all = LOAD(x + t * d);
-            STORE(dst + t * ldd + f, PICK(all, largest) * PICK(all, other));
-        }
-    }
-}
-#endif
-
-/* Features of degree s, from those of degree s - 1 in the same rows, which begin with 1. */
-static void RC_NAME(next_degree)(const RC_NAME(monomials) * y, int s, int tokens, const REAL *x, REAL *rows, ptrdiff_t pitch) {
-    REAL *dst = rows + y->offset[s];
-    if (s == 1) {
-        for (int t = 0; t < tokens; t++)
-            for (ptrdiff_t a = 0; a < y->d; a += LANES)
-                STORE(dst + t * pitch + a, LOAD(x + t * y->d + a));
-        return;
-    }
-#ifdef PICK
-    if (s == 2 && y->d <= LANES) {
-        RC_NAME(pairs)(tokens, x, y->d, dst, pitch);
-        return;
-    }
-#endif
-    for (ptrdiff_t m = 0; m < y->d; m++)
-        RC_NAME(scaled_copy)(tokens, x + m, y->d, rows + y->offset[s - 1], pitch, RC_NAME(count)(y, s - 1, m + 1),
-                             dst + RC_NAME(count)(y, s, m), pitch);
-}
-
-/* state[c][f] += sum_t features[t][f] columns[t][c] for f < width; the last vector runs into zeros. */
-static void RC_NAME(add_product)(const RC_NAME(monomials) * y, int tokens, const REAL *features, ptrdiff_t pitch, ptrdiff_t width,
-                                 const REAL *columns, ptrdiff_t ld, REAL *state) {
-    const int blocks = rc_blocks((int)y->columns, ROWS);
-    for (ptrdiff_t f = 0; f < width; f += VECTORS * LANES) {
-        const ptrdiff_t vectors = rc_min(VECTORS, (width - f + LANES - 1) / LANES);
-        for (int b = 0; b < blocks; b++) {
-            const int c0 = rc_block_start((int)y->columns, blocks, b), c1 = rc_block_start((int)y->columns, blocks, b + 1);
-            RC_NAME(product)[c1 - c0][vectors](tokens, features + f, pitch, columns + c0, ld, state + c0 * y->pitch + f, y->pitch,
-                                               RC_ADD, 0);
-        }
-    }
-}
-
-/* state[c][f] += sum_t phi_f(x_t) columns[t][c] over all monomials of degree <= `degree`, the state's own degree.
- * `low` is [token][low_pitch], `panel` [token][PANEL + LANES]; x can be read a vector past its end. */
-static void RC_NAME(update)(const RC_NAME(monomials) * y, int degree, int tokens, const REAL *x, const REAL *columns,
-                            ptrdiff_t ld, REAL *low, ptrdiff_t low_pitch, REAL *panel, REAL *state) {
-    const ptrdiff_t d = y->d, low_end = RC_NAME(below)(y, degree), top = RC_NAME(count)(y, degree, d);
-    const ptrdiff_t panel_pitch = PANEL + LANES;
-    for (int t0 = 0; t0 < tokens; t0 += 16) {
-        const int t1 = (int)rc_min(16, tokens - t0);
-        REAL *rows = low + t0 * low_pitch;
-        for (int t = 0; t < t1; t++)
-            rows[t * low_pitch] = 1;
-        for (int s = 1; s < degree; s++)
-            RC_NAME(next_degree)(y, s, t1, x + t0 * d, rows, low_pitch);
-        for (int t = 0; t < t1; t++)
-            for (ptrdiff_t f = low_end; f < rc_round_up(low_end, LANES); f++)
-                rows[t * low_pitch + f] = 0;
-    }
-    RC_NAME(add_product)(y, tokens, low, low_pitch, low_end, columns, ld, state);
-#ifdef PICK
-    if (degree == 2 && d <= LANES) {
-        RC_NAME(pairs)(tokens, x, d, panel, panel_pitch);
-        for (int t = 0; t < tokens; t++)
-            for (ptrdiff_t f = top; f < rc_round_up(top, LANES); f++)
-                panel[t * panel_pitch + f] = 0;
-        RC_NAME(add_product)(y, tokens, panel, panel_pitch, top, columns, ld, state + y->offset[2]);
-        return;
-    }
-#endif
-    ptrdiff_t m = 0, i = 0; /* the next monomial: x_m times number i of degree - 1 */
-    for (ptrdiff_t f0 = 0; f0 < top; f0 += PANEL) {
-        const ptrdiff_t width = rc_min(PANEL, top - f0);
-        ptrdiff_t m1 = m, i1 = i;
-        for (int t0 = 0; t0 < tokens; t0 += 16) {
-            const int t1 = (int)rc_min(16, tokens - t0);
-            m1 = m, i1 = i;
-            for (ptrdiff_t f = 0; f < width;) {
-                const ptrdiff_t run = RC_NAME(count)(y, degree - 1, m1 + 1) - i1, length = rc_min(run, width - f);
-                RC_NAME(scaled_copy)(t1, x + t0 * d + m1, d, low + t0 * low_pitch + y->offset[degree - 1] + i1, low_pitch, length,
-                                     panel + t0 * panel_pitch + f, panel_pitch);
-                f += length;
-                i1 += length;
-                if (length == run)
-                    m1++, i1 = 0;
-            }
-        }
-        m = m1, i = i1;
-        for (int t = 0; t < tokens; t++)
-            for (ptrdiff_t f = width; f < rc_round_up(width, LANES); f++)
-                panel[t * panel_pitch + f] = 0;
-        RC_NAME(add_product)(y, tokens, panel, panel_pitch, width, columns, ld, state + y->offset[degree] + f0);
-    }
-}
 
 /* phi[f][token] for monomials of degree < `degree`, `vectors` vectors of tokens; those of degree - 1 times ratio[token]
  * unless that is NULL. */

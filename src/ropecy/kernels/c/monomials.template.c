@@ -3,6 +3,8 @@
 #include "transpose.template.h"
 #include "exp2.template.h"
 #include "scores.template.h"
+#include "row_features.template.h"
+#include "update.template.h"
 #include "features.template.h"
 
 /* The pieces of polynomial attention, for one precision: what monomials.h names, made of features.template.h's three
@@ -12,7 +14,7 @@
  * folded into a float64 `master` every FOLD updates: a sum of a million tokens is never longer than a few hundred. */
 
 #define UPDATE_TOKENS 96
-#define LOW_BYTES (256 * 1024) /* of low-degree features of an update's tokens: they stay in L2 */
+#define ROW_BYTES (320 * 1024) /* of features of an update's tokens: they stay in L2 */
 #define FOLD 32
 #define CHUNK 192 /* the longest chunk: a multiple of UPDATE_TOKENS, BLOCK, TILE and WIDE at every level */
 #define AHEAD (TILE + 2 * KEYS) /* distances below 0 that a block of exact pairs reaches */
@@ -20,10 +22,11 @@
 /* What one task works in; lay_out cuts it from the task's workspace. */
 typedef struct {
     RC_NAME(monomials) y;
+    RC_NAME(source) *sources;                         /* of updates; made by start_state */
     ptrdiff_t first, block; /* the first column of values, and the block of columns that begins there */
     int update_tokens;
-    ptrdiff_t low_pitch, wide, wide_columns;
-    REAL *x, *columns, *low, *panel;                  /* update: [token][d], [token][wide_columns], features */
+    ptrdiff_t wide, wide_columns;
+    REAL *x, *columns, *rows;                         /* update: [token][d], [token][wide_columns], features */
     REAL *part, *base;                                /* (columns, pitch): since the last fold; all up to it, rounded */
     double *master;                                   /* (columns, pitch): what has been added to `start` up to the last fold */
     const double *start;                              /* NULL or (columns, pitch), to be multiplied by `fallen` */
@@ -53,8 +56,8 @@ static size_t RC_NAME(lay_out)(const rc_monomials_problem *p, char *base, RC_NAM
     w->first = w->block = 0;
     const ptrdiff_t columns = w->y.columns, state = columns * p->pitch;
     const ptrdiff_t low = RC_NAME(below)(&w->y, p->state_degree);
-    w->low_pitch = rc_round_up(low + LANES, LANES);
-    w->update_tokens = (int)rc_max(16, rc_min(UPDATE_TOKENS, LOW_BYTES / (ptrdiff_t)sizeof(REAL) / w->low_pitch / 16 * 16));
+    const ptrdiff_t row = RC_NAME(row_pitch)(&w->y, p->state_degree);
+    w->update_tokens = (int)rc_max(16, rc_min(UPDATE_TOKENS, ROW_BYTES / (ptrdiff_t)sizeof(REAL) / row / 16 * 16));
     w->wide = rc_round_up(d, LANES);
     w->wide_columns = rc_round_up(columns, LANES);
     size_t used = 0;
@@ -63,10 +66,11 @@ static size_t RC_NAME(lay_out)(const rc_monomials_problem *p, char *base, RC_NAM
     w->base = RC_NAME(take)(base, &used, state);
     w->packed = RC_NAME(take)(base, &used, (ptrdiff_t)p->packed_size);
     w->grad_packed = RC_NAME(take)(base, &used, (ptrdiff_t)p->grad_packed_size);
+    w->sources = (RC_NAME(source) *)RC_NAME(take)(
+        base, &used, RC_NAME(source_count)(&w->y, p->state_degree) * (ptrdiff_t)(sizeof(RC_NAME(source)) / sizeof(REAL)));
     w->x = RC_NAME(take)(base, &used, UPDATE_TOKENS * w->wide);
     w->columns = RC_NAME(take)(base, &used, UPDATE_TOKENS * w->wide_columns);
-    w->low = RC_NAME(take)(base, &used, w->update_tokens * w->low_pitch);
-    w->panel = RC_NAME(take)(base, &used, w->update_tokens * (PANEL + LANES));
+    w->rows = RC_NAME(take)(base, &used, w->update_tokens * row);
     w->xt = RC_NAME(take)(base, &used, d * TILE);
     w->xt_top = RC_NAME(take)(base, &used, d * TILE);
     w->scaled = RC_NAME(take)(base, &used, d * TILE);
@@ -240,7 +244,7 @@ static void RC_NAME(scan_forward)(const rc_monomials_problem *p, ptrdiff_t head,
     double *state = p->states + (head * p->segments + segment) * w.y.columns * p->pitch;
     head = RC_NAME(take_block)(p, &w, head);
     const int onward = segment + 1 >= p->known && segment + 1 < p->segments;
-    RC_NAME(start_state)(&w, state);
+    RC_NAME(start_state)(p, &w, state);
     RC_NAME(start_fall)(p, &w, head);
     for (ptrdiff_t chunk = segment * p->chunks_per_segment; chunk < (segment + 1) * p->chunks_per_segment; chunk++) {
         const ptrdiff_t first = rc_min(p->n_k, chunk * p->chunk), keys = rc_min(p->chunk, p->n_k - first);
@@ -357,7 +361,7 @@ static void RC_NAME(scan_grad_queries)(const rc_monomials_problem *p, ptrdiff_t 
     RC_NAME(room) w;
     int updates = 0;
     RC_NAME(lay_out)(p, workspace, &w);
-    RC_NAME(start_state)(&w, p->states + (head * p->segments + segment) * w.y.columns * p->pitch);
+    RC_NAME(start_state)(p, &w, p->states + (head * p->segments + segment) * w.y.columns * p->pitch);
     RC_NAME(start_fall)(p, &w, head);
     for (ptrdiff_t chunk = segment * p->chunks_per_segment; chunk < (segment + 1) * p->chunks_per_segment; chunk++) {
         const ptrdiff_t first = rc_min(p->n_k, chunk * p->chunk), keys = rc_min(p->chunk, p->n_k - first);
@@ -419,7 +423,7 @@ static void RC_NAME(scan_grad_keys)(const rc_monomials_problem *p, ptrdiff_t hea
     const REAL factor = RC_NAME(k_factor)(p, head);
     double *state = p->grad_states + (head * p->segments + segment) * w.y.columns * p->pitch;
     const int onward = segment > 0 && p->segments - segment >= p->known;
-    RC_NAME(start_state)(&w, state);
+    RC_NAME(start_state)(p, &w, state);
     RC_NAME(start_fall)(p, &w, head);
     for (ptrdiff_t chunk = (segment + 1) * p->chunks_per_segment - 1; chunk >= segment * p->chunks_per_segment; chunk--) {
         const ptrdiff_t first = rc_min(p->n_k, chunk * p->chunk), keys = rc_min(p->chunk, p->n_k - first);

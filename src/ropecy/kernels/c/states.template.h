@@ -119,8 +119,9 @@ static void RC_NAME(load_query_columns)(const rc_monomials_problem *p, const RC_
 
 /* What is added here is summed apart from the state `from` (NULL is 0) that it is added to, so that the sum of a segment is
  * the same whether the segment is scanned or only summed. */
-static void RC_NAME(start_state)(RC_NAME(room) * w, const double *from) {
+static void RC_NAME(start_state)(const rc_monomials_problem *p, RC_NAME(room) * w, const double *from) {
     const ptrdiff_t size = w->y.columns * w->y.pitch;
+    RC_NAME(find_sources)(&w->y, p->state_degree, w->sources);
     w->start = from;
     w->fallen = 1;
     for (ptrdiff_t i = 0; i < size; i++) {
@@ -188,7 +189,7 @@ static void RC_NAME(decay_rows)(const rc_monomials_problem *p, const RC_NAME(roo
  * the chunk) or `start` (queries: the first of the chunk). */
 static void RC_NAME(add_rows)(const rc_monomials_problem *p, RC_NAME(room) * w, ptrdiff_t count, const REAL *x, const REAL *columns,
                               int *updates) {
-    RC_NAME(update)(&w->y, p->state_degree, (int)count, x, columns, w->wide_columns, w->low, w->low_pitch, w->panel, w->part);
+    RC_NAME(update)(&w->y, p->state_degree, w->sources, (int)count, x, columns, w->wide_columns, w->rows, w->part);
     if (++*updates % FOLD == 0)
         RC_NAME(fold)(w, 1);
 }
@@ -239,7 +240,7 @@ static void RC_NAME(sum_keys)(const rc_monomials_problem *p, ptrdiff_t head, ptr
     RC_NAME(lay_out)(p, workspace, &w);
     double *state = p->states + (head * p->segments + segment) * w.y.columns * p->pitch;
     head = RC_NAME(take_block)(p, &w, head);
-    RC_NAME(start_state)(&w, 0);
+    RC_NAME(start_state)(p, &w, 0);
     RC_NAME(start_fall)(p, &w, head);
     for (ptrdiff_t chunk = segment * p->chunks_per_segment; chunk < (segment + 1) * p->chunks_per_segment; chunk++) {
         RC_NAME(decay_state)(p, &w, head, chunk);
@@ -254,7 +255,7 @@ static void RC_NAME(sum_queries)(const rc_monomials_problem *p, ptrdiff_t head, 
     RC_NAME(room) w;
     int updates = 0;
     RC_NAME(lay_out)(p, workspace, &w);
-    RC_NAME(start_state)(&w, 0);
+    RC_NAME(start_state)(p, &w, 0);
     RC_NAME(start_fall)(p, &w, head);
     for (ptrdiff_t chunk = (segment + 1) * p->chunks_per_segment - 1; chunk >= segment * p->chunks_per_segment; chunk--) {
         RC_NAME(decay_state)(p, &w, head, chunk);
@@ -277,7 +278,7 @@ static void RC_NAME(pack)(const rc_monomials_problem *p, ptrdiff_t head, const d
                           void *workspace) {
     RC_NAME(room) w;
     RC_NAME(lay_out)(p, workspace, &w);
-    RC_NAME(start_state)(&w, state);
+    RC_NAME(start_state)(p, &w, state);
     if (packed)
         RC_NAME(evaluate_pack)(&w.y, p->degree, w.base, w.part, RC_NAME(of_head)(p, p->weights, head), packed);
     if (grad_packed)
