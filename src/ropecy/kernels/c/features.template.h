@@ -45,27 +45,45 @@ RC_INLINE void RC_NAME(token_features)(const RC_NAME(monomials) * y, int degree,
         }
 }
 
-/* Elements of a state packed for evaluate: its monomials, [block of columns][monomial][column]. */
+/* Elements of a state packed for evaluate: its monomials, [block of columns][monomial][column], and what stores run over. */
 static size_t RC_NAME(evaluate_size)(const RC_NAME(monomials) * y, int degree) {
-    return (size_t)(y->columns * (RC_NAME(below)(y, degree) + RC_NAME(count)(y, degree, y->d)));
+    return (size_t)(y->columns * (RC_NAME(below)(y, degree) + RC_NAME(count)(y, degree, y->d)) + LANES);
+}
+
+/* packed[f][r] = (base[r][f] + part[r][f]) weights[f] for R columns; whole vectors are stored, and what runs over is overwritten
+ * by what follows. */
+static REAL *RC_NAME(pack_block)(const int R, ptrdiff_t length, const REAL *base, const REAL *part, ptrdiff_t pitch,
+                                 const REAL *weights, REAL *packed) {
+    enum { parts = (ROWS + LANES - 1) / LANES };
+    for (ptrdiff_t f = 0; f < length; f += LANES, packed += LANES * R) {
+        vreal block[parts][LANES];
+        RC_UNROLL for (int g = 0; g < parts; g++) {
+            RC_UNROLL for (int l = 0; l < LANES; l++) {
+                const ptrdiff_t at = (g * LANES + l) * pitch + f;
+                block[g][l] = (vreal){0};
+                if (g * LANES + l < R)
+                    block[g][l] = (LOAD(base + at) + LOAD(part + at)) * LOAD(weights + f);
+            }
+            RC_NAME(transpose)(block[g]);
+        }
+        const ptrdiff_t left = length - f;
+        RC_UNROLL for (int l = 0; l < LANES; l++) RC_UNROLL for (int g = 0; g < parts; g++)
+            if (l < left && g * LANES < R)
+                STORE(packed + l * R + g * LANES, block[g][l]);
+    }
+    return packed - (rc_round_up(length, LANES) - length) * R;
 }
 
 /* (base + part) * weights for evaluate. */
 static void RC_NAME(evaluate_pack)(const RC_NAME(monomials) * y, int degree, const REAL *base, const REAL *part,
                                    const REAL *weights, REAL *packed) {
-    const ptrdiff_t low_end = RC_NAME(below)(y, degree), top = RC_NAME(count)(y, degree, y->d);
+    const ptrdiff_t low_end = RC_NAME(below)(y, degree), top = RC_NAME(count)(y, degree, y->d), start = y->offset[degree];
     const int blocks = rc_blocks((int)y->columns, ROWS);
     for (int b = 0; b < blocks; b++) {
         const int c0 = rc_block_start((int)y->columns, blocks, b), R = rc_block_start((int)y->columns, blocks, b + 1) - c0;
-        for (int half = 0; half < 2; half++) {
-            const ptrdiff_t start = half ? y->offset[degree] : 0, length = half ? top : low_end;
-            for (int r = 0; r < R; r++) {
-                const REAL *from = base + (c0 + r) * y->pitch + start, *more = part + (c0 + r) * y->pitch + start;
-                for (ptrdiff_t f = 0; f < length; f++)
-                    packed[f * R + r] = (from[f] + more[f]) * weights[start + f];
-            }
-            packed += length * R;
-        }
+        const REAL *from = base + c0 * y->pitch, *more = part + c0 * y->pitch;
+        packed = RC_NAME(pack_block)(R, low_end, from, more, y->pitch, weights, packed);
+        packed = RC_NAME(pack_block)(R, top, from + start, more + start, y->pitch, weights + start, packed);
     }
 }
 
@@ -131,11 +149,25 @@ static void RC_NAME(evaluate)(const RC_NAME(monomials) * y, int degree, int orde
 /* Elements of a state packed for differentiate: [degree, from the top][block of monomials one degree lower][m][column][row];
  * degree 1 as [block of m][column][row]. */
 static size_t RC_NAME(differentiate_size)(const RC_NAME(monomials) * y, int degree) {
-    ptrdiff_t size = y->d * y->columns;
+    ptrdiff_t size = y->d * y->columns + LANES;
     for (int s = degree; s >= 2; s--)
         for (ptrdiff_t m = 0; m < y->d; m++)
             size += rc_round_up(RC_NAME(count)(y, s - 1, m + 1), GRAD_ROWS) * y->columns;
     return (size_t)size;
+}
+
+/* packed[c][r] = (base[c][r] + part[c][r]) weights[r] for r < rows, then zeros. Where a vector holds all rows it is stored as a
+ * whole, and what runs over is overwritten by what follows. */
+static void RC_NAME(pack_rows_of_block)(int rows, ptrdiff_t columns, const REAL *base, const REAL *part, ptrdiff_t pitch,
+                                        const REAL *weights, REAL *packed) {
+    REAL kept[GRAD_ROWS + LANES] = {0};
+    for (int r = 0; r < rows && rows < GRAD_ROWS; r++)
+        kept[r] = weights[r];
+    if (rows < GRAD_ROWS)
+        weights = kept;
+    for (ptrdiff_t c = 0; c < columns; c++, base += pitch, part += pitch, packed += GRAD_ROWS)
+        RC_UNROLL for (int r = 0; r < GRAD_ROWS; r += LANES)
+            STORE(packed + r, (LOAD(base + r) + LOAD(part + r)) * LOAD(weights + r));
 }
 
 static void RC_NAME(differentiate_pack)(const RC_NAME(monomials) * y, int degree, const REAL *base, const REAL *part,
@@ -149,12 +181,8 @@ static void RC_NAME(differentiate_pack)(const RC_NAME(monomials) * y, int degree
             for (ptrdiff_t m = first; m < d; m++) {
                 const ptrdiff_t rows = rc_min(GRAD_ROWS, RC_NAME(count)(y, s - 1, m + 1) - i);
                 const ptrdiff_t f = y->offset[s] + RC_NAME(count)(y, s, m) + i;
-                for (ptrdiff_t c = 0; c < y->columns; c++, packed += GRAD_ROWS) {
-                    for (ptrdiff_t r = 0; r < rows; r++)
-                        packed[r] = (base[c * pitch + f + r] + part[c * pitch + f + r]) * weights[f + r];
-                    for (ptrdiff_t r = rows; r < GRAD_ROWS; r++)
-                        packed[r] = 0;
-                }
+                RC_NAME(pack_rows_of_block)((int)rows, y->columns, base + f, part + f, pitch, weights + f, packed);
+                packed += y->columns * GRAD_ROWS;
             }
         }
     }

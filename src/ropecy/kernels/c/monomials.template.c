@@ -129,14 +129,48 @@ static void RC_NAME(pack_columns)(RC_NAME(room) * w, ptrdiff_t keys) {
                            w->column_pack + j * columns, KEYS);
 }
 
-/* E[key][lane] = exp(score - decay m), m = limit + lane - key, for keys [j0, j0 + count) of the chunk; 0 where m < 0. */
-static void RC_NAME(exact_pairs)(const rc_monomials_problem *p, RC_NAME(room) * w, ptrdiff_t j0, ptrdiff_t count, ptrdiff_t limit) {
-    for (ptrdiff_t j = 0; j < count; j += KEYS) {
+/* E[key][lane] = exp(score - decay m), m = limit + lane - key, of the last V vectors of queries for keys [j, end) from key j0 of
+ * the chunk on; 0 where m < 0. `fall` is NULL where all m >= 0 and nothing decays. */
+RC_INLINE void RC_NAME(exact_keys)(const int V, const RC_NAME(room) * w, ptrdiff_t d, ptrdiff_t j0, ptrdiff_t j, ptrdiff_t end,
+                                   const REAL *fall) {
+    for (const ptrdiff_t lane = (VECTORS - V) * LANES; j < end; j += KEYS) {
         vreal acc[KEYS][VECTORS];
-        const REAL *fall = w->fall + limit - (j0 + j);
-        RC_NAME(dots)(VECTORS, acc, p->d, w->scaled, TILE, w->key_pack + (j0 + j) * p->d);
-        RC_UNROLL for (int r = 0; r < KEYS; r++) RC_UNROLL for (int v = 0; v < VECTORS; v++)
-            STORE(w->E + (j + r) * TILE + v * LANES, RC_NAME(exp2)(acc[r][v]) * LOAD(fall - r + v * LANES));
+        RC_NAME(dots)(V, acc, d, w->scaled + lane, TILE, w->key_pack + (j0 + j) * d);
+        RC_UNROLL for (int r = 0; r < KEYS; r++) RC_UNROLL for (int v = 0; v < V; v++) {
+            vreal e = RC_NAME(exp2)(acc[r][v]);
+            if (fall)
+                e *= LOAD(fall - (j + r) + lane + v * LANES);
+            STORE(w->E + (j + r) * TILE + lane + v * LANES, e);
+        }
+    }
+}
+
+/* The same for all queries of a tile and `count` keys. */
+static void RC_NAME(exact_pairs)(const rc_monomials_problem *p, const RC_NAME(room) * w, ptrdiff_t j0, ptrdiff_t count, ptrdiff_t limit) {
+    const ptrdiff_t whole = p->decay ? 0 : rc_max(0, rc_min(count, limit + 1 - j0)) / KEYS * KEYS;
+    RC_NAME(exact_keys)(VECTORS, w, p->d, j0, 0, whole, 0);
+    RC_NAME(exact_keys)(VECTORS, w, p->d, j0, whole, count, w->fall + limit - j0);
+}
+
+/* N += what the first `seen` keys of the chunk give to a tile of queries. The last keys are seen by its last vectors alone. */
+static void RC_NAME(add_pairs)(const rc_monomials_problem *p, const RC_NAME(room) * w, ptrdiff_t limit, ptrdiff_t seen) {
+    ptrdiff_t j = 0;
+    for (int hidden = 0; hidden < VECTORS; hidden++) {
+        const ptrdiff_t end = hidden == VECTORS - 1 ? seen : rc_min(seen, rc_round_up(rc_max(0, limit + (hidden + 1) * LANES), KEYS));
+        while (j < end) {
+            const ptrdiff_t count = rc_min(BLOCK, end - j);
+            if (hidden == 0)
+                RC_NAME(exact_pairs)(p, w, j, count, limit);
+            else if (hidden == 1)
+                RC_NAME(exact_keys)(VECTORS - 1, w, p->d, j, 0, count, w->fall + limit - j);
+#if VECTORS == 3
+            else
+                RC_NAME(exact_keys)(1, w, p->d, j, 0, count, w->fall + limit - j);
+#endif
+            RC_NAME(product_tile)((int)w->y.columns, VECTORS - hidden, count, w->E + hidden * LANES, w->key_columns + j * w->wide_columns,
+                                  w->wide_columns, w->N + hidden * LANES);
+            j += count;
+        }
     }
 }
 
@@ -271,11 +305,7 @@ static void RC_NAME(scan_forward)(const rc_monomials_problem *p, ptrdiff_t head,
                     for (ptrdiff_t i = 0; i < TILE; i++)
                         w.moment[i] = 0;
                 }
-                for (ptrdiff_t j = 0; j < seen; j += BLOCK) {
-                    RC_NAME(exact_pairs)(p, &w, j, rc_min(BLOCK, seen - j), limit);
-                    RC_NAME(product_tile)((int)w.y.columns, VECTORS, rc_min(BLOCK, seen - j), w.E, w.key_columns + j * w.wide_columns,
-                                          w.wide_columns, w.N);
-                }
+                RC_NAME(add_pairs)(p, &w, limit, seen);
                 RC_NAME(finish)(p, &w, head, lane, row, rows, chunk);
             }
         if (onward || chunk + 1 < (segment + 1) * p->chunks_per_segment) {
