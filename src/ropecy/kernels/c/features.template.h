@@ -146,13 +146,19 @@ static void RC_NAME(evaluate)(const RC_NAME(monomials) * y, int degree, int orde
     }
 }
 
-/* Elements of a state packed for differentiate: [degree, from the top][block of monomials one degree lower][m][column][row];
- * degree 1 as [block of m][column][row]. */
+/* Elements of a state packed for differentiate of the monomials of degree s whose largest index is m, [block of monomials one
+ * degree lower][column][row]: in the order in which the state has them, for it is packed for each chunk and few lines of all its
+ * columns fit the L1 cache. */
+RC_INLINE ptrdiff_t RC_NAME(run_size)(const RC_NAME(monomials) * y, int s, ptrdiff_t m) {
+    return rc_round_up(RC_NAME(count)(y, s - 1, m + 1), GRAD_ROWS) * y->columns;
+}
+
+/* Those of all: [degree, from the top][m], degree 1 as [block of m][column][row]; and what stores run over. */
 static size_t RC_NAME(differentiate_size)(const RC_NAME(monomials) * y, int degree) {
     ptrdiff_t size = y->d * y->columns + LANES;
     for (int s = degree; s >= 2; s--)
         for (ptrdiff_t m = 0; m < y->d; m++)
-            size += rc_round_up(RC_NAME(count)(y, s - 1, m + 1), GRAD_ROWS) * y->columns;
+            size += RC_NAME(run_size)(y, s, m);
     return (size_t)size;
 }
 
@@ -173,19 +179,13 @@ static void RC_NAME(pack_rows_of_block)(int rows, ptrdiff_t columns, const REAL 
 static void RC_NAME(differentiate_pack)(const RC_NAME(monomials) * y, int degree, const REAL *base, const REAL *part,
                                         const REAL *weights, REAL *packed) {
     const ptrdiff_t d = y->d, pitch = y->pitch;
-    for (int s = degree; s >= 2; s--) {
-        ptrdiff_t first = 0; /* the first m whose prefix reaches i */
-        for (ptrdiff_t i = 0; i < RC_NAME(count)(y, s - 1, d); i += GRAD_ROWS) {
-            while (RC_NAME(count)(y, s - 1, first + 1) <= i)
-                first++;
-            for (ptrdiff_t m = first; m < d; m++) {
-                const ptrdiff_t rows = rc_min(GRAD_ROWS, RC_NAME(count)(y, s - 1, m + 1) - i);
-                const ptrdiff_t f = y->offset[s] + RC_NAME(count)(y, s, m) + i;
-                RC_NAME(pack_rows_of_block)((int)rows, y->columns, base + f, part + f, pitch, weights + f, packed);
-                packed += y->columns * GRAD_ROWS;
-            }
+    for (int s = degree; s >= 2; s--)
+        for (ptrdiff_t m = 0; m < d; m++) {
+            const ptrdiff_t f = y->offset[s] + RC_NAME(count)(y, s, m), length = RC_NAME(count)(y, s - 1, m + 1);
+            for (ptrdiff_t i = 0; i < length; i += GRAD_ROWS, packed += y->columns * GRAD_ROWS)
+                RC_NAME(pack_rows_of_block)((int)rc_min(GRAD_ROWS, length - i), y->columns, base + f + i, part + f + i, pitch,
+                                            weights + f + i, packed);
         }
-    }
     const int blocks = rc_blocks((int)d, ROWS);
     for (int b = 0; b < blocks; b++) {
         const int m0 = rc_block_start((int)d, blocks, b), R = rc_block_start((int)d, blocks, b + 1) - m0;
@@ -199,21 +199,21 @@ static void RC_NAME(differentiate_pack)(const RC_NAME(monomials) * y, int degree
 
 /* One block of monomials of degree s - 1 against every m: dx_m += dphi_s(m, i) phi_i, dphi_i += dphi_s(m, i) x_m, where
  * dphi_s = <dN, state> + (what degree s + 1 left there, unless s is the top). `rows` monomials are in the block; the
- * prefix of m may end inside it. Returns where the packed state goes on. */
-RC_INLINE const REAL *RC_NAME(reverse_block)(const RC_NAME(monomials) * y, int s, const int is_top, ptrdiff_t i, ptrdiff_t rows,
-                                             ptrdiff_t first, const REAL *xt, const REAL *dN, const REAL *packed, const REAL *phi,
-                                             REAL *dphi, REAL *dx) {
+ * prefix of m may end inside it. The block of m is at packed + runs[m]. */
+RC_INLINE void RC_NAME(reverse_block)(const RC_NAME(monomials) * y, int s, const int is_top, ptrdiff_t i, ptrdiff_t rows,
+                                             ptrdiff_t first, const REAL *xt, const REAL *dN, const REAL *packed, const ptrdiff_t *runs,
+                                             const REAL *phi, REAL *dphi, REAL *dx) {
     vreal reduced[GRAD_ROWS][2];
     RC_UNROLL for (int r = 0; r < GRAD_ROWS; r++) reduced[r][0] = reduced[r][1] = (vreal){0};
     const REAL *phi_i = phi + (y->offset[s - 1] + i) * WIDE;
     for (ptrdiff_t m = first; m < y->d; m++) {
         vreal acc[GRAD_ROWS][2];
         RC_UNROLL for (int r = 0; r < GRAD_ROWS; r++) acc[r][0] = acc[r][1] = (vreal){0};
-        const REAL *grads = dN;
-        for (ptrdiff_t c = 0; c < y->columns; c++, grads += WIDE, packed += GRAD_ROWS) {
+        const REAL *grads = dN, *weights = packed + runs[m];
+        for (ptrdiff_t c = 0; c < y->columns; c++, grads += WIDE, weights += GRAD_ROWS) {
             vreal a0 = LOAD(grads), a1 = LOAD(grads + LANES);
             RC_UNROLL for (int r = 0; r < GRAD_ROWS; r++) {
-                vreal b = SPLAT(packed[r]);
+                vreal b = SPLAT(weights[r]);
                 acc[r][0] += a0 * b;
                 acc[r][1] += a1 * b;
             }
@@ -253,18 +253,17 @@ RC_INLINE const REAL *RC_NAME(reverse_block)(const RC_NAME(monomials) * y, int s
         STORE(out + r * WIDE, reduced[r][0]);
         STORE(out + r * WIDE + LANES, reduced[r][1]);
     }
-    return packed;
 }
 
-RC_NOINLINE const REAL *RC_NAME(reverse_top)(const RC_NAME(monomials) * y, int s, ptrdiff_t i, ptrdiff_t rows, ptrdiff_t first,
-                                             const REAL *xt, const REAL *dN, const REAL *packed, const REAL *phi, REAL *dphi,
-                                             REAL *dx) {
-    return RC_NAME(reverse_block)(y, s, 1, i, rows, first, xt, dN, packed, phi, dphi, dx);
+RC_NOINLINE void RC_NAME(reverse_top)(const RC_NAME(monomials) * y, int s, ptrdiff_t i, ptrdiff_t rows, ptrdiff_t first,
+                                             const REAL *xt, const REAL *dN, const REAL *packed, const ptrdiff_t *runs, const REAL *phi,
+                                             REAL *dphi, REAL *dx) {
+    RC_NAME(reverse_block)(y, s, 1, i, rows, first, xt, dN, packed, runs, phi, dphi, dx);
 }
-RC_NOINLINE const REAL *RC_NAME(reverse_low)(const RC_NAME(monomials) * y, int s, ptrdiff_t i, ptrdiff_t rows, ptrdiff_t first,
-                                             const REAL *xt, const REAL *dN, const REAL *packed, const REAL *phi, REAL *dphi,
-                                             REAL *dx) {
-    return RC_NAME(reverse_block)(y, s, 0, i, rows, first, xt, dN, packed, phi, dphi, dx);
+RC_NOINLINE void RC_NAME(reverse_low)(const RC_NAME(monomials) * y, int s, ptrdiff_t i, ptrdiff_t rows, ptrdiff_t first,
+                                             const REAL *xt, const REAL *dN, const REAL *packed, const ptrdiff_t *runs, const REAL *phi,
+                                             REAL *dphi, REAL *dx) {
+    RC_NAME(reverse_block)(y, s, 0, i, rows, first, xt, dN, packed, runs, phi, dphi, dx);
 }
 
 /* dx[m][token] for WIDE tokens; phi and dphi hold WIDE * below(degree). */
@@ -275,15 +274,18 @@ static void RC_NAME(differentiate)(const RC_NAME(monomials) * y, int degree, con
         dx[i] = 0;
     RC_NAME(token_features)(y, degree, xt, 0, phi, 2);
     for (int s = degree; s >= 2; s--) {
-        ptrdiff_t first = 0;
         const ptrdiff_t before = RC_NAME(count)(y, s - 1, d);
+        ptrdiff_t first = 0, runs[d + 1]; /* the first m whose prefix reaches i; where each begins */
+        runs[0] = 0;
+        for (ptrdiff_t m = 0; m < d; m++)
+            runs[m + 1] = runs[m] + RC_NAME(run_size)(y, s, m);
         for (ptrdiff_t i = 0; i < before; i += GRAD_ROWS) {
             while (RC_NAME(count)(y, s - 1, first + 1) <= i)
                 first++;
-            const ptrdiff_t rows = rc_min(GRAD_ROWS, before - i);
-            packed = s == degree ? RC_NAME(reverse_top)(y, s, i, rows, first, xt, dN, packed, phi, dphi, dx)
-                                 : RC_NAME(reverse_low)(y, s, i, rows, first, xt, dN, packed, phi, dphi, dx);
+            (s == degree ? RC_NAME(reverse_top) : RC_NAME(reverse_low))(y, s, i, rc_min(GRAD_ROWS, before - i), first, xt, dN,
+                                                                       packed + i * y->columns, runs, phi, dphi, dx);
         }
+        packed += runs[d];
     }
     const int blocks = rc_blocks((int)d, ROWS);
     for (int b = 0; b < blocks; b++) {
