@@ -382,10 +382,10 @@ static void RC_NAME(backward)(const rc_exact_problem *p, ptrdiff_t head, ptrdiff
                     RC_NAME(weights_known)(d, q, k_pack + j * d, P + j * TILE, stats, (REAL)p->gain, m, row0, j0 + j);
                 for (ptrdiff_t j = 0; j < keys_up; j += KEYS)
                     RC_NAME(score_gradients)(d_v, g, v_pack + j * d_v, P + j * TILE, dS + j * TILE, stats + 2 * TILE);
-                RC_NAME(columns)(wide_v, rows, (const REAL *)p->grad_rows + (lane * n + row0) * wide_v, P, dv);
+                RC_NAME(columns)(BLOCK, wide_v, rows, (const REAL *)p->grad_rows + (lane * n + row0) * wide_v, P, dv);
                 if (dsymbol || p->factor)
                     RC_NAME(diagonals)(&masking, dsymbol, dS, keys, row0, j0);
-                RC_NAME(columns)(wide, rows, (const REAL *)p->q_rows + (lane * n + row0) * wide, dS, dk);
+                RC_NAME(columns)(BLOCK, wide, rows, (const REAL *)p->q_rows + (lane * n + row0) * wide, dS, dk);
                 RC_NAME(product_tile)((int)d, VECTORS, keys, dS, (const REAL *)p->k + (head * p->n_k + j0) * d, d,
                                       (REAL *)p->dq_segments + ((segment * p->heads * p->groups + lane) * tiles + tile) * d * TILE);
             }

@@ -89,8 +89,8 @@ static size_t RC_NAME(lay_out)(const rc_monomials_problem *p, char *base, RC_NAM
     w->query_columns = RC_NAME(take)(base, &used, CHUNK * w->wide_columns);
     w->E = RC_NAME(take)(base, &used, BLOCK * TILE);
     w->dE = RC_NAME(take)(base, &used, BLOCK * TILE);
-    w->dk = RC_NAME(take)(base, &used, CHUNK * w->wide);
-    w->dv = RC_NAME(take)(base, &used, CHUNK * w->wide_columns);
+    w->dk = RC_NAME(take)(base, &used, (CHUNK + COLUMN_SLACK) * w->wide);
+    w->dv = RC_NAME(take)(base, &used, (CHUNK + COLUMN_SLACK) * w->wide_columns);
     w->fall = RC_NAME(take)(base, &used, AHEAD + CHUNK + TILE);
     w->fall = w->fall ? w->fall + AHEAD : 0;
     return used;
@@ -145,43 +145,57 @@ RC_INLINE void RC_NAME(exact_keys)(const int V, const RC_NAME(room) * w, ptrdiff
     }
 }
 
-/* The same for all queries of a tile and `count` keys. */
-static void RC_NAME(exact_pairs)(const rc_monomials_problem *p, const RC_NAME(room) * w, ptrdiff_t j0, ptrdiff_t count, ptrdiff_t limit) {
-    const ptrdiff_t whole = p->decay ? 0 : rc_max(0, rc_min(count, limit + 1 - j0)) / KEYS * KEYS;
-    RC_NAME(exact_keys)(VECTORS, w, p->d, j0, 0, whole, 0);
-    RC_NAME(exact_keys)(VECTORS, w, p->d, j0, whole, count, w->fall + limit - j0);
+/* The same for `count` keys and all vectors of a tile but the first `hidden`, which see none of them. */
+static void RC_NAME(exact_pairs)(const rc_monomials_problem *p, const RC_NAME(room) * w, ptrdiff_t j0, ptrdiff_t count, ptrdiff_t limit,
+                                 int hidden) {
+    const ptrdiff_t whole = p->decay || hidden ? 0 : rc_max(0, rc_min(count, limit + 1 - j0)) / KEYS * KEYS;
+    const REAL *fall = w->fall + limit - j0;
+    if (hidden == 0) {
+        RC_NAME(exact_keys)(VECTORS, w, p->d, j0, 0, whole, 0);
+        RC_NAME(exact_keys)(VECTORS, w, p->d, j0, whole, count, fall);
+    } else if (hidden == VECTORS - 1)
+        RC_NAME(exact_keys)(1, w, p->d, j0, 0, count, fall);
+    else
+        RC_NAME(exact_keys)(2, w, p->d, j0, 0, count, fall);
 }
 
-/* N += what the first `seen` keys of the chunk give to a tile of queries. The last keys are seen by its last vectors alone. */
-static void RC_NAME(add_pairs)(const rc_monomials_problem *p, const RC_NAME(room) * w, ptrdiff_t limit, ptrdiff_t seen) {
-    ptrdiff_t j = 0;
-    for (int hidden = 0; hidden < VECTORS; hidden++) {
-        const ptrdiff_t end = hidden == VECTORS - 1 ? seen : rc_min(seen, rc_round_up(rc_max(0, limit + (hidden + 1) * LANES), KEYS));
-        while (j < end) {
-            const ptrdiff_t count = rc_min(BLOCK, end - j);
-            if (hidden == 0)
-                RC_NAME(exact_pairs)(p, w, j, count, limit);
-            else if (hidden == 1)
-                RC_NAME(exact_keys)(VECTORS - 1, w, p->d, j, 0, count, w->fall + limit - j);
-#if VECTORS == 3
-            else
-                RC_NAME(exact_keys)(1, w, p->d, j, 0, count, w->fall + limit - j);
-#endif
-            RC_NAME(product_tile)((int)w->y.columns, VECTORS - hidden, count, w->E + hidden * LANES, w->key_columns + j * w->wide_columns,
-                                  w->wide_columns, w->N + hidden * LANES);
-            j += count;
+/* dE[key][lane] = E <dN, columns of key> of the last V vectors. */
+RC_INLINE void RC_NAME(gradients_of_keys)(const int V, const RC_NAME(room) * w, ptrdiff_t j0, ptrdiff_t count) {
+    const ptrdiff_t lane = (VECTORS - V) * LANES;
+    for (ptrdiff_t j = 0; j < count; j += KEYS) {
+        vreal acc[KEYS][VECTORS];
+        RC_NAME(dots)(V, acc, w->y.columns, w->dN + lane, TILE, w->column_pack + (j0 + j) * w->y.columns);
+        RC_UNROLL for (int r = 0; r < KEYS; r++) RC_UNROLL for (int v = 0; v < V; v++) {
+            const ptrdiff_t at = (j + r) * TILE + lane + v * LANES;
+            STORE(w->dE + at, LOAD(w->E + at) * acc[r][v]);
         }
     }
 }
 
-/* dE[key][lane] = E <dN, columns of key>. */
-static void RC_NAME(exact_gradients)(RC_NAME(room) * w, ptrdiff_t j0, ptrdiff_t count) {
-    for (ptrdiff_t j = 0; j < count; j += KEYS) {
-        vreal acc[KEYS][VECTORS];
-        RC_NAME(dots)(VECTORS, acc, w->y.columns, w->dN, TILE, w->column_pack + (j0 + j) * w->y.columns);
-        RC_UNROLL for (int r = 0; r < KEYS; r++) RC_UNROLL for (int v = 0; v < VECTORS; v++)
-            STORE(w->dE + (j + r) * TILE + v * LANES, LOAD(w->E + (j + r) * TILE + v * LANES) * acc[r][v]);
-    }
+static void RC_NAME(exact_gradients)(const RC_NAME(room) * w, ptrdiff_t j0, ptrdiff_t count, int hidden) {
+    if (hidden == 0)
+        RC_NAME(gradients_of_keys)(VECTORS, w, j0, count);
+    else if (hidden == VECTORS - 1)
+        RC_NAME(gradients_of_keys)(1, w, j0, count);
+    else
+        RC_NAME(gradients_of_keys)(2, w, j0, count);
+}
+
+/* Of the first `seen` keys of the chunk, where those end that the first `hidden` vectors of a tile do not see, but the next does. */
+static ptrdiff_t RC_NAME(hidden_end)(ptrdiff_t limit, ptrdiff_t seen, int hidden) {
+    return hidden == VECTORS - 1 ? seen : rc_min(seen, rc_round_up(rc_max(0, limit + (hidden + 1) * LANES), KEYS));
+}
+
+/* N += what the first `seen` keys of the chunk give to a tile of queries. */
+static void RC_NAME(add_pairs)(const rc_monomials_problem *p, const RC_NAME(room) * w, ptrdiff_t limit, ptrdiff_t seen) {
+    ptrdiff_t j = 0;
+    for (int hidden = 0; hidden < VECTORS; hidden++)
+        for (const ptrdiff_t end = RC_NAME(hidden_end)(limit, seen, hidden); j < end; j = rc_min(j + BLOCK, end)) {
+            const ptrdiff_t count = rc_min(BLOCK, end - j);
+            RC_NAME(exact_pairs)(p, w, j, count, limit, hidden);
+            RC_NAME(product_tile)((int)w->y.columns, VECTORS - hidden, count, w->E + hidden * LANES,
+                                  w->key_columns + j * w->wide_columns, w->wide_columns, w->N + hidden * LANES);
+        }
 }
 
 /* scaled = log2(e) xt of a tile of queries, for exp2. */
@@ -410,11 +424,29 @@ static void RC_NAME(scan_grad_queries)(const rc_monomials_problem *p, ptrdiff_t 
     }
 }
 
+/* w->dk, w->dv and w->dx += what the first `seen` keys of the chunk and a tile of queries give each other. */
+static void RC_NAME(tile_gradients)(const rc_monomials_problem *p, RC_NAME(room) * w, ptrdiff_t rows, const REAL *columns,
+                                    ptrdiff_t limit, ptrdiff_t seen) {
+    const ptrdiff_t d = p->d, wide = w->wide, wide_columns = w->wide_columns;
+    ptrdiff_t j = 0;
+    for (int hidden = 0; hidden < VECTORS; hidden++)
+        for (const ptrdiff_t end = RC_NAME(hidden_end)(limit, seen, hidden); j < end; j = rc_min(j + BLOCK, end)) {
+            const ptrdiff_t count = rc_min(BLOCK, end - j), lane = hidden * LANES, left = rc_max(0, rows - lane);
+            RC_NAME(exact_pairs)(p, w, j, count, limit, hidden);
+            RC_NAME(exact_gradients)(w, j, count, hidden);
+            for (ptrdiff_t e = rc_round_up(count, KEYS) * TILE; e < rc_min(BLOCK, count + COLUMN_SLACK) * TILE; e++)
+                w->E[e] = w->dE[e] = 0;
+            RC_NAME(columns)(count, wide_columns, left, columns + lane * wide_columns, w->E + lane, w->dv + j * wide_columns);
+            RC_NAME(columns)(count, wide, left, w->x + lane * wide, w->dE + lane, w->dk + j * wide);
+            RC_NAME(product_tile)((int)d, VECTORS - hidden, count, w->dE + lane, w->keys + j * d, d, w->dx + lane);
+        }
+}
+
 /* Gradients through the pairs of a chunk's keys and the `rows` loaded queries of a lane, the first of which is `begin`:
  * w->dk and w->dv += those of keys, dq += those of queries. */
 static void RC_NAME(pair_gradients)(const rc_monomials_problem *p, RC_NAME(room) * w, ptrdiff_t lane, ptrdiff_t begin, ptrdiff_t count,
                                     ptrdiff_t chunk, ptrdiff_t keys) {
-    const ptrdiff_t d = p->d, wide = w->wide, wide_columns = w->wide_columns;
+    const ptrdiff_t d = p->d, wide_columns = w->wide_columns;
     const REAL factor = RC_NAME(q_factor)(p, lane / p->groups);
     for (ptrdiff_t i = 0; i < count; i += TILE) {
         const ptrdiff_t rows = rc_min(TILE, count - i);
@@ -424,19 +456,10 @@ static void RC_NAME(pair_gradients)(const rc_monomials_problem *p, RC_NAME(room)
         RC_NAME(tile_load)(w->query_rows + i * d, d, rows, d, 1, 0, w->xt, TILE);
         RC_NAME(scale_tile)(p, w);
         RC_NAME(tile_load)(columns, wide_columns, rows, w->y.columns, 1, 0, w->dN, TILE);
-        RC_NAME(load_rows)(w->query_rows + i * d, rows, d, 1, 0, w->x, wide);
+        RC_NAME(load_rows)(w->query_rows + i * d, rows, d, 1, 0, w->x, w->wide);
         for (ptrdiff_t a = 0; a < d * TILE; a++)
             w->dx[a] = 0;
-        for (ptrdiff_t j = 0; j < seen; j += BLOCK) {
-            const ptrdiff_t some = rc_min(BLOCK, seen - j);
-            RC_NAME(exact_pairs)(p, w, j, some, limit);
-            RC_NAME(exact_gradients)(w, j, some);
-            for (ptrdiff_t e = rc_round_up(some, KEYS) * TILE; e < BLOCK * TILE; e++)
-                w->E[e] = w->dE[e] = 0;
-            RC_NAME(columns)(wide_columns, rows, columns, w->E, w->dv + j * wide_columns);
-            RC_NAME(columns)(wide, rows, w->x, w->dE, w->dk + j * wide);
-            RC_NAME(product_tile)((int)d, VECTORS, some, w->dE, w->keys + j * d, d, w->dx);
-        }
+        RC_NAME(tile_gradients)(p, w, rows, columns, limit, seen);
         for (ptrdiff_t t = 0; t < rows; t++)
             for (ptrdiff_t a = 0; a < d; a++)
                 dq[t * d + a] += factor * w->dx[a * TILE + t];

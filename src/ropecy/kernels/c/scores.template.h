@@ -12,6 +12,7 @@
 #else
 #define KEYS 6
 #endif
+#define COLUMN_SLACK 15
 #define BLOCK 96 /* keys in a block: a multiple of KEYS and of every COLUMN_ROWS */
 #define LOG2E 1.4426950408889634074
 #define LN2 0.69314718055994530942
@@ -38,11 +39,13 @@ static void RC_NAME(pack_rows)(const REAL *x, ptrdiff_t width, ptrdiff_t rows, p
         RC_NAME(tile_load)(x + j * width, width, rc_max(0, rc_min(KEYS, rows - j)), width, 1, 0, out, KEYS);
 }
 
-/* C[key][c] += sum_i B[key][i] A[i][c] over BLOCK keys and `rows` queries; A and C have whole vectors of columns. */
+/* C[key][c] += sum_i B[key][i] A[i][c] over `keys` keys, up to COLUMN_SLACK more where that is no whole number of register blocks,
+ * and `rows` queries; A and C have whole vectors of columns. */
 #define RC_COLUMNS(R, V)                                                                                                \
-    RC_NOINLINE void RC_NAME(columns_##V)(ptrdiff_t rows, const REAL *A, ptrdiff_t ld, const REAL *B, REAL *C) {          \
-        for (int j = 0; j < BLOCK; j += R)                                                                                \
-            RC_NAME(product_block)(R, V, rows, A, ld, B + (ptrdiff_t)j * TILE, 1, TILE, C + j * ld, ld, RC_ADD, 0);       \
+    RC_NOINLINE void RC_NAME(columns_##V)(ptrdiff_t keys, ptrdiff_t rows, const REAL *A, ptrdiff_t ld, const REAL *B,    \
+                                          REAL *C) {                                                                      \
+        for (ptrdiff_t j = 0; j < keys; j += R)                                                                           \
+            RC_NAME(product_block)(R, V, rows, A, ld, B + j * TILE, 1, TILE, C + j * ld, ld, RC_ADD, 0);       \
     }
 #if RC_REGISTERS == 32
 RC_COLUMNS(16, 1) RC_COLUMNS(12, 2) RC_COLUMNS(8, 3) RC_COLUMNS(6, 4)
@@ -51,18 +54,18 @@ RC_COLUMNS(8, 1) RC_COLUMNS(6, 2)
 #endif
 #undef RC_COLUMNS
 
-static void RC_NAME(columns)(ptrdiff_t width, ptrdiff_t rows, const REAL *A, const REAL *B, REAL *C) {
+static void RC_NAME(columns)(ptrdiff_t keys, ptrdiff_t width, ptrdiff_t rows, const REAL *A, const REAL *B, REAL *C) {
     for (ptrdiff_t c = 0; c < width; c += COLUMN_VECTORS * LANES) {
         const ptrdiff_t vectors = rc_min(COLUMN_VECTORS, (width - c) / LANES);
         if (vectors == 1)
-            RC_NAME(columns_1)(rows, A + c, width, B, C + c);
+            RC_NAME(columns_1)(keys, rows, A + c, width, B, C + c);
         else if (vectors == 2)
-            RC_NAME(columns_2)(rows, A + c, width, B, C + c);
+            RC_NAME(columns_2)(keys, rows, A + c, width, B, C + c);
 #if COLUMN_VECTORS == 4
         else if (vectors == 3)
-            RC_NAME(columns_3)(rows, A + c, width, B, C + c);
+            RC_NAME(columns_3)(keys, rows, A + c, width, B, C + c);
         else
-            RC_NAME(columns_4)(rows, A + c, width, B, C + c);
+            RC_NAME(columns_4)(keys, rows, A + c, width, B, C + c);
 #endif
     }
 }
