@@ -1,6 +1,7 @@
 #include "simd.h"
 #include "product.template.h"
 #include "transpose.template.h"
+#include "fold.template.h"
 #include "exp2.template.h"
 #include "scores.template.h"
 #include "row_features.template.h"
