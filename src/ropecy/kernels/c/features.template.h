@@ -197,56 +197,68 @@ static void RC_NAME(differentiate_pack)(const RC_NAME(monomials) * y, int degree
     }
 }
 
+/* R monomials phi_i and one m: dx_m += dphi phi_i, reduced_i += dphi x_m, with dphi = <dN, weights> + `above` unless that is NULL. */
+RC_INLINE void RC_NAME(reverse_rows)(const int R, ptrdiff_t columns, const REAL *dN, const REAL *weights, const REAL *above,
+                                     const REAL *phi_i, const REAL *xm, vreal reduced[GRAD_ROWS][2], REAL *dxm) {
+    vreal acc[GRAD_ROWS][2];
+    RC_UNROLL for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = (vreal){0};
+    for (ptrdiff_t c = 0; c < columns; c++, dN += WIDE, weights += GRAD_ROWS) {
+        vreal a0 = LOAD(dN), a1 = LOAD(dN + LANES);
+        RC_UNROLL for (int r = 0; r < R; r++) {
+            vreal b = SPLAT(weights[r]);
+            acc[r][0] += a0 * b;
+            acc[r][1] += a1 * b;
+        }
+    }
+    vreal x0 = LOAD(xm), x1 = LOAD(xm + LANES), e0 = LOAD(dxm), e1 = LOAD(dxm + LANES);
+    RC_UNROLL for (int r = 0; r < R; r++) {
+        if (above) {
+            acc[r][0] += LOAD(above + r * WIDE);
+            acc[r][1] += LOAD(above + r * WIDE + LANES);
+        }
+        e0 += acc[r][0] * LOAD(phi_i + r * WIDE);
+        e1 += acc[r][1] * LOAD(phi_i + r * WIDE + LANES);
+        reduced[r][0] += acc[r][0] * x0;
+        reduced[r][1] += acc[r][1] * x1;
+    }
+    STORE(dxm, e0);
+    STORE(dxm + LANES, e1);
+}
+
 /* One block of monomials of degree s - 1 against every m: dx_m += dphi_s(m, i) phi_i, dphi_i += dphi_s(m, i) x_m, where
  * dphi_s = <dN, state> + (what degree s + 1 left there, unless s is the top). `rows` monomials are in the block; the
- * prefix of m may end inside it. The block of m is at packed + runs[m]. */
+ * prefix of m may end inside it: where d is small that is one block of six. The block of m is at packed + runs[m]. */
 RC_INLINE void RC_NAME(reverse_block)(const RC_NAME(monomials) * y, int s, const int is_top, ptrdiff_t i, ptrdiff_t rows,
-                                             ptrdiff_t first, const REAL *xt, const REAL *dN, const REAL *packed, const ptrdiff_t *runs,
-                                             const REAL *phi, REAL *dphi, REAL *dx) {
+                                      ptrdiff_t first, const REAL *xt, const REAL *dN, const REAL *packed, const ptrdiff_t *runs,
+                                      const REAL *phi, REAL *dphi, REAL *dx) {
     vreal reduced[GRAD_ROWS][2];
     RC_UNROLL for (int r = 0; r < GRAD_ROWS; r++) reduced[r][0] = reduced[r][1] = (vreal){0};
     const REAL *phi_i = phi + (y->offset[s - 1] + i) * WIDE;
     for (ptrdiff_t m = first; m < y->d; m++) {
-        vreal acc[GRAD_ROWS][2];
-        RC_UNROLL for (int r = 0; r < GRAD_ROWS; r++) acc[r][0] = acc[r][1] = (vreal){0};
-        const REAL *grads = dN, *weights = packed + runs[m];
-        for (ptrdiff_t c = 0; c < y->columns; c++, grads += WIDE, weights += GRAD_ROWS) {
-            vreal a0 = LOAD(grads), a1 = LOAD(grads + LANES);
-            RC_UNROLL for (int r = 0; r < GRAD_ROWS; r++) {
-                vreal b = SPLAT(weights[r]);
-                acc[r][0] += a0 * b;
-                acc[r][1] += a1 * b;
-            }
+        const REAL *above = is_top ? 0 : dphi + (y->offset[s] + RC_NAME(count)(y, s, m) + i) * WIDE;
+#define RC_REVERSE(R) RC_NAME(reverse_rows)(R, y->columns, dN, packed + runs[m], above, phi_i, xt + m * WIDE, reduced, dx + m * WIDE)
+        switch (rc_min(rows, RC_NAME(count)(y, s - 1, m + 1) - i)) {
+        case 1:
+            RC_REVERSE(1);
+            break;
+        case 2:
+            RC_REVERSE(2);
+            break;
+#if GRAD_ROWS == 6
+        case 3:
+            RC_REVERSE(3);
+            break;
+        case 4:
+            RC_REVERSE(4);
+            break;
+        case 5:
+            RC_REVERSE(5);
+            break;
+#endif
+        default:
+            RC_REVERSE(GRAD_ROWS);
         }
-        vreal x0 = LOAD(xt + m * WIDE), x1 = LOAD(xt + m * WIDE + LANES);
-        vreal e0 = LOAD(dx + m * WIDE), e1 = LOAD(dx + m * WIDE + LANES);
-        const ptrdiff_t inside = rc_min(rows, RC_NAME(count)(y, s - 1, m + 1) - i);
-        const REAL *above = dphi + (y->offset[s] + RC_NAME(count)(y, s, m) + i) * WIDE;
-        if (inside == GRAD_ROWS) {
-            RC_UNROLL for (int r = 0; r < GRAD_ROWS; r++) {
-                if (!is_top) {
-                    acc[r][0] += LOAD(above + r * WIDE);
-                    acc[r][1] += LOAD(above + r * WIDE + LANES);
-                }
-                e0 += acc[r][0] * LOAD(phi_i + r * WIDE);
-                e1 += acc[r][1] * LOAD(phi_i + r * WIDE + LANES);
-                reduced[r][0] += acc[r][0] * x0;
-                reduced[r][1] += acc[r][1] * x1;
-            }
-        } else {
-            RC_UNROLL for (int r = 0; r < GRAD_ROWS; r++) if (r < inside) {
-                if (!is_top) {
-                    acc[r][0] += LOAD(above + r * WIDE);
-                    acc[r][1] += LOAD(above + r * WIDE + LANES);
-                }
-                e0 += acc[r][0] * LOAD(phi_i + r * WIDE);
-                e1 += acc[r][1] * LOAD(phi_i + r * WIDE + LANES);
-                reduced[r][0] += acc[r][0] * x0;
-                reduced[r][1] += acc[r][1] * x1;
-            }
-        }
-        STORE(dx + m * WIDE, e0);
-        STORE(dx + m * WIDE + LANES, e1);
+#undef RC_REVERSE
     }
     REAL *out = dphi + (y->offset[s - 1] + i) * WIDE;
     RC_UNROLL for (int r = 0; r < GRAD_ROWS; r++) if (r < rows) {
