@@ -87,3 +87,11 @@ def test_a_norm_that_is_not_finite_stays(dtype, entry, rng):
     found = _rows.largest_norms(x, None, None, 2)
     assert np.isfinite(found[0])
     assert not np.isfinite(found[1])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("entry", [np.nan, np.inf, 1e-18])
+def test_norms_of_rows_that_share_a_vector(dtype, entry):
+    x = np.zeros((1, 77, 2), dtype)
+    x[0, 5, 1] = entry
+    np.testing.assert_allclose(_rows.largest_norms(x, None, None, 1), entry, rtol=1e-6)

@@ -305,10 +305,13 @@ def worst_case(problem: Outline, polynomials: Sequence[Polynomial]) -> np.ndarra
         np.array([[of(p)] for p in polynomials])
         for of in (lambda p: p.error, lambda p: math.exp(min(2 * p.B, 700)), lambda p: poly.tau(p.error))
     )
-    weight = far * heaviest
-    total = weight + (seen - far)
-    share = np.divide(weight, total, out=np.zeros_like(weight), where=total > 0)
-    return np.minimum(largest, error * share)[:, None]
+    # In place: fresh memory for each of these took longer than the arithmetic.
+    seen -= far
+    weight = np.multiply(far, heaviest, out=far)
+    total = np.add(seen, weight, out=seen)
+    share = np.divide(weight, total, out=weight, where=total > 0)
+    share *= error
+    return np.minimum(share, largest, out=share)[:, None]
 
 
 def value_distances(problem: Problem, values: Values, comm: Communicator = SERIAL) -> np.ndarray:

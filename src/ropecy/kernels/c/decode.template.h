@@ -14,8 +14,8 @@ static void RC_NAME(row_features)(const RC_NAME(monomials) * y, int degree, cons
     phi[0] = 1;
     for (int s = 1; s <= degree; s++)
         for (ptrdiff_t m = 0; m < y->d; m++)
-            RC_NAME(scaled_copy)(1, x + m, 0, phi + y->offset[s - 1], 0, RC_NAME(count)(y, s - 1, m + 1),
-                                 phi + y->offset[s] + RC_NAME(count)(y, s, m), 0);
+            for (ptrdiff_t i = 0; i < RC_NAME(count)(y, s - 1, m + 1); i += LANES)
+                STORE(phi + y->offset[s] + RC_NAME(count)(y, s, m) + i, LOAD(phi + y->offset[s - 1] + i) * x[m]);
     for (ptrdiff_t f = RC_NAME(below)(y, degree); f < y->offset[degree]; f++)
         phi[f] = 0;
     for (ptrdiff_t f = y->offset[degree] + RC_NAME(count)(y, degree, y->d); f < y->pitch; f++)

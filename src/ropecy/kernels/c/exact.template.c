@@ -387,11 +387,11 @@ static void RC_NAME(backward)(const rc_exact_problem *p, ptrdiff_t head, ptrdiff
                     RC_NAME(weights_known)(d, q, k_pack + j * d, P + j * TILE, stats, (REAL)p->gain, m, row0, j0 + j);
                 for (ptrdiff_t j = from; j < end_up; j += KEYS)
                     RC_NAME(score_gradients)(d_v, g, v_pack + j * d_v, P + j * TILE, dS + j * TILE, stats + 2 * TILE);
-                RC_NAME(columns)(wide_v, whole, rows, (const REAL *)p->grad_rows + (lane * n + row0) * wide_v, P + from * TILE,
+                RC_NAME(columns)(whole, wide_v, rows, (const REAL *)p->grad_rows + (lane * n + row0) * wide_v, P + from * TILE,
                                  dv + from * wide_v);
                 if (dsymbol || p->factor)
                     RC_NAME(diagonals)(&masking, dsymbol, dS + from * TILE, end - from, row0, j0 + from);
-                RC_NAME(columns)(wide, whole, rows, (const REAL *)p->q_rows + (lane * n + row0) * wide, dS + from * TILE,
+                RC_NAME(columns)(whole, wide, rows, (const REAL *)p->q_rows + (lane * n + row0) * wide, dS + from * TILE,
                                  dk + from * wide);
                 RC_NAME(product_tile)((int)d, VECTORS, end - from, dS + from * TILE,
                                       (const REAL *)p->k + (head * p->n_k + j0 + from) * d, d,

@@ -1,5 +1,5 @@
 /* Monomials of a tile of tokens and the three products with a state, for one precision (include after
- * product.template.h; monomials.h has the order of monomials).
+ * product.template.h and row_features.template.h; monomials.h has the order of monomials).
  *
  *   update         state += phi^T columns          lanes are features; the top degree is made a panel at a time
  *   evaluate       N = state^T phi                 lanes are tokens; the top degree is never formed: its sum over a
@@ -16,160 +16,13 @@
  */
 #undef WIDE
 #undef GRAD_ROWS
-#undef PANEL
 #define WIDE (2 * LANES)     /* tokens side by side in differentiate */
 #if RC_REGISTERS == 32
 #define GRAD_ROWS 6          /* monomials whose dphi is kept in registers */
 #else
 #define GRAD_ROWS 3
 #endif
-#define PANEL (4 * VECTORS * LANES) /* top-degree features made at a time */
 #define PREFIX 64            /* features of a prefix block: PREFIX * TILE of them stay in L1 */
-
-/* The part of the problem that says which monomials there are; degrees are at least 1. */
-typedef struct {
-    ptrdiff_t d, columns, pitch;
-    const ptrdiff_t *offset, *count;
-} RC_NAME(monomials);
-
-RC_INLINE ptrdiff_t RC_NAME(count)(const RC_NAME(monomials) * y, int s, ptrdiff_t m) { return y->count[s * (y->d + 1) + m]; }
-
-/* Where the monomials of degrees below s end. */
-RC_INLINE ptrdiff_t RC_NAME(below)(const RC_NAME(monomials) * y, int s) {
-    return y->offset[s - 1] + RC_NAME(count)(y, s - 1, y->d);
-}
-
-/* Rows of features: dst[t][i] = src[t][i] x[t] for i < length; the last vector may run over. ldd is a whole number of
- * vectors, and all stores but the first are aligned where dst's buffer is. */
-RC_INLINE void RC_NAME(scaled_copy)(int tokens, const REAL *x, ptrdiff_t ldx, const REAL *src, ptrdiff_t lds, ptrdiff_t length,
-                                    REAL *dst, ptrdiff_t ldd) {
-    const ptrdiff_t aligned = LANES - (ptrdiff_t)((uintptr_t)dst / sizeof(REAL) % LANES);
-    for (int t = 0; t < tokens; t++)
-        STORE(dst + t * ldd, LOAD(src + t * lds) * x[t * ldx]);
-    if (length > aligned)
-        for (int t = 0; t < tokens; t++)
-            for (ptrdiff_t i = aligned; i < length; i += LANES)
-                STORE(dst + t * ldd + i, LOAD(src + t * lds + i) * x[t * ldx]);
-}
-
-/* Monomials of degree 2 have prefixes of 1 to d, so scaled copies of them are vectors that are mostly empty and unaligned.
- * Where a vector holds all d variables, whole vectors of products are made of two permutations of it instead: for d = 8
- * and 16 lanes, 3 stores a token for 11. */
-#undef PICK
-#if defined(__AVX512F__) && RC_BITS == 32
-#define PICK(x, places) (vreal)_mm512_permutexvar_ps((__m512i)(places), (__m512)(x))
-#elif defined(__AVX512F__)
-#define PICK(x, places) (vreal)_mm512_permutexvar_pd((__m512i)(places), (__m512d)(x))
-#elif defined(__AVX2__) && RC_BITS == 32
-#define PICK(x, places) (vreal)_mm256_permutevar8x32_ps((__m256)(x), (__m256i)(places))
-#endif
-
-#ifdef PICK
-/* dst[t][f] = the monomial number f of degree 2 of x[t]; the last vector runs over. d is at most LANES. */
-static void RC_NAME(pairs)(int tokens, const REAL *x, ptrdiff_t d, REAL *dst, ptrdiff_t ldd) {
-    vint largest = {0}, other = {0};
-    int m = 0, i = 0;
-    for (ptrdiff_t f = 0; f < d * (d + 1) / 2; f += LANES) {
-        for (int lane = 0; lane < LANES; lane++) {
-            largest[lane] = m < d ? m : 0;
-            other[lane] = m < d ? i : 0;
-            if (i++ == m)
-                m++, i = 0;
-        }
-        for (int t = 0; t < tokens; t++) {
-            const vreal all = LOAD(x + t * d);
-            STORE(dst + t * ldd + f, PICK(all, largest) * PICK(all, other));
-        }
-    }
-}
-#endif
-
-/* Features of degree s, from those of degree s - 1 in the same rows, which begin with 1. */
-static void RC_NAME(next_degree)(const RC_NAME(monomials) * y, int s, int tokens, const REAL *x, REAL *rows, ptrdiff_t pitch) {
-    REAL *dst = rows + y->offset[s];
-    if (s == 1) {
-        for (int t = 0; t < tokens; t++)
-            for (ptrdiff_t a = 0; a < y->d; a += LANES)
-                STORE(dst + t * pitch + a, LOAD(x + t * y->d + a));
-        return;
-    }
-#ifdef PICK
-    if (s == 2 && y->d <= LANES) {
-        RC_NAME(pairs)(tokens, x, y->d, dst, pitch);
-        return;
-    }
-#endif
-    for (ptrdiff_t m = 0; m < y->d; m++)
-        RC_NAME(scaled_copy)(tokens, x + m, y->d, rows + y->offset[s - 1], pitch, RC_NAME(count)(y, s - 1, m + 1),
-                             dst + RC_NAME(count)(y, s, m), pitch);
-}
-
-/* state[c][f] += sum_t features[t][f] columns[t][c] for f < width; the last vector runs into zeros. */
-static void RC_NAME(add_product)(const RC_NAME(monomials) * y, int tokens, const REAL *features, ptrdiff_t pitch, ptrdiff_t width,
-                                 const REAL *columns, ptrdiff_t ld, REAL *state) {
-    const int blocks = rc_blocks((int)y->columns, ROWS);
-    for (ptrdiff_t f = 0; f < width; f += VECTORS * LANES) {
-        const ptrdiff_t vectors = rc_min(VECTORS, (width - f + LANES - 1) / LANES);
-        for (int b = 0; b < blocks; b++) {
-            const int c0 = rc_block_start((int)y->columns, blocks, b), c1 = rc_block_start((int)y->columns, blocks, b + 1);
-            RC_NAME(product)[c1 - c0][vectors](tokens, features + f, pitch, columns + c0, ld, state + c0 * y->pitch + f, y->pitch,
-                                               RC_ADD, 0);
-        }
-    }
-}
-
-/* state[c][f] += sum_t phi_f(x_t) columns[t][c] over all monomials of degree <= `degree`, the state's own degree.
- * `low` is [token][low_pitch], `panel` [token][PANEL + LANES]; x can be read a vector past its end. */
-static void RC_NAME(update)(const RC_NAME(monomials) * y, int degree, int tokens, const REAL *x, const REAL *columns,
-                            ptrdiff_t ld, REAL *low, ptrdiff_t low_pitch, REAL *panel, REAL *state) {
-    const ptrdiff_t d = y->d, low_end = RC_NAME(below)(y, degree), top = RC_NAME(count)(y, degree, d);
-    const ptrdiff_t panel_pitch = PANEL + LANES;
-    for (int t0 = 0; t0 < tokens; t0 += 16) {
-        const int t1 = (int)rc_min(16, tokens - t0);
-        REAL *rows = low + t0 * low_pitch;
-        for (int t = 0; t < t1; t++)
-            rows[t * low_pitch] = 1;
-        for (int s = 1; s < degree; s++)
-            RC_NAME(next_degree)(y, s, t1, x + t0 * d, rows, low_pitch);
-        for (int t = 0; t < t1; t++)
-            for (ptrdiff_t f = low_end; f < rc_round_up(low_end, LANES); f++)
-                rows[t * low_pitch + f] = 0;
-    }
-    RC_NAME(add_product)(y, tokens, low, low_pitch, low_end, columns, ld, state);
-#ifdef PICK
-    if (degree == 2 && d <= LANES) {
-        RC_NAME(pairs)(tokens, x, d, panel, panel_pitch);
-        for (int t = 0; t < tokens; t++)
-            for (ptrdiff_t f = top; f < rc_round_up(top, LANES); f++)
-                panel[t * panel_pitch + f] = 0;
-        RC_NAME(add_product)(y, tokens, panel, panel_pitch, top, columns, ld, state + y->offset[2]);
-        return;
-    }
-#endif
-    ptrdiff_t m = 0, i = 0; /* the next monomial: x_m times number i of degree - 1 */
-    for (ptrdiff_t f0 = 0; f0 < top; f0 += PANEL) {
-        const ptrdiff_t width = rc_min(PANEL, top - f0);
-        ptrdiff_t m1 = m, i1 = i;
-        for (int t0 = 0; t0 < tokens; t0 += 16) {
-            const int t1 = (int)rc_min(16, tokens - t0);
-            m1 = m, i1 = i;
-            for (ptrdiff_t f = 0; f < width;) {
-                const ptrdiff_t run = RC_NAME(count)(y, degree - 1, m1 + 1) - i1, length = rc_min(run, width - f);
-                RC_NAME(scaled_copy)(t1, x + t0 * d + m1, d, low + t0 * low_pitch + y->offset[degree - 1] + i1, low_pitch, length,
-                                     panel + t0 * panel_pitch + f, panel_pitch);
-                f += length;
-                i1 += length;
-                if (length == run)
-                    m1++, i1 = 0;
-            }
-        }
-        m = m1, i = i1;
-        for (int t = 0; t < tokens; t++)
-            for (ptrdiff_t f = width; f < rc_round_up(width, LANES); f++)
-                panel[t * panel_pitch + f] = 0;
-        RC_NAME(add_product)(y, tokens, panel, panel_pitch, width, columns, ld, state + y->offset[degree] + f0);
-    }
-}
 
 /* phi[f][token] for monomials of degree < `degree`, `vectors` vectors of tokens; those of degree - 1 times ratio[token]
  * unless that is NULL. */
@@ -192,27 +45,45 @@ RC_INLINE void RC_NAME(token_features)(const RC_NAME(monomials) * y, int degree,
         }
 }
 
-/* Elements of a state packed for evaluate: its monomials, [block of columns][monomial][column]. */
+/* Elements of a state packed for evaluate: its monomials, [block of columns][monomial][column], and what stores run over. */
 static size_t RC_NAME(evaluate_size)(const RC_NAME(monomials) * y, int degree) {
-    return (size_t)(y->columns * (RC_NAME(below)(y, degree) + RC_NAME(count)(y, degree, y->d)));
+    return (size_t)(y->columns * (RC_NAME(below)(y, degree) + RC_NAME(count)(y, degree, y->d)) + LANES);
+}
+
+/* packed[f][r] = (base[r][f] + part[r][f]) weights[f] for R columns; whole vectors are stored, and what runs over is overwritten
+ * by what follows. */
+static REAL *RC_NAME(pack_block)(const int R, ptrdiff_t length, const REAL *base, const REAL *part, ptrdiff_t pitch,
+                                 const REAL *weights, REAL *packed) {
+    enum { parts = (ROWS + LANES - 1) / LANES };
+    for (ptrdiff_t f = 0; f < length; f += LANES, packed += LANES * R) {
+        vreal block[parts][LANES];
+        RC_UNROLL for (int g = 0; g < parts; g++) {
+            RC_UNROLL for (int l = 0; l < LANES; l++) {
+                const ptrdiff_t at = (g * LANES + l) * pitch + f;
+                block[g][l] = (vreal){0};
+                if (g * LANES + l < R)
+                    block[g][l] = (LOAD(base + at) + LOAD(part + at)) * LOAD(weights + f);
+            }
+            RC_NAME(transpose)(block[g]);
+        }
+        const ptrdiff_t left = length - f;
+        RC_UNROLL for (int l = 0; l < LANES; l++) RC_UNROLL for (int g = 0; g < parts; g++)
+            if (l < left && g * LANES < R)
+                STORE(packed + l * R + g * LANES, block[g][l]);
+    }
+    return packed - (rc_round_up(length, LANES) - length) * R;
 }
 
 /* (base + part) * weights for evaluate. */
 static void RC_NAME(evaluate_pack)(const RC_NAME(monomials) * y, int degree, const REAL *base, const REAL *part,
                                    const REAL *weights, REAL *packed) {
-    const ptrdiff_t low_end = RC_NAME(below)(y, degree), top = RC_NAME(count)(y, degree, y->d);
+    const ptrdiff_t low_end = RC_NAME(below)(y, degree), top = RC_NAME(count)(y, degree, y->d), start = y->offset[degree];
     const int blocks = rc_blocks((int)y->columns, ROWS);
     for (int b = 0; b < blocks; b++) {
         const int c0 = rc_block_start((int)y->columns, blocks, b), R = rc_block_start((int)y->columns, blocks, b + 1) - c0;
-        for (int half = 0; half < 2; half++) {
-            const ptrdiff_t start = half ? y->offset[degree] : 0, length = half ? top : low_end;
-            for (int r = 0; r < R; r++) {
-                const REAL *from = base + (c0 + r) * y->pitch + start, *more = part + (c0 + r) * y->pitch + start;
-                for (ptrdiff_t f = 0; f < length; f++)
-                    packed[f * R + r] = (from[f] + more[f]) * weights[start + f];
-            }
-            packed += length * R;
-        }
+        const REAL *from = base + c0 * y->pitch, *more = part + c0 * y->pitch;
+        packed = RC_NAME(pack_block)(R, low_end, from, more, y->pitch, weights, packed);
+        packed = RC_NAME(pack_block)(R, top, from + start, more + start, y->pitch, weights + start, packed);
     }
 }
 
@@ -275,36 +146,46 @@ static void RC_NAME(evaluate)(const RC_NAME(monomials) * y, int degree, int orde
     }
 }
 
-/* Elements of a state packed for differentiate: [degree, from the top][block of monomials one degree lower][m][column][row];
- * degree 1 as [block of m][column][row]. */
+/* Elements of a state packed for differentiate of the monomials of degree s whose largest index is m, [block of monomials one
+ * degree lower][column][row]: in the order in which the state has them, for it is packed for each chunk and few lines of all its
+ * columns fit the L1 cache. */
+RC_INLINE ptrdiff_t RC_NAME(run_size)(const RC_NAME(monomials) * y, int s, ptrdiff_t m) {
+    return rc_round_up(RC_NAME(count)(y, s - 1, m + 1), GRAD_ROWS) * y->columns;
+}
+
+/* Those of all: [degree, from the top][m], degree 1 as [block of m][column][row]; and what stores run over. */
 static size_t RC_NAME(differentiate_size)(const RC_NAME(monomials) * y, int degree) {
-    ptrdiff_t size = y->d * y->columns;
+    ptrdiff_t size = y->d * y->columns + LANES;
     for (int s = degree; s >= 2; s--)
         for (ptrdiff_t m = 0; m < y->d; m++)
-            size += rc_round_up(RC_NAME(count)(y, s - 1, m + 1), GRAD_ROWS) * y->columns;
+            size += RC_NAME(run_size)(y, s, m);
     return (size_t)size;
+}
+
+/* packed[c][r] = (base[c][r] + part[c][r]) weights[r] for r < rows, then zeros. Where a vector holds all rows it is stored as a
+ * whole, and what runs over is overwritten by what follows. */
+static void RC_NAME(pack_rows_of_block)(int rows, ptrdiff_t columns, const REAL *base, const REAL *part, ptrdiff_t pitch,
+                                        const REAL *weights, REAL *packed) {
+    REAL kept[GRAD_ROWS + LANES] = {0};
+    for (int r = 0; r < rows && rows < GRAD_ROWS; r++)
+        kept[r] = weights[r];
+    if (rows < GRAD_ROWS)
+        weights = kept;
+    for (ptrdiff_t c = 0; c < columns; c++, base += pitch, part += pitch, packed += GRAD_ROWS)
+        RC_UNROLL for (int r = 0; r < GRAD_ROWS; r += LANES)
+            STORE(packed + r, (LOAD(base + r) + LOAD(part + r)) * LOAD(weights + r));
 }
 
 static void RC_NAME(differentiate_pack)(const RC_NAME(monomials) * y, int degree, const REAL *base, const REAL *part,
                                         const REAL *weights, REAL *packed) {
     const ptrdiff_t d = y->d, pitch = y->pitch;
-    for (int s = degree; s >= 2; s--) {
-        ptrdiff_t first = 0; /* the first m whose prefix reaches i */
-        for (ptrdiff_t i = 0; i < RC_NAME(count)(y, s - 1, d); i += GRAD_ROWS) {
-            while (RC_NAME(count)(y, s - 1, first + 1) <= i)
-                first++;
-            for (ptrdiff_t m = first; m < d; m++) {
-                const ptrdiff_t rows = rc_min(GRAD_ROWS, RC_NAME(count)(y, s - 1, m + 1) - i);
-                const ptrdiff_t f = y->offset[s] + RC_NAME(count)(y, s, m) + i;
-                for (ptrdiff_t c = 0; c < y->columns; c++, packed += GRAD_ROWS) {
-                    for (ptrdiff_t r = 0; r < rows; r++)
-                        packed[r] = (base[c * pitch + f + r] + part[c * pitch + f + r]) * weights[f + r];
-                    for (ptrdiff_t r = rows; r < GRAD_ROWS; r++)
-                        packed[r] = 0;
-                }
-            }
+    for (int s = degree; s >= 2; s--)
+        for (ptrdiff_t m = 0; m < d; m++) {
+            const ptrdiff_t f = y->offset[s] + RC_NAME(count)(y, s, m), length = RC_NAME(count)(y, s - 1, m + 1);
+            for (ptrdiff_t i = 0; i < length; i += GRAD_ROWS, packed += y->columns * GRAD_ROWS)
+                RC_NAME(pack_rows_of_block)((int)rc_min(GRAD_ROWS, length - i), y->columns, base + f + i, part + f + i, pitch,
+                                            weights + f + i, packed);
         }
-    }
     const int blocks = rc_blocks((int)d, ROWS);
     for (int b = 0; b < blocks; b++) {
         const int m0 = rc_block_start((int)d, blocks, b), R = rc_block_start((int)d, blocks, b + 1) - m0;
@@ -316,74 +197,85 @@ static void RC_NAME(differentiate_pack)(const RC_NAME(monomials) * y, int degree
     }
 }
 
+/* R monomials phi_i and one m: dx_m += dphi phi_i, reduced_i += dphi x_m, with dphi = <dN, weights> + `above` unless that is NULL. */
+RC_INLINE void RC_NAME(reverse_rows)(const int R, ptrdiff_t columns, const REAL *dN, const REAL *weights, const REAL *above,
+                                     const REAL *phi_i, const REAL *xm, vreal reduced[GRAD_ROWS][2], REAL *dxm) {
+    vreal acc[GRAD_ROWS][2];
+    RC_UNROLL for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = (vreal){0};
+    for (ptrdiff_t c = 0; c < columns; c++, dN += WIDE, weights += GRAD_ROWS) {
+        vreal a0 = LOAD(dN), a1 = LOAD(dN + LANES);
+        RC_UNROLL for (int r = 0; r < R; r++) {
+            vreal b = SPLAT(weights[r]);
+            acc[r][0] += a0 * b;
+            acc[r][1] += a1 * b;
+        }
+    }
+    vreal x0 = LOAD(xm), x1 = LOAD(xm + LANES), e0 = LOAD(dxm), e1 = LOAD(dxm + LANES);
+    RC_UNROLL for (int r = 0; r < R; r++) {
+        if (above) {
+            acc[r][0] += LOAD(above + r * WIDE);
+            acc[r][1] += LOAD(above + r * WIDE + LANES);
+        }
+        e0 += acc[r][0] * LOAD(phi_i + r * WIDE);
+        e1 += acc[r][1] * LOAD(phi_i + r * WIDE + LANES);
+        reduced[r][0] += acc[r][0] * x0;
+        reduced[r][1] += acc[r][1] * x1;
+    }
+    STORE(dxm, e0);
+    STORE(dxm + LANES, e1);
+}
+
 /* One block of monomials of degree s - 1 against every m: dx_m += dphi_s(m, i) phi_i, dphi_i += dphi_s(m, i) x_m, where
  * dphi_s = <dN, state> + (what degree s + 1 left there, unless s is the top). `rows` monomials are in the block; the
- * prefix of m may end inside it. Returns where the packed state goes on. */
-RC_INLINE const REAL *RC_NAME(reverse_block)(const RC_NAME(monomials) * y, int s, const int is_top, ptrdiff_t i, ptrdiff_t rows,
-                                             ptrdiff_t first, const REAL *xt, const REAL *dN, const REAL *packed, const REAL *phi,
-                                             REAL *dphi, REAL *dx) {
+ * prefix of m may end inside it: where d is small that is one block of six. The block of m is at packed + runs[m]. */
+RC_INLINE void RC_NAME(reverse_block)(const RC_NAME(monomials) * y, int s, const int is_top, ptrdiff_t i, ptrdiff_t rows,
+                                      ptrdiff_t first, const REAL *xt, const REAL *dN, const REAL *packed, const ptrdiff_t *runs,
+                                      const REAL *phi, REAL *dphi, REAL *dx) {
     vreal reduced[GRAD_ROWS][2];
     RC_UNROLL for (int r = 0; r < GRAD_ROWS; r++) reduced[r][0] = reduced[r][1] = (vreal){0};
     const REAL *phi_i = phi + (y->offset[s - 1] + i) * WIDE;
     for (ptrdiff_t m = first; m < y->d; m++) {
-        vreal acc[GRAD_ROWS][2];
-        RC_UNROLL for (int r = 0; r < GRAD_ROWS; r++) acc[r][0] = acc[r][1] = (vreal){0};
-        const REAL *grads = dN;
-        for (ptrdiff_t c = 0; c < y->columns; c++, grads += WIDE, packed += GRAD_ROWS) {
-            vreal a0 = LOAD(grads), a1 = LOAD(grads + LANES);
-            RC_UNROLL for (int r = 0; r < GRAD_ROWS; r++) {
-                vreal b = SPLAT(packed[r]);
-                acc[r][0] += a0 * b;
-                acc[r][1] += a1 * b;
-            }
+        const REAL *above = is_top ? 0 : dphi + (y->offset[s] + RC_NAME(count)(y, s, m) + i) * WIDE;
+#define RC_REVERSE(R) RC_NAME(reverse_rows)(R, y->columns, dN, packed + runs[m], above, phi_i, xt + m * WIDE, reduced, dx + m * WIDE)
+        switch (rc_min(rows, RC_NAME(count)(y, s - 1, m + 1) - i)) {
+        case 1:
+            RC_REVERSE(1);
+            break;
+        case 2:
+            RC_REVERSE(2);
+            break;
+#if GRAD_ROWS == 6
+        case 3:
+            RC_REVERSE(3);
+            break;
+        case 4:
+            RC_REVERSE(4);
+            break;
+        case 5:
+            RC_REVERSE(5);
+            break;
+#endif
+        default:
+            RC_REVERSE(GRAD_ROWS);
         }
-        vreal x0 = LOAD(xt + m * WIDE), x1 = LOAD(xt + m * WIDE + LANES);
-        vreal e0 = LOAD(dx + m * WIDE), e1 = LOAD(dx + m * WIDE + LANES);
-        const ptrdiff_t inside = rc_min(rows, RC_NAME(count)(y, s - 1, m + 1) - i);
-        const REAL *above = dphi + (y->offset[s] + RC_NAME(count)(y, s, m) + i) * WIDE;
-        if (inside == GRAD_ROWS) {
-            RC_UNROLL for (int r = 0; r < GRAD_ROWS; r++) {
-                if (!is_top) {
-                    acc[r][0] += LOAD(above + r * WIDE);
-                    acc[r][1] += LOAD(above + r * WIDE + LANES);
-                }
-                e0 += acc[r][0] * LOAD(phi_i + r * WIDE);
-                e1 += acc[r][1] * LOAD(phi_i + r * WIDE + LANES);
-                reduced[r][0] += acc[r][0] * x0;
-                reduced[r][1] += acc[r][1] * x1;
-            }
-        } else {
-            RC_UNROLL for (int r = 0; r < GRAD_ROWS; r++) if (r < inside) {
-                if (!is_top) {
-                    acc[r][0] += LOAD(above + r * WIDE);
-                    acc[r][1] += LOAD(above + r * WIDE + LANES);
-                }
-                e0 += acc[r][0] * LOAD(phi_i + r * WIDE);
-                e1 += acc[r][1] * LOAD(phi_i + r * WIDE + LANES);
-                reduced[r][0] += acc[r][0] * x0;
-                reduced[r][1] += acc[r][1] * x1;
-            }
-        }
-        STORE(dx + m * WIDE, e0);
-        STORE(dx + m * WIDE + LANES, e1);
+#undef RC_REVERSE
     }
     REAL *out = dphi + (y->offset[s - 1] + i) * WIDE;
     RC_UNROLL for (int r = 0; r < GRAD_ROWS; r++) if (r < rows) {
         STORE(out + r * WIDE, reduced[r][0]);
         STORE(out + r * WIDE + LANES, reduced[r][1]);
     }
-    return packed;
 }
 
-RC_NOINLINE const REAL *RC_NAME(reverse_top)(const RC_NAME(monomials) * y, int s, ptrdiff_t i, ptrdiff_t rows, ptrdiff_t first,
-                                             const REAL *xt, const REAL *dN, const REAL *packed, const REAL *phi, REAL *dphi,
-                                             REAL *dx) {
-    return RC_NAME(reverse_block)(y, s, 1, i, rows, first, xt, dN, packed, phi, dphi, dx);
+RC_NOINLINE void RC_NAME(reverse_top)(const RC_NAME(monomials) * y, int s, ptrdiff_t i, ptrdiff_t rows, ptrdiff_t first,
+                                             const REAL *xt, const REAL *dN, const REAL *packed, const ptrdiff_t *runs, const REAL *phi,
+                                             REAL *dphi, REAL *dx) {
+    RC_NAME(reverse_block)(y, s, 1, i, rows, first, xt, dN, packed, runs, phi, dphi, dx);
 }
-RC_NOINLINE const REAL *RC_NAME(reverse_low)(const RC_NAME(monomials) * y, int s, ptrdiff_t i, ptrdiff_t rows, ptrdiff_t first,
-                                             const REAL *xt, const REAL *dN, const REAL *packed, const REAL *phi, REAL *dphi,
-                                             REAL *dx) {
-    return RC_NAME(reverse_block)(y, s, 0, i, rows, first, xt, dN, packed, phi, dphi, dx);
+RC_NOINLINE void RC_NAME(reverse_low)(const RC_NAME(monomials) * y, int s, ptrdiff_t i, ptrdiff_t rows, ptrdiff_t first,
+                                             const REAL *xt, const REAL *dN, const REAL *packed, const ptrdiff_t *runs, const REAL *phi,
+                                             REAL *dphi, REAL *dx) {
+    RC_NAME(reverse_block)(y, s, 0, i, rows, first, xt, dN, packed, runs, phi, dphi, dx);
 }
 
 /* dx[m][token] for WIDE tokens; phi and dphi hold WIDE * below(degree). */
@@ -394,15 +286,18 @@ static void RC_NAME(differentiate)(const RC_NAME(monomials) * y, int degree, con
         dx[i] = 0;
     RC_NAME(token_features)(y, degree, xt, 0, phi, 2);
     for (int s = degree; s >= 2; s--) {
-        ptrdiff_t first = 0;
         const ptrdiff_t before = RC_NAME(count)(y, s - 1, d);
+        ptrdiff_t first = 0, runs[d + 1]; /* the first m whose prefix reaches i; where each begins */
+        runs[0] = 0;
+        for (ptrdiff_t m = 0; m < d; m++)
+            runs[m + 1] = runs[m] + RC_NAME(run_size)(y, s, m);
         for (ptrdiff_t i = 0; i < before; i += GRAD_ROWS) {
             while (RC_NAME(count)(y, s - 1, first + 1) <= i)
                 first++;
-            const ptrdiff_t rows = rc_min(GRAD_ROWS, before - i);
-            packed = s == degree ? RC_NAME(reverse_top)(y, s, i, rows, first, xt, dN, packed, phi, dphi, dx)
-                                 : RC_NAME(reverse_low)(y, s, i, rows, first, xt, dN, packed, phi, dphi, dx);
+            (s == degree ? RC_NAME(reverse_top) : RC_NAME(reverse_low))(y, s, i, rc_min(GRAD_ROWS, before - i), first, xt, dN,
+                                                                       packed + i * y->columns, runs, phi, dphi, dx);
         }
+        packed += runs[d];
     }
     const int blocks = rc_blocks((int)d, ROWS);
     for (int b = 0; b < blocks; b++) {

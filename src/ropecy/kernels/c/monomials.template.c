@@ -1,8 +1,11 @@
 #include "simd.h"
 #include "product.template.h"
 #include "transpose.template.h"
+#include "fold.template.h"
 #include "exp2.template.h"
 #include "scores.template.h"
+#include "row_features.template.h"
+#include "update.template.h"
 #include "features.template.h"
 
 /* The pieces of polynomial attention, for one precision: what monomials.h names, made of features.template.h's three
@@ -12,7 +15,7 @@
  * folded into a float64 `master` every FOLD updates: a sum of a million tokens is never longer than a few hundred. */
 
 #define UPDATE_TOKENS 96
-#define LOW_BYTES (256 * 1024) /* of low-degree features of an update's tokens: they stay in L2 */
+#define ROW_BYTES (320 * 1024) /* of features of an update's tokens: they stay in L2 */
 #define FOLD 32
 #define CHUNK 192 /* the longest chunk: a multiple of UPDATE_TOKENS, BLOCK, TILE and WIDE at every level */
 #define AHEAD (TILE + 2 * KEYS) /* distances below 0 that a block of exact pairs reaches */
@@ -20,10 +23,11 @@
 /* What one task works in; lay_out cuts it from the task's workspace. */
 typedef struct {
     RC_NAME(monomials) y;
+    RC_NAME(source) *sources;                         /* of updates; made by start_state */
     ptrdiff_t first, block; /* the first column of values, and the block of columns that begins there */
     int update_tokens;
-    ptrdiff_t low_pitch, wide, wide_columns;
-    REAL *x, *columns, *low, *panel;                  /* update: [token][d], [token][wide_columns], features */
+    ptrdiff_t wide, wide_columns;
+    REAL *x, *columns, *rows;                         /* update: [token][d], [token][wide_columns], features */
     REAL *part, *base;                                /* (columns, pitch): since the last fold; all up to it, rounded */
     double *master;                                   /* (columns, pitch): what has been added to `start` up to the last fold */
     const double *start;                              /* NULL or (columns, pitch), to be multiplied by `fallen` */
@@ -53,8 +57,8 @@ static size_t RC_NAME(lay_out)(const rc_monomials_problem *p, char *base, RC_NAM
     w->first = w->block = 0;
     const ptrdiff_t columns = w->y.columns, state = columns * p->pitch;
     const ptrdiff_t low = RC_NAME(below)(&w->y, p->state_degree);
-    w->low_pitch = rc_round_up(low + LANES, LANES);
-    w->update_tokens = (int)rc_max(16, rc_min(UPDATE_TOKENS, LOW_BYTES / (ptrdiff_t)sizeof(REAL) / w->low_pitch / 16 * 16));
+    const ptrdiff_t row = RC_NAME(row_pitch)(&w->y, p->state_degree);
+    w->update_tokens = (int)rc_max(16, rc_min(UPDATE_TOKENS, ROW_BYTES / (ptrdiff_t)sizeof(REAL) / row / 16 * 16));
     w->wide = rc_round_up(d, LANES);
     w->wide_columns = rc_round_up(columns, LANES);
     size_t used = 0;
@@ -63,10 +67,11 @@ static size_t RC_NAME(lay_out)(const rc_monomials_problem *p, char *base, RC_NAM
     w->base = RC_NAME(take)(base, &used, state);
     w->packed = RC_NAME(take)(base, &used, (ptrdiff_t)p->packed_size);
     w->grad_packed = RC_NAME(take)(base, &used, (ptrdiff_t)p->grad_packed_size);
+    w->sources = (RC_NAME(source) *)RC_NAME(take)(
+        base, &used, RC_NAME(source_count)(&w->y, p->state_degree) * (ptrdiff_t)(sizeof(RC_NAME(source)) / sizeof(REAL)));
     w->x = RC_NAME(take)(base, &used, UPDATE_TOKENS * w->wide);
     w->columns = RC_NAME(take)(base, &used, UPDATE_TOKENS * w->wide_columns);
-    w->low = RC_NAME(take)(base, &used, w->update_tokens * w->low_pitch);
-    w->panel = RC_NAME(take)(base, &used, w->update_tokens * (PANEL + LANES));
+    w->rows = RC_NAME(take)(base, &used, w->update_tokens * row);
     w->xt = RC_NAME(take)(base, &used, d * TILE);
     w->xt_top = RC_NAME(take)(base, &used, d * TILE);
     w->scaled = RC_NAME(take)(base, &used, d * TILE);
@@ -85,8 +90,8 @@ static size_t RC_NAME(lay_out)(const rc_monomials_problem *p, char *base, RC_NAM
     w->query_columns = RC_NAME(take)(base, &used, CHUNK * w->wide_columns);
     w->E = RC_NAME(take)(base, &used, BLOCK * TILE);
     w->dE = RC_NAME(take)(base, &used, BLOCK * TILE);
-    w->dk = RC_NAME(take)(base, &used, CHUNK * w->wide);
-    w->dv = RC_NAME(take)(base, &used, CHUNK * w->wide_columns);
+    w->dk = RC_NAME(take)(base, &used, (CHUNK + COLUMN_SLACK) * w->wide);
+    w->dv = RC_NAME(take)(base, &used, (CHUNK + COLUMN_SLACK) * w->wide_columns);
     w->fall = RC_NAME(take)(base, &used, AHEAD + CHUNK + TILE);
     w->fall = w->fall ? w->fall + AHEAD : 0;
     return used;
@@ -108,49 +113,7 @@ static size_t RC_NAME(grad_packed_size)(const rc_monomials_problem *p) {
 }
 
 #include "states.template.h"
-
-/* ---- pairs inside a causal chunk, by exp itself ---- */
-
-/* Keys [row, row + count) of a chunk, as the exact pairs read them. */
-static void RC_NAME(load_chunk)(const rc_monomials_problem *p, RC_NAME(room) * w, ptrdiff_t head, ptrdiff_t row, ptrdiff_t count) {
-    RC_NAME(load_keys)(p, head, row, count, w->keys);
-    RC_NAME(load_key_columns)(p, w, head, row, count, w->key_columns);
-    RC_NAME(pack_rows)(w->keys, p->d, count, rc_round_up(count, KEYS), w->key_pack);
-}
-
-static void RC_NAME(pack_columns)(RC_NAME(room) * w, ptrdiff_t keys) {
-    const ptrdiff_t columns = w->y.columns;
-    for (ptrdiff_t j = 0; j < keys; j += KEYS)
-        RC_NAME(tile_load)(w->key_columns + j * w->wide_columns, w->wide_columns, rc_min(KEYS, keys - j), columns, 1, 0,
-                           w->column_pack + j * columns, KEYS);
-}
-
-/* E[key][lane] = exp(score - decay m), m = limit + lane - key, for keys [j0, j0 + count) of the chunk; 0 where m < 0. */
-static void RC_NAME(exact_pairs)(const rc_monomials_problem *p, RC_NAME(room) * w, ptrdiff_t j0, ptrdiff_t count, ptrdiff_t limit) {
-    for (ptrdiff_t j = 0; j < count; j += KEYS) {
-        vreal acc[KEYS][VECTORS];
-        const REAL *fall = w->fall + limit - (j0 + j);
-        RC_NAME(dots)(VECTORS, acc, p->d, w->scaled, TILE, w->key_pack + (j0 + j) * p->d);
-        RC_UNROLL for (int r = 0; r < KEYS; r++) RC_UNROLL for (int v = 0; v < VECTORS; v++)
-            STORE(w->E + (j + r) * TILE + v * LANES, RC_NAME(exp2)(acc[r][v]) * LOAD(fall - r + v * LANES));
-    }
-}
-
-/* dE[key][lane] = E <dN, columns of key>. */
-static void RC_NAME(exact_gradients)(RC_NAME(room) * w, ptrdiff_t j0, ptrdiff_t count) {
-    for (ptrdiff_t j = 0; j < count; j += KEYS) {
-        vreal acc[KEYS][VECTORS];
-        RC_NAME(dots)(VECTORS, acc, w->y.columns, w->dN, TILE, w->column_pack + (j0 + j) * w->y.columns);
-        RC_UNROLL for (int r = 0; r < KEYS; r++) RC_UNROLL for (int v = 0; v < VECTORS; v++)
-            STORE(w->dE + (j + r) * TILE + v * LANES, LOAD(w->E + (j + r) * TILE + v * LANES) * acc[r][v]);
-    }
-}
-
-/* scaled = log2(e) xt of a tile of queries, for exp2. */
-static void RC_NAME(scale_tile)(const rc_monomials_problem *p, RC_NAME(room) * w) {
-    for (ptrdiff_t i = 0; i < p->d * TILE; i++)
-        w->scaled[i] = (REAL)LOG2E * w->xt[i];
-}
+#include "pairs.template.h"
 
 /* ---- forward ---- */
 
@@ -240,7 +203,7 @@ static void RC_NAME(scan_forward)(const rc_monomials_problem *p, ptrdiff_t head,
     double *state = p->states + (head * p->segments + segment) * w.y.columns * p->pitch;
     head = RC_NAME(take_block)(p, &w, head);
     const int onward = segment + 1 >= p->known && segment + 1 < p->segments;
-    RC_NAME(start_state)(&w, state);
+    RC_NAME(start_state)(p, &w, state);
     RC_NAME(start_fall)(p, &w, head);
     for (ptrdiff_t chunk = segment * p->chunks_per_segment; chunk < (segment + 1) * p->chunks_per_segment; chunk++) {
         const ptrdiff_t first = rc_min(p->n_k, chunk * p->chunk), keys = rc_min(p->chunk, p->n_k - first);
@@ -267,11 +230,7 @@ static void RC_NAME(scan_forward)(const rc_monomials_problem *p, ptrdiff_t head,
                     for (ptrdiff_t i = 0; i < TILE; i++)
                         w.moment[i] = 0;
                 }
-                for (ptrdiff_t j = 0; j < seen; j += BLOCK) {
-                    RC_NAME(exact_pairs)(p, &w, j, rc_min(BLOCK, seen - j), limit);
-                    RC_NAME(product_tile)((int)w.y.columns, VECTORS, rc_min(BLOCK, seen - j), w.E, w.key_columns + j * w.wide_columns,
-                                          w.wide_columns, w.N);
-                }
+                RC_NAME(add_pairs)(p, &w, limit, seen);
                 RC_NAME(finish)(p, &w, head, lane, row, rows, chunk);
             }
         if (onward || chunk + 1 < (segment + 1) * p->chunks_per_segment) {
@@ -357,7 +316,7 @@ static void RC_NAME(scan_grad_queries)(const rc_monomials_problem *p, ptrdiff_t 
     RC_NAME(room) w;
     int updates = 0;
     RC_NAME(lay_out)(p, workspace, &w);
-    RC_NAME(start_state)(&w, p->states + (head * p->segments + segment) * w.y.columns * p->pitch);
+    RC_NAME(start_state)(p, &w, p->states + (head * p->segments + segment) * w.y.columns * p->pitch);
     RC_NAME(start_fall)(p, &w, head);
     for (ptrdiff_t chunk = segment * p->chunks_per_segment; chunk < (segment + 1) * p->chunks_per_segment; chunk++) {
         const ptrdiff_t first = rc_min(p->n_k, chunk * p->chunk), keys = rc_min(p->chunk, p->n_k - first);
@@ -380,7 +339,7 @@ static void RC_NAME(scan_grad_queries)(const rc_monomials_problem *p, ptrdiff_t 
  * w->dk and w->dv += those of keys, dq += those of queries. */
 static void RC_NAME(pair_gradients)(const rc_monomials_problem *p, RC_NAME(room) * w, ptrdiff_t lane, ptrdiff_t begin, ptrdiff_t count,
                                     ptrdiff_t chunk, ptrdiff_t keys) {
-    const ptrdiff_t d = p->d, wide = w->wide, wide_columns = w->wide_columns;
+    const ptrdiff_t d = p->d, wide_columns = w->wide_columns;
     const REAL factor = RC_NAME(q_factor)(p, lane / p->groups);
     for (ptrdiff_t i = 0; i < count; i += TILE) {
         const ptrdiff_t rows = rc_min(TILE, count - i);
@@ -390,20 +349,10 @@ static void RC_NAME(pair_gradients)(const rc_monomials_problem *p, RC_NAME(room)
         RC_NAME(tile_load)(w->query_rows + i * d, d, rows, d, 1, 0, w->xt, TILE);
         RC_NAME(scale_tile)(p, w);
         RC_NAME(tile_load)(columns, wide_columns, rows, w->y.columns, 1, 0, w->dN, TILE);
-        RC_NAME(load_rows)(w->query_rows + i * d, rows, d, 1, 0, w->x, wide);
+        RC_NAME(load_rows)(w->query_rows + i * d, rows, d, 1, 0, w->x, w->wide);
         for (ptrdiff_t a = 0; a < d * TILE; a++)
             w->dx[a] = 0;
-        for (ptrdiff_t j = 0; j < seen; j += BLOCK) {
-            const ptrdiff_t some = rc_min(BLOCK, seen - j);
-            RC_NAME(exact_pairs)(p, w, j, some, limit);
-            RC_NAME(exact_gradients)(w, j, some);
-            const ptrdiff_t whole = rc_round_up(some, STEP);
-            for (ptrdiff_t e = rc_round_up(some, KEYS) * TILE; e < whole * TILE; e++)
-                w->E[e] = w->dE[e] = 0;
-            RC_NAME(columns)(wide_columns, whole, rows, columns, w->E, w->dv + j * wide_columns);
-            RC_NAME(columns)(wide, whole, rows, w->x, w->dE, w->dk + j * wide);
-            RC_NAME(product_tile)((int)d, VECTORS, some, w->dE, w->keys + j * d, d, w->dx);
-        }
+        RC_NAME(tile_gradients)(p, w, rows, columns, limit, seen);
         for (ptrdiff_t t = 0; t < rows; t++)
             for (ptrdiff_t a = 0; a < d; a++)
                 dq[t * d + a] += factor * w->dx[a * TILE + t];
@@ -420,7 +369,7 @@ static void RC_NAME(scan_grad_keys)(const rc_monomials_problem *p, ptrdiff_t hea
     const REAL factor = RC_NAME(k_factor)(p, head);
     double *state = p->grad_states + (head * p->segments + segment) * w.y.columns * p->pitch;
     const int onward = segment > 0 && p->segments - segment >= p->known;
-    RC_NAME(start_state)(&w, state);
+    RC_NAME(start_state)(p, &w, state);
     RC_NAME(start_fall)(p, &w, head);
     for (ptrdiff_t chunk = (segment + 1) * p->chunks_per_segment - 1; chunk >= segment * p->chunks_per_segment; chunk--) {
         const ptrdiff_t first = rc_min(p->n_k, chunk * p->chunk), keys = rc_min(p->chunk, p->n_k - first);

@@ -33,6 +33,25 @@
 #define RC_PRODUCT_ONCE
 enum { RC_STORE, RC_ADD, RC_ADD_SCALED };
 
+/* Functions name_R_V of every size, and the table of them. */
+#if RC_REGISTERS == 32
+#define RC_SIZES_OF(F, R) F(R, 1) F(R, 2) F(R, 3)
+#define RC_SIZES(F)                                                                                                         \
+    RC_SIZES_OF(F, 1) RC_SIZES_OF(F, 2) RC_SIZES_OF(F, 3) RC_SIZES_OF(F, 4) RC_SIZES_OF(F, 5) RC_SIZES_OF(F, 6)             \
+    RC_SIZES_OF(F, 7) RC_SIZES_OF(F, 8) RC_SIZES_OF(F, 9)
+#define RC_ROW_OF(f, R) {0, RC_NAME(f##_##R##_1), RC_NAME(f##_##R##_2), RC_NAME(f##_##R##_3)}
+#define RC_TABLE_OF(f)                                                                                                      \
+    {{0}, RC_ROW_OF(f, 1), RC_ROW_OF(f, 2), RC_ROW_OF(f, 3), RC_ROW_OF(f, 4), RC_ROW_OF(f, 5), RC_ROW_OF(f, 6),             \
+     RC_ROW_OF(f, 7), RC_ROW_OF(f, 8), RC_ROW_OF(f, 9)}
+#else
+#define RC_SIZES_OF(F, R) F(R, 1) F(R, 2)
+#define RC_SIZES(F)                                                                                                         \
+    RC_SIZES_OF(F, 1) RC_SIZES_OF(F, 2) RC_SIZES_OF(F, 3) RC_SIZES_OF(F, 4) RC_SIZES_OF(F, 5) RC_SIZES_OF(F, 6)
+#define RC_ROW_OF(f, R) {0, RC_NAME(f##_##R##_1), RC_NAME(f##_##R##_2)}
+#define RC_TABLE_OF(f)                                                                                                      \
+    {{0}, RC_ROW_OF(f, 1), RC_ROW_OF(f, 2), RC_ROW_OF(f, 3), RC_ROW_OF(f, 4), RC_ROW_OF(f, 5), RC_ROW_OF(f, 6)}
+#endif
+
 /* Columns cut into balanced blocks of at most `rows`: the width of block b of `columns`. */
 static inline int rc_blocks(int columns, int rows) { return (columns + rows - 1) / rows; }
 static inline int rc_block_start(int columns, int blocks, int b) {
@@ -78,22 +97,9 @@ RC_INLINE void RC_NAME(product_block)(const int R, const int V, ptrdiff_t K, con
                                                 REAL *C, ptrdiff_t ldc, int mode, const REAL *x) {                        \
         RC_NAME(product_block)(R, V, K, A, lda, B, ldb, 1, C, ldc, mode, x);                                              \
     }
-#if RC_REGISTERS == 32
-#define RC_PRODUCTS(R) RC_PRODUCT(R, 1) RC_PRODUCT(R, 2) RC_PRODUCT(R, 3)
-#define RC_ROW(R) {0, RC_NAME(product_##R##_1), RC_NAME(product_##R##_2), RC_NAME(product_##R##_3)}
-RC_PRODUCTS(1) RC_PRODUCTS(2) RC_PRODUCTS(3) RC_PRODUCTS(4) RC_PRODUCTS(5) RC_PRODUCTS(6) RC_PRODUCTS(7) RC_PRODUCTS(8) RC_PRODUCTS(9)
-static const RC_NAME(product_function) RC_NAME(product)[ROWS + 1][VECTORS + 1] = {
-    {0}, RC_ROW(1), RC_ROW(2), RC_ROW(3), RC_ROW(4), RC_ROW(5), RC_ROW(6), RC_ROW(7), RC_ROW(8), RC_ROW(9)};
-#else
-#define RC_PRODUCTS(R) RC_PRODUCT(R, 1) RC_PRODUCT(R, 2)
-#define RC_ROW(R) {0, RC_NAME(product_##R##_1), RC_NAME(product_##R##_2)}
-RC_PRODUCTS(1) RC_PRODUCTS(2) RC_PRODUCTS(3) RC_PRODUCTS(4) RC_PRODUCTS(5) RC_PRODUCTS(6)
-static const RC_NAME(product_function) RC_NAME(product)[ROWS + 1][VECTORS + 1] = {
-    {0}, RC_ROW(1), RC_ROW(2), RC_ROW(3), RC_ROW(4), RC_ROW(5), RC_ROW(6)};
-#endif
-#undef RC_PRODUCTS
+RC_SIZES(RC_PRODUCT)
+static const RC_NAME(product_function) RC_NAME(product)[ROWS + 1][VECTORS + 1] = RC_TABLE_OF(product);
 #undef RC_PRODUCT
-#undef RC_ROW
 
 /* C (columns x TILE tokens) += sum_k B[k][c] A[k][token], all columns, and the first V vectors of a tile's tokens. */
 RC_INLINE void RC_NAME(product_tile)(int columns, const int V, ptrdiff_t K, const REAL *A, const REAL *B, ptrdiff_t ldb, REAL *C) {

@@ -61,9 +61,49 @@ RC_INLINE double RC_NAME(norm2)(const REAL *x, ptrdiff_t d, const REAL *shift) {
     return whole;
 }
 
+/* Lanes in another order: each gets its neighbour's, whose number differs in one bit. */
+#define RC_FLIPPED(i, bit) (((i) ^ (bit)) % LANES)
+#define RC_FLIP(x, bit) RC_SHUFFLE(x, x, RC_EACH(RC_FLIPPED, bit))
+
+/* max ||x_i - shift||^2 of rows of which a vector holds a whole number, as far as they fill vectors. A NaN stays. */
+static double RC_NAME(norm2_of_short)(const REAL *x, ptrdiff_t vectors, ptrdiff_t d, const REAL *shift) {
+    REAL middle[LANES];
+    for (int lane = 0; lane < LANES; lane++)
+        middle[lane] = shift ? shift[lane % d] : 0;
+    const vreal centre = LOAD(middle);
+    vreal most = {0};
+    for (ptrdiff_t i = 0; i < vectors; i++) {
+        vreal y = LOAD(x + i * LANES) - centre;
+        y *= y;
+        if (d > 1)
+            y += RC_FLIP(y, 1);
+        if (d > 2)
+            y += RC_FLIP(y, 2);
+        if (d > 4)
+            y += RC_FLIP(y, 4);
+        if (d > 8)
+            y += RC_FLIP(y, 8);
+        const vint more = (vint)(y > most) | (vint)(y != y);
+        most = (vreal)(((vint)y & more) | ((vint)most & ~more));
+    }
+    double largest = 0;
+    for (int lane = 0; lane < LANES; lane++)
+        if (most[lane] > largest || most[lane] != most[lane])
+            largest = most[lane];
+    return largest;
+}
+
 static double RC_NAME(norm)(const void *rows, ptrdiff_t n, ptrdiff_t d, const unsigned char *keep, const void *centre) {
     const REAL *x = rows;
     double largest = 0;
+    if (!keep && d <= LANES && LANES % d == 0) {
+        const ptrdiff_t vectors = n * d / LANES, done = vectors * (LANES / d);
+        largest = RC_NAME(norm2_of_short)(x, vectors, d, centre);
+        if (largest < 1e-30) /* as above */
+            largest = 0;
+        else
+            x += done * d, n -= done;
+    }
     for (ptrdiff_t i = 0; i < n; i++, x += d) {
         if (keep && !keep[i])
             continue;
@@ -174,5 +214,7 @@ static void RC_NAME(columns)(const void *rows, ptrdiff_t n, ptrdiff_t d, const u
         }
     }
 }
+#undef RC_FLIPPED
+#undef RC_FLIP
 #undef ROWS_SUMMED
 #undef PARTS

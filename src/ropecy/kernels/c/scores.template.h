@@ -15,6 +15,7 @@
 #define KEYS 6
 #define STEP 24
 #endif
+#define COLUMN_SLACK 15 /* keys that `columns` may go on for past the last one */
 #define BLOCK 96 /* keys in a block: a multiple of STEP */
 #define LOG2E 1.4426950408889634074
 #define LN2 0.69314718055994530942
@@ -41,12 +42,13 @@ static void RC_NAME(pack_rows)(const REAL *x, ptrdiff_t width, ptrdiff_t rows, p
         RC_NAME(tile_load)(x + j * width, width, rc_max(0, rc_min(KEYS, rows - j)), width, 1, 0, out, KEYS);
 }
 
-/* C[key][c] += sum_i B[key][i] A[i][c] over `keys` keys, a multiple of STEP, and `rows` queries; A and C have whole vectors of
- * columns. */
-#define RC_COLUMNS(R, V)                                                                                                     \
-    RC_NOINLINE void RC_NAME(columns_##V)(ptrdiff_t keys, ptrdiff_t rows, const REAL *A, ptrdiff_t ld, const REAL *B, REAL *C) { \
-        for (ptrdiff_t j = 0; j < keys; j += R)                                                                              \
-            RC_NAME(product_block)(R, V, rows, A, ld, B + j * TILE, 1, TILE, C + j * ld, ld, RC_ADD, 0);                     \
+/* C[key][c] += sum_i B[key][i] A[i][c] over `keys` keys, up to COLUMN_SLACK more where that is no whole number of register
+ * blocks, and `rows` queries; A and C have whole vectors of columns. */
+#define RC_COLUMNS(R, V)                                                                                                 \
+    RC_NOINLINE void RC_NAME(columns_##V)(ptrdiff_t keys, ptrdiff_t rows, const REAL *A, ptrdiff_t ld, const REAL *B,     \
+                                          REAL *C) {                                                                      \
+        for (ptrdiff_t j = 0; j < keys; j += R)                                                                           \
+            RC_NAME(product_block)(R, V, rows, A, ld, B + j * TILE, 1, TILE, C + j * ld, ld, RC_ADD, 0);                  \
     }
 #if RC_REGISTERS == 32
 RC_COLUMNS(16, 1) RC_COLUMNS(12, 2) RC_COLUMNS(8, 3) RC_COLUMNS(6, 4)
@@ -55,7 +57,7 @@ RC_COLUMNS(8, 1) RC_COLUMNS(6, 2)
 #endif
 #undef RC_COLUMNS
 
-static void RC_NAME(columns)(ptrdiff_t width, ptrdiff_t keys, ptrdiff_t rows, const REAL *A, const REAL *B, REAL *C) {
+static void RC_NAME(columns)(ptrdiff_t keys, ptrdiff_t width, ptrdiff_t rows, const REAL *A, const REAL *B, REAL *C) {
     for (ptrdiff_t c = 0; c < width; c += COLUMN_VECTORS * LANES) {
         const ptrdiff_t vectors = rc_min(COLUMN_VECTORS, (width - c) / LANES);
         if (vectors == 1)

@@ -75,52 +75,93 @@ static void RC_NAME(load_grad_query_tile)(const rc_monomials_problem *p, ptrdiff
             xt[a * tile + t] = 0;
 }
 
+/* How many rows of `width`, from x on, can be read by vectors that end `wide` after a row's beginning without passing `end`. */
+static ptrdiff_t RC_NAME(whole_rows)(const REAL *x, const REAL *end, ptrdiff_t width, ptrdiff_t wide, ptrdiff_t count) {
+    return end - x < wide ? 0 : rc_min(count, (end - x - wide) / width + 1);
+}
+
+/* Lanes c on of a row's columns: which of them are of values, what is taken from these, and the last column. */
+typedef struct {
+    vint value;
+    vreal middle, last;
+} RC_NAME(column_lanes);
+
+static RC_NAME(column_lanes) RC_NAME(lanes_from)(ptrdiff_t c, ptrdiff_t d_v, const REAL *middle) {
+    RC_NAME(column_lanes) at;
+    for (int lane = 0; lane < LANES; lane++, c++) {
+        at.value[lane] = -(c < d_v);
+        at.middle[lane] = c < d_v ? middle[c] : 0;
+        at.last[lane] = c == d_v;
+    }
+    return at;
+}
+
 /* [v - value_centre, 1] of keys, 0 where the key is masked, zeros past the columns */
 static void RC_NAME(load_key_columns)(const rc_monomials_problem *p, const RC_NAME(room) * w, ptrdiff_t head, ptrdiff_t row,
                                       ptrdiff_t count, REAL *out) {
-    const REAL *v = (const REAL *)p->v + (head * p->n_k + row) * p->width + w->first;
-    const REAL *middle = (const REAL *)p->value_centre + head * p->width + w->first;
+    const ptrdiff_t width = p->width, wide = w->wide_columns;
+    const REAL *v = (const REAL *)p->v + (head * p->n_k + row) * width + w->first;
+    const REAL *middle = (const REAL *)p->value_centre + head * width + w->first;
     const unsigned char *mask = p->key_mask ? p->key_mask + head * p->n_k + row : 0;
-    for (ptrdiff_t t = 0; t < count; t++, out += w->wide_columns) {
-        const REAL kept = !mask || mask[t] ? 1 : 0;
-        for (ptrdiff_t c = 0; c < p->d_v; c++)
-            out[c] = kept * (v[t * p->width + c] - middle[c]);
-        out[p->d_v] = kept;
-        for (ptrdiff_t c = w->y.columns; c < w->wide_columns; c++)
-            out[c] = 0;
+    const ptrdiff_t whole = RC_NAME(whole_rows)(v, (const REAL *)p->v + p->heads * p->n_k * width, width, wide, count);
+    for (ptrdiff_t c = 0; c < wide; c += LANES) {
+        const RC_NAME(column_lanes) at = RC_NAME(lanes_from)(c, p->d_v, middle);
+        for (ptrdiff_t t = 0; t < whole; t++)
+            STORE(out + t * wide + c, (vreal)((vint)(LOAD(v + t * width + c) - at.middle) & at.value) + at.last);
+        for (ptrdiff_t t = whole; t < count; t++)
+            for (int lane = 0; lane < LANES; lane++)
+                out[t * wide + c + lane] = at.value[lane] ? v[t * width + c + lane] - at.middle[lane] : at.last[lane];
     }
+    for (ptrdiff_t t = 0; mask && t < count; t++)
+        for (ptrdiff_t c = 0; c < wide && !mask[t]; c++)
+            out[t * wide + c] = 0;
 }
 
 /* [dn dden] of queries: do / den and -<do, o - value_centre> / den, 0 without a denominator, zeros past the columns */
 static void RC_NAME(load_query_columns)(const rc_monomials_problem *p, const RC_NAME(room) * w, ptrdiff_t lane, ptrdiff_t row,
                                         ptrdiff_t count, REAL *out) {
-    const REAL *grad = (const REAL *)p->grad + (lane * p->n + row) * p->d_v, *o = (const REAL *)p->o + (lane * p->n + row) * p->d_v;
+    const ptrdiff_t d_v = p->d_v, wide = w->wide_columns, all = p->heads * p->groups * p->n * d_v;
+    const REAL *grad = (const REAL *)p->grad + (lane * p->n + row) * d_v, *o = (const REAL *)p->o + (lane * p->n + row) * d_v;
     const REAL *inverse = (const REAL *)p->inverse + lane * p->n + row;
-    const REAL *middle = (const REAL *)p->value_centre + lane / p->groups * p->d_v;
-    for (ptrdiff_t t = 0; t < count; t++, out += w->wide_columns) {
-        const REAL *to = grad + t * p->d_v, *of = o + t * p->d_v, kept = inverse[t];
-        REAL dot = 0;
-        for (ptrdiff_t c = p->d_v; c < w->wide_columns; c++)
-            out[c] = 0;
-        if (kept == 0) {
-            for (ptrdiff_t c = 0; c < p->d_v; c++)
-                out[c] = 0;
-            continue;
+    const REAL *middle = (const REAL *)p->value_centre + lane / p->groups * d_v;
+    const ptrdiff_t whole = RC_NAME(whole_rows)(grad, (const REAL *)p->grad + all, d_v, wide, count);
+    ptrdiff_t t = 0;
+    for (; t + LANES <= whole; t += LANES) {
+        vreal dots[LANES];
+        RC_UNROLL for (int r = 0; r < LANES; r++) dots[r] = (vreal){0};
+        for (ptrdiff_t c = 0; c < wide; c += LANES) {
+            const RC_NAME(column_lanes) at = RC_NAME(lanes_from)(c, d_v, middle);
+            RC_UNROLL for (int r = 0; r < LANES; r++) {
+                const vreal to = (vreal)((vint)LOAD(grad + (t + r) * d_v + c) & at.value);
+                dots[r] += to * ((vreal)((vint)LOAD(o + (t + r) * d_v + c) & at.value) - at.middle);
+                STORE(out + (t + r) * wide + c, to * inverse[t + r]);
+            }
         }
-        for (ptrdiff_t c = 0; c < p->d_v; c++)
-            out[c] = to[c] * kept;
-        for (ptrdiff_t c = 0; c < p->d_v; c++)
-            dot += to[c] * (of[c] - middle[c]);
-        out[p->d_v] = -dot * kept;
+        REAL sums[LANES];
+        STORE(sums, RC_NAME(fold)(dots) * LOAD(inverse + t));
+        for (int r = 0; r < LANES; r++)
+            out[(t + r) * wide + d_v] = -sums[r];
     }
+    for (; t < count; t++) {
+        REAL dot = 0;
+        for (ptrdiff_t c = 0; c < wide; c++)
+            out[t * wide + c] = c < d_v ? grad[t * d_v + c] * inverse[t] : 0;
+        for (ptrdiff_t c = 0; c < d_v; c++)
+            dot += grad[t * d_v + c] * (o[t * d_v + c] - middle[c]);
+        out[t * wide + d_v] = -dot * inverse[t];
+    }
+    for (t = 0; t < count; t++)
+        for (ptrdiff_t c = 0; c < wide && inverse[t] == 0; c++)
+            out[t * wide + c] = 0;
 }
 
 /* ---- states ---- */
 
 /* What is added here is summed apart from the state `from` (NULL is 0) that it is added to, so that the sum of a segment is
  * the same whether the segment is scanned or only summed. */
-static void RC_NAME(start_state)(RC_NAME(room) * w, const double *from) {
+static void RC_NAME(start_state)(const rc_monomials_problem *p, RC_NAME(room) * w, const double *from) {
     const ptrdiff_t size = w->y.columns * w->y.pitch;
+    RC_NAME(find_sources)(&w->y, p->state_degree, w->sources);
     w->start = from;
     w->fallen = 1;
     for (ptrdiff_t i = 0; i < size; i++) {
@@ -132,7 +173,7 @@ static void RC_NAME(start_state)(RC_NAME(room) * w, const double *from) {
 }
 
 /* Gathers what was added since the last time, seen from where weights are `fall` of what they were. */
-static void RC_NAME(fold)(RC_NAME(room) * w, double fall) {
+static void RC_NAME(fold_part)(RC_NAME(room) * w, double fall) {
     const ptrdiff_t size = w->y.columns * w->y.pitch;
     w->fallen *= fall;
     for (ptrdiff_t i = 0; i < size; i++) {
@@ -152,7 +193,7 @@ RC_NOINLINE void RC_NAME(follow)(ptrdiff_t size, const double *before, double fa
 
 /* The state from which the scan of the next segment starts, which lies at `next`. */
 static void RC_NAME(go_on)(const rc_monomials_problem *p, RC_NAME(room) * w, ptrdiff_t head, ptrdiff_t segment, double *next) {
-    RC_NAME(fold)(w, 1);
+    RC_NAME(fold_part)(w, 1);
     RC_NAME(follow)(w->y.columns * p->pitch, w->start, p->falls ? p->falls[head * p->segments + segment] : 1, w->master, next);
 }
 
@@ -173,7 +214,7 @@ static void RC_NAME(decay_state)(const rc_monomials_problem *p, RC_NAME(room) * 
     if (!p->decay)
         return;
     const ptrdiff_t length = RC_NAME(chunk_end)(p, chunk) - chunk * p->chunk;
-    RC_NAME(fold)(w, length == p->chunk ? w->chunk_fall : __builtin_exp(-p->decay[head] * rc_max(0, length)));
+    RC_NAME(fold_part)(w, length == p->chunk ? w->chunk_fall : __builtin_exp(-p->decay[head] * rc_max(0, length)));
 }
 
 /* Rows of columns times fall[0], fall[step], fall[2 step], ... */
@@ -188,9 +229,9 @@ static void RC_NAME(decay_rows)(const rc_monomials_problem *p, const RC_NAME(roo
  * the chunk) or `start` (queries: the first of the chunk). */
 static void RC_NAME(add_rows)(const rc_monomials_problem *p, RC_NAME(room) * w, ptrdiff_t count, const REAL *x, const REAL *columns,
                               int *updates) {
-    RC_NAME(update)(&w->y, p->state_degree, (int)count, x, columns, w->wide_columns, w->low, w->low_pitch, w->panel, w->part);
+    RC_NAME(update)(&w->y, p->state_degree, w->sources, (int)count, x, columns, w->wide_columns, w->rows, w->part);
     if (++*updates % FOLD == 0)
-        RC_NAME(fold)(w, 1);
+        RC_NAME(fold_part)(w, 1);
 }
 static void RC_NAME(add_keys)(const rc_monomials_problem *p, RC_NAME(room) * w, ptrdiff_t head, ptrdiff_t row, ptrdiff_t end,
                               ptrdiff_t stop, int *updates) {
@@ -239,14 +280,14 @@ static void RC_NAME(sum_keys)(const rc_monomials_problem *p, ptrdiff_t head, ptr
     RC_NAME(lay_out)(p, workspace, &w);
     double *state = p->states + (head * p->segments + segment) * w.y.columns * p->pitch;
     head = RC_NAME(take_block)(p, &w, head);
-    RC_NAME(start_state)(&w, 0);
+    RC_NAME(start_state)(p, &w, 0);
     RC_NAME(start_fall)(p, &w, head);
     for (ptrdiff_t chunk = segment * p->chunks_per_segment; chunk < (segment + 1) * p->chunks_per_segment; chunk++) {
         RC_NAME(decay_state)(p, &w, head, chunk);
         RC_NAME(add_keys)(p, &w, head, RC_NAME(chunk_row)(p, chunk, 0, p->n_k), RC_NAME(chunk_row)(p, chunk + 1, 0, p->n_k),
                           RC_NAME(chunk_end)(p, chunk), &updates);
     }
-    RC_NAME(fold)(&w, 1);
+    RC_NAME(fold_part)(&w, 1);
     RC_NAME(keep_state)(&w, state);
 }
 
@@ -254,7 +295,7 @@ static void RC_NAME(sum_queries)(const rc_monomials_problem *p, ptrdiff_t head, 
     RC_NAME(room) w;
     int updates = 0;
     RC_NAME(lay_out)(p, workspace, &w);
-    RC_NAME(start_state)(&w, 0);
+    RC_NAME(start_state)(p, &w, 0);
     RC_NAME(start_fall)(p, &w, head);
     for (ptrdiff_t chunk = (segment + 1) * p->chunks_per_segment - 1; chunk >= segment * p->chunks_per_segment; chunk--) {
         RC_NAME(decay_state)(p, &w, head, chunk);
@@ -265,7 +306,7 @@ static void RC_NAME(sum_queries)(const rc_monomials_problem *p, ptrdiff_t head, 
             RC_NAME(add_query_chunk)(p, &w, begin, count, chunk * p->chunk, &updates);
         }
     }
-    RC_NAME(fold)(&w, 1);
+    RC_NAME(fold_part)(&w, 1);
     RC_NAME(keep_state)(&w, p->grad_states + (head * p->segments + segment) * w.y.columns * p->pitch);
 }
 
@@ -277,7 +318,7 @@ static void RC_NAME(pack)(const rc_monomials_problem *p, ptrdiff_t head, const d
                           void *workspace) {
     RC_NAME(room) w;
     RC_NAME(lay_out)(p, workspace, &w);
-    RC_NAME(start_state)(&w, state);
+    RC_NAME(start_state)(p, &w, state);
     if (packed)
         RC_NAME(evaluate_pack)(&w.y, p->degree, w.base, w.part, RC_NAME(of_head)(p, p->weights, head), packed);
     if (grad_packed)
