@@ -92,4 +92,4 @@ def stored(o: np.ndarray, q: np.ndarray) -> np.ndarray:
     if q.dtype == np.float64:
         return o
     most = largest_number(q.dtype)
-    return np.minimum(np.maximum(o, -most), most).astype(q.dtype)
+    return np.clip(o, -most, most).astype(q.dtype)
