@@ -49,8 +49,8 @@ class Text(far_demo.Series):
         return torch.stack((bits[:, self._asked].mean(), bits[:, other].mean()))
 
 
-# What is learned: for how many seconds, by which rates (none: those that are the best for 8,192 steps), and a loss that no
-# model has without what is far.
+# What is learned: for how many seconds, by which rates (none: by those that are best for 8,192 steps), and a loss that
+# no model has without what is far.
 WORKS = {
     "8192 steps": (partial(far_demo.Series, 8192), 80.0, (3e-3, 1e-2, 3e-2, 1e-1), 1.0),
     "2048 steps": (partial(far_demo.Series, 2048), 10.0, (3e-3, 1e-2, 3e-2), 1.0),
