@@ -2,6 +2,9 @@
 
 import statistics
 import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
 
 import ropecy
 
@@ -26,6 +29,46 @@ class Decode:
         return self.state.nbytes
 
     track_bytes.unit = "bytes"
+
+
+class Streams:
+    """One step of 256 streams of different lengths, d = d_v = 8 and degree 4, beside its limit and a call for each."""
+
+    params = (1, 4)
+    param_names = ("heads",)
+    STREAMS, PROMPT, STEPS = 256, 200, 64  # in so many steps each stream's ring is taken into its sums once
+
+    def setup(self, heads):
+        rng, d = np.random.default_rng(0), 8
+        K, V = rng.standard_normal((2, self.STREAMS, heads, self.PROMPT, d), np.float32)
+        K /= np.linalg.norm(K, axis=-1, keepdims=True)
+        lengths = rng.integers(self.PROMPT // 2, self.PROMPT, self.STREAMS)
+        self.token = K[:, :, 0], K[:, :, 0], V[:, :, 0]
+        self.states = [ropecy.DecodeState(d, d, ropecy.Rotary(d), eps=inputs.EPS, scale=1.0) for _ in range(2)]
+        self.states[0].extend(K, V, lengths=lengths)
+        self.states[1].extend(K[0], V[0])
+        self.memory = np.ones(2**25)
+        self.time_steps()
+
+    def time_steps(self, heads=None):
+        for _ in range(self.STEPS):
+            self.states[0].step(*self.token)
+
+    def track_times_the_limit(self, heads):
+        """Seconds of a step, beside those of reading as many bytes: all of the states but the errors of their sums."""
+        errors = 8 * self.STREAMS * heads * 9 * self.states[0].certificate.n_features
+        stepping, reading = _in_turns(self.time_steps, self._read)
+        return stepping / self.STEPS / reading * self.memory.nbytes / (self.states[0].nbytes - errors)
+
+    def track_times_faster_than_calls(self, heads):
+        """Seconds of a call for each stream, on a state of one, beside those of a step."""
+        own = [X[0] for X in self.token]
+        alone, together = _in_turns(lambda: [self.states[1].step(*own) for _ in range(self.STREAMS)], self.time_steps)
+        return alone / together * self.STEPS
+
+    def _read(self):
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(np.max, np.array_split(self.memory, ropecy.info()["threads"])))
 
 
 class Cache:
@@ -60,11 +103,16 @@ class Cache:
 
     def track_share_of_bandwidth(self, rival, dtype, heads, n):
         """Bytes of the cache a second, beside those of a sum over 256 MiB; both take turns."""
-        turns = [(_seconds(self.run), _seconds(self.memory.sum)) for _ in range(9)]
-        attending, reading = (statistics.median(times) for times in zip(*turns, strict=True))
+        attending, reading = _in_turns(self.run, self.memory.sum)
         return self.bytes / attending / (self.memory.numel() * self.memory.element_size() / reading)
 
     track_share_of_bandwidth.unit = "share of a sum's read bandwidth"
+
+
+def _in_turns(*runs):
+    """Medians of seconds, the runs taking turns."""
+    turns = [[_seconds(run) for run in runs] for _ in range(9)]
+    return (statistics.median(times) for times in zip(*turns, strict=True))
 
 
 def _seconds(run):

@@ -14,7 +14,7 @@ from .certificate import Certificate
 from .decoding import bounds, file, saved
 from .decoding.arguments import check_counts, check_decode, check_query, check_streams, check_tokens
 from .decoding.exclusive import all_or_nothing, one_call_at_a_time
-from .decoding.rows import Rows, largest_of_streams, stored
+from .decoding.rows import Rows, stored
 from .decoding.streams import Streams
 from .relative import RelativeBias
 from .rotary import Rotary
@@ -238,11 +238,12 @@ class DecodeState:
         n = K.shape[-2]
         if n == 0:
             return
-        sizes = self._rows.within("K", K)
+        sizes = self._rows.sizes(K)
+        self._rows.within("K", sizes, K.dtype)
         streams = self._begun(lead, K.dtype)
         counts = np.full(streams.sums.length.size, n) if counts is None else counts
         if counts.any():
-            streams.extend(K, V, counts, largest_of_streams(sizes.max(axis=-1), lead))
+            streams.extend(K, V, counts, sizes.max(axis=-1))
 
     @one_call_at_a_time
     @all_or_nothing
@@ -275,10 +276,10 @@ class DecodeState:
         o, told = self._options, {"active": active}
         k, v, lead, counts = check_tokens({"k": k, "v": v}, o, *self._form, told, single=True)
         q = check_query(q, o, k.dtype, lead, counts)
-        sizes = [largest_of_streams(self._rows.within(name, X), lead) for name, X in (("q", q), ("k", k))]
+        rows, sizes = self._rows.of_step(q, k, lead)
         streams = self._begun(lead, k.dtype)
         which = np.arange(streams.sums.length.size) if counts is None else np.flatnonzero(counts)
-        return stored(streams.step(q, (k, v), which, sizes), q)
+        return stored(streams.step(rows, v, which, sizes), q)
 
     @one_call_at_a_time
     @all_or_nothing
@@ -298,8 +299,8 @@ class DecodeState:
         q = check_query(q, self._options, self._dtype, streams.lead, counts)
         if not streams.sums.length[which].all():
             raise ValueError("attend: got a stream without tokens, wants extend or step first, or it not active")
-        sizes = [largest_of_streams(self._rows.within("q", q), streams.lead)]
-        return stored(streams.step(q, None, which, sizes), q)
+        rows, sizes = self._rows.of_step(q, None, streams.lead)
+        return stored(streams.step(rows, None, which, sizes), q)
 
     @one_call_at_a_time
     @all_or_nothing

@@ -9,6 +9,7 @@ import argparse
 import math
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,34 +38,43 @@ class Series:
     squared error is 0.09 where the sign is known, and 1.09 where 0 is the answer.
     """
 
-    _BATCH, _BLOCKS, _EVENT, _WIDTH, _NOISE = 2, 2, 64, 32, 0.3
+    _BATCH, _BLOCKS, _EVENT, _WIDTH, _OUT, _NOISE = 2, 2, 64, 32, 1, 0.3
 
     def __init__(self, n: int) -> None:
         self._n, self._late = n, n // 5 + self._BLOCKS * NEAR
 
     def model(self, kind: str) -> Model:
         """A model of this kind of attention, whose far field has a bound of 2."""
-        read = nn.Linear(2, self._WIDTH)
-        return Model(kinds(2.0)[kind], read, 1, width=self._WIDTH, heads=4, blocks=self._BLOCKS, eps=0.05)
+        options = {"width": self._WIDTH, "heads": 4, "blocks": self._BLOCKS, "eps": 0.05}
+        return Model(kinds(2.0)[kind], self._reader(), self._OUT, **options)
+
+    def _reader(self) -> nn.Module:
+        return nn.Linear(2, self._WIDTH)
+
+    def _event(self, generator: torch.Generator) -> Tensor:
+        """The places of the event in each series, (2, 64)."""
+        start = torch.randint(self._n // 5 - self._EVENT, (self._BATCH, 1), generator=generator)
+        return start + torch.arange(self._EVENT)
 
     def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """What is read (2, n, 2), and what is to be told (2, n)."""
         sign = torch.randint(2, (self._BATCH, 1), generator=generator) * 2.0 - 1
-        start = torch.randint(self._n // 5 - self._EVENT, (self._BATCH, 1), generator=generator)
-        places = start + torch.arange(self._EVENT)
-        event = torch.zeros(self._BATCH, self._n).scatter(1, places, sign.repeat(1, self._EVENT))
+        event = torch.zeros(self._BATCH, self._n).scatter(1, self._event(generator), sign.repeat(1, self._EVENT))
         first, noise = torch.randn(2, self._BATCH, self._n, generator=generator)
         return torch.stack((first, event), -1), sign * first + self._NOISE * noise
 
     def loss(self, model: nn.Module, generator: torch.Generator) -> Tensor:
-        """The mean squared error in new series, wherever no near field reaches the event."""
+        """The mean squared error in new series, (1,), wherever no near field reaches the event."""
         read, wanted = self.draw(generator)
-        return (model(read)[:, self._late :, 0] - wanted[:, self._late :]).square().mean()
+        return (model(read)[:, self._late :, 0] - wanted[:, self._late :]).square().mean()[None]
 
 
 @dataclass
 class Run:
-    """A training: the seconds spent before each step, the losses of the steps, and the loss at the end, when judged."""
+    """A training: the seconds spent before each step, the losses of the steps, and the loss at the end, when judged.
+
+    `beside` are other parts of the loss, where the work has several: the first is what is far.
+    """
 
     kind: str
     rate: float
@@ -72,10 +82,14 @@ class Run:
     seconds: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     loss: float = math.nan
+    beside: list[float] = field(default_factory=list)
 
 
-def train(work: Series, kind: str, budget: float, rate: float, seed: int) -> Run:
-    """Train a model for so many seconds on draws of the seed, the same for every kind, and judge it by others."""
+def train(work: Series, kind: str, done: Iterable[float], rate: float, seed: int) -> Run:
+    """Train a model on draws of the seed, the same for every kind, and judge it by others.
+
+    ``done`` has, before each step, the share that is done: `of_seconds`, `of_steps`.
+    """
     torch.manual_seed(seed)
     model, run = work.model(kind), Run(kind, rate, seed)
     generator, judge = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(2**32 + seed)
@@ -83,11 +97,12 @@ def train(work: Series, kind: str, budget: float, rate: float, seed: int) -> Run
 
     def loss_of() -> Tensor:
         run.seconds.append(time.process_time() - start)
-        return work.loss(model, generator)
+        return work.loss(model, generator).sum()
 
-    run.losses = optimise(model, loss_of, of_seconds(budget), rate)
+    run.losses = optimise(model, loss_of, done, rate)
+    model.eval()
     with torch.no_grad():
-        run.loss = float(np.mean([work.loss(model, judge).item() for _ in range(_TRIED)]))
+        run.loss, *run.beside = torch.stack([work.loss(model, judge) for _ in range(_TRIED)]).mean(0).tolist()
     return run
 
 
@@ -98,7 +113,8 @@ def table(runs: list[Run]) -> str:
         own = [run for run in runs if (run.kind, run.rate) == (kind, rate)]
         steps = np.median([len(run.losses) for run in own])
         losses = " ".join(f"{loss:.3f}" for loss in sorted(run.loss for run in own))
-        lines.append(f"{kind:22}{rate:7g}{steps:7.0f}  {losses}")
+        beside = "".join(f"  {part:.3f}" for part in np.median([run.beside for run in own], axis=0))
+        lines.append(f"{kind:22}{rate:7g}{steps:7.0f}  {losses}{beside}")
     return "\n".join(lines)
 
 
@@ -143,7 +159,7 @@ def main(arguments: list[str]) -> None:
         parser.error(f"--seconds: got {a.seconds:g}, wants more than 0")
     work, runs = Series(a.steps), []
     for kind, rate in RATES.items():
-        runs.append(train(work, kind, a.seconds, rate, a.seed))
+        runs.append(train(work, kind, of_seconds(a.seconds), rate, a.seed))
         print(f"{kind}: {runs[-1].loss:.3f}", file=sys.stderr)
     title = f"{a.steps:,} steps, {a.seconds:g} seconds"
     print(f"{title}, {torch.get_num_threads()} threads; 0.09 knows the sign, 1.09 does not\n{table(runs)}")

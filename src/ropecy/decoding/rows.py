@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 from ..certificate import BoundedEntryError
+from ..kernels import _rows
 from ..machine.threads import default_threads
 from ..rotary import Planes, rotate_rows
 from .arguments import DecodeOptions
@@ -43,43 +44,56 @@ class Rows:
                 np.einsum("ia,ia->i", piece, piece, out=sizes[start : start + step])
         return sizes.reshape(X.shape[:-1])
 
-    def within(self, name: str, X: np.ndarray) -> np.ndarray:
-        """`sizes` of X; BoundedEntryError where on_break does not allow one so large."""
-        o, sizes = self._options, self.sizes(X)
-        largest = float(sizes.max(initial=0.0))
+    def within(self, name: str, sizes: np.ndarray, dtype: np.dtype) -> None:
+        """BoundedEntryError where on_break does not allow one of the sizes of rows of this dtype."""
+        o, largest = self._options, float(sizes.max(initial=0.0))
         exact = o.on_break == "exact"
-        most = largest_score(o, X.dtype) if exact else limit(o.bound, o.d, X.dtype)
+        most = largest_score(o, dtype) if exact else limit(o.bound, o.d, dtype)
         if largest > most:
             index = tuple(int(i) for i in np.unravel_index(sizes.argmax(), sizes.shape))
             wants = f"bound = {o.bound:g}; rows normalised, a larger bound, or on_break='exact' help"
             if exact:
-                wants = f"{most:.2g}, for exact attention in {computed(X.dtype)}"
+                wants = f"{most:.2g}, for exact attention in {computed(dtype)}"
             raise BoundedEntryError(
                 f"{name}: got a row{f' at index {index}' if index else ''} with |scale| ||x||^2 = {largest:.6g}, wants "
                 f"at most {wants}"
             )
-        return sizes
 
     def keys(self, K: np.ndarray) -> np.ndarray:
         """Keys (..., d) as scaled float64 rows, not yet rotated."""
         return K.astype(np.float64, order="C") * self._root
 
-    def queries(self, q: np.ndarray) -> np.ndarray:
-        """Queries (..., d) as scaled float64 rows, multiplied by the sign of the scale too, not yet rotated."""
-        return self.keys(q) * self._sign
+    def of_step(
+        self, q: np.ndarray, k: np.ndarray | None, lead: tuple[int, ...]
+    ) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Scaled float64 rows (streams, H, 1 + G, d), the key of each head and its queries, not yet rotated.
+
+        Without a key (streams, H, G, d). Queries are multiplied by the sign of the scale too. Beside the rows, the
+        largest size of each stream's queries, and of its keys, (streams,), all of them `within` the bound.
+        """
+        shape = math.prod(lead[:-1]), lead[-1] if lead else 1
+        parts = [q.reshape(*shape, -1, q.shape[-1])]
+        if k is not None:
+            parts.insert(0, np.broadcast_to(k, (*lead, k.shape[-1])).reshape(*shape, 1, -1))
+        rows = np.concatenate(parts, axis=2, dtype=np.float64, casting="unsafe")
+        with np.errstate(over="ignore"):
+            rows *= self._root
+            sizes = np.einsum("shga,shga->shg", rows, rows)
+        own = sizes[:, :, 1:] if k is not None else sizes
+        self.within("q", own.reshape(q.shape[:-1]), q.dtype)
+        found = [own.max(axis=(1, 2))]
+        if k is not None:
+            self.within("k", sizes[:, :, 0].reshape(lead), k.dtype)
+            found.append(sizes[:, :, 0].max(axis=1))
+        if self._sign < 0:
+            rows[:, :, len(parts) - 1 :] *= -1.0
+        return rows, found
 
     def rotated(self, rows: np.ndarray, positions: np.ndarray | np.int64) -> np.ndarray:
         """Rows (H, n, d), rotated in place by the angles of their positions; without a Rotary they stay as they are."""
         if self._R is None:
             return rows
         return rotate_rows(rows, positions, self._planes, threads=default_threads(), out=rows)
-
-
-def largest_of_streams(sizes: np.ndarray, lead: tuple[int, ...]) -> np.ndarray:
-    """The largest of each stream, (streams,), of sizes that broadcast to `lead`, or have a multiple of its heads."""
-    if len(sizes.shape) < len(lead) or sizes.shape[:-1] != lead[:-1]:
-        sizes = np.broadcast_to(sizes, lead)
-    return sizes.reshape(math.prod(lead[:-1]), -1).max(axis=1)
 
 
 def stored(o: np.ndarray, q: np.ndarray) -> np.ndarray:
@@ -92,4 +106,6 @@ def stored(o: np.ndarray, q: np.ndarray) -> np.ndarray:
     if q.dtype == np.float64:
         return o
     most = largest_number(q.dtype)
-    return np.minimum(np.maximum(o, -most), most).astype(q.dtype)
+    if _rows.largest(o) > most:
+        o = np.clip(o, -most, most)
+    return o.astype(q.dtype)

@@ -96,10 +96,10 @@ class Streams:
     def extend(self, K: np.ndarray, V: np.ndarray, counts: np.ndarray, largest: np.ndarray) -> None:
         """Append the first `counts` of keys (..., n, d) and values (..., n, d_v) to each stream, not all of them 0.
 
-        `largest` (streams,) is the largest |scale| ||k||^2 of each stream's keys.
+        `largest` (...) is the largest |scale| ||k||^2 of the keys of each head.
         """
         streams = np.flatnonzero(counts)
-        self._meet(streams, largest)
+        self._meet(streams, self._by_stream(largest[..., None, None]).max(axis=(1, 2, 3)))
         K, V = self._by_stream(K), self._by_stream(V)
         self._begin(streams, V[:, :, 0])
         # What is worked on together has as many tokens everywhere.
@@ -127,24 +127,22 @@ class Streams:
             yield k, v.reshape(slots, -1, o.d_v)
 
     def step(
-        self, q: np.ndarray, token: tuple[np.ndarray, np.ndarray] | None, streams: np.ndarray, sizes: list[np.ndarray]
+        self, rows: np.ndarray, v: np.ndarray | None, streams: np.ndarray, sizes: list[np.ndarray]
     ) -> np.ndarray:
-        """o (streams, H, G, d_v) of queries q (..., d), 0 but for the streams that are named, which first take a token.
+        """o (streams, H, G, d_v) of the queries, 0 but for the streams that are named, which first take a token.
 
-        The token is a key (..., d) and a value (..., d_v), or None. `sizes` are the largest |scale| ||x||^2 of each
-        stream's queries and keys, (streams,) each.
+        The rows are those of `Rows.of_step`, and are overwritten: keys and queries, or queries alone where no token
+        comes and v is None. v (..., d_v) are its values, and `sizes` the largest |scale| ||x||^2 of each stream's
+        queries and keys, (streams,) each.
         """
-        (count, heads, _), d, v = self.values.first.shape, self._o.d, None
-        rows, position = self._rows.queries(q).reshape(count, heads, -1, d), self.sums.length
-        queries = slice(-rows.shape[2], None)
-        if token is None:
+        (count, heads, _), d, position = self.values.first.shape, self._o.d, self.sums.length
+        queries = slice(0 if v is None else 1, None)
+        if v is None:
             position = position - 1
-        else:
-            k, v = (self._by_stream(X[..., None, :]) for X in token)
-            rows, v = np.concatenate([self._rows.keys(k), rows], axis=2), np.array(v, np.float64, order="C")
         where = np.repeat(position, heads)[:, None]
         rows = self._rows.rotated(rows.reshape(count * heads, -1, d), where).reshape(rows.shape)
-        if token is not None:
+        if v is not None:
+            v = np.array(self._by_stream(v[..., None, :]), np.float64, order="C")
             self._meet(streams, sizes[1])
             self._begin(streams, v[:, :, 0])
             if len(streams) == count:

@@ -73,6 +73,7 @@ cdef extern from "c/monomials.h" nogil:
         ptrdiff_t ring_pitch
         double *ring_keys
         double *ring
+        const ptrdiff_t *streams
         const ptrdiff_t *length
         const ptrdiff_t *recent
         ptrdiff_t near

@@ -261,6 +261,8 @@ cdef class Scan:
         If `replace`, the states of these segments and of the next become the sums of what comes before them.
         """
         cdef ptrdiff_t head, i, s, blocks = len(states) // max(self.p.heads, 1)
+        if count == 1 and start is None and not replace:
+            return states[:, self.p.segments - 1 if back else 0].copy()
         total = np.zeros_like(states[:, 0]) if start is None else start.copy()
         for i in range(count):
             s = self.p.segments - 1 - i if back else i
@@ -355,16 +357,20 @@ cdef class Scan:
         return dq, dk, dv
 
 
+cdef enum:
+    READ = 262144  # bytes that a task of decoding reads of consecutive heads, or those of one head
+
+
 cdef struct Step:
     const rc_decode_problem *p
-    const ptrdiff_t *streams
+    ptrdiff_t heads, share  # heads of a task
     char *work
     size_t size
 
 
 cdef void run_step(void *context, ptrdiff_t task, const rc_worker *worker) noexcept nogil:
     cdef const Step *x = <const Step *>context
-    kernels.step(x.p, x.streams[task // x.p.heads], task % x.p.heads, x.work + worker.slot * x.size)
+    kernels.step(x.p, task * x.share, min((task + 1) * x.share, x.heads), x.work + worker.slot * x.size)
 
 
 cdef addresses(sums):
@@ -435,8 +441,7 @@ cdef class Decoder:
         """
         cdef rc_decode_problem *p = &self.p
         cdef Step x
-        cdef double work
-        cdef ptrdiff_t tasks = len(streams) * p.heads
+        cdef ptrdiff_t bytes_of_head = 8 * (p.states * (p.d_v + 1) * p.pitch + (p.d + p.d_v + 1) * p.ring_pitch)
         length, recent = counts
         p.groups = rows.shape[2] - (v is not None)
         x.size = (kernels.step_workspace(p) + LINE - 1) // LINE * LINE
@@ -446,9 +451,11 @@ cdef class Decoder:
         p.rows, p.v, p.o = <const double *>pointer(rows), <const double *>pointer(v), <double *>pointer(o)
         p.length, p.recent = <const ptrdiff_t *>pointer(length), <const ptrdiff_t *>pointer(recent)
         p.fall = <const double *>pointer(fall)
-        x.p, x.streams, x.work = p, <const ptrdiff_t *>pointer(streams), line(self.workspace)
-        work = <double>tasks * (p.d_v + 1) * (p.pitch + p.ring_pitch) * (p.states + p.groups)
-        parallel_for(tasks, team(threads, work / 2), run_step, &x)
+        p.streams = <const ptrdiff_t *>pointer(streams)
+        x.p, x.heads, x.work = p, len(streams) * p.heads, line(self.workspace)
+        x.share = max(1, READ // bytes_of_head)
+        # To read a byte takes as long as a multiply-add of a product.
+        parallel_for(pieces(x.heads, x.share), team(threads, <double>x.heads * bytes_of_head), run_step, &x)
         return o
 
 

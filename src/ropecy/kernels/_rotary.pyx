@@ -4,6 +4,7 @@ cimport numpy as cnp
 from libc.stddef cimport ptrdiff_t
 from libc.stdint cimport int64_t
 
+from ._arrays cimport pieces
 from ._parallel cimport parallel_for, rc_worker, team
 
 cnp.import_array()
@@ -34,14 +35,15 @@ cdef const rc_rotary_kernels *kernels = rc_rotary_select(level)
 
 FINE = RC_ROTARY_FINE
 
-# Rows a task takes. Fixed, so that the split of work does not depend on the thread count.
+# Rows a task takes, of one slot or of several. Fixed, so that the split of work does not depend on the thread count.
 cdef enum:
     BLOCK = 2048
 
 
 cdef struct Blocks:
     rc_rotary r
-    ptrdiff_t n, size, count  # rows of a slot, bytes of an element, blocks of a slot
+    ptrdiff_t n, size, count, blocks  # rows of a slot, bytes of an element, blocks of a slot and of all slots
+    ptrdiff_t share  # blocks of a task
     bint single
     const char *source
     const ptrdiff_t *offsets
@@ -50,9 +52,8 @@ cdef struct Blocks:
     char *target
 
 
-cdef void rotate_block(void *context, ptrdiff_t task, const rc_worker *worker) noexcept nogil:
-    cdef const Blocks *b = <const Blocks *>context
-    cdef ptrdiff_t slot = task // b.count, start = task % b.count * BLOCK, rows = min(BLOCK, b.n - start)
+cdef void rotate_block(const Blocks *b, ptrdiff_t block) noexcept nogil:
+    cdef ptrdiff_t slot = block // b.count, start = block % b.count * BLOCK, rows = min(BLOCK, b.n - start)
     cdef const char *x = b.source + (b.offsets[slot] + start * b.r.row_stride) * b.size
     cdef char *y = b.target + (slot * b.n + start) * b.r.d * b.size
     cdef const int64_t *positions = b.positions + b.position_offsets[slot] + start * b.r.position_stride
@@ -60,6 +61,13 @@ cdef void rotate_block(void *context, ptrdiff_t task, const rc_worker *worker) n
         kernels.rows_f32(&b.r, rows, <const float *>x, positions, <float *>y)
     else:
         kernels.rows_f64(&b.r, rows, <const double *>x, positions, <double *>y)
+
+
+cdef void rotate_blocks(void *context, ptrdiff_t task, const rc_worker *worker) noexcept nogil:
+    cdef const Blocks *b = <const Blocks *>context
+    cdef ptrdiff_t block
+    for block in range(task * b.share, min((task + 1) * b.share, b.blocks)):
+        rotate_block(b, block)
 
 
 def rotate(rows, places, tables, cnp.ndarray out, bint interleaved, int threads):
@@ -87,7 +95,8 @@ def rotate(rows, places, tables, cnp.ndarray out, bint interleaved, int threads)
     b.n, b.size = cnp.PyArray_DIM(x, axes - 2), cnp.PyArray_ITEMSIZE(x)
     if b.n == 0 or slots == 0:
         return
-    b.count = (b.n + BLOCK - 1) // BLOCK
+    b.count, b.share = pieces(b.n, BLOCK), max(1, BLOCK // b.n)
+    b.blocks = slots * b.count
     b.single = cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT32
     b.source, b.target = cnp.PyArray_BYTES(x), cnp.PyArray_BYTES(out)
     b.offsets, b.positions, b.position_offsets = &x_offsets[0], &positions[0], &position_offsets[0]
@@ -100,4 +109,4 @@ def rotate(rows, places, tables, cnp.ndarray out, bint interleaved, int threads)
     b.r.coarse = &coarse[0, 0]
     b.r.fine = &fine[0, 0]
     # An element takes as long as ten multiply-adds of a product.
-    parallel_for(slots * b.count, team(threads, 10.0 * slots * b.n * b.r.d), rotate_block, &b)
+    parallel_for(pieces(b.blocks, b.share), team(threads, 10.0 * slots * b.n * b.r.d), rotate_blocks, &b)

@@ -16,7 +16,7 @@
  *   scan_forward, scan_grad_queries, scan_grad_keys    causal: one segment, chunk by chunk from its first state (from
  *                                                      its last, backwards); pairs inside a chunk by exp itself,
  *                                                      whose gradients, dq among them, are all scan_grad_keys's
- *   step, add_block          decoding: one token of one head of one stream; a state added to a sum of several
+ *   step, add_block          decoding: one token of some heads of streams; a state added to a sum of several
  *                            (decode.template.h)
  */
 #ifndef RC_MONOMIALS_H
@@ -117,6 +117,7 @@ typedef struct {
     ptrdiff_t capacity;          /* tokens that the ring has room for: they go round its first `capacity` slots */
     ptrdiff_t ring_pitch;        /* the capacity padded to whole vectors */
     double *ring_keys, *ring;    /* (streams, heads, d or d_v + 1, ring_pitch): the last row of ring is 1 */
+    const ptrdiff_t *streams;    /* those that take part, in whose order heads are counted */
     const ptrdiff_t *length;     /* tokens of each stream, the one that comes among them */
     const ptrdiff_t *recent;     /* how many of these are in the ring; other slots are not seen */
     ptrdiff_t near;              /* 0 for none */
@@ -131,7 +132,7 @@ typedef struct {
 typedef struct {
     const rc_monomials_functions *f32, *f64;
     size_t (*step_workspace)(const rc_decode_problem *);
-    void (*step)(const rc_decode_problem *, ptrdiff_t stream, ptrdiff_t head, void *workspace);
+    void (*step)(const rc_decode_problem *, ptrdiff_t first, ptrdiff_t last, void *workspace);
     void (*add_block)(ptrdiff_t length, ptrdiff_t low, double factor, const double *state, const double *added, double *sum);
 } rc_monomials_kernels;
 
