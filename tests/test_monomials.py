@@ -14,14 +14,13 @@ SHAPES = [(1, 1), (1, 4), (2, 3), (3, 5), (5, 1), (5, 4), (8, 2), (8, 4), (9, 3)
 
 def monomials_of(x, degree):
     """All monomials of rows x, (n, count), of each degree."""
-    found = [np.ones((len(x), 1))]
+    found, runs = [np.ones((len(x), 1))], []
     for _ in range(degree):
-        below, runs = found[-1], []
+        below, before, runs = found[-1], runs, []
         for m in range(x.shape[1]):
             # Those of the first m + 1 variables come first.
-            length = 1 if len(found) == 1 else sum(part.shape[1] for part in parts[: m + 1])
+            length = 1 if len(found) == 1 else sum(part.shape[1] for part in before[: m + 1])
             runs.append(below[:, :length] * x[:, m : m + 1])
-        parts = runs
         found.append(np.concatenate(runs, axis=1))
     return found
 
