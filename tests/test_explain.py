@@ -166,7 +166,7 @@ def test_exact_work_is_not_said_to_be_all_there_is_beside_what_certifies(rng, mo
 
 def test_exact_work_past_eps_is_not_said_to_certify_it(rng, monkeypatch):
     """What certifies eps would take too long."""
-    monkeypatch.setattr(planner, "_MINUTE", 0.0)
+    monkeypatch.setattr(planner, "_SECOND", 0.0)
     Q, K = rng.uniform(-1, 1, (2, 5000, 3)).astype(np.float32)
     with pytest.warns(UserWarning):
         plan = ropecy.plan(Q, K, scale=1.0, eps=1e-6)

@@ -176,6 +176,28 @@ def test_a_near_scale_of_any_size_gives_no_nan(near, rng):
     assert not np.isnan(vjp(V).dQ).any()
 
 
+LARGE_BESIDE_SMALL = {
+    "a query times log2(e)": (F4, 3e38, 1e-38, 1.0),
+    "a query times the scale": (F4, 1e16, 1e-38, 1e23),
+    "in float64": (F8, 1e125, 3e-308, 1e185),
+    "scores past the largest number squared": (F4, 8e28, 3e29, 1e28),
+}
+
+
+@pytest.mark.parametrize("near", [False, True])
+@pytest.mark.parametrize("n", [1, 30])
+@pytest.mark.parametrize(("dtype", "q", "k", "scale"), LARGE_BESIDE_SMALL.values(), ids=LARGE_BESIDE_SMALL)
+def test_products_of_any_two_of_queries_keys_and_the_scale(dtype, q, k, scale, n, near):
+    Q, K = np.full((n, 1), q, dtype), (k * np.linspace(1, 2, 5)[:, None]).astype(dtype)
+    V = np.arange(1, 6, dtype=dtype)[:, None]
+    # In logarithms, for no order of the products is free of overflow.
+    scores = np.exp(np.log(F8(Q[0, 0])) + np.log(K[:, 0].astype(F8)) + math.log(scale))
+    weights = np.exp(scores - scores.max())
+    options = {"scale": scale, "method": "exact"} | ({"near": (3, scale)} if near else {})
+    for O in (ropecy.attention(Q, K, V, **options), ropecy.attention_vjp(Q, K, V, **options)[0]):
+        np.testing.assert_allclose(O[:, 0], weights @ V[:, 0] / weights.sum(), rtol=1e-5)
+
+
 @pytest.mark.parametrize("scale", [3e38, 1e-42])
 def test_a_scale_of_any_size(scale, rng):
     q, k = (1e-19, 1e-19) if scale > 1 else (1e21, 1e21)

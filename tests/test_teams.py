@@ -2,6 +2,8 @@
 
 import ctypes
 import os
+import subprocess
+import sys
 import threading
 import time
 
@@ -102,6 +104,29 @@ def test_a_child_asks_no_team(compute):
             compute()
         os._exit(len(team.asked))
     assert os.waitpid(child, 0)[1] == 0
+
+
+# A worker of a DataLoader does no more before it computes.
+CHILD = """
+import os, signal, torch, ropecy.torch
+
+torch.set_num_threads(2)
+torch.randn(4_000_000).exp_()  # PyTorch has a team now, and ropecy has run nothing
+x = torch.ones(1, 4, 700, 64)
+child = os.fork()
+if not child:
+    signal.alarm(60)
+    torch.set_num_threads(1)
+    ropecy.torch.scaled_dot_product_attention(x, x, x, method="exact", threads=2)
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_child_does_not_wait_for_the_team_that_pytorch_had():
+    pytest.importorskip("torch")
+    subprocess.run([sys.executable, "-c", CHILD], check=True)
 
 
 def test_operators_of_pytorch_run_on_a_team(monkeypatch):

@@ -166,6 +166,9 @@ def test_near_field_by_a_number_of_each_head():
         assert torch.allclose(found[:, head], run(number)[:, head], rtol=0, atol=1e-12)
     found.sum().backward()
     assert scale_near.grad.dtype == torch.float32 and scale_near.grad.shape == (3,)
+    each = [torch.tensor(number, requires_grad=True) for number in numbers]
+    run(each).sum().backward()
+    assert torch.equal(torch.stack([number.grad for number in each]), scale_near.grad)
     one = torch.tensor([1.5], requires_grad=True)
     alone = [x[0, 0] for x in (Q, K, V)]
     result = run(one, alone)
@@ -268,6 +271,13 @@ def test_certificate_under_vmap_and_compile():
         ({"near": (3, torch.ones(2))}, ValueError, r"near: got a scale_near of shape \(2,\), wants a number"),
         ({"near": (3, torch.ones(1))}, ValueError, r"near: got .*\(1,\), wants a number, shape \(\), or shape \(4,\)"),
         ({"near": (3, torch.ones(4, 1))}, ValueError, r"near: got a scale_near of shape \(4, 1\), wants a number"),
+        ({"near": (3, "x")}, TypeError, "near: got scale_near = 'x', wants a number, or one for each head"),
+        ({"near": (3, torch.ones(4, device="meta"))}, NotImplementedError, "near: got a tensor on meta"),
+        (
+            {"attn_mask": torch.ones(9, dtype=torch.bool, device="meta")},
+            NotImplementedError,
+            "attn_mask: got a tensor on meta, wants one on the CPU",
+        ),
         ({"near": (0, 1.0)}, ValueError, "near: got 0"),
         ({"near": (3, math.nan)}, ValueError, "near: got nan"),
         ({"method": "fastest"}, ValueError, "method: got"),

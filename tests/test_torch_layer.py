@@ -183,6 +183,12 @@ def test_layer_refusals(arguments, message):
         RoPEAttention(**({"embed_dim": 32, "num_heads": 4} | arguments))
 
 
+def test_near_of_another_kind_is_refused():
+    for options, message in (({"near": 2.5}, "near: got"), ({"near_by_head": 1.5}, "near_by_head: got")):
+        with pytest.raises(TypeError, match=message):
+            RoPEAttention(32, 4, bound=1.0, **options)
+
+
 def test_layer_saves_and_compiles():
     torch.manual_seed(3)
     layer = RoPEAttention(32, 4, num_kv_heads=2, bound=1.0, method="exact").double()

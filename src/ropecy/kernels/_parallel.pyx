@@ -4,12 +4,15 @@ cdef extern from "Python.h":
     int PyErr_CheckSignals() noexcept
 
 cdef extern from "c/parallel.h" nogil:
+    void rc_watch_forks()
     int rc_parallel_for(ptrdiff_t tasks, int threads, task_function function, void *context, int (*poll)() noexcept)
     bint rc_interrupted(const rc_worker *worker)
     ptrdiff_t rc_share()
 
     ctypedef void (*rc_team)(void (*function)(void *) noexcept, void *data, unsigned threads, unsigned flags) noexcept
     void rc_use_team(rc_team team)
+
+rc_watch_forks()
 
 
 cdef int signals() noexcept with gil:

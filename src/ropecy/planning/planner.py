@@ -22,6 +22,7 @@ from ..machine.memory import require
 from ..problem.request import METHODS
 
 _MINUTE = 60.0
+_SECOND = 1.0
 # So many multiply-adds take far less than a minute, and little memory, on any machine.
 _SMALL = 2**28
 
@@ -290,14 +291,14 @@ def _error(search: Search, refusal: Refusal | None) -> Exception:
 def _certified_by_another(context: Context, exact: Choice) -> Choice | None:
     """The choice of another engine that certifies eps, for problems where the exact engine's rounding exceeds eps.
 
-    None where no such engine takes at most as long as the exact engine, or at most a minute.
+    None where no such engine takes at most as long as the exact engine, or at most a second.
     """
     for method in ("polynomial", "fft"):
         try:
             found = choose(context.asking(method=method, degree=None, certify="proof", each_weight=True))
         except (BoundedEntryError, NotImplementedError, MemoryError):
             continue
-        if found.candidate.nominal <= max(exact.candidate.nominal, _MINUTE):
+        if found.candidate.nominal <= max(exact.candidate.nominal, _SECOND):
             reason = f"exact work rounds by {exact.executable.certificate.rounding:.2g}, this certifies eps"
             found.candidate = replace(found.candidate, reason=reason)
             return found

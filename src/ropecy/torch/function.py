@@ -195,7 +195,9 @@ def _near(
         raise TypeError(f"near: got {near!r}, wants a pair (w, scale_near)")
     width, scale_near = near
     if not isinstance(scale_near, Tensor):
-        scale_near = torch.tensor(scale_near, dtype=torch.float64)
+        scale_near = _numbers(scale_near)
+    if not scale_near.is_cpu and tensors[0].is_cpu:
+        raise NotImplementedError(f"near: got a tensor on {scale_near.device}, wants one on the CPU")
     shape, heads = tuple(scale_near.shape), max([1] + [x.shape[-3] for x in tensors if x.dim() > 2])
     if shape not in ((), (heads,)):
         raise ValueError(f"near: got a scale_near of shape {shape}, wants a number, shape (), or shape ({heads},)")
@@ -203,9 +205,21 @@ def _near(
     return width, scale_near.reshape(()) if heads == 1 else scale_near
 
 
+def _numbers(scale_near: Any) -> Tensor:
+    """A number, or numbers of which some may be tensors that gradients are wanted of, as a tensor."""
+    try:
+        if isinstance(scale_near, tuple | list):
+            return torch.stack([torch.as_tensor(each, dtype=torch.float64) for each in scale_near])
+        return torch.tensor(scale_near, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"near: got scale_near = {scale_near!r}, wants a number, or one for each head") from None
+
+
 def _key_mask(attn_mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
     """The mask with its query axis left out: (n_k,), or all leading axes beside it."""
     shape, n, n_k = tuple(attn_mask.shape), query.shape[-2], key.shape[-2]
+    if not attn_mask.is_cpu and query.is_cpu:
+        raise NotImplementedError(f"attn_mask: got a tensor on {attn_mask.device}, wants one on the CPU")
     if attn_mask.dtype != torch.bool:
         raise TypeError(f"attn_mask: got {attn_mask.dtype}, wants bool, True for a key that is kept")
     wants = f"(batch, {n_k}) or (..., 1, {n_k}), one row of keys for all queries"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..certificate import Certificate
 from ..plan import Alternative, Plan
 from ..plan import plan as make_plan
+from ..problem.checks import check_flag, check_integer
 from ..rotary import Rotary
 from .function import scaled_dot_product_attention
 from .steps import LayerState, extend, new_state, step, without_padding
@@ -127,8 +128,9 @@ class RoPEAttention(nn.Module):
                 rotary = Rotary(head_dim, rotary_dim=max(2, head_dim // 4 * 2))
         if bound is not None and not bound > 0:
             raise ValueError(f"bound: got {bound}, wants a positive number")
-        if near is not None and near < 0:
-            raise ValueError(f"near: got {near}, wants a number of tokens, or None")
+        if near is not None:
+            near = check_integer("near", near, least=0)
+        near_by_head = check_flag("near_by_head", near_by_head)
         self.head_dim = head_dim
         self.rotary = Rotary(head_dim) if rotary is None else rotary
         self.bound = bound

@@ -141,22 +141,29 @@ def _sized(problem: Problem, bound: float | np.ndarray) -> Sized:
     power = power_of_scale(problem)
     sized = Sized(q, k)
     most = bound if type(bound) is float else _rows.largest(bound)
-    if most < 1e30 and near is None and not power:
-        return sized
     largest = float(info.max) / 16
+    if most < 1e30 and near is None and not power:
+        # Queries are multiplied by the scale before anything else, and keys may be as small as this is large.
+        over = problem.largest_scale > 0.5 and _excess(_rows.largest(q), problem.largest_scale, largest)
+        return Sized(np.ldexp(q, -over), np.ldexp(k, over), over, -over) if over else sized
     top_q, top_k = (float(max(abs(x.max(initial=0)), abs(x.min(initial=0)))) for x in (q, k))
     if power:
         # All to a size of about 1.
         of_q, of_k = math.frexp(top_q)[1], math.frexp(top_k)[1]
         return Sized(np.ldexp(q, -of_q), np.ldexp(k, -of_k), of_q, of_k, power)
     room = math.log2(largest) - math.log2(max(1.0, problem.largest_scale) * q.shape[-1]) - 1
-    over = math.log2(top_q or 1) + math.log2(top_k or 1) - room
-    if over > 0:
-        # An exponent each, proportional to its own size; the gain must itself be a finite number of the dtype.
-        over = min(math.ceil(over), int(math.log2(largest)))
-        part_q = min(over, max(0, math.ceil(over / 2 + (math.log2(top_q or 1) - math.log2(top_k or 1)) / 2)))
+    over = max(0, math.ceil(math.log2(top_q or 1) + math.log2(top_k or 1) - room))
+    # An exponent each, proportional to its own size.
+    part_q = min(over, max(0, math.ceil(over / 2 + (math.log2(top_q or 1) - math.log2(top_k or 1)) / 2)))
+    part_q += _excess(math.ldexp(top_q, -part_q), problem.largest_scale, largest)
+    if part_q or over:
         sized = Sized(np.ldexp(q, -part_q), np.ldexp(k, part_q - over), part_q, over - part_q, 0)
     return sized
+
+
+def _excess(top: float, scale: float, largest: float) -> int:
+    """By which power of two numbers up to `top`, times the scale in units of log2, are past the largest."""
+    return max(0, math.ceil(math.log2(top or 1) + math.log2(max(scale, 1) * LOG2E) - math.log2(largest)))
 
 
 def power_of_scale(problem: Outline) -> int:

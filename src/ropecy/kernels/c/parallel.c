@@ -45,7 +45,7 @@ static int helpers, idle;
 static atomic_uint announced;
 
 static _Thread_local rc_team team;
-static int forked; /* whether this process is the child of one that has run loops */
+static int forked; /* whether this process is the child of one that has loaded this */
 /* No team is asked before, in nanoseconds since the system began. */
 static atomic_llong resting_until;
 
@@ -155,7 +155,7 @@ static void after_fork_in_child(void) {
     pthread_mutex_unlock(&lock);
 }
 
-static void at_fork(void) { pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child); }
+void rc_watch_forks(void) { pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child); }
 
 /* Asks helpers to join. */
 static void announce(rc_loop *loop) {
@@ -223,11 +223,9 @@ static void run_by_team(rc_loop *loop) {
 int rc_parallel_for(ptrdiff_t tasks, int threads, rc_task function, void *context, rc_poll poll) {
     rc_loop loop = {.function = function, .context = context, .poll = poll, .tasks = tasks};
     const rc_worker caller = {0, &loop};
-    static pthread_once_t once = PTHREAD_ONCE_INIT;
     if (threads > RC_MOST_THREADS) threads = RC_MOST_THREADS;
     loop.most = (int)(tasks < threads ? tasks : threads) - 1;
     clock_gettime(CLOCK_MONOTONIC, &loop.polled);
-    if (loop.most > 0) pthread_once(&once, at_fork);
     if (loop.most > 0 && team_is_ready()) {
         run_by_team(&loop);
     } else {

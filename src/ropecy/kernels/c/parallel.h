@@ -33,6 +33,10 @@ typedef void (*rc_task)(void *context, ptrdiff_t task, const rc_worker *worker);
 /* Whether to stop: called by the thread that runs the loop alone, a few times a second. */
 typedef int (*rc_poll)(void);
 
+/* To be called once, before anything else: threads that may hold locks, and those of teams, stay with the parent of a fork,
+ * whichever library had run loops before it. */
+void rc_watch_forks(void);
+
 /* function(context, i, worker) for 0 <= i < tasks, by at most so many threads. Returns 0 when all are done; or, once
  * `poll` has returned something else, that, when every task that had begun has ended. */
 int rc_parallel_for(ptrdiff_t tasks, int threads, rc_task function, void *context, rc_poll poll);
