@@ -176,6 +176,13 @@ def test_a_near_scale_of_any_size_gives_no_nan(near, rng):
     assert not np.isnan(vjp(V).dQ).any()
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_the_gradient_by_a_near_scale_is_finite_where_its_terms_pass_the_largest_number(rng):
+    Q, K, V = (uniform(rng, 30, 8) * F4(size) for size in (1e22, 1e31, 3e21))
+    O, vjp = ropecy.attention_vjp(Q, K, V, near=(3, -2e-55), causal=True, method="exact")
+    assert 0 < abs(vjp(O).dscale_near) < math.inf
+
+
 LARGE_BESIDE_SMALL = {
     "a query times log2(e)": (F4, 3e38, 1e-38, 1.0),
     "a query times the scale": (F4, 1e16, 1e-38, 1e23),
