@@ -22,7 +22,7 @@
 #else
 #define GRAD_ROWS 3
 #endif
-#define PREFIX 64            /* features of a prefix block: PREFIX * TILE of them stay in L1 */
+#define PREFIX 128           /* features of a prefix block: PREFIX * TILE of them stay in L1 */
 
 /* phi[f][token] for monomials of degree < `degree`, `vectors` vectors of tokens; those of degree - 1 times ratio[token]
  * unless that is NULL. */
