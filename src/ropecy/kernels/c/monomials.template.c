@@ -163,7 +163,7 @@ static void RC_NAME(store_rows)(const rc_monomials_problem *p, const REAL *N, co
     for (ptrdiff_t i = 0; i < whole; i += LANES) {
         const vint seen = LOAD(den + i) > 0;
         const vreal inverse = 1 / LOAD(den + i);
-        for (ptrdiff_t c = 0; c < d_v; c += LANES) {
+        for (ptrdiff_t c = wide - LANES; c >= 0; c -= LANES) { /* a row's end runs over into the beginning of the next */
             vreal block[LANES];
             RC_UNROLL for (int l = 0; l < LANES; l++) {
                 block[l] = (vreal){0};
