@@ -14,13 +14,10 @@ SHAPES = [(1, 1), (1, 4), (2, 3), (3, 5), (5, 1), (5, 4), (8, 2), (8, 4), (9, 3)
 
 def monomials_of(x, degree):
     """All monomials of rows x, (n, count), of each degree."""
-    found, runs = [np.ones((len(x), 1))], []
+    found, ends = [np.ones((len(x), 1))], [1] * x.shape[1]  # those of the first variables come first
     for _ in range(degree):
-        below, before, runs = found[-1], runs, []
-        for m in range(x.shape[1]):
-            # Those of the first m + 1 variables come first.
-            length = 1 if len(found) == 1 else sum(part.shape[1] for part in before[: m + 1])
-            runs.append(below[:, :length] * x[:, m : m + 1])
+        runs = [found[-1][:, :end] * x[:, m : m + 1] for m, end in enumerate(ends)]
+        ends = np.cumsum([run.shape[1] for run in runs])
         found.append(np.concatenate(runs, axis=1))
     return found
 

@@ -1,18 +1,38 @@
-/* Monomials of a tile of tokens and the three products with a state, for one precision (include after
- * product.template.h and row_features.template.h; monomials.h has the order of monomials).
+/* Monomials of a tile of tokens and the two products with a state that lanes of tokens take, for one precision (include after
+ * update.template.h; monomials.h has the order of monomials).
  *
- *   update         state += phi^T columns          lanes are features; the top degree is made a panel at a time
- *   evaluate       N = state^T phi                 lanes are tokens; the top degree is never formed: its sum over a
- *                                                  prefix is a product, multiplied by x_m as it leaves the registers
- *   differentiate  dx of <dN, state^T phi(x)>      lanes are tokens; dphi of a block of monomials stays in registers
- *                                                  over all m while dx_m and dphi are reduced from it
+ *   evaluate       N = state^T phi                 the top degree is never formed: its sum over a prefix is a product,
+ *                                                  multiplied by x_m as it leaves the registers
+ *   differentiate  dx of <dN, state^T phi(x)>      dphi of a block of monomials stays in registers over all m while dx_m
+ *                                                  and dphi are reduced from it: two multiply-adds more for d_v + 1
  *
  * What bounds them: the multiply-adds. evaluate reads each packed weight once for TILE tokens (4 bytes for VECTORS
- * multiply-adds of LANES), update each feature once for every block of ROWS columns; phi stays in L1 by prefix blocks.
+ * multiply-adds of LANES); phi stays in L1 by prefix blocks.
  *
- * Share of the machine's multiply-add peak that a call without mask reaches, planning and all (float32, AVX-512, one
- * core of a shared Zen 4; asv, kernels.Forward, at 65,536 tokens), d = d_v: 46 to 51% (d = 8, degree 4), 64 to 68%
- * (16, 3), 71 to 75% (16, 4), 75 to 77% (64, 2), 76 to 83% (128, 2).
+ * Share of the machine's multiply-add peak that a call without mask reaches, planning and all (float32, AVX-512, a shared
+ * Zen 4), d = d_v: 56 to 58% (d = 8, degree 4) and 68 to 71% (16, 3) with two threads, 71 to 75% (16, 4), 75 to 77% (64, 2),
+ * 76 to 83% (128, 2) with one.
+ *
+ * Where the nanoseconds of a token go there (one thread; sampled, by function), causal with chunks of 96 but for (16, 3):
+ *
+ *                                      forward (8, 4)    gradient (8, 3)   and (16, 3)
+ *                                      full    causal    full    causal    causal
+ *   multiply-adds that count, at peak   151       151     252       252      4467
+ *   update's products                    89        91      90       186      3280
+ *   features by rows                     37        38      35        70       290
+ *   evaluate's product                   87        84      31        31       300
+ *   features by lanes                     9        10      25        30       115
+ *   differentiate's products              -         -     203       193      3270
+ *   packing of states                     -         9       -        40       350
+ *   pairs of a chunk                      -        27       -        90       200
+ *   rows in, results out, float64 sums   19        21      75        85       200
+ *   norms, ranges, planning, new pages   18        20      25        68       190
+ *   all                                 260       301     484       793      8200
+ *
+ * So products are within a tenth of the peak, but that differentiate has 11 multiply-adds for 9 at d_v = 8; what is left is
+ * features and, in a gradient, rows: each of them is read and laid out two to four times. Under a causal mask a gradient makes the
+ * state of keys once more, a product that does not count. To keep that of each chunk from the forward pass would take (d_v + 1) F
+ * numbers a chunk, at (8, 3) those of 6 arrays of n x d, at (16, 3) those of 26.
  */
 #undef WIDE
 #undef GRAD_ROWS
@@ -22,7 +42,7 @@
 #else
 #define GRAD_ROWS 3
 #endif
-#define PREFIX 64            /* features of a prefix block: PREFIX * TILE of them stay in L1 */
+#define PREFIX 128           /* features of a prefix block: PREFIX * TILE of them stay in L1 */
 
 /* phi[f][token] for monomials of degree < `degree`, `vectors` vectors of tokens; those of degree - 1 times ratio[token]
  * unless that is NULL. */

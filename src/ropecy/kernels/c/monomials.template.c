@@ -155,6 +155,30 @@ static void RC_NAME(finish_certificate)(const rc_monomials_problem *p, const RC_
         }
 }
 
+/* o of a tile from N: rows by whole vectors, as far as what runs over is overwritten by the next row of the same tile. */
+static void RC_NAME(store_rows)(const rc_monomials_problem *p, const REAL *N, const REAL *middle, ptrdiff_t rows, REAL *o) {
+    const ptrdiff_t d_v = p->d_v, width = p->width, wide = rc_round_up(d_v, LANES);
+    const ptrdiff_t whole = wide > d_v && p->blocks > 1 ? 0 : RC_NAME(whole_rows)(o, o + (rows - 1) * width + d_v, width, wide, rows);
+    const REAL *den = N + d_v * TILE;
+    for (ptrdiff_t i = 0; i < whole; i += LANES) {
+        const vint seen = LOAD(den + i) > 0;
+        const vreal inverse = 1 / LOAD(den + i);
+        for (ptrdiff_t c = wide - LANES; c >= 0; c -= LANES) { /* a row's end runs over into the beginning of the next */
+            vreal block[LANES];
+            RC_UNROLL for (int l = 0; l < LANES; l++) {
+                block[l] = (vreal){0};
+                if (c + l < d_v)
+                    block[l] = (vreal)((vint)(middle[c + l] + LOAD(N + (c + l) * TILE + i) * inverse) & seen);
+            }
+            RC_NAME(transpose)(block);
+            RC_UNROLL for (int l = 0; l < LANES; l++) if (i + l < whole) STORE(o + (i + l) * width + c, block[l]);
+        }
+    }
+    for (ptrdiff_t i = whole; i < rows; i++)
+        for (ptrdiff_t c = 0; c < d_v; c++)
+            o[i * width + c] = den[i] > 0 ? middle[c] + N[c * TILE + i] * (1 / den[i]) : 0;
+}
+
 /* o, inverse, lse and certificate of a tile from N; <x, k_factor centre> is what centring took from a row's scores. */
 static void RC_NAME(finish)(const rc_monomials_problem *p, const RC_NAME(room) * w, ptrdiff_t head, ptrdiff_t lane, ptrdiff_t row,
                             ptrdiff_t rows, ptrdiff_t chunk) {
@@ -166,9 +190,7 @@ static void RC_NAME(finish)(const rc_monomials_problem *p, const RC_NAME(room) *
         inverse[i] = den[i] > 0 ? 1 / den[i] : 0;
     if (p->moment)
         RC_NAME(finish_certificate)(p, w, head, first, rows, chunk);
-    for (ptrdiff_t i = 0; i < rows; i++)
-        for (ptrdiff_t c = 0; c < p->d_v; c++)
-            o[i * p->width + c] = den[i] > 0 ? middle[c] + N[c * TILE + i] * inverse[i] : 0;
+    RC_NAME(store_rows)(p, N, middle, rows, o);
     if (p->lse)
         for (ptrdiff_t i = 0; i < rows; i++) {
             double shift = 0;

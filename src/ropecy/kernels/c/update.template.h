@@ -1,5 +1,9 @@
-/* The state of a segment, state += phi^T columns, for one precision (include after product.template.h and
- * row_features.template.h).
+/* The sum of a state, state += phi^T columns, for one precision (include after product.template.h and row_features.template.h).
+ *
+ * Lanes are monomials; the top degree is made a panel at a time. What bounds it: the multiply-adds, and then the features. AVX-512
+ * on a Zen 4, 96 tokens, (d, degree) = (8, 4): 122 ns a token, of which the peak would take 75; 20 are features of low degrees, 13
+ * the vectors of the top degree that several runs have a part of, 6 the product that each other vector of it takes. To store all of
+ * those as well would take 10 more.
  */
 #undef PANEL
 #undef FUSED
