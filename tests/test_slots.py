@@ -11,6 +11,7 @@ from inside import chosen_for, outputs
 import ropecy
 from ropecy.certify.statistics import Statistics
 from ropecy.engines.exact.engine import Exact
+from ropecy.engines.fft import shared
 from ropecy.problem.mask import Mask
 from ropecy.problem.problem import Problem
 
@@ -177,9 +178,9 @@ def test_a_wild_slot_changes_nothing_beside_it(way, which):
 
     expected, certificates = found(slot)
     beside, again = found(wild[which])
-    for (_, alike), (shared, own) in zip(certificates, again, strict=True):
+    for (_, alike), (together, own) in zip(certificates, again, strict=True):
         # What a part is certified is the most that any of its slots needs.
-        names = ("engine", "rule", "degree") if shared else alike.__dataclass_fields__
+        names = ("engine", "rule", "degree") if together else alike.__dataclass_fields__
         assert all(getattr(own, name) == getattr(alike, name) for name in names)
     assert certificates[0][1].engine == ("fft" if way == "transforms" else "polynomial")
     for X, Y in zip(beside, expected, strict=True):
@@ -204,3 +205,38 @@ def test_the_levels_of_a_bias_are_its_own(masked):
     t = np.arange(1 - N, N)
     for X, Y in zip(found(slot, first, np.arange(N) % 3 > 0), found(slot, 0.12 * t, np.arange(N) < 9), strict=True):
         np.testing.assert_array_equal(X, Y)
+
+
+def test_an_exact_head_does_not_depend_on_the_bias_of_another():
+    slot = _slot(1, 3.0, 1.0, 0.0, 0.0, dtype=np.float64)
+    t = np.arange(1 - N, N)
+    q, k, v = (np.stack([X, X]) for X in slot)
+
+    def found(other):
+        bias = ropecy.RelativeBias(np.array([np.cos(t), other]))
+        O, vjp = ropecy.attention_vjp(q, k, v, scale=1.0, bias=bias, causal=True, method="exact")
+        g = vjp(np.sign(v))
+        return [X[0] for X in (O, g.dQ, g.dK, g.dV, g.dbias)]
+
+    for X, Y in zip(found(np.cos(t)), found(0.3 * t), strict=True):
+        np.testing.assert_array_equal(X, Y)
+
+
+def test_an_exact_head_does_not_depend_on_the_values_of_another():
+    q, k, v = (np.stack([X, X]) for X in _slot(1, 3.0, 1.0, 0.0, 0.0))
+    alike, beside = (
+        ropecy.attention(q, k, v * np.float32([1, size])[:, None, None], scale=1.0, method="exact")[0]
+        for size in (1, 1e22)
+    )
+    np.testing.assert_array_equal(alike, beside)
+
+
+def test_transforms_of_a_head_are_planned_by_the_shape_of_the_call(monkeypatch):
+    """FFTW's plans, by which bits of transforms may differ, are not those of the heads that are computed together."""
+    asked = []
+    monkeypatch.setattr(shared, "plans", lambda *how, run=shared.plans: asked.append(how) or run(*how))
+    slot, other = _slot(1, 0.8, 1.0, 0.3, 0.0), _slot(2, 0.01, 1.0, 0.0, 0.0)
+    for slots in ([slot] * 4, [other, other, other, slot]):
+        Q, K, V = (np.stack(X) for X in zip(*slots, strict=True))
+        ropecy.attention(Q, K, V, scale=1.0, method="fft", eps=1e-2)
+    assert len(asked) == 3 and asked[0] == asked[2]

@@ -178,13 +178,17 @@ def most_of_sums(dtype: np.dtype) -> float:
 
 
 def _tables(problem: Problem, bound: float | np.ndarray, sized: Sized) -> Tables:
-    return tables_of(problem, bound, _rows.largest(problem.v, problem.threads), sized.gain, sized.of_scale)
+    largest: float | np.ndarray = _rows.largest(problem.v, problem.threads)
+    if largest * problem.sizes.n_k >= most_of_sums(problem.dtype) and problem.sizes.H > 1:
+        _, low, high = _rows.columns(problem.v, None, problem.threads)
+        largest = np.maximum(-low, high).max(axis=1, initial=0).astype(np.float64)
+    return tables_of(problem, bound, largest, sized.gain, sized.of_scale)
 
 
 def tables_of(
-    problem: Outline, bound: float | np.ndarray, largest: float, gain: float = 1.0, of_scale: int = 0
+    problem: Outline, bound: float | np.ndarray, largest: float | np.ndarray, gain: float = 1.0, of_scale: int = 0
 ) -> Tables:
-    """What the kernels are told about scores within `bound` and values up to `largest`.
+    """What the kernels are told about scores within `bound` and values up to `largest`, each one or one a slot.
 
     `gain` and `of_scale` are those of `Sized`, if powers of two were taken from queries, keys and scales.
     """
@@ -206,7 +210,7 @@ def tables_of(
         else:
             bias = problem.bias[..., ::-1][..., first:last]
             inside[...], bias_shift = from_the_largest(bias, LOG2E / gain, dtype)
-            reach = reach - float(inside.min(initial=0)) * gain / LOG2E
+            reach = reach - inside.min(axis=(1, 2), initial=0).astype(np.float64) * gain / LOG2E
     factor = start = None
     if problem.near is not None:
         scales, which = problem.near.times_power(-of_scale).distinct(heads, problem.sizes.G)
@@ -220,14 +224,13 @@ def tables_of(
     key_shift[:, n_k:] = -np.inf
     if mask.kept is not None:
         key_shift[:, :n_k][~mask.kept] = -np.inf
-    small = gain == 1 and largest * n_k < most_of_sums(dtype)
-    bounded = small & (reach * LOG2E <= BOUNDED)
+    bounded = (gain == 1) & (largest * n_k < most_of_sums(dtype)) & (reach * LOG2E <= BOUNDED)
     return Tables(
         lo=lo,
         hi=hi,
         scale=scale,
         gain=gain,
-        bounded=bounded if type(bounded) is np.ndarray else np.full(heads, bounded, np.bool_),
+        bounded=bounded if np.shape(bounded) == (heads,) else np.full(heads, bounded, np.bool_),
         everywhere=problem.bias is not None or problem.near is not None,
         masked=mask.kept is not None,
         grad_scale=math.log(2) if problem.near is not None else scale,

@@ -35,7 +35,8 @@ class Shared:
 
     def __init__(self, problem: Problem, scores: Scores, values: np.ndarray, symbol: Symbol, degree: int) -> None:
         self._problem, self._symbol = problem, symbol
-        work = transform_operations(problem, degree, symbol.block, False)
+        # The transforms of a slot do not depend on how many are computed together.
+        work = transform_operations(problem, degree, symbol.block, False) * problem.cut_for / problem.sizes.H
         self._fft, self._symbol_fft = plans(symbol.block, work)
         self._operands = _operands(problem, scores, values, symbol, self._symbol_fft)
 
