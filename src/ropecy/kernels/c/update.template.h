@@ -68,7 +68,7 @@ static void RC_NAME(add_scaled_product)(const RC_NAME(monomials) * y, int tokens
 
 /* Elements of a row of `update`: the degrees below the top one, a panel of that, and what loads run over. */
 static ptrdiff_t RC_NAME(row_pitch)(const RC_NAME(monomials) * y, int degree) {
-    return ((RC_NAME(below)(y, degree) + LANES - 1) / LANES + PANEL + 1 | 1) * LANES;
+    return (((RC_NAME(below)(y, degree) + LANES - 1) / LANES + PANEL + 1) | 1) * LANES;
 }
 
 /* state[c][f] += sum_t phi_f(x_t) columns[t][c] over all monomials of degree <= `degree`, the state's own degree. `rows` is
