@@ -182,15 +182,16 @@ static size_t RC_NAME(differentiate_size)(const RC_NAME(monomials) * y, int degr
     return (size_t)size;
 }
 
-/* packed[c][r] = (base[c][r] + part[c][r]) weights[r] for r < rows, then zeros. Where a vector holds all rows it is stored as a
- * whole, and what runs over is overwritten by what follows. */
+/* packed[c][r] = (base[c][r] + part[c][r]) weights[r] for r < rows, then zeros; `left` weights can be read. Whole vectors are
+ * stored, and what runs over is overwritten by what follows. */
 static void RC_NAME(pack_rows_of_block)(int rows, ptrdiff_t columns, const REAL *base, const REAL *part, ptrdiff_t pitch,
-                                        const REAL *weights, REAL *packed) {
+                                        const REAL *weights, ptrdiff_t left, REAL *packed) {
     REAL kept[GRAD_ROWS + LANES] = {0};
-    for (int r = 0; r < rows && rows < GRAD_ROWS; r++)
-        kept[r] = weights[r];
-    if (rows < GRAD_ROWS)
+    if (rows < GRAD_ROWS || left < GRAD_ROWS + LANES) {
+        for (int r = 0; r < rows; r++)
+            kept[r] = weights[r];
         weights = kept;
+    }
     for (ptrdiff_t c = 0; c < columns; c++, base += pitch, part += pitch, packed += GRAD_ROWS)
         RC_UNROLL for (int r = 0; r < GRAD_ROWS; r += LANES)
             STORE(packed + r, (LOAD(base + r) + LOAD(part + r)) * LOAD(weights + r));
@@ -204,7 +205,7 @@ static void RC_NAME(differentiate_pack)(const RC_NAME(monomials) * y, int degree
             const ptrdiff_t f = y->offset[s] + RC_NAME(count)(y, s, m), length = RC_NAME(count)(y, s - 1, m + 1);
             for (ptrdiff_t i = 0; i < length; i += GRAD_ROWS, packed += y->columns * GRAD_ROWS)
                 RC_NAME(pack_rows_of_block)((int)rc_min(GRAD_ROWS, length - i), y->columns, base + f + i, part + f + i, pitch,
-                                            weights + f + i, packed);
+                                            weights + f + i, pitch - f - i, packed);
         }
     const int blocks = rc_blocks((int)d, ROWS);
     for (int b = 0; b < blocks; b++) {
