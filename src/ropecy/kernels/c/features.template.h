@@ -13,7 +13,8 @@
  * Zen 4), d = d_v: 56 to 58% (d = 8, degree 4) and 68 to 71% (16, 3) with two threads, 71 to 75% (16, 4), 75 to 77% (64, 2),
  * 76 to 83% (128, 2) with one.
  *
- * Where the nanoseconds of a token go there (one thread; sampled, by function), causal with chunks of 96 but for (16, 3):
+ * Where the nanoseconds of a token go there (one thread), causal with chunks of 96 but for (16, 3). Functions were sampled; what
+ * one function does for several parts is shared out by what these take alone, and the last two parts are what is left:
  *
  *                                      forward (8, 4)    gradient (8, 3)   and (16, 3)
  *                                      full    causal    full    causal    causal
