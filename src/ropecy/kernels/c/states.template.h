@@ -117,6 +117,21 @@ static void RC_NAME(load_key_columns)(const rc_monomials_problem *p, const RC_NA
             out[t * wide + c] = 0;
 }
 
+/* The first `count` numbers, at most a vector of them, and zeros. */
+static vreal RC_NAME(load_some)(const REAL *x, ptrdiff_t count) {
+    REAL some[LANES] = {0};
+    for (ptrdiff_t i = 0; i < rc_min(LANES, count); i++)
+        some[i] = x[i];
+    return LOAD(some);
+}
+
+/* What `to` and `of` of one row, these columns, add to the row's <do, o - value_centre>; do / den is returned. */
+RC_INLINE vreal RC_NAME(add_dot)(vreal to, vreal of, const RC_NAME(column_lanes) * at, REAL inverse, vreal *dot) {
+    to = (vreal)((vint)to & at->value);
+    *dot += to * ((vreal)((vint)of & at->value) - at->middle);
+    return to * inverse;
+}
+
 /* [dn dden] of queries: do / den and -<do, o - value_centre> / den, 0 without a denominator, zeros past the columns */
 static void RC_NAME(load_query_columns)(const rc_monomials_problem *p, const RC_NAME(room) * w, ptrdiff_t lane, ptrdiff_t row,
                                         ptrdiff_t count, REAL *out) {
@@ -125,32 +140,27 @@ static void RC_NAME(load_query_columns)(const rc_monomials_problem *p, const RC_
     const REAL *inverse = (const REAL *)p->inverse + lane * p->n + row;
     const REAL *middle = (const REAL *)p->value_centre + lane / p->groups * d_v;
     const ptrdiff_t whole = RC_NAME(whole_rows)(grad, (const REAL *)p->grad + all, d_v, wide, count);
-    ptrdiff_t t = 0;
-    for (; t + LANES <= whole; t += LANES) {
+    for (ptrdiff_t t = 0; t < count; t += LANES) {
         vreal dots[LANES];
+        REAL sums[LANES];
         RC_UNROLL for (int r = 0; r < LANES; r++) dots[r] = (vreal){0};
         for (ptrdiff_t c = 0; c < wide; c += LANES) {
             const RC_NAME(column_lanes) at = RC_NAME(lanes_from)(c, d_v, middle);
-            RC_UNROLL for (int r = 0; r < LANES; r++) {
-                const vreal to = (vreal)((vint)LOAD(grad + (t + r) * d_v + c) & at.value);
-                dots[r] += to * ((vreal)((vint)LOAD(o + (t + r) * d_v + c) & at.value) - at.middle);
-                STORE(out + (t + r) * wide + c, to * inverse[t + r]);
-            }
+            if (t + LANES <= whole)
+                RC_UNROLL for (int r = 0; r < LANES; r++)
+                    STORE(out + (t + r) * wide + c,
+                          RC_NAME(add_dot)(LOAD(grad + (t + r) * d_v + c), LOAD(o + (t + r) * d_v + c), &at, inverse[t + r], dots + r));
+            else /* the same sums in the same order, for what a row gets depends on its own head alone */
+                for (ptrdiff_t r = 0; r < rc_min(LANES, count - t); r++)
+                    STORE(out + (t + r) * wide + c,
+                          RC_NAME(add_dot)(RC_NAME(load_some)(grad + (t + r) * d_v + c, d_v - c),
+                                           RC_NAME(load_some)(o + (t + r) * d_v + c, d_v - c), &at, inverse[t + r], dots + r));
         }
-        REAL sums[LANES];
-        STORE(sums, RC_NAME(fold)(dots) * LOAD(inverse + t));
-        for (int r = 0; r < LANES; r++)
-            out[(t + r) * wide + d_v] = -sums[r];
+        STORE(sums, RC_NAME(fold)(dots));
+        for (ptrdiff_t r = 0; r < rc_min(LANES, count - t); r++)
+            out[(t + r) * wide + d_v] = -(sums[r] * inverse[t + r]);
     }
-    for (; t < count; t++) {
-        REAL dot = 0;
-        for (ptrdiff_t c = 0; c < wide; c++)
-            out[t * wide + c] = c < d_v ? grad[t * d_v + c] * inverse[t] : 0;
-        for (ptrdiff_t c = 0; c < d_v; c++)
-            dot += grad[t * d_v + c] * (o[t * d_v + c] - middle[c]);
-        out[t * wide + d_v] = -dot * inverse[t];
-    }
-    for (t = 0; t < count; t++)
+    for (ptrdiff_t t = 0; t < count; t++)
         for (ptrdiff_t c = 0; c < wide && inverse[t] == 0; c++)
             out[t * wide + c] = 0;
 }
