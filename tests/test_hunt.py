@@ -226,12 +226,18 @@ RANGES_NEXT_TO_NOTHING = {
     "moved": "columns unlike", "values": "uniform", "seen": "all", "bias": "none", "rotated": "no", "projected": "no",
     "upstream": "uniform", "eps": 1e-12, "seed": 0,
 }  # fmt: skip
+NO_ROW_SEES_A_KEY = {
+    "method": "exact", "dtype": "float32", "sizes": "few queries", "heads": "both", "scores": 0.5,
+    "data": "one direction", "moved": "keys near each other", "values": "uniform", "seen": "causal, offset",
+    "bias": "none", "rotated": "no", "projected": "no", "upstream": "uniform", "eps": 0.001, "seed": 1792099,
+}  # fmt: skip
 
 
 @hunting_numbers
 @given(hunted.words(hunted.SHORT))
 @example(ALL_ROWS_SET_ASIDE)
 @example(DQ_PAST_FLOAT32)
+@example(NO_ROW_SEES_A_KEY)
 def test_gradients_of_any_size(drawn):
     case, dO = hunted.short(drawn)
     found = answered(ropecy.attention_vjp, case, drawn)

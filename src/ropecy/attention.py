@@ -227,12 +227,12 @@ def attention(
 def _exact_certificate(arguments: Arguments, request: Request) -> Certificate:
     """Of O computed exactly, whatever computed it: what rounding costs is measured of the arguments."""
     call = Call(check_entries(arguments), request)
+    none = np.zeros(call.shape[:-1])
     if call.problem.empty:
-        return nothing_to_do()
+        return replace(nothing_to_do(), rows_truncation=none)
     context = Context.of(call.problem, request)
     exact = Exact(context.outline, context.statistics, False)
-    certificate = replace(exact.certificate, rows_truncation=np.zeros(call.shape[:-1]))
-    return exact.stored(certificate, call.dtype)
+    return exact.stored(replace(exact.certificate, rows_truncation=none), call.dtype)
 
 
 def attention_vjp(

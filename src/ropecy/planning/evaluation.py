@@ -162,7 +162,7 @@ class Evaluation:
     def certificate(self) -> Certificate:
         """The certificate of O, with rows_truncation in the user's shape."""
         if self._result is None:
-            return nothing_to_do()
+            return replace(nothing_to_do(), rows_truncation=np.zeros(self.call.shape[:-1]))
         found = self._result.certificate
         rows = found.rows_truncation
         if rows is None:
