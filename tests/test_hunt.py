@@ -193,11 +193,17 @@ ROUNDING_NEXT_TO_THE_LARGEST_NUMBER = {
     "moved": "no", "values": "rare", "seen": "causal", "bias": "none", "rotated": "no", "projected": "no",
     "upstream": "uniform", "eps": 1e-09, "seed": 0,
 }  # fmt: skip
+NO_ROW_SEES_A_KEY = {
+    "method": "exact", "dtype": "float32", "sizes": "few queries", "heads": "both", "scores": 0.5,
+    "data": "one direction", "moved": "keys near each other", "values": "uniform", "seen": "causal, offset",
+    "bias": "none", "rotated": "no", "projected": "no", "upstream": "uniform", "eps": 0.001, "seed": 1792099,
+}  # fmt: skip
 
 
 @hunting_numbers
 @given(hunted.words(hunted.SHORT))
 @example(RANGE_NEXT_TO_NOTHING)
+@example(NO_ROW_SEES_A_KEY)
 @example(ROUNDING_PAST_EPS)
 @example(ROUNDING_NEXT_TO_THE_LARGEST_NUMBER)
 def test_results_of_any_size(drawn):
@@ -225,11 +231,6 @@ RANGES_NEXT_TO_NOTHING = {
     "method": "auto", "dtype": "float32", "sizes": "few", "heads": "one", "scores": 0.5, "data": "gauss",
     "moved": "columns unlike", "values": "uniform", "seen": "all", "bias": "none", "rotated": "no", "projected": "no",
     "upstream": "uniform", "eps": 1e-12, "seed": 0,
-}  # fmt: skip
-NO_ROW_SEES_A_KEY = {
-    "method": "exact", "dtype": "float32", "sizes": "few queries", "heads": "both", "scores": 0.5,
-    "data": "one direction", "moved": "keys near each other", "values": "uniform", "seen": "causal, offset",
-    "bias": "none", "rotated": "no", "projected": "no", "upstream": "uniform", "eps": 0.001, "seed": 1792099,
 }  # fmt: skip
 
 

@@ -274,6 +274,11 @@ def test_certificate_under_vmap_and_compile():
         ({"near": (3, "x")}, TypeError, "near: got scale_near = 'x', wants a number, or one for each head"),
         ({"near": (3, torch.ones(4, device="meta"))}, NotImplementedError, "near: got a tensor on meta"),
         (
+            {"rotary": ropecy.Rotary(8), "k_positions": torch.ones(9, dtype=torch.long, device="meta")},
+            NotImplementedError,
+            "k_positions: got a tensor on meta, wants one on the CPU",
+        ),
+        (
             {"attn_mask": torch.ones(9, dtype=torch.bool, device="meta")},
             NotImplementedError,
             "attn_mask: got a tensor on meta, wants one on the CPU",

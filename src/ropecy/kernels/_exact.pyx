@@ -280,10 +280,9 @@ cdef bint mild(const Heads *h, const rc_exact_problem *p, double q_norm2, const 
     cdef floating *low = <floating *>(total + width)
     cdef double largest, k_norm2
     k_norm2 = (kernels_of_rows.norm_f32 if single else kernels_of_rows.norm_f64)(k, p.n_k, p.d, NULL, NULL)
-    # Queries times the scale are packed, whatever size keys have.
+    # NaN fails each comparison, and Inf times 0 is NaN. Queries are packed times the scale, whatever size keys have.
     if not sqrt(q_norm2) * fabs(p.scale) <= (FLT_MAX if single else DBL_MAX) / 16:
         return False
-    # NaN fails each comparison, and Inf times 0 is NaN.
     if not sqrt(q_norm2) * sqrt(k_norm2) * h.factor <= h.most:
         return False
     if spread(k, p.n_k, p.d, total, low, low + width) == INFINITY:

@@ -117,6 +117,10 @@ def scaled_dot_product_attention(
         window = list(window) if isinstance(window, (tuple, list)) else [window]
     width, scale_near = _near(near, (query, key, value))
     inputs = (query, key, value, key_mask, q_positions, k_positions, scale_near)
+    for name, x in zip(("attn_mask", "q_positions", "k_positions", "near"), inputs[3:], strict=True):
+        # An operator that has a tensor without numbers computes none.
+        if x is not None and query.is_cpu and not x.is_cpu:
+            raise NotImplementedError(f"{name}: got a tensor on {x.device}, wants one on the CPU")
     options = (
         width,
         None if rotary is None else encode(rotary),
@@ -196,8 +200,6 @@ def _near(
     width, scale_near = near
     if not isinstance(scale_near, Tensor):
         scale_near = _numbers(scale_near)
-    if not scale_near.is_cpu and tensors[0].is_cpu:
-        raise NotImplementedError(f"near: got a tensor on {scale_near.device}, wants one on the CPU")
     shape, heads = tuple(scale_near.shape), max([1] + [x.shape[-3] for x in tensors if x.dim() > 2])
     if shape not in ((), (heads,)):
         raise ValueError(f"near: got a scale_near of shape {shape}, wants a number, shape (), or shape ({heads},)")
@@ -218,8 +220,6 @@ def _numbers(scale_near: Any) -> Tensor:
 def _key_mask(attn_mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
     """The mask with its query axis left out: (n_k,), or all leading axes beside it."""
     shape, n, n_k = tuple(attn_mask.shape), query.shape[-2], key.shape[-2]
-    if not attn_mask.is_cpu and query.is_cpu:
-        raise NotImplementedError(f"attn_mask: got a tensor on {attn_mask.device}, wants one on the CPU")
     if attn_mask.dtype != torch.bool:
         raise TypeError(f"attn_mask: got {attn_mask.dtype}, wants bool, True for a key that is kept")
     wants = f"(batch, {n_k}) or (..., 1, {n_k}), one row of keys for all queries"

@@ -75,8 +75,8 @@ def near_scale_gradient(problem: Problem, o: np.ndarray, lse: np.ndarray, do: np
         inverse = (saved.inverse * np.minimum(share(own, lse), 1)).astype(o.dtype)
     # What the float64 sum below can hold, dq may not: gradients are linear in do.
     sizes = (math.frexp(_rows.largest(X))[1] for X in (band.k, band.v, do))
-    power = sum(sizes) + max(0, int(np.max(exponent))) + band.sizes.d_v.bit_length() + 2 - np.finfo(do.dtype).maxexp
-    power = max(0, power)
+    size = sum(sizes) + max(0, int(np.max(exponent))) + band.sizes.d_v.bit_length() + 2
+    power = max(0, size - np.finfo(do.dtype).maxexp)
     dq = backward(band, replace(saved, o=o, inverse=inverse), np.ldexp(do, -power) if power else do).dq
     with np.errstate(over="ignore"):
         return np.ldexp(np.einsum("hgid,hgid->hg", problem.q, dq, dtype=np.float64), power - exponent)

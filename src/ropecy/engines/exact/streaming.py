@@ -136,7 +136,7 @@ def _sized(problem: Problem, bound: float | np.ndarray) -> Sized:
     """q, k and scales, by powers of two, so that no score overflows (entries of 1e155 in float64, a scale of 1e38 in
     float32) and no scale is subnormal.
     """
-    q, k, near = problem.q, problem.k, problem.near
+    q, k, near, scale = problem.q, problem.k, problem.near, problem.largest_scale
     info = LIMITS[q.dtype]
     power = power_of_scale(problem)
     sized = Sized(q, k)
@@ -144,18 +144,18 @@ def _sized(problem: Problem, bound: float | np.ndarray) -> Sized:
     largest = float(info.max) / 16
     if most < 1e30 and near is None and not power:
         # Queries are multiplied by the scale before anything else, and keys may be as small as this is large.
-        over = problem.largest_scale > 0.5 and _excess(_rows.largest(q), problem.largest_scale, largest)
+        over = scale > 0.5 and _excess(_rows.largest(q, problem.threads), scale, largest)
         return Sized(np.ldexp(q, -over), np.ldexp(k, over), over, -over) if over else sized
     top_q, top_k = (float(max(abs(x.max(initial=0)), abs(x.min(initial=0)))) for x in (q, k))
     if power:
         # All to a size of about 1.
         of_q, of_k = math.frexp(top_q)[1], math.frexp(top_k)[1]
         return Sized(np.ldexp(q, -of_q), np.ldexp(k, -of_k), of_q, of_k, power)
-    room = math.log2(largest) - math.log2(max(1.0, problem.largest_scale) * q.shape[-1]) - 1
+    room = math.log2(largest) - math.log2(max(1.0, scale) * q.shape[-1]) - 1
     over = max(0, math.ceil(math.log2(top_q or 1) + math.log2(top_k or 1) - room))
     # An exponent each, proportional to its own size.
     part_q = min(over, max(0, math.ceil(over / 2 + (math.log2(top_q or 1) - math.log2(top_k or 1)) / 2)))
-    part_q += _excess(math.ldexp(top_q, -part_q), problem.largest_scale, largest)
+    part_q += _excess(math.ldexp(top_q, -part_q), scale, largest)
     if part_q or over:
         sized = Sized(np.ldexp(q, -part_q), np.ldexp(k, part_q - over), part_q, over - part_q, 0)
     return sized

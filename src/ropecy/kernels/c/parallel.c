@@ -155,7 +155,12 @@ static void after_fork_in_child(void) {
     pthread_mutex_unlock(&lock);
 }
 
-void rc_watch_forks(void) { pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child); }
+static void at_fork(void) { pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child); }
+
+void rc_watch_forks(void) {
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, at_fork);
+}
 
 /* Asks helpers to join. */
 static void announce(rc_loop *loop) {

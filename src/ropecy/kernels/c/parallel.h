@@ -33,8 +33,8 @@ typedef void (*rc_task)(void *context, ptrdiff_t task, const rc_worker *worker);
 /* Whether to stop: called by the thread that runs the loop alone, a few times a second. */
 typedef int (*rc_poll)(void);
 
-/* To be called once, before anything else: threads that may hold locks, and those of teams, stay with the parent of a fork,
- * whichever library had run loops before it. */
+/* To be called when this is loaded: what is there to be done at a fork is also needed where another library alone had run
+ * loops before it, for the threads of its team stay with the parent. */
 void rc_watch_forks(void);
 
 /* function(context, i, worker) for 0 <= i < tasks, by at most so many threads. Returns 0 when all are done; or, once
