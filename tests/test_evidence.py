@@ -1,12 +1,19 @@
 """A finished result against rows computed exactly."""
 
+from dataclasses import replace
+
 import cases
 import numpy as np
 import oracle
 import pytest
+from inside import chosen_for
 
 import ropecy
+from ropecy.approximation.minimax import B_grid
+from ropecy.approximation.moment_fit import fit_moments
 from ropecy.certify.sample import draw
+from ropecy.problem.mask import Mask
+from ropecy.problem.problem import Problem
 
 
 @pytest.mark.parametrize("name", list(cases.SPECS))
@@ -146,7 +153,7 @@ def test_sampled_degrees_are_small_and_their_error_within_eps_in_all_rows(causal
     assert certificate.error <= 1e-3
     m = certificate.n_sampled - certificate.n_sampled // 2
     fraction = 1 - (0.01 / certificate.degree) ** (1 / m)
-    assert f"99% at most {fraction:.1%} of the others are past half of it, not proved" in str(certificate)
+    assert f"99% at most {fraction:.1%} of the others of a head are past half of it, not proved" in str(certificate)
     if not causal:
         assert certificate.n_features < 200
     assert seed is None or certificate.seed == seed
@@ -177,16 +184,81 @@ def test_sampled_certificate_is_twice_the_error_of_its_rows(rng):
     assert np.all(certificate.rows_truncation == certificate.truncation)
 
 
-def test_sample_is_half_the_rows_at_most_risk(rng):
+def test_sample_is_half_the_rows_at_most_risk_of_each_slot(rng):
     risk = rng.permutation(1000.0 + np.arange(1000)).reshape(2, 5, 100)
-    chosen = draw(risk, 100, rng)
-    assert len(set(chosen)) == 100
-    assert np.all(np.diff(chosen) > 0)
-    assert np.count_nonzero(risk.reshape(-1)[chosen] >= 1950) == 50
-    counts = sum(np.isin(np.arange(1000), draw(risk, 100, rng)) for _ in range(300))
-    others = counts[risk.reshape(-1) < 1950]
+    draws = [np.random.default_rng(slot) for slot in range(2)]
+    chosen = draw(risk, 60, draws).reshape(2, 500)
+    likely = risk.reshape(2, 500) >= np.sort(risk.reshape(2, 500))[:, 470:471]
+    assert np.all(np.count_nonzero(chosen, axis=1) == 60)
+    assert np.all(chosen[likely])
+    counts = sum(draw(risk, 60, draws).reshape(2, 500).astype(int) for _ in range(300))
+    others = counts[~likely]
     assert others.max() < 45
     assert others.min() > 1
+
+
+def test_slots_are_sampled_by_themselves(rng):
+    Q, K = (cases.unit_rows(X) for X in rng.standard_normal((2, 4, 3000, 16)))
+    V = rng.uniform(-1, 1, (4, 3000, 3))
+    Q *= np.array([1, 1.03, 1, 1])[:, None, None]
+    how = {"certify": "sample", "method": "polynomial", "eps": 1e-2, "seed": 3, "return_certificate": True}
+    O, certificate = ropecy.attention(Q, K, V, **how)
+    assert (certificate.rule, certificate.n_sampled) == ("sampled", 48)
+    exact = ropecy.attention(Q, K, V, method="exact")
+    error = np.max(np.abs(O - exact) / (V.max(axis=1) - V.min(axis=1))[:, None], axis=(1, 2))
+    # A slot is judged by the worst of its own rows, and the first slot alike beside others.
+    truncation = certificate.rows_truncation[:, 0]
+    assert np.all(truncation <= 2.0001 * error)
+    assert np.all(truncation >= error)
+    assert len(set(truncation)) == 4
+    beside, other = ropecy.attention(Q, K, np.concatenate([V[:1], 1e3 * V[1:]]), **how)
+    np.testing.assert_array_equal(beside[0], O[0])
+    np.testing.assert_array_equal(other.rows_truncation[0], certificate.rows_truncation[0])
+
+
+def planned_by_samples(rng, slots, degrees):
+    """A problem of so many slots, and its executable with these degrees to try."""
+    Q, K, V = (np.stack(X) for X in zip(*(unit(rng, 1500, 16, np.float64) for _ in range(slots)), strict=True))
+    problem = Problem(q=Q[:, None], k=K, v=V, mask=Mask(1500, 1500), scale=0.125)
+    planned = chosen_for(problem, eps=3e-2, method="polynomial", certify="sample", seed=1).executable
+    bounds = planned.expansion.scores.of_slots
+    return problem, replace(planned, trials=[tuple(fit_moments(B_grid(B), g) for B in bounds) for g in degrees])
+
+
+def test_a_slot_whose_sampled_rows_fail_takes_more_degrees_alone(rng):
+    problem, planned = planned_by_samples(rng, 3, [2, 4])
+    fine, other = planned.forward(problem, True), planned.prove(1).forward(problem.slots(slice(1, 2)), True)
+    exact = ropecy.attention(problem.q[1, 0], problem.k[1], problem.v[1], method="exact", scale=0.125)
+    assert fine.certificate.degree == 2
+    for allowed, trials in ((0.1, planned.trials), (0.1, planned.trials[:1]), (0, planned.trials)):
+        failing = replace(planned, allowed=planned.allowed * [1, allowed, 1], trials=trials)
+        found = failing.forward(problem, True)
+        for X, Y in ((found.o, fine.o), (found.lse, fine.lse)):
+            np.testing.assert_array_equal(X[[0, 2]], Y[[0, 2]])
+        assert found.certificate.degree == 4
+        # By a sample of the next degree, or by a proof.
+        by_proof = allowed == 0 or len(trials) == 1
+        assert np.array_equal(found.o[1], other.o[0]) == by_proof
+        rows = found.certificate.rows_truncation
+        assert found.certificate.truncation == rows.max()
+        assert np.max(np.abs(found.o[1, 0] - exact) / np.ptp(problem.v[1], axis=0)) <= rows[1].max() + 1e-10
+    left = replace(planned, allowed=np.zeros(3)).forward(problem, True)
+    np.testing.assert_array_equal(left.o[1], other.o[0])
+    np.testing.assert_array_equal(left.lse[1], other.lse[0])
+    assert left.certificate.rule == "worst case"
+    with pytest.raises(ropecy.BoundedEntryError, match="64 sampled rows is past 0 at all degrees that were tried"):
+        replace(failing, prove=None).forward(problem, False)
+
+
+def test_a_slot_without_a_polynomial_of_a_degree_waits_for_the_next(rng):
+    problem, planned = planned_by_samples(rng, 2, [2, 4])
+    second = planned.trials[1]
+    waits = replace(planned, trials=[(planned.trials[0][0], None), second], prove=None)
+    found, fine = waits.forward(problem, False), planned.forward(problem, False)
+    np.testing.assert_array_equal(found.o[0], fine.o[0])
+    again = replace(planned, trials=[second]).forward(problem, False)
+    np.testing.assert_array_equal(found.o[1], again.o[1])
+    assert (fine.certificate.degree, found.certificate.degree) == (2, 4)
 
 
 def test_rows_at_risk_are_those_of_large_certificates(rng):

@@ -59,12 +59,13 @@ def _results(slots, grad, **options):
     grad=st.booleans(),
     method=METHODS,
     eps=st.sampled_from([1e-3, 2e-2]),
+    certify=st.sampled_from(["proof", "sample"]),
     seed=st.integers(0, 99),
 )
-def test_bits_and_certificates_are_a_slots_own(first, others, causal, grad, method, eps, seed):
+def test_bits_and_certificates_are_a_slots_own(first, others, causal, grad, method, eps, certify, seed):
     if method == "polynomial":
         first, *others = ((min(own[0], 4.0), *own[1:]) for own in (first, *others))
-    slot, how = _slot(seed, *first), {"causal": causal, "method": method, "eps": eps, "seed": 1}
+    slot, how = _slot(seed, *first), {"causal": causal, "method": method, "eps": eps, "seed": 1, "certify": certify}
     if method == "polynomial":
         how["eps"] = 2e-2
     alike = _results([slot] * 4, grad, **how)

@@ -62,26 +62,27 @@ class Certificate:
     rule : str
         What `truncation` is derived from: "exact" (there is no truncation), "worst case" (every score may be B),
         "moments" (those of the scores of each row; proved once the row is computed), "mixed" (heads by different
-        rules), or "sampled". The last is not proved: it is twice the largest error of `n_sampled` rows, of which half
-        are those where the largest errors are expected, and the other m are drawn at random from all other rows. With a
-        probability of 1 - degree (1 - b)^m at most a fraction b of these other rows has an error above half of
-        `truncation`. The factor `degree` is there since every degree that is tried draws rows of its own.
+        rules), or "sampled". The last is not proved: it is twice the largest error of `n_sampled` rows of each head,
+        of which half are those where the largest errors are expected, and the other m are drawn at random from all
+        other rows of the head. With a probability of 1 - degree (1 - b)^m at most a fraction b of these other rows of a
+        head has an error above half of `truncation`. The factor `degree` is there since every degree that is tried
+        draws rows of its own. Query heads that share keys count as one head.
     truncation : float
         Error of the polynomial, in units of range_j(V_jc), column by column.
     rounding : float
         Error of floating-point arithmetic, in units of the largest range_j(V_jc) of all columns and heads (of
         ``max |V|`` where all columns are constant). It is a model of its size, not a proof, and includes `storing`.
     rows_truncation : (..., n) float64 array or None
-        `truncation` row by row, in units of the range over the keys that the row sees; None in a plan. All rows that
-        are not exact have the same where the rule is "sampled", and those of a head where it is "worst case" without a
-        causal mask. Under a causal mask rows with few keys far behind them have less.
+        `truncation` row by row, in units of the range over the keys that the row sees; None in a plan. All rows of a
+        head that are not exact have the same where the rule is "sampled", or "worst case" without a causal mask. Under
+        a causal mask rows with few keys far behind them have less.
     n_exact_rows : int
         How many rows were computed exactly because the polynomial's certificate would be too large for them.
     seed, failure : int or None, float
         The seed of the random numbers, where the rule uses any ("sampled", and the fourth moments of degrees 2 and 3),
         and the probability that they make a proved rule wrong.
     n_sampled : int
-        How many rows were computed exactly for comparison with the polynomial's; of each part, where there are parts.
+        How many rows of each head (of each key head) were computed exactly for comparison with the polynomial's.
     storing : float
         The part of `rounding` that is due to storing a result, which is computed in float32, as float16 or bfloat16; 0
         for float32 and float64. eps bounds the result before it is stored: where an engine certifies eps,
@@ -166,13 +167,14 @@ class Certificate:
 
     def _evidence(self) -> str:
         """What the sampled rows show, in words."""
-        rows = f"twice that of {self.n_sampled:,} rows (seed {self.seed})"
+        rows = f"twice that of {self.n_sampled:,} rows of each head (seed {self.seed})"
         if self.rows_truncation is None:
             return f"if {rows} is no more"
-        if self.rows_truncation.size <= self.n_sampled:
+        if self.rows_truncation.size == self.n_sampled:
             return f"{rows}, which are all"
         part = unseen(self.n_sampled - self.n_sampled // 2, self.degree)
-        return f"{rows}, and with confidence {CONFIDENCE:.0%} at most {part:.1%} of the others are past half of it"
+        others = f"at most {part:.1%} of the others of a head are past half of it"
+        return f"{rows}, and with confidence {CONFIDENCE:.0%} {others}"
 
 
 def together(
@@ -202,7 +204,6 @@ def together(
         n_exact_rows=sum(c.n_exact_rows for c in certificates),
         seed=seeds[0] if seeds else None,
         failure=sum(c.failure for c in certificates),
-        # If more than a fraction of all rows is off, it is in some part, whose own sample would have to miss it.
         n_sampled=min(sampled, default=0),
         storing=max(unit * c.storing for unit, c in zip(units, certificates, strict=True)),
         parts=parts,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -31,29 +31,34 @@ def steps(problem: Outline, n: int, n_k: int) -> tuple[int, int]:
     return max(1, n // max(16, SAMPLED_ROWS // (H * G))), max(1, n_k // SAMPLED_KEYS)
 
 
-def draw(risk: np.ndarray, count: int, rng: np.random.Generator, comm: Communicator = SERIAL) -> np.ndarray:
-    """Flat indices, in order, of `count` rows: half are those of largest `risk`, half are drawn from all others.
+def draw(risk: np.ndarray, count: int, draws: Sequence[np.random.Generator], comm: Communicator = SERIAL) -> np.ndarray:
+    """`count` rows of each slot, as a bool array like `risk` (H, G, n): half are those of largest `risk` in the slot,
+    half are drawn from all others of the slot by its own generator.
 
     If the sequence is in pieces, `count` rows are drawn from all pieces together, and each process gets its own.
     """
-    flat = risk.reshape(-1)
-    sizes = np.array(comm.gather(flat.size))
+    shape, risk = risk.shape, risk.reshape(len(risk), -1)
+    size = risk.shape[1]
+    sizes = np.array(comm.gather(size))
     if count >= sizes.sum():
-        return np.arange(flat.size)
+        return np.ones(shape, bool)
     half = count // 2
-    most = min(half, flat.size)
-    top = np.argpartition(flat, flat.size - most)[flat.size - most :] if most else np.empty(0, int)
-    top = top[np.argsort(-flat[top], kind="stable")]
-    everyone = comm.gather(flat[top])
-    owner = np.repeat(np.arange(len(everyone)), [len(X) for X in everyone])
-    taken = np.bincount(owner[np.argsort(-np.concatenate(everyone), kind="stable")[:half]], minlength=len(everyone))
-    remain = np.ones(flat.size, bool)
-    remain[top[: taken[comm.rank]]] = False
-    drawn = rng.choice(sizes.sum() - half, count - half, replace=False)
-    drawn = drawn - (sizes - taken)[: comm.rank].sum()
-    rest = np.flatnonzero(remain)
-    remain[rest[drawn[(drawn >= 0) & (drawn < rest.size)]]] = False
-    return np.flatnonzero(~remain)
+    most = min(half, size)
+    top = np.argpartition(risk, size - most, axis=1)[:, size - most :] if most else np.empty((len(risk), 0), int)
+    top = np.take_along_axis(top, np.argsort(-np.take_along_axis(risk, top, 1), axis=1, kind="stable"), 1)
+    everyone = comm.gather(np.take_along_axis(risk, top, 1))
+    owner = np.repeat(np.arange(len(everyone)), [X.shape[1] for X in everyone])
+    best = owner[np.argsort(-np.concatenate(everyone, axis=1), axis=1, kind="stable")[:, :half]]
+    taken = np.array([np.count_nonzero(best == rank, axis=1) for rank in range(len(everyone))])
+    before = (sizes[:, None] - taken)[: comm.rank].sum(axis=0)
+    chosen = np.zeros((len(risk), size), bool)
+    for slot, rng in enumerate(draws):
+        own = chosen[slot]
+        own[top[slot, : taken[comm.rank, slot]]] = True
+        drawn = rng.choice(sizes.sum() - half, count - half, replace=False) - before[slot]
+        rest = np.flatnonzero(~own)
+        own[rest[drawn[(drawn >= 0) & (drawn < len(rest))]]] = True
+    return chosen.reshape(shape)
 
 
 class Kept(NamedTuple):

@@ -198,7 +198,12 @@ def _by_sample(context: Context, split: bool) -> Choice | None:
         search = Search(request)
     if any(refusal.hopeless for refusal in search.refusals):
         return None
-    prove = None if context.distributed else lambda: _by_proof(context, split).executable
+    prove = None
+    if not context.distributed:
+
+        def prove(slot: int) -> Executable:
+            return _by_proof(context.slots(slice(slot, slot + 1)), split).executable
+
     return _answered(search, Sampled(prove).offer(context, search))
 
 

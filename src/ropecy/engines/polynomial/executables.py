@@ -17,6 +17,7 @@ from ...certify.rounding import exact_rounding
 from ...certify.sample import Sample, draw
 from ...certify.statistics import Statistics
 from ...certify.values import Values
+from ...problem.communicator import Communicator
 from ...problem.input_gradients import InputGradients
 from ...problem.pieces import WHOLE, Pieces, RowsAtKeys
 from ...problem.problem import Outline, Problem, Slots
@@ -116,6 +117,23 @@ class Polynomial(Executable):
 
         certificates = [at_home(certificate) for certificate in found]
         return Result(home(saved.o), home(saved.lse) if want_lse else None, self, saved, *certificates)
+
+    def _beside(
+        self, problem: Problem, result: Result, left: np.ndarray, other: Executable | None, pieces: Pieces
+    ) -> Result:
+        """The result with that of another executable in the slots that are left to it."""
+        if not left.any():
+            return result
+        slots = np.flatnonzero(left)
+        own = other.slots(slots).forward(problem.slots(slots), result.lse is not None, pieces)
+        result.saved.left = Left(slots, own)
+        result.o[slots] = own.o
+        if result.lse is not None:
+            result.lse[slots] = own.lse
+        result.found = _both(result.found, own.certificate, slots)
+        if self.grad:
+            result.gradient_found = _both(result.gradient_found, own.gradient_certificate, slots)
+        return result
 
     def resume(self, problem: Problem, result: Result, o: np.ndarray, lse: np.ndarray) -> Result:
         own, own_share = result.saved, share(result.saved.lse, lse)
@@ -230,7 +248,7 @@ class ByMoments(Polynomial):
         found = replace(found, truncation=max(comm.gather(float(rows.max(initial=0)))), rows_truncation=rows)
         saved = Saved(measured, at, o, lse)
         if not self.grad:
-            return self._beside(problem, self._result(saved, want_lse, found), left, pieces)
+            return self._beside(problem, self._result(saved, want_lse, found), left, self.fallback, pieces)
         of_gradient[failed] = of_gradient[left] = 0.0
         # With an inverse of 0 the polynomial's backward pass leaves these rows out.
         measured.inverse[failed] = measured.inverse[left] = 0.0
@@ -242,22 +260,7 @@ class ByMoments(Polynomial):
             rows_truncation=of_gradient,
             n_exact_rows=n_failed,
         )
-        return self._beside(problem, self._result(saved, want_lse, found, gradient), left, pieces)
-
-    def _beside(self, problem: Problem, result: Result, left: np.ndarray, pieces: Pieces) -> Result:
-        """The result with that of the fallback in the slots that are left to it."""
-        if not left.any():
-            return result
-        slots = np.flatnonzero(left)
-        own = self.fallback.slots(slots).forward(problem.slots(slots), result.lse is not None, pieces)
-        result.saved.left = Left(slots, own)
-        result.o[slots] = own.o
-        if result.lse is not None:
-            result.lse[slots] = own.lse
-        result.found = _both(result.found, own.certificate, slots)
-        if self.grad:
-            result.gradient_found = _both(result.gradient_found, own.gradient_certificate, slots)
-        return result
+        return self._beside(problem, self._result(saved, want_lse, found, gradient), left, self.fallback, pieces)
 
     def resume(self, problem: Problem, result: Result, o: np.ndarray, lse: np.ndarray) -> Result:
         resumed, left = super(ByMoments, self).resume(problem, result, o, lse), result.saved.left
@@ -296,60 +299,110 @@ def _both(certificate: Certificate, own: Certificate, slots: np.ndarray) -> Cert
     return replace(together([certificate, own], [1.0, 1.0]), rows_truncation=rows)
 
 
+Trial = tuple[MomentPolynomial | None, ...]  # a polynomial for each slot, of one degree; None where there is none
+Prove = Callable[[int], Executable]
+
+
 @dataclass(slots=True)
 class BySample(Polynomial):
-    """The first of some degrees for which twice the error of sampled rows is within eps.
-
-    Slots are decided on together here: the sampled rows are those of all slots, and by what they show all slots take
-    one degree. The evidence about a slot alone would want as many rows of it as there are of all.
+    """In each slot the first of some degrees for which twice the error of rows sampled from it is within eps.
 
     Attributes
     ----------
-    trials : list of (tuple of MomentPolynomial)
-        The polynomials of all slots to try, by degree; `expansion` and `certificate` are those of the first.
+    trials : list of Trial
+        The polynomials to try; those of `expansion` are not used.
+    allowed : (H,) array
+        What rounding leaves of eps for the truncation of each slot.
     sample : Sample or None
         None while the executable is sent between processes, each of which has the sample already.
-    eps : float
     fallback : Executable or None
-        What runs if no degree suffices.
+        What runs where no degree suffices.
     prove : callable or None
-        Plans what runs then, if there is no `fallback`.
+        ``prove(slot)`` plans what runs then in a slot, if there is no `fallback`.
     """
 
-    trials: list[tuple[MomentPolynomial, ...]]
+    trials: list[Trial]
+    allowed: np.ndarray
     sample: Sample | None
-    eps: float
     fallback: Executable | None = None
-    prove: Callable[[], Executable] | None = None
+    prove: Prove | None = None
 
     def forward(self, problem: Problem, want_lse: bool, pieces: Pieces = WHOLE) -> Result:
-        at, comm, certificate = RowsAtKeys(problem, pieces), pieces.comm, self.certificate
-        piece, scores = at.problem, self.expansion.scores
-        rng = np.random.default_rng(certificate.seed)
-        for polynomials in self.trials:
-            expansion, degree = Expansion.of_slots(scores, self.values, polynomials), polynomials[0].degree
-            o, lse, saved = features.forward(piece, expansion, want_lse, comm)
-            risk = self.sample.risk(piece, scores, saved.inverse, comm)
-            chosen = draw(risk, certificate.n_sampled, rng, comm)
-            errors = row_errors(piece, o, chosen, piece.unit, bound=self.plain, comm=comm)
-            truncation = 2 * max(comm.gather(float(errors.max(initial=0))))
-            if truncation <= self.eps - certificate.rounding:
-                count = n_features(piece.sizes.d, degree)
-                found = replace(certificate, degree=degree, n_features=count, truncation=truncation)
-                return self._result(Saved(saved, at, o, lse), want_lse, found)
-        refusal = None
+        if not self.trials:
+            return self._proved(problem, want_lse, pieces)
+        at, (polynomials, *others) = RowsAtKeys(problem, pieces), self.trials
+        some = next(p for p in polynomials if p is not None)
+        # A slot that has no polynomial of this degree is computed with that of another, and not accepted.
+        each = tuple(some if p is None else p for p in polynomials)
+        expansion = Expansion.of_slots(self.expansion.scores, self.values, each)
+        o, lse, measured = features.forward(at.problem, expansion, want_lse, pieces.comm)
+        truncation = 2 * self._errors(at.problem, o, measured.inverse, some.degree, pieces.comm)
+        left = ~(truncation <= self.allowed) | [p is None for p in polynomials]
+        rest = replace(self, trials=others)
+        if left.all():
+            return rest.forward(problem, want_lse, pieces)
+        truncation[left] = 0.0
+        result, count = self._result(Saved(measured, at, o, lse), want_lse), n_features(problem.sizes.d, some.degree)
+        found = replace(self.certificate, degree=some.degree, n_features=count, truncation=float(truncation.max()))
+        rows = np.broadcast_to(truncation[:, None, None], result.o.shape[:3])
+        result.found = replace(found, rows_truncation=rows)
+        return self._beside(problem, result, left, rest, pieces)
+
+    def _errors(
+        self, problem: Problem, o: np.ndarray, inverse: np.ndarray, degree: int, comm: Communicator
+    ) -> np.ndarray:
+        """The largest error of the rows that are drawn from each slot for this degree, (H,)."""
+        seed, (H, G, n) = self.certificate.seed, o.shape[:3]
+        draws = [np.random.default_rng([seed, degree, number]) for number in problem.numbers.tolist()]
+        risk = self.sample.risk(problem, self.expansion.scores, inverse, comm)
+        chosen = np.flatnonzero(draw(risk, self.certificate.n_sampled, draws, comm))
+        found, errors = np.zeros(H), row_errors(problem, o, chosen, problem.unit, bound=self.plain, comm=comm)
+        np.maximum.at(found, chosen // max(1, G * n), errors)
+        return comm.largest(found)
+
+    def slots(self, which: Slots) -> BySample:
+        def own(slot: int) -> Executable:
+            return self.prove(slots[slot])
+
+        slots = np.arange(len(self.plain))[which].tolist()
+        found = super(BySample, self).slots(which)
+        return replace(
+            found,
+            trials=[trial for p in self.trials if any(trial := tuple(p[slot] for slot in slots))],
+            allowed=self.allowed[which],
+            sample=self.sample.slots(which),
+            fallback=self.fallback and self.fallback.slots(which),
+            prove=self.prove and own,
+        )
+
+    def _proved(self, problem: Problem, want_lse: bool, pieces: Pieces) -> Result:
+        """The result where no degree suffices: by the fallback, or by what is planned for each slot."""
         if self.fallback is not None:
             return self.fallback.forward(problem, want_lse, pieces)
+        found, slots = [], range(problem.sizes.H if self.prove else 0)
         try:
-            if self.prove is not None:
-                return self.prove().forward(problem, want_lse, pieces)
+            for slot in slots:
+                part = problem.slots(slice(slot, slot + 1))
+                found.append(self.prove(slot).forward(part, want_lse, pieces))
         except BoundedEntryError as error:
-            refusal = error
-        raise BoundedEntryError(
-            f"twice the error of {certificate.n_sampled} sampled rows is {truncation:.2g} at degree {degree}, past "
-            f"eps = {self.eps:g}, and no proof certifies it for scores within B = {scores.bound:.4g}; method='exact' "
-            "has no bound"
-        ) from refusal
+            raise self._refusal from error
+        if not found:
+            raise self._refusal
+        o, certificates = np.concatenate([own.o for own in found]), [own.certificate for own in found]
+        rows = np.empty(o.shape[:3])
+        for into, own in zip(rows, certificates, strict=True):
+            into[:] = own.truncation if own.rows_truncation is None else own.rows_truncation[0]
+        lse = np.concatenate([own.lse for own in found]) if want_lse else None
+        return Result(o, lse, self, found=replace(together(certificates, [1.0] * len(found)), rows_truncation=rows))
+
+    @property
+    def _refusal(self) -> BoundedEntryError:
+        certificate = self.certificate
+        return BoundedEntryError(
+            f"twice the error of {certificate.n_sampled} sampled rows is past {self.allowed.min():.3g} at all degrees "
+            f"that were tried, and no proof certifies eps for scores within B = {self.expansion.scores.bound:.4g}; "
+            "method='exact' has no bound"
+        )
 
     def measured_by(self, statistics: Statistics | None) -> BySample:
         fallback = self.fallback and self.fallback.measured_by(statistics)
@@ -357,9 +410,9 @@ class BySample(Polynomial):
 
     def traffic(self, sender: Sender) -> Traffic:
         """The traffic if the first degree suffices; the sampled rows are computed exactly over all ranks' keys."""
-        outline, rows = sender.outline, self.certificate.n_sampled
-        found = state_traffic(sender, self._degree_of_state(), 0)
-        found += _range_traffic(outline, sender.size) + maxima(8 * rows, sender.size)
+        outline, slots = sender.outline, sender.outline.sizes.H
+        rows, found = slots * self.certificate.n_sampled, state_traffic(sender, self._degree_of_state(), 0)
+        found += _range_traffic(outline, sender.size) + maxima(8 * rows, sender.size) + maxima(8 * slots, sender.size)
         for width in (outline.sizes.d + 1, outline.sizes.d_v + 1):
             found += totals(rows * width, sender.size)
         return found
