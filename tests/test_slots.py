@@ -59,13 +59,12 @@ def _results(slots, grad, **options):
     grad=st.booleans(),
     method=METHODS,
     eps=st.sampled_from([1e-3, 2e-2]),
-    certify=st.sampled_from(["proof", "sample"]),
     seed=st.integers(0, 99),
 )
-def test_bits_and_certificates_are_a_slots_own(first, others, causal, grad, method, eps, certify, seed):
+def test_bits_and_certificates_are_a_slots_own(first, others, causal, grad, method, eps, seed):
     if method == "polynomial":
         first, *others = ((min(own[0], 4.0), *own[1:]) for own in (first, *others))
-    slot, how = _slot(seed, *first), {"causal": causal, "method": method, "eps": eps, "seed": 1, "certify": certify}
+    slot, how = _slot(seed, *first), {"causal": causal, "method": method, "eps": eps, "seed": 1}
     if method == "polynomial":
         how["eps"] = 2e-2
     alike = _results([slot] * 4, grad, **how)
@@ -186,6 +185,22 @@ def test_a_wild_slot_changes_nothing_beside_it(way, which):
     assert certificates[0][1].engine == ("fft" if way == "transforms" else "polynomial")
     for X, Y in zip(beside, expected, strict=True):
         np.testing.assert_array_equal(X, Y)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_samples_are_a_slots_own(causal):
+    # Evidence is taken where a proof would take a polynomial of many monomials.
+    def own(seed, *like, offset=0):
+        return _shifted(_slot(seed, *like, n=1500, d=16), offset)
+
+    slot, how = own(1, 4.0, 1.0, 0.1, 0.0), {"certify": "sample", "method": "polynomial", "eps": 5e-2, "seed": 1}
+    found, plan = _results([slot] * 4, False, causal=causal, **how)
+    assert plan[1] == "sampled"
+    for wild in (own(2, 3.6, 1.0, 0.5, 0.0), own(3, 4.0, 1e4, 0.0, 30.0), own(4, 4.0, 1.0, 0.0, 0.0, offset=300)):
+        others, beside = _results([slot, slot, wild, wild], False, causal=causal, **how)
+        assert beside[:2] == plan[:2]  # the degree is the largest of all
+        for X, Y in zip(others, found, strict=True):
+            np.testing.assert_array_equal(X, Y)
 
 
 @pytest.mark.parametrize("masked", [False, True])
