@@ -21,11 +21,11 @@ from . import features
 
 # Seconds, the same on all instruction sets.
 LOOKING = 1e-4  # what looking for a degree takes
-_PASS = 3e-5  # what a call costs more than an exact one
-_ENTRY = 4.7e-9  # to rotate, measure and copy an entry of a row of q, k, v or dO
-_STATE = 0.7e-9  # an entry of a state at the end of a segment
-_STREAM = 0.1e-9  # an entry of a state that an update reads and writes
-_BYTE = 0.08e-9  # a byte of memory that the process has not used before
+_PASS = 4.3e-4  # what a call costs more than an exact one
+_ENTRY = 2.5e-9  # to rotate, measure and copy an entry of a row of q, k, v or dO
+_STATE = 2.2e-9  # an entry of a state at the end of a segment
+_STREAM = 0.18e-9  # an entry of a state that an update reads and writes
+_BYTE = 0.07e-9  # a byte of memory that the process has not used before
 _REUSED = 2**25  # how many bytes of memory are reused from call to call
 _LONGEST = 2**40  # `pays_from` looks at no longer sequences
 _NORM = 1.6e-8, 1.2e-9  # to compute and sort the norm of a row: a constant, and a part for each of its d entries
