@@ -19,6 +19,7 @@ KERNELS = Path("src/ropecy/kernels")
 # _parallel, whose one C file is no kernel.
 EXTENSIONS = {
     "_parallel": [],
+    "_memory": [],
     "_rotary": ["rotary"],
     "_rows": ["rows"],
     "_halves": ["halves"],

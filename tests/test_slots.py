@@ -100,10 +100,10 @@ def test_a_slot_whose_rows_fail_takes_the_fallback_alone(method, causal):
 
 def test_a_sequence_rounds_by_its_own_values():
     """However large those of a sequence beside it are, all of which lie far from 0."""
-    few, many = (_slot(seed, 0.5, 1.0, 0.0, 5.0, n=n) for seed, n in ((1, 40), (2, 1500)))
+    few, many = (_slot(seed, 0.5, 1.0, 0.0, 5.0, n=n) for seed, n in ((1, 40), (2, 3000)))
     how = {"scale": 1.0, "eps": 1e-2, "return_certificate": True}
     Q, K, V = (np.concatenate([X, size * Y]) for X, Y, size in zip(few, many, np.float32([1, 1, 1e12]), strict=True))
-    (names, part), _ = ropecy.attention(Q, K, V, lengths=[40, 1500], **how)[1].parts
+    (names, part), _ = ropecy.attention(Q, K, V, lengths=[40, 3000], **how)[1].parts
     assert names == ((0, 0),)
     assert part.rounding <= 1.01 * ropecy.attention(*few, **how)[1].rounding
 

@@ -42,16 +42,16 @@ class Speeds:
     pack: float
 
 
-# Fitted to times of one thread of an AMD EPYC (Zen 4) for 128 to 32,768 tokens, d = 8, 16, 64 and degrees 1 to 9,
-# forward and with gradient, causal or not. With v4 in float32, 95% of the predictions from 512 tokens on are within a
-# factor of 1.2; others are less accurate, down to a factor of 2 (`asv run --bench Worst`).
+# Fitted to times of one thread of an AMD EPYC (Zen 4) for 256 to 16,384 tokens, d = 8, 16, 32, 64 and degrees 2 to 6,
+# forward and with gradient, causal or not. From 512 tokens on 98% of the predictions are within a factor of 1.2, and
+# all but one within 1.5.
 _SPEEDS = {
-    ("baseline", "float32"): Speeds(0.059, 1.00, 1.22, 1.36, 0.36, 2.7),
-    ("baseline", "float64"): Speeds(0.128, 2.85, 3.73, 3.15, 0.57, 2.9),
-    ("v3", "float32"): Speeds(0.0197, 0.33, 0.40, 0.66, 0.14, 2.0),
-    ("v3", "float64"): Speeds(0.0423, 0.80, 1.04, 1.14, 0.23, 2.1),
-    ("v4", "float32"): Speeds(0.0176, 0.168, 0.61, 0.90, 0.16, 1.7),
-    ("v4", "float64"): Speeds(0.041, 0.35, 0.51, 1.08, 0.17, 2.9),
+    ("baseline", "float32"): Speeds(0.060, 0.67, 1.00, 1.49, 0.36, 0.3),
+    ("baseline", "float64"): Speeds(0.131, 2.58, 3.93, 3.32, 0.55, 0.3),
+    ("v3", "float32"): Speeds(0.0181, 0.22, 0.43, 0.46, 0.11, 0.3),
+    ("v3", "float64"): Speeds(0.0420, 0.66, 1.05, 1.16, 0.22, 0.3),
+    ("v4", "float32"): Speeds(0.0172, 0.14, 0.50, 0.54, 0.067, 0.3),
+    ("v4", "float64"): Speeds(0.0389, 0.37, 0.68, 1.23, 0.137, 0.3),
 }
 _LEVELS = ("baseline", "v3", "v4")
 

@@ -14,6 +14,7 @@ from libc.string cimport memchr, memset
 
 from ._arrays cimport LINE, line, pieces, pointer
 from ._halves cimport narrow_function, rc_halves_kernels, rc_halves_select, widen_function
+from ._memory cimport borrowed, returned
 from ._parallel cimport interrupted, parallel_for, rc_worker, team
 from ._rows cimport far, rc_rows_kernels, rc_rows_select
 
@@ -116,32 +117,9 @@ cdef void describe(rc_exact_problem *p, q, k, v, tables):
         p.symbol_head = length * tables.symbol.shape[1] if tables.symbol.shape[0] > 1 else 0
 
 
-cdef enum:
-    KEPT = 4 << 20  # bytes
-    MOST_KEPT = 4
-
-# Workspaces of calls that have ended, which the next calls take. Memory that was given back to the system costs more,
-# for the system clears each page before it gives it out again.
-spare = []
-
-
 cdef ptrdiff_t lines(ptrdiff_t size) noexcept nogil:
     """So many bytes, up to the end of a cache line."""
     return pieces(size, LINE) * LINE
-
-
-cdef borrowed(ptrdiff_t size):
-    """An array of at least so many bytes, behind the first beginning of a cache line in it."""
-    try:
-        found = spare.pop()
-    except IndexError:
-        return np.empty(size + LINE, np.uint8)
-    return found if len(found) >= size + LINE else np.empty(size + LINE, np.uint8)
-
-
-cdef void returned(memory):
-    if len(memory) <= KEPT and len(spare) < MOST_KEPT:
-        spare.append(memory)
 
 
 cdef char *cut(char **memory, ptrdiff_t size) noexcept nogil:

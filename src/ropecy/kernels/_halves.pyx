@@ -6,7 +6,8 @@ cimport numpy as cnp
 
 from ._arrays cimport pieces, pointer
 from ._halves cimport narrow_function, rc_halves_kernels, rc_halves_select, widen_function
-from ._parallel cimport parallel_for, rc_worker
+from ._memory cimport results
+from ._parallel cimport parallel_for, rc_worker, team
 
 cnp.import_array()
 
@@ -43,10 +44,10 @@ def widened(cnp.ndarray stored, int threads):
     """float16 or bfloat16 numbers as float32, in C order. Nothing is rounded."""
     cdef Numbers n
     stored = np.ascontiguousarray(stored)
-    x = np.empty((<object>stored).shape, np.float32)
+    x = results((<object>stored).shape, np.dtype(np.float32))
     n.stored, n.x, n.count = <char *>pointer(stored), <float *>pointer(x), x.size
     n.widen = kernels.widen_float16 if stored.dtype.kind == "f" else kernels.widen_bfloat16
-    parallel_for(pieces(n.count, PIECE), threads, widen_piece, &n)
+    parallel_for(pieces(n.count, PIECE), team(threads, 2.0 * n.count), widen_piece, &n)
     return x
 
 
@@ -54,8 +55,8 @@ def narrowed(cnp.ndarray x, dtype, int threads):
     """float32 numbers rounded to float16 or bfloat16, in C order; infinity is past the largest number."""
     cdef Numbers n
     x = np.ascontiguousarray(x)
-    stored = np.empty((<object>x).shape, dtype)
+    stored = results((<object>x).shape, dtype)
     n.stored, n.x, n.count = <char *>pointer(stored), <float *>pointer(x), x.size
     n.narrow = kernels.narrow_float16 if dtype.kind == "f" else kernels.narrow_bfloat16
-    parallel_for(pieces(n.count, PIECE), threads, narrow_piece, &n)
+    parallel_for(pieces(n.count, PIECE), team(threads, 4.0 * n.count), narrow_piece, &n)
     return stored

@@ -13,6 +13,7 @@ import numpy as np
 cimport numpy as cnp
 
 from ._arrays cimport LINE, line, pieces, pointer
+from ._memory cimport borrowed, results, returned
 from ._parallel cimport interrupted, parallel_for, rc_worker, task_function, team
 
 cnp.import_array()
@@ -206,26 +207,27 @@ cdef class Scan:
     cdef void share(self, Pieces *x, task_function function, ptrdiff_t tasks, ptrdiff_t rows):
         """So many tasks, of so many rows together, by threads with a workspace each."""
         cdef int threads = self.team_of(rows)
-        workspaces = np.empty(threads * self.size + LINE, np.uint8)
+        workspaces = borrowed(threads * self.size)
         x.work = line(workspaces)
         parallel_for(tasks, threads, function, x)
+        returned(workspaces)
 
     cdef void pack(self, rc_monomials_problem *p, totals, packed, grad_packed):
         """Every head's state (H, columns, pitch) with its weights, as forward, grad_queries and grad_keys read it."""
         cdef ptrdiff_t head
-        workspace = np.empty(self.size + LINE, np.uint8)
+        workspace = borrowed(self.size)
         for head in range(p.heads):
             self.f.pack(p, head, <const double *>pointer(totals[head]),
                         NULL if packed is None else pointer(packed[head]),
                         NULL if grad_packed is None else pointer(grad_packed[head]), line(workspace))
+        returned(workspace)
         p.packed, p.grad_packed = pointer(packed), pointer(grad_packed)
 
     cdef object empty_states(self, const rc_monomials_problem *p):
         return np.empty((p.heads * p.blocks, p.segments, p.d_v + 1, p.pitch))
 
     cdef object segment_states(self, rc_monomials_problem *p, ptrdiff_t segments):
-        """sum_j phi(k_j) [v_j - value_centre, 1] of each of the first segments, (H blocks, segments, d_v + 1, pitch).
-        """
+        """sum_j phi(k_j) [v_j - value_centre, 1] of each of the first segments, (H blocks, segments, columns, pitch)"""
         states = self.empty_states(p)
         p.states = <double *>pointer(states)
         self.run_segments(p, self.f.sum_keys, 0, segments)
@@ -249,9 +251,7 @@ cdef class Scan:
         return states, self.add_up(states, None, False, self.p.segments)
 
     def query_states(self, o, inverse, grad):
-        """The sums of queries over each segment, which `backward` takes, and over all of them; decayed, seen from the
-        first key.
-        """
+        """The sums of queries over each segment, for `backward`, and over all; decayed, seen from the first key."""
         states = self.segment_grad_states(0, o, inverse, grad)
         return states, self.add_up(states, None, True, self.p.segments)
 
@@ -294,9 +294,9 @@ cdef class Scan:
             p.d_v //= p.blocks
             p.packed_size = self.f.packed_size(&p)
         of_rows = (p.blocks, *shape)
-        # Rows before the first key are in no chunk.
-        make = np.zeros if p.q_offset < 0 else np.empty
-        o, inverse = make(shape + (p.width,), q.dtype), make(of_rows, q.dtype)
+        o, inverse = results(shape + (p.width,), q.dtype), np.empty(of_rows, q.dtype)
+        if p.q_offset < 0:  # rows before the first key are in no chunk
+            o[:], inverse[:] = 0, 0
         lse = np.full(of_rows, -np.inf) if want_lse else None
         p.known = p.segments if start is not None else self.known(p.blocks)
         if start is None:
@@ -334,7 +334,9 @@ cdef class Scan:
         """
         cdef rc_monomials_problem p = self.p
         q, k, v = self.arrays[:3]
-        dq, dk, dv = (np.zeros(X.shape, X.dtype) for X in (q, k, v))
+        dq, dk, dv = (results(X.shape, X.dtype) for X in (q, k, v))
+        if p.q_offset < 0:  # rows before the first key are in no chunk
+            dq[:] = 0
         p.known = p.segments if start is not None else self.known()
         if start is None:
             grad_states = self.segment_grad_states(p.segments - p.known + 1 if self.causal else 0, o, inverse, grad)

@@ -13,8 +13,8 @@ from ...problem.problem import Outline, Problem
 from ..cost import REFERENCE, Work, operations_work, shared, speeds
 from . import family, streaming
 
-_CALL, _VJP = 1.5e-4, 0.8e-4  # seconds that Python takes for a call, and for its gradient
-_ENTRY = 3.2e-9  # seconds for an entry of a row of q, k, v or dO
+_CALL, _VJP = 2.5e-5, 2.9e-4  # seconds that Python takes for a call, and for its gradient
+_ENTRY = 0.6e-9  # seconds for an entry of a row of q, k, v or dO
 
 
 def seconds_of(work: Work, threads: int, grad: bool) -> float:
@@ -68,5 +68,4 @@ def slowness() -> float:
         start = time.perf_counter()
         streaming.forward(problem, 1.0, False)
         best = min(best, time.perf_counter() - start)
-    s = speeds(q.dtype)
-    return best / (n * n * (s.pair + 2 * d * s.product) * 1e-9)
+    return best / exact_work(problem, False).seconds(1)

@@ -21,16 +21,16 @@ from . import features
 
 # Seconds, the same on all instruction sets.
 LOOKING = 1e-4  # what looking for a degree takes
-_PASS = 3e-5  # what a call costs more than an exact one
-_ENTRY = 4.7e-9  # to rotate, measure and copy an entry of a row of q, k, v or dO
-_STATE = 0.7e-9  # an entry of a state at the end of a segment
-_STREAM = 0.1e-9  # an entry of a state that an update reads and writes
-_BYTE = 0.08e-9  # a byte of memory that the process has not used before
+_PASS = 4.3e-4  # what a call costs more than an exact one
+_ENTRY = 2.5e-9  # to rotate, measure and copy an entry of a row of q, k, v or dO
+_STATE = 2.2e-9  # an entry of a state at the end of a segment
+_STREAM = 0.18e-9  # an entry of a state that an update reads and writes
+_BYTE = 0.07e-9  # a byte of memory that the process has not used before
 _REUSED = 2**25  # how many bytes of memory are reused from call to call
 _LONGEST = 2**40  # `pays_from` looks at no longer sequences
 _NORM = 1.6e-8, 1.2e-9  # to compute and sort the norm of a row: a constant, and a part for each of its d entries
 _SAMPLE = 1.5e-8, 5.5e-11  # a sampled row or key: a constant, and a part that is multiplied by d^2
-_CERTIFIED = 1.5e-8  # a row that is certified by moments
+_CERTIFIED = 3e-5, 1.5e-8  # to certify rows by moments: a constant, and a part for each row
 _LANCZOS = 1e-4, 4e-8  # a step of Lanczos beside its products: a constant, and a part that is multiplied by d^2
 
 
@@ -186,7 +186,7 @@ def norms_work(problem: Outline) -> Work:
 def moments_work(problem: Outline) -> Work:
     """The work of certifying rows by moments."""
     H, G, n = problem.sizes[:3]
-    return Work(_PASS + H * G * n * _CERTIFIED)
+    return Work(_CERTIFIED[0] + H * G * n * _CERTIFIED[1])
 
 
 @shared

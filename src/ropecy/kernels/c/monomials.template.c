@@ -266,6 +266,15 @@ static void RC_NAME(scan_forward)(const rc_monomials_problem *p, ptrdiff_t head,
 
 /* ---- backward ---- */
 
+/* Gradients of rows [row, end) to which pieces are added. */
+static void RC_NAME(clear_queries)(const rc_monomials_problem *p, ptrdiff_t lane, ptrdiff_t row, ptrdiff_t end) {
+    memset((REAL *)p->dq + (lane * p->n + row) * p->d, 0, (size_t)((end - row) * p->d) * sizeof(REAL));
+}
+static void RC_NAME(clear_keys)(const rc_monomials_problem *p, ptrdiff_t head, ptrdiff_t row, ptrdiff_t end) {
+    memset((REAL *)p->dk + (head * p->n_k + row) * p->d, 0, (size_t)((end - row) * p->d) * sizeof(REAL));
+    memset((REAL *)p->dv + (head * p->n_k + row) * p->d_v, 0, (size_t)((end - row) * p->d_v) * sizeof(REAL));
+}
+
 /* dq of rows [row, end) += q_factor dx from a packed state, which is seen from token `start`. */
 static void RC_NAME(differentiate_queries)(const rc_monomials_problem *p, RC_NAME(room) * w, ptrdiff_t lane, ptrdiff_t row,
                                            ptrdiff_t end, ptrdiff_t start, const REAL *packed) {
@@ -321,15 +330,17 @@ static void RC_NAME(differentiate_keys)(const rc_monomials_problem *p, RC_NAME(r
 static void RC_NAME(grad_queries)(const rc_monomials_problem *p, ptrdiff_t head, ptrdiff_t group, ptrdiff_t chunk, void *workspace) {
     RC_NAME(room) w;
     RC_NAME(lay_out)(p, workspace, &w);
-    RC_NAME(differentiate_queries)(p, &w, head * p->groups + group, chunk * p->chunk, rc_min(p->n, (chunk + 1) * p->chunk), 0,
-                                   (const REAL *)p->grad_packed + head * p->grad_packed_size);
+    const ptrdiff_t lane = head * p->groups + group, row = chunk * p->chunk, end = rc_min(p->n, row + p->chunk);
+    RC_NAME(clear_queries)(p, lane, row, end);
+    RC_NAME(differentiate_queries)(p, &w, lane, row, end, 0, (const REAL *)p->grad_packed + head * p->grad_packed_size);
 }
 
 static void RC_NAME(grad_keys)(const rc_monomials_problem *p, ptrdiff_t head, ptrdiff_t chunk, void *workspace) {
     RC_NAME(room) w;
     RC_NAME(lay_out)(p, workspace, &w);
-    RC_NAME(differentiate_keys)(p, &w, head, chunk * p->chunk, rc_min(p->n_k, (chunk + 1) * p->chunk), 0,
-                                (const REAL *)p->packed + head * p->packed_size,
+    const ptrdiff_t row = chunk * p->chunk, end = rc_min(p->n_k, row + p->chunk);
+    RC_NAME(clear_keys)(p, head, row, end);
+    RC_NAME(differentiate_keys)(p, &w, head, row, end, 0, (const REAL *)p->packed + head * p->packed_size,
                                 (const REAL *)p->grad_packed + head * p->grad_packed_size);
 }
 
@@ -344,6 +355,8 @@ static void RC_NAME(scan_grad_queries)(const rc_monomials_problem *p, ptrdiff_t 
         const ptrdiff_t first = rc_min(p->n_k, chunk * p->chunk), keys = rc_min(p->chunk, p->n_k - first);
         const ptrdiff_t begin = RC_NAME(chunk_row)(p, chunk, p->q_offset, p->n);
         const ptrdiff_t end = RC_NAME(chunk_row)(p, chunk + 1, p->q_offset, p->n);
+        for (ptrdiff_t group = 0; group < p->groups; group++)
+            RC_NAME(clear_queries)(p, head * p->groups + group, begin, end);
         if (begin < end && (first > 0 || p->earlier)) {
             RC_NAME(differentiate_pack)(&w.y, p->grad_degree, w.base, w.part, RC_NAME(of_head)(p, p->grad_weights, head),
                                         w.grad_packed);
@@ -421,6 +434,7 @@ static void RC_NAME(scan_grad_keys)(const rc_monomials_problem *p, ptrdiff_t hea
         }
         if (keys > 0) {
             REAL *dk = (REAL *)p->dk + (head * p->n_k + first) * d, *dv = (REAL *)p->dv + (head * p->n_k + first) * p->d_v;
+            RC_NAME(clear_keys)(p, head, first, first + keys);
             for (ptrdiff_t j = 0; j < keys; j++) {
                 for (ptrdiff_t a = 0; a < d; a++)
                     dk[j * d + a] += factor * w.dk[j * wide + a];
