@@ -26,6 +26,7 @@ EXTENSIONS = {
     "_exact": ["exact", "rows", "halves"],
     "_few": ["few"],
     "_monomials": ["monomials"],
+    "_decoding": ["decoding"],
     "_quartic": ["quartic"],
     "_circulant": [],
     "_toeplitz": ["toeplitz"],

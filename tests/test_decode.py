@@ -253,7 +253,7 @@ def test_interrupted_extend_leaves_the_state_as_it_was(window, rng, monkeypatch)
     Q, K, V = text(rng, 200)
     state = ropecy.DecodeState(6, 5, ropecy.Rotary(6), window=window)
     with monkeypatch.context() as patch:
-        patch.setattr("ropecy.decoding.sums._monomials.add_block", interrupt)
+        patch.setattr("ropecy.decoding.sums._decoding.add_block", interrupt)
         with pytest.raises(KeyboardInterrupt):
             state.extend(K, V)
     with pytest.raises(ValueError, match="attend: got a state without tokens"):
@@ -261,7 +261,7 @@ def test_interrupted_extend_leaves_the_state_as_it_was(window, rng, monkeypatch)
     state.extend(K, V)
     before = state.attend(Q[0])
     with monkeypatch.context() as patch:
-        patch.setattr("ropecy.decoding.sums._monomials.add_block", interrupt)
+        patch.setattr("ropecy.decoding.sums._decoding.add_block", interrupt)
         with pytest.raises(KeyboardInterrupt):
             state.extend(K, V)
     assert state.length == 200
@@ -308,7 +308,7 @@ def test_a_call_during_another_is_refused(name, rng, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("ropecy.decoding.sums._monomials.add_block", meanwhile)
+        patch.setattr("ropecy.decoding.sums._decoding.add_block", meanwhile)
         with pytest.raises(KeyboardInterrupt):
             state.extend(np.tile(x, (200, 1)), np.tile(x, (200, 1)))
     assert isinstance(refused[0], RuntimeError)

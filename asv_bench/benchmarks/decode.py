@@ -43,7 +43,7 @@ class Streams:
         K, V = rng.standard_normal((2, self.STREAMS, heads, self.PROMPT, d), np.float32)
         K /= np.linalg.norm(K, axis=-1, keepdims=True)
         lengths = rng.integers(self.PROMPT // 2, self.PROMPT, self.STREAMS)
-        self.token = K[:, :, 0], K[:, :, 0], V[:, :, 0]
+        self.token = [np.ascontiguousarray(X[:, :, 0]) for X in (K, K, V)]
         self.states = [ropecy.DecodeState(d, d, ropecy.Rotary(d), eps=inputs.EPS, scale=1.0) for _ in range(2)]
         self.states[0].extend(K, V, lengths=lengths)
         self.states[1].extend(K[0], V[0])

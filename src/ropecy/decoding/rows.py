@@ -46,48 +46,46 @@ class Rows:
 
     def within(self, name: str, sizes: np.ndarray, dtype: np.dtype) -> None:
         """BoundedEntryError where on_break does not allow one of the sizes of rows of this dtype."""
-        o, largest = self._options, float(sizes.max(initial=0.0))
-        exact = o.on_break == "exact"
-        most = largest_score(o, dtype) if exact else limit(o.bound, o.d, dtype)
+        o, largest, most = self._options, float(sizes.max(initial=0.0)), self._most(dtype)
         if largest > most:
             index = tuple(int(i) for i in np.unravel_index(sizes.argmax(), sizes.shape))
             wants = f"bound = {o.bound:g}; rows normalised, a larger bound, or on_break='exact' help"
-            if exact:
+            if o.on_break == "exact":
                 wants = f"{most:.2g}, for exact attention in {computed(dtype)}"
             raise BoundedEntryError(
                 f"{name}: got a row{f' at index {index}' if index else ''} with |scale| ||x||^2 = {largest:.6g}, wants "
                 f"at most {wants}"
             )
 
+    def _most(self, dtype: np.dtype) -> float:
+        """The largest size that on_break allows."""
+        o = self._options
+        return largest_score(o, dtype) if o.on_break == "exact" else limit(o.bound, o.d, dtype)
+
     def keys(self, K: np.ndarray) -> np.ndarray:
         """Keys (..., d) as scaled float64 rows, not yet rotated."""
         return K.astype(np.float64, order="C") * self._root
 
-    def of_step(
-        self, q: np.ndarray, k: np.ndarray | None, lead: tuple[int, ...]
-    ) -> tuple[np.ndarray, list[np.ndarray]]:
+    def of_step(self, q: np.ndarray, k: np.ndarray | None, lead: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
         """Scaled float64 rows (streams, H, 1 + G, d), the key of each head and its queries, not yet rotated.
 
-        Without a key (streams, H, G, d). Queries are multiplied by the sign of the scale too. Beside the rows, the
-        largest size of each stream's queries, and of its keys, (streams,), all of them `within` the bound.
+        Without a key (streams, H, G, d). Queries are multiplied by the sign of the scale too. Beside the rows, their
+        sizes, (streams, H, 1 + G), all of them `within` the bound.
         """
-        shape = math.prod(lead[:-1]), lead[-1] if lead else 1
-        parts = [q.reshape(*shape, -1, q.shape[-1])]
+        streams, heads, d = math.prod(lead[:-1]), lead[-1] if lead else 1, q.shape[-1]
+        parts = [("q", q, self._sign * self._root)]
         if k is not None:
-            parts.insert(0, np.broadcast_to(k, (*lead, k.shape[-1])).reshape(*shape, 1, -1))
-        rows = np.concatenate(parts, axis=2, dtype=np.float64, casting="unsafe")
-        with np.errstate(over="ignore"):
-            rows *= self._root
-            sizes = np.einsum("shga,shga->shg", rows, rows)
-        own = sizes[:, :, 1:] if k is not None else sizes
-        self.within("q", own.reshape(q.shape[:-1]), q.dtype)
-        found = [own.max(axis=(1, 2))]
-        if k is not None:
-            self.within("k", sizes[:, :, 0].reshape(lead), k.dtype)
-            found.append(sizes[:, :, 0].max(axis=1))
-        if self._sign < 0:
-            rows[:, :, len(parts) - 1 :] *= -1.0
-        return rows, found
+            parts.insert(0, ("k", np.broadcast_to(k, (*lead, d)), self._root))
+        groups = [X.size // (streams * heads * d) for _, X, _ in parts]
+        rows = np.empty((streams * heads, sum(groups), d))
+        sizes = np.empty(rows.shape[:2])
+        for (_, X, factors), n, first in zip(parts, groups, (0, groups[0]), strict=False):
+            X = np.ascontiguousarray(X, computed(X.dtype)).reshape(-1, n, d)
+            _rows.scaled(X, factors, rows, sizes, first)
+        if not sizes.max() <= self._most(q.dtype):
+            for (name, X, _), n, first in zip(parts, groups, (0, groups[0]), strict=False):
+                self.within(name, sizes[:, first : first + n].reshape(X.shape[:-1]), X.dtype)
+        return rows.reshape(streams, heads, -1, d), sizes.reshape(streams, heads, -1)
 
     def rotated(self, rows: np.ndarray, positions: np.ndarray | np.int64) -> np.ndarray:
         """Rows (H, n, d), rotated in place by the angles of their positions; without a Rotary they stay as they are."""

@@ -99,7 +99,7 @@ class Streams:
         `largest` (...) is the largest |scale| ||k||^2 of the keys of each head.
         """
         streams = np.flatnonzero(counts)
-        self._meet(streams, self._by_stream(largest[..., None, None]).max(axis=(1, 2, 3)))
+        self._meet(streams, self._by_stream(largest[..., None, None]))
         K, V = self._by_stream(K), self._by_stream(V)
         self._begin(streams, V[:, :, 0])
         # What is worked on together has as many tokens everywhere.
@@ -126,24 +126,20 @@ class Streams:
             self._take(k.reshape(*v.shape[:3], o.d), v, streams, length + start)
             yield k, v.reshape(slots, -1, o.d_v)
 
-    def step(
-        self, rows: np.ndarray, v: np.ndarray | None, streams: np.ndarray, sizes: list[np.ndarray]
-    ) -> np.ndarray:
+    def step(self, rows: np.ndarray, v: np.ndarray | None, streams: np.ndarray, sizes: np.ndarray) -> np.ndarray:
         """o (streams, H, G, d_v) of the queries, 0 but for the streams that are named, which first take a token.
 
-        The rows are those of `Rows.of_step`, and are overwritten: keys and queries, or queries alone where no token
-        comes and v is None. v (..., d_v) are its values, and `sizes` the largest |scale| ||x||^2 of each stream's
-        queries and keys, (streams,) each.
+        The rows and their sizes are those of `Rows.of_step`, and rows are overwritten: keys and queries, or queries
+        alone where no token comes and v is None. v (..., d_v) are its values.
         """
-        (count, heads, _), d, position = self.values.first.shape, self._o.d, self.sums.length
+        count, d, position = len(rows), self._o.d, self.sums.length
         queries = slice(0 if v is None else 1, None)
         if v is None:
             position = position - 1
-        where = np.repeat(position, heads)[:, None]
-        rows = self._rows.rotated(rows.reshape(count * heads, -1, d), where).reshape(rows.shape)
+        rows = self._rows.rotated(rows.reshape(count, -1, d), position[:, None]).reshape(rows.shape)
         if v is not None:
             v = np.array(self._by_stream(v[..., None, :]), np.float64, order="C")
-            self._meet(streams, sizes[1])
+            self._meet(streams, sizes[:, :, :1])
             self._begin(streams, v[:, :, 0])
             if len(streams) == count:
                 self._take(rows[:, :, :1], v, streams, position)
@@ -152,10 +148,11 @@ class Streams:
             v = v[:, :, 0]
         if not self.histories:
             return self.sums.step(rows, v, streams, default_threads())
-        past = streams[self.sums.exact[streams] | (sizes[0][streams] > self.limit)]
+        largest = sizes[:, :, queries].max(axis=(1, 2))
+        past = streams[self.sums.exact[streams] | (largest[streams] > self.limit)]
         asked, self.asked = rows[past, :, queries], self.asked.copy()
         self.asked[streams] = 0.0
-        self.asked[past] = sizes[0][past]
+        self.asked[past] = largest[past]
         # What sums make of a query past the bound is not used, but is to be a number.
         rows[past, :, queries] = 0.0
         o = self.sums.step(rows, v, streams, default_threads())
@@ -170,14 +167,14 @@ class Streams:
         if new.size:
             self.values.first[new] = v[new]
 
-    def _meet(self, streams: np.ndarray, largest: np.ndarray) -> None:
-        """Be told the largest |scale| ||k||^2 of new keys of these streams, (streams,): past the bound, sums end.
+    def _meet(self, streams: np.ndarray, sizes: np.ndarray) -> None:
+        """Be told |scale| ||k||^2 of new keys of these streams, (streams, ...): past the bound, sums end.
 
         Without histories no key is past it.
         """
         if not self.histories:
             return
-        most, self.largest = largest[streams], self.largest.copy()
+        most, self.largest = sizes[streams].reshape(len(streams), -1).max(axis=1), self.largest.copy()
         self.largest[streams] = np.maximum(self.largest[streams], most)
         past = streams[(most > self.limit) & ~self.sums.exact[streams]]
         if past.size:

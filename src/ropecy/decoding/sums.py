@@ -10,7 +10,7 @@ import numpy as np
 
 from ..engines.polynomial import features
 from ..engines.polynomial.features import Monomials
-from ..kernels import _monomials
+from ..kernels import _decoding, _monomials
 from .arguments import DecodeOptions
 
 # How many tokens leave the ring together. Their sum is added to the state at once, with compensation, which takes no
@@ -86,7 +86,7 @@ class Sums:
         # What a state is multiplied by when no token follows, as a logarithm.
         self._fall = np.where(folded[:, None, None] > 0, -self._phases(folded), -np.inf)
         ring = self.ring_keys, self.ring, self._capacity
-        self._decoder = _monomials.Decoder(self.monomials, sums, ring, self.centre, self.slopes, self._near)
+        self._decoder = _decoding.Decoder(self.monomials, sums, ring, self.centre, self.slopes, self._near)
 
     def draft(self) -> Sums:
         """A second object with the same arrays. After `step` or `extend` of that object this one is still valid."""
@@ -154,11 +154,10 @@ class Sums:
 
     def _fold(self, streams: np.ndarray, threads: int) -> None:
         """Take the oldest BLOCK tokens of these streams out of the ring, and add them to the sums."""
-        folded = self.folded[streams]
-        k, x = self._read(streams, folded[:, None] + np.arange(BLOCK))
         sums, after = list(self.sums), self.folded.copy()
-        added = self._added([sums[i] for i in streams], folded, k, x, threads)
-        for i, new in zip(streams, added, strict=True):
+        folded = after[streams]
+        grown = self._decoder.left((streams, folded), self._decay(folded, BLOCK), BLOCK, threads)
+        for i, new in zip(streams, grown, strict=True):
             sums[i] = new
         after[streams] += BLOCK
         self._has(sums, after)
@@ -208,18 +207,38 @@ class Sums:
 
         The new tokens have rotated keys k (m H, n, d) and values minus the centre x (m H, n, d_v).
         """
-        if self.decays:
-            before, after = folded.tolist(), (folded + k.shape[1]).tolist()
-            frames = {count: self.frame(count) for count in {*before, *after}}
-            pairs = [zip(frames[a][0], frames[b][0], strict=True) for a, b in zip(before, after, strict=True)]
-            # Every float64 that occurs becomes 0 when divided by 2^1100: larger powers of two need not be told apart.
-            factors = np.ldexp(1.0, [max(-1100, old - new) for shifts in pairs for old, new in shifts])
-            added = self._decayed_states(k, x, np.concatenate([frames[b][1] for b in after]), threads)
+        factors, weights = self._decay(folded, k.shape[1])
+        (rows, n, d_v), none = x.shape, np.zeros((len(k), x.shape[2]))
+        if weights is None:
+            columns = np.ascontiguousarray(x)
         else:
-            factors = np.ones(len(folded) * self.slopes.size)
-            none = np.zeros((len(k), x.shape[2]))
-            added = features.key_states(np.ascontiguousarray(k), np.ascontiguousarray(x), self.monomials, none, threads)
-        return _monomials.add_block(sums, np.ascontiguousarray(added), factors, threads)
+            # Each slope has columns of values of its own, weighted by its decay, so that monomials are computed once.
+            columns = np.concatenate([x, np.ones((rows, n, 1))], axis=2)
+            weights = weights.reshape(rows, -1, n).swapaxes(1, 2)
+            columns = (weights[..., None] * columns[:, :, None]).reshape(rows, n, -1)
+            none = np.zeros((rows, columns.shape[2]))
+        added = features.key_states(np.ascontiguousarray(k), columns, self.monomials, none, threads)
+        if weights is not None:
+            # The kernel appends a column of ones without weights, which is left out.
+            added = np.ascontiguousarray(added[:, :-1]).reshape(-1, d_v + 1, added.shape[2])
+        return _decoding.add_block(sums, added, factors, threads)
+
+    def _decay(self, folded: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """What sums over `folded` tokens each are multiplied by when n more come, and the weights of these in them.
+
+        They are (streams, H, S), powers of two, and (streams, H, S, n), or None where nothing decays.
+        """
+        shape = len(folded), *self.slopes.shape
+        if not self.decays:
+            return np.ones(shape), None
+        frames = {count: self.frame(count) for count in {*folded.tolist(), *(folded + n).tolist()}}
+        pairs = [zip(frames[a][0], frames[a + n][0], strict=True) for a in folded.tolist()]
+        # Every float64 that occurs becomes 0 when divided by 2^1100: larger powers of two need not be told apart.
+        factors = np.ldexp(1.0, [max(-1100, old - new) for shifts in pairs for old, new in shifts]).reshape(shape)
+        phases = np.stack([frames[a + n][1] for a in folded.tolist()])
+        with np.errstate(over="ignore"):
+            exponents = phases[..., None] - self.slopes[..., None] * np.arange(n - 1.0, -1.0, -1.0)
+        return factors, np.exp(exponents, where=exponents > _VANISHED, out=np.zeros_like(exponents))
 
     def frame(self, folded: int) -> tuple[list[int], np.ndarray]:
         """The shift of each sum of a stream, H S integers, and its phase, (H, S), when its sums hold `folded` tokens.
@@ -246,21 +265,6 @@ class Sums:
         with np.errstate(invalid="ignore", over="ignore"):
             sums = np.exp(phase) * np.expm1(-slopes * folded) / np.expm1(-slopes)
         return np.where(slopes > 0, sums, folded)
-
-    def _decayed_states(self, k: np.ndarray, x: np.ndarray, phase: np.ndarray, threads: int) -> np.ndarray:
-        """sum_j e^{phase - slope (n - 1 - j)} phi(k_j) [x_j, 1] over j < n, (m H S, d_v + 1, pitch)."""
-        rows, n, d_v = x.shape
-        slopes = np.tile(self.slopes, (rows // len(self.slopes), 1))
-        with np.errstate(over="ignore"):
-            exponents = phase[:, None] - slopes[:, None] * np.arange(n - 1.0, -1.0, -1.0)[:, None]
-        weights = np.exp(exponents, where=exponents > _VANISHED, out=np.zeros_like(exponents))
-        # Each slope has columns of values of its own, weighted by its decay, so that monomials are computed only once.
-        columns = np.concatenate([x, np.ones((rows, n, 1))], axis=2)
-        columns = (weights[..., None] * columns[:, :, None]).reshape(rows, n, -1)
-        none = np.zeros((rows, columns.shape[2]))
-        added = features.key_states(np.ascontiguousarray(k), columns, self.monomials, none, threads)
-        # The kernel appends a column of ones without weights, which is left out.
-        return added[:, :-1].reshape(-1, d_v + 1, added.shape[2])
 
     # ---- the ring ----
 

@@ -59,36 +59,8 @@ cdef extern from "c/monomials.h" nogil:
         chunk_function forward, grad_queries
         segment_function grad_keys, scan_forward, scan_grad_queries, scan_grad_keys
 
-    ctypedef struct rc_decode_problem:
-        ptrdiff_t heads, groups, states, d, d_v
-        int degree
-        ptrdiff_t pitch
-        const ptrdiff_t *offset
-        const ptrdiff_t *count
-        const double *weights
-        const double *slope
-        const double *fall
-        const double *const *state
-        ptrdiff_t capacity
-        ptrdiff_t ring_pitch
-        double *ring_keys
-        double *ring
-        const ptrdiff_t *streams
-        const ptrdiff_t *length
-        const ptrdiff_t *recent
-        ptrdiff_t near
-        ptrdiff_t stretches
-        const double *stretch
-        const double *value_centre
-        const double *rows
-        const double *v
-        double *o
-
     ctypedef struct rc_monomials_kernels:
         const rc_monomials_functions *f32
         const rc_monomials_functions *f64
-        size_t (*step_workspace)(const rc_decode_problem *) noexcept nogil
-        void (*step)(const rc_decode_problem *, ptrdiff_t, ptrdiff_t, void *) noexcept nogil
-        void (*add_block)(ptrdiff_t, ptrdiff_t, double, const double *, const double *, double *) noexcept nogil
 
     const rc_monomials_kernels *rc_monomials_select(int level)

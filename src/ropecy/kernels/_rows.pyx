@@ -242,3 +242,40 @@ def columns(x, keep, int threads):
         return total[:, 0], low[:, 0], high[:, 0]
     with np.errstate(over="ignore", invalid="ignore"):
         return total.sum(axis=1), low.min(axis=1), high.max(axis=1)
+
+
+cdef void scale(const floating *x, const double *factors, ptrdiff_t d, double *row) noexcept nogil:
+    cdef ptrdiff_t a
+    for a in range(d):
+        row[a] = factors[a] * x[a]
+
+
+def scaled(x, factors, rows, norms2, ptrdiff_t first):
+    """rows[h, first + i] = factors x[h, i], coordinate by coordinate, and the squares of their norms.
+
+    Parameters
+    ----------
+    x : (H, n, d) float32 or float64, C-contiguous
+    factors : (d,) float64
+    rows, norms2 : (H, m, d), (H, m) float64, C-contiguous, where the results are written
+    first : int
+    """
+    cdef ptrdiff_t H = x.shape[0], n = x.shape[1], d = x.shape[2], m = rows.shape[1], h, i
+    cdef bint single = x.dtype == np.float32
+    cdef const void *source = pointer(x)
+    cdef const double *by = <const double *>pointer(factors)
+    cdef double *out = <double *>pointer(rows)
+    cdef double *squares = <double *>pointer(norms2)
+    cdef double *row
+    with nogil:
+        for h in range(H):
+            for i in range(n):
+                row = out + (h * m + first + i) * d
+                if single:
+                    scale(<const float *>source + (h * n + i) * d, by, d, row)
+                else:
+                    scale(<const double *>source + (h * n + i) * d, by, d, row)
+        # Not of each row at once: vectors would wait until the numbers that they are made of are in the cache.
+        for h in range(H):
+            for i in range(first, first + n):
+                squares[h * m + i] = kernels.norm_f64(out + (h * m + i) * d, 1, d, NULL, NULL)

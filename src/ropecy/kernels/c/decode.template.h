@@ -1,53 +1,46 @@
-/* One token of decoding against a state of fixed size, for one precision (include after monomials.template.c).
+/* One token of decoding against a state of fixed size, for one precision (include after row_features.template.h, product.template.h,
+ * exp2.template.h and fold.template.h).
  *
  * A single query leaves the lanes of evaluate empty, so lanes are features here: a query's features with their
  * weights are a row of the state's pitch, and a numerator is one dot with a column of the state. Tokens of the ring
  * are exact in the same way, their features being exp(gain_j q . k_j - slope age_j).
  *
- * A step reads the state and writes only the ring, whose oldest tokens enter the state in blocks (add_block). With many
+ * A step reads the state and writes only the ring, whose oldest tokens enter the state in blocks (leave.template.h). With many
  * streams both come from memory, whose read bandwidth is the limit. The hardware fetches ahead within a page only, and
  * while features are computed nothing is read, so while one head is worked on the arrays of the next are asked for.
  */
 
 #include <math.h>
 
-/* phi[f] = all monomials of x up to `degree`, zeros elsewhere up to the pitch; stores run over by a vector. */
-static void RC_NAME(row_features)(const RC_NAME(monomials) * y, int degree, const REAL *x, REAL *phi) {
-    phi[0] = 1;
+/* phi[t][f] = weights[f] times the monomial f of x[t], f up to `degree`, zeros elsewhere up to the pitch; stores run over by a
+ * vector. Queries are worked on side by side: a vector waits until those that it is made of are there. */
+static void RC_NAME(query_features)(const RC_NAME(monomials) * y, int degree, const REAL *weights, int queries, const REAL *x,
+                                    REAL *phi, ptrdiff_t apart) {
+    for (int t = 0; t < queries; t++)
+        phi[t * apart] = 1;
     for (int s = 1; s <= degree; s++)
-        for (ptrdiff_t m = 0; m < y->d; m++)
+        for (ptrdiff_t m = 0; m < y->d; m++) {
+            const REAL *from = phi + y->offset[s - 1];
+            REAL *to = phi + y->offset[s] + RC_NAME(count)(y, s, m);
             for (ptrdiff_t i = 0; i < RC_NAME(count)(y, s - 1, m + 1); i += LANES)
-                STORE(phi + y->offset[s] + RC_NAME(count)(y, s, m) + i, LOAD(phi + y->offset[s - 1] + i) * x[m]);
-    for (ptrdiff_t f = RC_NAME(below)(y, degree); f < y->offset[degree]; f++)
-        phi[f] = 0;
-    for (ptrdiff_t f = y->offset[degree] + RC_NAME(count)(y, degree, y->d); f < y->pitch; f++)
-        phi[f] = 0;
+                for (int t = 0; t < queries; t++)
+                    STORE(to + t * apart + i, LOAD(from + t * apart + i) * x[t * y->d + m]);
+        }
+    for (int t = 0; t < queries; t++, phi += apart) {
+        for (ptrdiff_t f = RC_NAME(below)(y, degree); f < y->offset[degree]; f++)
+            phi[f] = 0;
+        for (ptrdiff_t f = y->offset[degree] + RC_NAME(count)(y, degree, y->d); f < y->pitch; f++)
+            phi[f] = 0;
+        for (ptrdiff_t f = 0; f < y->pitch; f += LANES)
+            STORE(phi + f, LOAD(phi + f) * LOAD(weights + f));
+    }
 }
+
+#undef COLUMNS
+#define COLUMNS 9 /* of a state that are read side by side: each feature is loaded once for all of them */
 
 /* Asks for what lies from x on, a vector, which may be less than a cache line. */
 #define ASK_FOR(x) __builtin_prefetch(x, 0, 2)
-
-RC_INLINE REAL RC_NAME(lane_sum)(vreal x) {
-    REAL sum = 0;
-    for (int lane = 0; lane < LANES; lane++)
-        sum += x[lane];
-    return sum;
-}
-
-/* sum_i a_i b_i over whole vectors; `next` is asked for, as long as a. */
-static REAL RC_NAME(row_dot)(ptrdiff_t length, const REAL *a, const REAL *next, const REAL *b) {
-    vreal acc[4] = {{0}, {0}, {0}, {0}};
-    ptrdiff_t i = 0;
-    for (; i + 4 * LANES <= length; i += 4 * LANES) {
-        RC_UNROLL for (int u = 0; u < 4; u++) acc[u] += LOAD(a + i + u * LANES) * LOAD(b + i + u * LANES);
-        RC_UNROLL for (int byte = 0; byte < 4 * RC_VECTOR_BYTES; byte += 64) ASK_FOR((const char *)(next + i) + byte);
-    }
-    for (; i < length; i += LANES) {
-        acc[0] += LOAD(a + i) * LOAD(b + i);
-        ASK_FOR(next + i);
-    }
-    return RC_NAME(lane_sum)(acc[0] + (acc[1] + acc[2] + acc[3]));
-}
 
 /* What the slots of a ring are to the queries of its heads: of the vectors of slots that hold tokens, which lie side by side
  * here. */
@@ -108,38 +101,22 @@ static REAL RC_NAME(row_scores)(ptrdiff_t d, ptrdiff_t pitch, const REAL *x, con
     return most;
 }
 
-/* sum_j E[j] x_j of a row x of a ring. */
-static REAL RC_NAME(ring_dot)(const RC_NAME(ring_slots) * y, const REAL *x, const REAL *E) {
-    vreal acc = {0};
-    for (ptrdiff_t i = 0; i < y->vectors; i++)
-        acc += LOAD(x + y->at[i]) * LOAD(E + i * LANES);
-    return RC_NAME(lane_sum)(acc);
-}
-
 /* S[j] becomes exp(S[j] - top), for no S above top or, where top is 0, for S of moderate size. */
 static void RC_NAME(row_exponentials)(ptrdiff_t length, REAL top, REAL *S) {
     for (ptrdiff_t j = 0; j < length; j += LANES)
         STORE(S + j, RC_NAME(exp2)((LOAD(S + j) - top) * (REAL)LOG2E));
 }
 
-/* sum = factor state + added in nearly twice REAL's digits, for whole vectors. State and sum have behind them, at a
- * distance of `low`, what rounding takes from a sum (Knuth's two-sum), so that many equal terms do not drift. The
- * factor is a power of two, so the products are exact, and it does not matter whether the compiler fuses them with the
- * sums. */
-static void RC_NAME(add_block)(ptrdiff_t length, ptrdiff_t low, REAL factor, const REAL *state, const REAL *added, REAL *sum) {
-    for (ptrdiff_t f = 0; f < length; f += LANES) {
-        const vreal kept = LOAD(state + f) * factor, more = LOAD(added + f);
-        const vreal total = kept + more, part = total - kept;
-        const vreal lost = (kept - (total - part)) + (more - part) + LOAD(state + low + f) * factor;
-        const vreal whole = total + lost;
-        STORE(sum + f, whole);
-        STORE(sum + low + f, lost - (whole - total));
-    }
-}
+#undef TOGETHER
+#define TOGETHER 4 /* heads whose features are made side by side */
+
+/* Elements of the features of a query, and of those of so many heads and of their queries. */
+static ptrdiff_t RC_NAME(apart)(const rc_decode_problem *p) { return p->pitch + LANES; }
+static ptrdiff_t RC_NAME(together_size)(const rc_decode_problem *p) { return TOGETHER * p->groups * (RC_NAME(apart)(p) + p->d); }
 
 static size_t RC_NAME(step_workspace)(const rc_decode_problem *p) {
-    const ptrdiff_t of_group = p->pitch + LANES + p->ring_pitch + p->d_v + 2;
-    return sizeof(REAL) * (size_t)(2 * RC_NAME(slots_size)(p) + p->groups * of_group);
+    const ptrdiff_t sums = rc_round_up(p->d_v + 1, LANES) * (LANES + 1);
+    return sizeof(REAL) * (size_t)(2 * RC_NAME(slots_size)(p) + RC_NAME(together_size)(p) + p->ring_pitch + sums);
 }
 
 /* The arrays of a head. */
@@ -159,18 +136,60 @@ static RC_NAME(decoding_head) RC_NAME(head_at)(const rc_decode_problem *p, ptrdi
                                     (REAL *)p->ring + head * columns * p->ring_pitch};
 }
 
-/* Attention of the queries of a head; the arrays of `next` are asked for. */
+/* Of R columns from c on the sums over the tokens of the state, by features phi times e^fall, and over those of the ring, by E: a
+ * vector each, whose lanes are still to be summed. The state of `next` is asked for. */
+RC_INLINE void RC_NAME(column_sums)(const int R, const rc_decode_problem *p, const RC_NAME(decoding_head) * x, const REAL *state,
+                                    const REAL *next, const REAL *ring, const REAL *phi, REAL far, const REAL *E, REAL *sums) {
+    vreal acc[COLUMNS];
+    RC_UNROLL for (int r = 0; r < R; r++) acc[r] = (vreal){0};
+    for (ptrdiff_t f = 0; f < p->pitch; f += LANES) {
+        const vreal at = LOAD(phi + f);
+        RC_UNROLL for (int r = 0; r < R; r++) acc[r] += at * LOAD(state + r * p->pitch + f);
+        if (f * (ptrdiff_t)sizeof(REAL) % 64 == 0)
+            RC_UNROLL for (int r = 0; r < R; r++) ASK_FOR(next + r * p->pitch + f);
+    }
+    RC_UNROLL for (int r = 0; r < R; r++) acc[r] *= far;
+    for (ptrdiff_t i = 0; i < x->slots.vectors; i++) {
+        const vreal at = LOAD(E + i * LANES);
+        RC_UNROLL for (int r = 0; r < R; r++) acc[r] += at * LOAD(ring + r * p->ring_pitch + x->slots.at[i]);
+    }
+    RC_UNROLL for (int r = 0; r < R; r++) STORE(sums + r * LANES, acc[r]);
+}
+
+/* N[c] = the sum over all tokens of each column, of the state s of a head. */
+static void RC_NAME(all_sums)(const rc_decode_problem *p, const RC_NAME(decoding_head) * x, const REAL *next, ptrdiff_t s,
+                              const REAL *phi, REAL far, const REAL *E, REAL *N) {
+    const int columns = (int)p->d_v + 1, blocks = rc_blocks(columns, COLUMNS);
+    REAL *sums = N + rc_round_up(columns, LANES);
+    for (int b = 0; b < blocks; b++) {
+        const int c = rc_block_start(columns, blocks, b);
+        const ptrdiff_t at = (s * columns + c) * p->pitch;
+        const REAL *state = x->state + at, *ring = x->ring + c * p->ring_pitch;
+#define RC_COLUMNS(R) case R: RC_NAME(column_sums)(R, p, x, state, next + at, ring, phi, far, E, sums + c * LANES); break;
+        switch (rc_block_start(columns, blocks, b + 1) - c) {
+            RC_COLUMNS(1) RC_COLUMNS(2) RC_COLUMNS(3) RC_COLUMNS(4) RC_COLUMNS(5) RC_COLUMNS(6) RC_COLUMNS(7) RC_COLUMNS(8)
+            RC_COLUMNS(9)
+        }
+#undef RC_COLUMNS
+    }
+    for (ptrdiff_t c = 0; c < columns; c += LANES) {
+        vreal some[LANES];
+        RC_UNROLL for (int i = 0; i < LANES; i++) some[i] = LOAD(sums + (c + i) * LANES);
+        STORE(N + c, RC_NAME(fold)(some));
+    }
+}
+
+/* Attention of the queries of a head, whose features are phi; the arrays of `next` are asked for. */
 static void RC_NAME(step_head)(const rc_decode_problem *p, const RC_NAME(decoding_head) * x, const RC_NAME(decoding_head) * next,
-                               REAL *room) {
-    const ptrdiff_t d = p->d, columns = p->d_v + 1, groups = p->groups, pitch = p->pitch, ring_pitch = p->ring_pitch;
-    const ptrdiff_t features = pitch + LANES, states = p->states, head = x->stream * p->heads + x->own;
+                               const REAL *phi, REAL *room) {
+    const ptrdiff_t d = p->d, columns = p->d_v + 1, groups = p->groups, ring_pitch = p->ring_pitch;
+    const ptrdiff_t states = p->states, head = x->stream * p->heads + x->own;
     const ptrdiff_t slot = (p->length[x->stream] - 1) % p->capacity;
-    const RC_NAME(monomials) y = {d, columns, pitch, p->offset, p->count};
-    const REAL *weights = p->weights, *middle = (const REAL *)p->value_centre + head * p->d_v;
+    const REAL *middle = (const REAL *)p->value_centre + head * p->d_v;
     const REAL *rows = (const REAL *)p->rows + head * (groups + (p->v != 0)) * d;
     const REAL *stretch = (const REAL *)p->stretch + x->own * p->stretches;
     const REAL *slope = (const REAL *)p->slope + x->own * states, *fall = (const REAL *)p->fall + head * states;
-    REAL *phi = room, *E = phi + groups * features, *N = E + groups * ring_pitch, *top = N + groups * columns;
+    REAL *E = room, *N = E + ring_pitch, *o = (REAL *)p->o + head * groups * p->d_v;
 
     if (p->v) {
         const REAL *v = (const REAL *)p->v + head * p->d_v;
@@ -181,45 +200,50 @@ static void RC_NAME(step_head)(const rc_decode_problem *p, const RC_NAME(decodin
         rows += d;
     }
     RC_NAME(ask_for_slots)(d, ring_pitch, &next->slots, next->ring_keys);
-    for (ptrdiff_t g = 0; g < groups; g++) {
-        RC_NAME(row_features)(&y, p->degree, rows + g * d, phi + g * features);
-        for (ptrdiff_t f = 0; f < pitch; f += LANES)
-            STORE(phi + g * features + f, LOAD(phi + g * features + f) * LOAD(weights + f));
+    RC_NAME(ask_for_slots)(columns, ring_pitch, &next->slots, next->ring);
+    for (ptrdiff_t g = 0; g < groups; g++, phi += RC_NAME(apart)(p), o += p->d_v) {
         const ptrdiff_t s = states == 1 ? 0 : g;
         if (g < p->stretches)
             RC_NAME(set_gain)(p, &x->slots, stretch[g]);
-        REAL *S = E + g * ring_pitch;
-        const REAL most = RC_NAME(row_scores)(d, ring_pitch, rows + g * d, x->ring_keys, slope[s], &x->slots, fall[s], S);
-        top[g] = p->near ? most : 0;
-        RC_NAME(row_exponentials)(x->slots.vectors * LANES, top[g], S);
-    }
-    RC_NAME(ask_for_slots)(columns, ring_pitch, &next->slots, next->ring);
-    for (ptrdiff_t g = 0; g < groups; g++) {
-        const ptrdiff_t s = states == 1 ? 0 : g;
-        const REAL far = (REAL)exp(fall[s] - top[g]);
-        for (ptrdiff_t c = 0; c < columns; c++) {
-            const ptrdiff_t column = (s * columns + c) * pitch;
-            N[g * columns + c] = RC_NAME(row_dot)(pitch, x->state + column, next->state + column, phi + g * features) * far +
-                                 RC_NAME(ring_dot)(&x->slots, x->ring + c * ring_pitch, E + g * ring_pitch);
-        }
-    }
-    REAL *o = (REAL *)p->o + head * groups * p->d_v;
-    for (ptrdiff_t g = 0; g < groups; g++)
+        REAL most = RC_NAME(row_scores)(d, ring_pitch, rows + g * d, x->ring_keys, slope[s], &x->slots, fall[s], E);
+        if (!p->near)
+            most = 0;
+        RC_NAME(row_exponentials)(x->slots.vectors * LANES, most, E);
+        RC_NAME(all_sums)(p, x, next->state, s, phi, (REAL)exp(fall[s] - most), E, N);
+        const REAL all = N[p->d_v];
         for (ptrdiff_t c = 0; c < p->d_v; c++)
-            o[g * p->d_v + c] = middle[c] + N[g * columns + c] / N[g * columns + p->d_v];
+            o[c] = middle[c] + N[c] / all;
+    }
+}
+
+/* Features of the queries of `count` heads from a place on. */
+static void RC_NAME(step_features)(const rc_decode_problem *p, ptrdiff_t place, int count, REAL *phi) {
+    const RC_NAME(monomials) y = {p->d, p->d_v + 1, p->pitch, p->offset, p->count};
+    const ptrdiff_t size = p->groups * p->d;
+    REAL *x = phi + TOGETHER * p->groups * RC_NAME(apart)(p);
+    for (int i = 0; i < count; i++) {
+        const ptrdiff_t head = p->streams[(place + i) / p->heads] * p->heads + (place + i) % p->heads;
+        const REAL *queries = (const REAL *)p->rows + head * (size + (p->v ? p->d : 0)) + (p->v ? p->d : 0);
+        for (ptrdiff_t a = 0; a < size; a++)
+            x[i * size + a] = queries[a];
+    }
+    RC_NAME(query_features)(&y, p->degree, p->weights, count * (int)p->groups, x, phi, RC_NAME(apart)(p));
 }
 
 /* The heads at the places [first, last). */
 static void RC_NAME(step)(const rc_decode_problem *p, ptrdiff_t first, ptrdiff_t last, void *workspace) {
-    REAL *here = workspace, *there = here + RC_NAME(slots_size)(p), *room = there + RC_NAME(slots_size)(p);
+    REAL *here = workspace, *there = here + RC_NAME(slots_size)(p), *phi = there + RC_NAME(slots_size)(p);
+    REAL *room = phi + RC_NAME(together_size)(p);
     RC_NAME(decoding_head) x = RC_NAME(head_at)(p, first, RC_NAME(slots_of)(p, p->streams[first / p->heads], here));
     for (ptrdiff_t i = first; i < last; i++) {
+        if ((i - first) % TOGETHER == 0)
+            RC_NAME(step_features)(p, i, (int)rc_min(TOGETHER, last - i), phi);
         RC_NAME(ring_slots) slots = x.slots;
         const ptrdiff_t after = i + 1 < last ? i + 1 : i;
         if (after / p->heads != i / p->heads)
             slots = RC_NAME(slots_of)(p, p->streams[after / p->heads], slots.age == here ? there : here);
         const RC_NAME(decoding_head) next = RC_NAME(head_at)(p, after, slots);
-        RC_NAME(step_head)(p, &x, &next, room);
+        RC_NAME(step_head)(p, &x, &next, phi + (i - first) % TOGETHER * p->groups * RC_NAME(apart)(p), room);
         x = next;
     }
 }

@@ -5,6 +5,8 @@
  * number the result is 0, but for AVX-512, which rounds it to a subnormal number; x = -inf gives 0. x must not be NaN, and
  * not above the largest exponent.
  */
+#define LOG2E 1.4426950408889634074 /* exp(x) = 2^(x LOG2E) */
+
 RC_INLINE vreal RC_NAME(vector_max)(vreal a, vreal b) {
 #if defined(__AVX512F__) && RC_BITS == 32
     return (vreal)_mm512_max_ps((__m512)a, (__m512)b);

@@ -16,8 +16,6 @@
  *   scan_forward, scan_grad_queries, scan_grad_keys    causal: one segment, chunk by chunk from its first state (from
  *                                                      its last, backwards); pairs inside a chunk by exp itself,
  *                                                      whose gradients, dq among them, are all scan_grad_keys's
- *   step, add_block          decoding: one token of some heads of streams; a state added to a sum of several
- *                            (decode.template.h)
  */
 #ifndef RC_MONOMIALS_H
 #define RC_MONOMIALS_H
@@ -100,40 +98,8 @@ typedef struct {
     rc_segment_function scan_grad_keys;
 } rc_monomials_functions;
 
-/* Decoding, all in float64 and with both factors in q and k: a token enters the ring, and queries see the ring and the
- * state under one sum. The caller makes room: it takes the oldest tokens out of the ring and adds them to the state.
- *
- * A token t before the last weighs e^{-slope t}, in the ring by its age, in the state by the weight it has there times
- * e^fall. The scores of the `near` last tokens are multiplied by `stretch` and may be of any size: the largest exponent
- * is then taken from all. */
-typedef struct {
-    ptrdiff_t heads, groups, states, d, d_v; /* heads of a stream; states: 1 for all groups of a head, or one for each */
-    int degree; /* of the polynomial and the state */
-    ptrdiff_t pitch;
-    const ptrdiff_t *offset, *count; /* as above */
-    const double *weights;
-    const double *slope, *fall;  /* (heads, states), (streams, heads, states): fall is -inf where the state is empty */
-    const double *const *state;  /* of each stream, (heads, states, d_v + 1, pitch) */
-    ptrdiff_t capacity;          /* tokens that the ring has room for: they go round its first `capacity` slots */
-    ptrdiff_t ring_pitch;        /* the capacity padded to whole vectors */
-    double *ring_keys, *ring;    /* (streams, heads, d or d_v + 1, ring_pitch): the last row of ring is 1 */
-    const ptrdiff_t *streams;    /* those that take part, in whose order heads are counted */
-    const ptrdiff_t *length;     /* tokens of each stream, the one that comes among them */
-    const ptrdiff_t *recent;     /* how many of these are in the ring; other slots are not seen */
-    ptrdiff_t near;              /* 0 for none */
-    ptrdiff_t stretches;         /* 1 for all groups of a head, or one for each */
-    const double *stretch;       /* (heads, stretches) */
-    const double *value_centre;  /* (streams, heads, d_v) */
-    const double *rows;          /* (streams, heads, 1 + groups, d): k, then q; without v (.., groups, d): q alone */
-    const double *v;             /* (streams, heads, d_v), or NULL where no token comes */
-    double *o;                   /* (streams, heads, groups, d_v) */
-} rc_decode_problem;
-
 typedef struct {
     const rc_monomials_functions *f32, *f64;
-    size_t (*step_workspace)(const rc_decode_problem *);
-    void (*step)(const rc_decode_problem *, ptrdiff_t first, ptrdiff_t last, void *workspace);
-    void (*add_block)(ptrdiff_t length, ptrdiff_t low, double factor, const double *state, const double *added, double *sum);
 } rc_monomials_kernels;
 
 extern const rc_monomials_kernels rc_monomials_baseline;

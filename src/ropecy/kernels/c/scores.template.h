@@ -17,7 +17,6 @@
 #endif
 #define COLUMN_SLACK 15 /* keys that `columns` may go on for past the last one */
 #define BLOCK 96 /* keys in a block: a multiple of STEP */
-#define LOG2E 1.4426950408889634074
 #define LN2 0.69314718055994530942
 
 /* acc[r][v] = <x of key r, x of query lane v> for V vectors of queries stored [a][pitch], keys packed [a][KEYS]. */
