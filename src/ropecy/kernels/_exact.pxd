@@ -34,7 +34,7 @@ cdef extern from "c/exact.h" nogil:
         double grad_scale
 
     ctypedef struct rc_exact_functions:
-        int queries, tile, block, lanes
+        int queries, tile, block, step, lanes
         size_t (*forward_workspace)(const rc_exact_problem *) noexcept nogil
         size_t (*backward_workspace)(const rc_exact_problem *) noexcept nogil
         void (*pack_keys)(const rc_exact_problem *, ptrdiff_t, ptrdiff_t) noexcept nogil

@@ -48,6 +48,14 @@ def blocking(dtype):
     return f.tile, f.block, f.lanes
 
 
+def left_out(dtype):
+    """(queries, keys) that forward, and that backward, leaves out together where a band hides them; queries of a tile
+    in backward see whole steps of keys.
+    """
+    cdef const rc_exact_functions *f = functions_of(dtype)
+    return (f.queries, f.block), (f.tile, f.step)
+
+
 cdef void describe(rc_exact_problem *p, q, k, v, tables):
     """What forward and backward share. Arrays: q (H, G, n, d), k (H, n_k, d), v (H, n_k, d_v), C-contiguous."""
     p.heads, p.groups, p.n, p.d = q.shape

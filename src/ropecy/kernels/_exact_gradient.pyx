@@ -185,10 +185,9 @@ def segments_of(ptrdiff_t heads, ptrdiff_t n_k, dtype):
     return max(1, min(max(8 // heads, of_few), pieces(n_k, functions_of(dtype).block)))
 
 
-cdef ptrdiff_t heads_at_once(const rc_exact_problem *p, double work, int threads) noexcept nogil:
+def heads_at_once(ptrdiff_t heads, double work, ptrdiff_t segments, int threads):
     """How many heads are computed at once, each of them so many multiply-adds."""
-    cdef ptrdiff_t busy = pieces(TASKS * threads, p.segments)
-    return min(p.heads, max(busy, <ptrdiff_t>min(<double>p.heads, WORK / max(work, 1.0))))
+    return min(heads, max(pieces(TASKS * threads, segments), <ptrdiff_t>min(<double>heads, WORK / max(work, 1.0))))
 
 
 def backward(saved, v, grad, bint want_dsymbol, ptrdiff_t segments, int threads):
@@ -221,7 +220,7 @@ def backward(saved, v, grad, bint want_dsymbol, ptrdiff_t segments, int threads)
     p.dsymbol = <double *>pointer(dsymbol)
     work = <double>p.groups * p.n * p.n_k * (3 * p.d + 2 * p.d_v + 30)
     threads = team(threads, p.heads * work)
-    at_once = heads_at_once(p, work, threads)
+    at_once = heads_at_once(p.heads, work, segments, threads)
     x.size = lines(x.f.backward_workspace(p)) + LINE
     if g.halves.widen != NULL:
         x.size += lines(max(x.f.block * (p.d + p.d_v), x.f.tile * p.d) * x.item)

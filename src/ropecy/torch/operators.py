@@ -39,7 +39,10 @@ def decode(rotary: str) -> Rotary:
 
 def _memory(x: Tensor) -> np.ndarray:
     """x's own memory, where it holds x's numbers and not their negatives."""
-    return x.numpy(force=True) if x.requires_grad or x.is_neg() else x.numpy()
+    try:
+        return x.numpy()
+    except RuntimeError:  # it has a gradient, or is to be negated first
+        return x.numpy(force=True)
 
 
 def array(x: Tensor) -> np.ndarray:

@@ -51,6 +51,7 @@ typedef struct {
 typedef struct {
     int queries;              /* of a piece of forward: some whole tiles */
     int tile, block;          /* queries in a tile, keys in a block */
+    int step;                 /* keys, a part of a block, that backward leaves out where no query of a tile sees them */
     int lanes;                /* rows for backward are padded to a multiple of this */
     size_t (*forward_workspace)(const rc_exact_problem *);
     size_t (*backward_workspace)(const rc_exact_problem *);

@@ -425,6 +425,7 @@ static const rc_exact_functions RC_NAME(functions) = {
     QUERIES,
     TILE,
     BLOCK,
+    STEP,
     LANES,
     RC_NAME(forward_workspace),
     RC_NAME(backward_workspace),
