@@ -222,5 +222,5 @@ def _clipped_sum(start: int, n: int, most: int) -> int:
 
 
 def band_of_indices(far: int, lo: int | None, hi: int | None, offset: int) -> tuple[int, int]:
-    """The band (lo, hi) of j - i, with the offset included, for |j - i| below `far`, in the place of an end that is None."""
+    """The band (lo, hi) of j - i, with the offset included; `far`, past every j - i, stands for an end that is None."""
     return -far if lo is None else max(-far, lo + offset), far if hi is None else min(far, hi + offset)
