@@ -24,6 +24,7 @@ EXTENSIONS = {
     "_rows": ["rows"],
     "_halves": ["halves"],
     "_exact": ["exact", "rows", "halves"],
+    "_exact_gradient": [],
     "_few": ["few"],
     "_monomials": ["monomials"],
     "_decoding": ["decoding"],

@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ropecy
+from ropecy.attention import differentiable
 from ropecy.certify import statistics
 from ropecy.engines.exact import few_queries
+from ropecy.kernels import _halves
 from ropecy.planning import plain_calls
 from ropecy.problem.call import check_forms
 
@@ -78,6 +80,43 @@ def test_a_short_call_has_the_bits_of_the_usual_way(data, seed, ways):
     for short, usual in zip(*ways(lambda: ropecy.attention(Q, K, V, **options, return_lse=True)), strict=True):
         assert short.dtype == usual.dtype
         assert np.array_equal(short, usual)
+
+
+@settings(max_examples=100)
+@given(data=st.data(), seed=st.integers(0, 2**32 - 1))
+def test_a_short_gradient_has_the_bits_of_the_usual_way(data, seed, ways):
+    rng, draw = np.random.default_rng(seed), data.draw
+    heads, group, n, n_k = draw(st.sampled_from([1, 2, 8, 9])), draw(st.sampled_from([1, 3])), draw(SIZES), draw(SIZES)
+    d, d_v, dtype = draw(SIZES), draw(SIZES), draw(DTYPES)
+    sizes, offsets = st.sampled_from([0.1, 0.3, 1, 1, 4, 1e-30]), st.sampled_from([0, 0, 0, 0, 50])
+    Q = (rng.standard_normal((heads * group, n, d)) * draw(sizes)).astype(dtype)
+    K = (rng.standard_normal((draw(st.sampled_from([1, heads])), n_k, d)) * draw(sizes) + draw(offsets)).astype(dtype)
+    V = (rng.standard_normal((heads, n_k, d_v)) * draw(sizes) + draw(offsets)).astype(dtype)
+    dO = (rng.standard_normal((heads * group, n, d_v)) * draw(st.sampled_from([1, 1, 1, 1e-6, 1e4]))).astype(dtype)
+    options = {"causal": draw(st.booleans()), "window": draw(st.sampled_from([None, None, 3, (2, 7)]))}
+    options |= {"q_offset": draw(st.integers(-4, 4)), "scale": draw(st.sampled_from([0.25, -1.0, 0.0]))}
+    options |= {"method": draw(st.sampled_from(["auto", "exact"])), "threads": draw(st.integers(1, 3))}
+
+    def computed():
+        O, vjp = ropecy.attention_vjp(Q, K, V, **options)
+        g = vjp(dO)
+        return [O, g.dQ, g.dK, g.dV], [vjp.certificate, g.certificate]
+
+    (short, of_short), (usual, of_usual) = ways(computed)
+    for found, wanted in zip(short, usual, strict=True):
+        assert found.dtype == dtype
+        assert np.array_equal(found, wanted)
+    for found, wanted in zip(of_short, of_usual, strict=True):
+        assert repr(found) == repr(wanted)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_no_array_of_halves_is_widened_for_a_gradient(arrays, dtype, monkeypatch):
+    Q, K, V = arrays.astype(dtype)
+    wanted = ropecy.attention_vjp(Q, K, V, method="exact")[1](Q)
+    monkeypatch.delattr(_halves, "widened")
+    evaluation = differentiable(Q, K, V, None, {"method": "exact"})
+    assert np.array_equal(evaluation.vjp(Q)["dK"], wanted.dK)
 
 
 @pytest.fixture(scope="module")

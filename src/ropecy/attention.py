@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -10,16 +11,15 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .certificate import Certificate, nothing_to_do
-from .engines.base import Context
 from .engines.exact import few_lengths, few_queries
-from .engines.exact.engine import Exact
 from .gradients import Gradients
 from .options import Integers, Options
-from .planning import plain_calls
+from .planning import plain_calls, plain_gradients
 from .planning.evaluation import Evaluation
+from .planning.plain_gradients import PlainGradient
 from .problem import checks
 from .problem.arguments import Arguments, check_arguments, check_entries, check_method
-from .problem.call import Call, prepare_for
+from .problem.call import Call, check_forms, check_names
 from .problem.request import Request
 from .relative import RelativeBias, RelativeFamily
 from .rotary import Rotary
@@ -227,12 +227,9 @@ def attention(
 def _exact_certificate(arguments: Arguments, request: Request) -> Certificate:
     """Of O computed exactly, whatever computed it: what rounding costs is measured of the arguments."""
     call = Call(check_entries(arguments), request)
-    none = np.zeros(call.shape[:-1])
     if call.problem.empty:
-        return replace(nothing_to_do(), rows_truncation=none)
-    context = Context.of(call.problem, request)
-    exact = Exact(context.outline, context.statistics, False)
-    return exact.stored(replace(exact.certificate, rows_truncation=none), call.dtype)
+        return replace(nothing_to_do(), rows_truncation=np.zeros(call.shape[:-1]))
+    return plain_calls.certificates(call)[0]
 
 
 def attention_vjp(
@@ -274,10 +271,22 @@ def attention_vjp(
     >>> vjp(O).dK.shape
     (50, 4)
     """
+    evaluation = differentiable(Q, K, V, R, options)
+    return evaluation.output, VJP(evaluation)
+
+
+def differentiable(
+    Q: ArrayLike, K: ArrayLike, V: ArrayLike, R: Rotary | RelativeFamily | None, options: Mapping[str, Any]
+) -> Evaluation | PlainGradient:
+    """O and what its gradients need, for the arguments of `attention_vjp`; certificates are measured when asked for."""
     checks.check_values(V)
-    evaluation = Evaluation(prepare_for("attention_vjp", Q, K, V, R, options), grad=True)
-    # A copy, for gradients need O as it is and users subtract targets in place.
-    return evaluation.call.to_user(evaluation.o.copy()), VJP(evaluation)
+    check_names("attention_vjp", options)
+    arguments, request = check_forms(Q, K, V, R, **options)
+    if plain_calls.serves(arguments, request):
+        found = plain_gradients.forward(arguments, request)
+        if found is not None:
+            return found
+    return Evaluation(Call(check_entries(arguments), request), grad=True)
 
 
 class VJP:
@@ -291,7 +300,7 @@ class VJP:
 
     __slots__ = ("_evaluation", "certificate")
 
-    def __init__(self, evaluation: Evaluation) -> None:
+    def __init__(self, evaluation: Evaluation | PlainGradient) -> None:
         self._evaluation = evaluation
         self.certificate: Certificate = evaluation.certificate
 
@@ -303,12 +312,4 @@ class VJP:
         TypeError, ValueError
             dO has another dtype or shape, or NaN or Inf.
         """
-        evaluation = self._evaluation
-        call = evaluation.call
-
-        def checked() -> tuple[np.ndarray, float]:
-            X = checks.check_like("dO", dO, call.dtype, call.shape)
-            return X, checks.check_finite("dO", X)
-
-        gradients = evaluation.gradients(*evaluation.pieces.comm.together(checked))
-        return Gradients(**gradients, certificate=evaluation.gradient_certificate)
+        return Gradients(**self._evaluation.vjp(dO), certificate=self._evaluation.gradient_certificate)

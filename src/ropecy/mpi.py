@@ -162,7 +162,7 @@ def attention_vjp(
     """
     call, pieces = _prepare(MPICommunicator(comm), "attention_vjp", (Q, K, V, R), options)
     evaluation = _evaluate(call, pieces, grad=True)
-    return call.to_user(evaluation.o.copy()), VJP(evaluation)
+    return evaluation.output, VJP(evaluation)
 
 
 def loss_grad(

@@ -1,4 +1,4 @@
-"""Exact attention: threads, memory and interrupts around the serial C kernels of ``c/exact.h``.
+"""Exact attention forward: threads and memory around the serial C kernels of ``c/exact.h``.
 
 The split of work depends on the shapes alone, never on the number of threads, so that results are bitwise the same
 for every thread count.
@@ -10,67 +10,15 @@ cimport numpy as cnp
 from cython cimport floating
 from libc.float cimport DBL_MAX, FLT_MAX
 from libc.math cimport INFINITY, fabs, isfinite, sqrt
-from libc.string cimport memchr, memset
+from libc.string cimport memchr
 
 from ._arrays cimport LINE, line, pieces, pointer
-from ._halves cimport narrow_function, rc_halves_kernels, rc_halves_select, widen_function
+from ._halves cimport rc_halves_kernels, rc_halves_select
 from ._memory cimport borrowed, returned
-from ._parallel cimport interrupted, parallel_for, rc_worker, team
+from ._parallel cimport parallel_for, rc_worker, team
 from ._rows cimport far, rc_rows_kernels, rc_rows_select
 
 cnp.import_array()
-
-cdef extern from "c/exact.h" nogil:
-    ctypedef struct rc_exact_problem:
-        ptrdiff_t heads, groups, n, n_k, d, d_v, lo, hi
-        double scale, gain
-        const unsigned char *bounded
-        int everywhere, masked
-        const void *q
-        const void *k
-        const void *v
-        const void *symbol
-        ptrdiff_t symbol_head, symbol_group
-        const void *factor
-        const ptrdiff_t *factor_start
-        const void *key_shift
-        void *key_pack
-        void *value_pack
-        void *o
-        void *maximum
-        void *inverse
-        double *lse
-        const void *grad
-        const void *q_rows
-        const void *grad_rows
-        void *q_tiles
-        void *grad_tiles
-        void *row_stats
-        void *dq_segments
-        double *dsymbol
-        ptrdiff_t segments
-        double grad_scale
-        void *dq
-        void *dk
-        void *dv
-
-    ctypedef struct rc_exact_functions:
-        int queries, tile, block, lanes
-        size_t (*forward_workspace)(const rc_exact_problem *) noexcept nogil
-        size_t (*backward_workspace)(const rc_exact_problem *) noexcept nogil
-        void (*pack_keys)(const rc_exact_problem *, ptrdiff_t, ptrdiff_t) noexcept nogil
-        void (*pack_values)(const rc_exact_problem *, ptrdiff_t, ptrdiff_t) noexcept nogil
-        void (*forward)(const rc_exact_problem *, ptrdiff_t, ptrdiff_t, ptrdiff_t, const void *, void *,
-                        void *) noexcept nogil
-        void (*prepare)(const rc_exact_problem *, ptrdiff_t, ptrdiff_t, ptrdiff_t) noexcept nogil
-        void (*backward)(const rc_exact_problem *, ptrdiff_t, ptrdiff_t, ptrdiff_t, ptrdiff_t, void *) noexcept nogil
-        void (*collect)(const rc_exact_problem *, ptrdiff_t, ptrdiff_t, ptrdiff_t) noexcept nogil
-
-    ctypedef struct rc_exact_kernels:
-        const rc_exact_functions *f32
-        const rc_exact_functions *f64
-
-    const rc_exact_kernels *rc_exact_select(int level)
 
 cdef extern from "c/isa.h" nogil:
     int rc_level()
@@ -81,23 +29,32 @@ cdef const rc_rows_kernels *kernels_of_rows = rc_rows_select(LEVEL)
 cdef const rc_halves_kernels *halves = rc_halves_select(LEVEL)
 
 
-cdef struct Pass:
-    rc_exact_problem p
-    const rc_exact_functions *f
-    ptrdiff_t tiles, blocks  # of a head's queries (forward: pieces of them) and keys
-    ptrdiff_t item  # bytes of a number that is computed with
-    char *work
-    size_t size  # of a thread's workspace
-
-
 cdef const rc_exact_functions *functions_of(dtype):
     return kernels.f32 if dtype == np.float32 else kernels.f64
+
+
+cdef Halves halves_of(dtype):
+    cdef Halves found
+    found.widen, found.narrow = NULL, NULL
+    if dtype.itemsize == 2:
+        found.widen, found.narrow = halves.widen_bfloat16, halves.narrow_bfloat16
+        if dtype.kind == "f":
+            found.widen, found.narrow = halves.widen_float16, halves.narrow_float16
+    return found
 
 
 def blocking(dtype):
     """(queries in a tile, keys in a block, lanes of a vector) for a dtype."""
     cdef const rc_exact_functions *f = functions_of(dtype)
     return f.tile, f.block, f.lanes
+
+
+def left_out(dtype):
+    """(queries, keys) that forward, and that backward, leaves out together where a band hides them; queries of a tile
+    in backward see whole steps of keys.
+    """
+    cdef const rc_exact_functions *f = functions_of(dtype)
+    return (f.queries, f.block), (f.tile, f.step)
 
 
 cdef void describe(rc_exact_problem *p, q, k, v, tables):
@@ -117,27 +74,9 @@ cdef void describe(rc_exact_problem *p, q, k, v, tables):
         p.symbol_head = length * tables.symbol.shape[1] if tables.symbol.shape[0] > 1 else 0
 
 
-cdef ptrdiff_t lines(ptrdiff_t size) noexcept nogil:
-    """So many bytes, up to the end of a cache line."""
-    return pieces(size, LINE) * LINE
-
-
-cdef char *cut(char **memory, ptrdiff_t size) noexcept nogil:
-    """The first bytes of the memory, which then begins behind them, in another cache line."""
-    cdef char *found = memory[0]
-    memory[0] += lines(size)
-    return found
-
-
 cdef void pack_keys(void *context, ptrdiff_t task, const rc_worker *worker) noexcept nogil:
     cdef const Pass *x = <const Pass *>context
     x.f.pack_keys(&x.p, task // x.blocks, task % x.blocks)
-
-
-cdef void pack_keys_and_values(void *context, ptrdiff_t task, const rc_worker *worker) noexcept nogil:
-    cdef const Pass *x = <const Pass *>context
-    x.f.pack_keys(&x.p, task // x.blocks, task % x.blocks)
-    x.f.pack_values(&x.p, task // x.blocks, task % x.blocks)
 
 
 cdef void forward_tile(void *context, ptrdiff_t task, const rc_worker *worker) noexcept nogil:
@@ -148,27 +87,6 @@ cdef void forward_tile(void *context, ptrdiff_t task, const rc_worker *worker) n
     x.f.forward(&x.p, tile // x.tiles // x.p.groups, tile // x.tiles % x.p.groups, tile % x.tiles,
                 <const char *>x.p.q + row * x.p.d * x.item, <char *>x.p.o + row * x.p.d_v * x.item,
                 x.work + worker.slot * x.size)
-
-
-cdef void prepare_tile(void *context, ptrdiff_t task, const rc_worker *worker) noexcept nogil:
-    cdef const Pass *x = <const Pass *>context
-    x.f.prepare(&x.p, task // x.tiles // x.p.groups, task // x.tiles % x.p.groups, task % x.tiles)
-
-
-cdef void backward_segment(void *context, ptrdiff_t task, const rc_worker *worker) noexcept nogil:
-    cdef const Pass *x = <const Pass *>context
-    cdef ptrdiff_t block, head = task // x.p.segments, segment = task % x.p.segments
-    cdef ptrdiff_t size = x.p.groups * x.tiles * x.p.d * x.f.tile * x.item  # of the segment's dq
-    memset(<char *>x.p.dq_segments + (segment * x.p.heads + head) * size, 0, size)
-    for block in range(pieces(x.blocks, x.p.segments)):
-        if interrupted(worker):
-            return
-        x.f.backward(&x.p, head, segment, block, block + 1, x.work + worker.slot * x.size)
-
-
-cdef void collect_tile(void *context, ptrdiff_t task, const rc_worker *worker) noexcept nogil:
-    cdef const Pass *x = <const Pass *>context
-    x.f.collect(&x.p, task // x.tiles // x.p.groups, task // x.tiles % x.p.groups, task % x.tiles)
 
 
 def forward(q, k, v, tables, bint want_lse, int threads):
@@ -202,14 +120,16 @@ cdef struct Heads:
     # Whole heads as tasks, or a head's keys and then its tiles: what numbers must be, and whether some are not.
     Pass x
     ptrdiff_t stored         # bytes of a number as it is stored
-    widen_function widen     # of halves, which are computed in float32, else NULL
-    narrow_function narrow
+    ptrdiff_t result         # and of one of o
+    Halves halves
     ptrdiff_t keys, values   # bytes of the packed keys, and of the widened values, of a head
     ptrdiff_t rows           # bytes of the widened keys of a head, or as many queries, or those and results of a tile
     ptrdiff_t size           # of a thread's workspace: for tiles, rows, keys and values
     double factor            # the largest score of a head is at most this times its largest norms of queries and keys
     double most              # of scores
-    double least_value       # of a head's values the largest is between these, or 0
+    double least_norm        # of a head's queries, and of its keys, the largest is between these, or 0
+    double largest_norm
+    double least_value       # of its values the largest number
     double largest_value
     char *packed             # keys and values of all heads; NULL where a thread has those of one head after the other
     unsigned char *mild      # (heads,): whether the numbers of a head are such
@@ -229,15 +149,20 @@ cdef double spread(
     return INFINITY if far(low, high, d) else largest
 
 
+cdef bint usual(double largest, double least, double most) noexcept nogil:
+    """Whether the largest of some sizes is between these, or 0; NaN is not."""
+    return largest == 0 or (least <= largest and largest <= most)
+
+
 cdef double query_norm2(const Heads *h, const rc_exact_problem *p, char *work) noexcept nogil:
     """The largest of the squared norms of one head's queries; inf or NaN where a number is."""
-    cdef ptrdiff_t first = 0, rows = p.groups * p.n, most = p.n_k if h.widen != NULL else rows
+    cdef ptrdiff_t first = 0, rows = p.groups * p.n, most = p.n_k if h.halves.widen != NULL else rows
     cdef float *wide = <float *>(work + h.x.size)
     cdef double found, largest = 0
     while first < rows:
         most = min(most, rows - first)
-        if h.widen != NULL:
-            h.widen(<const char *>p.q + first * p.d * h.stored, most * p.d, wide)
+        if h.halves.widen != NULL:
+            h.halves.widen(<const char *>p.q + first * p.d * h.stored, most * p.d, wide)
             found = kernels_of_rows.norm_f32(wide, most, p.d, NULL, NULL)
         elif h.x.item == 4:
             found = kernels_of_rows.norm_f32(p.q, most, p.d, NULL, NULL)
@@ -256,17 +181,18 @@ cdef bint mild(const Heads *h, const rc_exact_problem *p, double q_norm2, const 
     cdef ptrdiff_t width = max(p.d, p.d_v)
     cdef double *total = <double *>work
     cdef floating *low = <floating *>(total + width)
-    cdef double largest, k_norm2
+    cdef double k_norm2
     k_norm2 = (kernels_of_rows.norm_f32 if single else kernels_of_rows.norm_f64)(k, p.n_k, p.d, NULL, NULL)
     # NaN fails each comparison, and Inf times 0 is NaN. Queries are packed times the scale, whatever size keys have.
     if not sqrt(q_norm2) * fabs(p.scale) <= (FLT_MAX if single else DBL_MAX) / 16:
         return False
     if not sqrt(q_norm2) * sqrt(k_norm2) * h.factor <= h.most:
         return False
+    if not usual(sqrt(q_norm2), h.least_norm, h.largest_norm) or not usual(sqrt(k_norm2), h.least_norm, h.largest_norm):
+        return False
     if spread(k, p.n_k, p.d, total, low, low + width) == INFINITY:
         return False
-    largest = spread(<const floating *>p.v, p.n_k, p.d_v, total, low, low + width)
-    return largest <= h.largest_value and (largest >= h.least_value or largest == 0)
+    return usual(spread(<const floating *>p.v, p.n_k, p.d_v, total, low, low + width), h.least_value, h.largest_value)
 
 
 cdef rc_exact_problem one_head(const Heads *h, ptrdiff_t head, char *work) noexcept nogil:
@@ -276,8 +202,8 @@ cdef rc_exact_problem one_head(const Heads *h, ptrdiff_t head, char *work) noexc
     cdef char *packed = work + h.x.size + h.rows if h.packed == NULL else h.packed + head * (h.keys + h.values)
     p.q = <const char *>p.q + head * rows * p.d * h.stored
     p.k = <const char *>p.k + head * p.n_k * p.d * h.stored
-    p.v = <const char *>p.v + head * p.n_k * p.d_v * h.stored if h.widen == NULL else packed + h.keys
-    p.o = <char *>p.o + head * rows * p.d_v * h.stored
+    p.v = <const char *>p.v + head * p.n_k * p.d_v * h.stored if h.halves.widen == NULL else packed + h.keys
+    p.o = <char *>p.o + head * rows * p.d_v * h.result
     p.maximum = <char *>p.maximum + head * rows * h.x.item
     p.inverse = <char *>p.inverse + head * rows * h.x.item
     p.lse = NULL if p.lse == NULL else p.lse + head * rows
@@ -291,10 +217,10 @@ cdef void pack_head(void *context, ptrdiff_t head, const rc_worker *worker) noex
     cdef rc_exact_problem p = one_head(h, head, work)
     cdef double q_norm2 = query_norm2(h, &p, work)
     cdef ptrdiff_t block
-    if h.widen != NULL:
-        h.widen(p.k, p.n_k * p.d, <float *>(work + h.x.size))
+    if h.halves.widen != NULL:
+        h.halves.widen(p.k, p.n_k * p.d, <float *>(work + h.x.size))
         p.k = work + h.x.size
-        h.widen(<const char *>h.x.p.v + head * p.n_k * p.d_v * h.stored, p.n_k * p.d_v, <float *>p.v)
+        h.halves.widen(<const char *>h.x.p.v + head * p.n_k * p.d_v * h.stored, p.n_k * p.d_v, <float *>p.v)
     if h.x.item == 4:
         h.mild[head] = mild(h, &p, q_norm2, <const float *>p.k, work)
     else:
@@ -306,18 +232,21 @@ cdef void pack_head(void *context, ptrdiff_t head, const rc_worker *worker) noex
 cdef void forward_rows(
     const Heads *h, const rc_exact_problem *p, ptrdiff_t group, ptrdiff_t tile, char *work
 ) noexcept nogil:
-    """One tile of one head's queries, widened and its results rounded where they are halves."""
+    """One tile of one head's queries, widened where they are halves, and its results rounded where these are."""
     cdef ptrdiff_t row = tile * h.x.f.queries, rows = min(<ptrdiff_t>h.x.f.queries, p.n - row), at = group * p.n + row
     cdef const char *q = <const char *>p.q + at * p.d * h.stored
-    cdef char *o = <char *>p.o + at * p.d_v * h.stored
+    cdef char *o = <char *>p.o + at * p.d_v * h.result
     cdef float *wide_q = <float *>(work + h.x.size)
     cdef float *wide_o = wide_q + rows * p.d
-    if h.widen == NULL:
+    if h.halves.widen == NULL:
         h.x.f.forward(p, 0, group, tile, q, o, work)
         return
-    h.widen(q, rows * p.d, wide_q)
+    h.halves.widen(q, rows * p.d, wide_q)
+    if h.result == h.x.item:
+        h.x.f.forward(p, 0, group, tile, wide_q, o, work)
+        return
     h.x.f.forward(p, 0, group, tile, wide_q, wide_o, work)
-    h.narrow(wide_o, rows * p.d_v, o)
+    h.halves.narrow(wide_o, rows * p.d_v, o)
 
 
 cdef void tile_of_head(void *context, ptrdiff_t task, const rc_worker *worker) noexcept nogil:
@@ -346,41 +275,38 @@ cdef enum:
     HEADS = 8  # as many tasks keep some threads busy
 
 
-def forward_mild(q, k, v, tables, sizes, bint want_lse, int threads):
-    """As `forward`, o (H, G, n, d_v) and lse float64 or None, with tables of one head for all, without a look at the
-    numbers beforehand: None where those of a head turn out not to be finite, or far from 0, or past `sizes`. Arrays may
-    be of float16 or bfloat16, which is then computed in float32.
+def forward_mild(q, k, v, told, kind, bint want_lse, int threads):
+    """As `forward`, with tables of one head for all, without a look at the numbers beforehand: None where those of a
+    head turn out not to be finite, or far from 0, or past `sizes`. Arrays may be of float16 or bfloat16, which is then
+    computed in float32. o is of the dtype `kind`, that of the arrays or that computed in.
 
-    ``sizes`` is (factor, most, least, largest): the factor times the norms of a query and a key is at most `most`; the
-    largest value of a head is between `least` and `largest`, or 0.
+    ``told`` is (tables, sizes), and ``sizes`` is (factor, most, norms, values): the factor times the norms of a query
+    and a key is at most `most`; the largest norms of a head's queries and of its keys are between the two `norms`, or
+    0, its largest value between the two `values`.
     """
     cdef Heads h
     cdef Pass *x = &h.x
     cdef rc_exact_problem *p = &x.p
     cdef double operations
     cdef bint apart
+    tables, sizes = told
     describe(p, q, k, v, tables)
     compute = np.dtype(np.float32) if q.itemsize == 2 else q.dtype
     x.f, x.item = functions_of(compute), compute.itemsize
     x.blocks, x.tiles = pieces(p.n_k, x.f.block), pieces(p.n, x.f.queries)
-    h.stored, h.packed, h.widen, h.narrow = q.itemsize, NULL, NULL, NULL
-    if h.stored == 2:
-        h.widen, h.narrow = halves.widen_bfloat16, halves.narrow_bfloat16
-        if q.dtype.kind == "f":
-            h.widen, h.narrow = halves.widen_float16, halves.narrow_float16
-    h.factor, h.most, h.least_value, h.largest_value = sizes
-    o, rows = np.empty(q.shape[:3] + (p.d_v,), q.dtype), np.empty((2, *q.shape[:3]), compute)
+    h.stored, h.result, h.packed, h.halves = q.itemsize, kind.itemsize, NULL, halves_of(q.dtype)
+    h.factor, h.most, (h.least_norm, h.largest_norm), (h.least_value, h.largest_value) = sizes
+    o, (maximum, inverse) = np.empty(q.shape[:3] + (p.d_v,), kind), np.empty((2, *q.shape[:3]), compute)
     lse, are_mild = np.empty(q.shape[:3]) if want_lse else None, np.empty(p.heads, np.uint8)
-    p.o, p.maximum, p.lse = pointer(o), pointer(rows), <double *>pointer(lse)
+    p.o, p.maximum, p.inverse, p.lse = pointer(o), pointer(maximum), pointer(inverse), <double *>pointer(lse)
     h.mild = <unsigned char *>pointer(are_mild)
-    p.inverse = <char *>p.maximum + p.heads * p.groups * p.n * x.item
     operations = <double>p.groups * p.n * p.n_k * (p.d + p.d_v + 30)
     threads = team(threads, p.heads * operations)
     # Of a tile, or of columns that are measured.
     x.size = lines(max(<ptrdiff_t>x.f.forward_workspace(p), max(p.d, p.d_v) * (8 + 2 * x.item))) + LINE
     h.keys = lines(x.blocks * x.f.block * p.d * x.item)
-    h.values = lines(p.n_k * p.d_v * x.item) if h.widen != NULL else 0
-    h.rows = lines(max(p.n_k * p.d, x.f.queries * (p.d + p.d_v)) * x.item) if h.widen != NULL else 0
+    h.values = lines(p.n_k * p.d_v * x.item) if h.halves.widen != NULL else 0
+    h.rows = lines(max(p.n_k * p.d, x.f.queries * (p.d + p.d_v)) * x.item) if h.halves.widen != NULL else 0
     apart = p.heads < HEADS or operations > HEAD
     h.size = x.size + h.rows + (0 if apart else h.keys + h.values)
     memory = borrowed(threads * h.size + apart * p.heads * (h.keys + h.values))
@@ -393,69 +319,4 @@ def forward_mild(q, k, v, tables, sizes, bint want_lse, int threads):
         if memchr(h.mild, 0, p.heads) == NULL:
             parallel_for(p.heads * p.groups * x.tiles, threads, tile_of_head, &h)
     returned(memory)
-    return (o, lse) if memchr(h.mild, 0, p.heads) == NULL else None
-
-
-def segments_of(ptrdiff_t heads, ptrdiff_t n_k, dtype):
-    """Into how many parts, each with its own dq, backward cuts the keys of each of so many heads: what keeps 8 threads
-    busy, and two where few of these heads are computed exactly, for long sequences, as long as that takes few dq.
-    """
-    if heads == 0:
-        return 1
-    of_few = min(4, 32 // heads, n_k // 1024)
-    return max(1, min(max(8 // heads, of_few), pieces(n_k, functions_of(dtype).block)))
-
-
-def backward(saved, v, grad, bint want_dsymbol, ptrdiff_t segments, int threads):
-    """dq, dk, dv and the gradient along diagonals (H, G, table length) float64, or None, for do = grad; `saved` is what
-    `engines.exact.streaming` keeps of a forward pass, `segments` into how many parts the keys of a head are cut.
-
-    Time 2.5 forwards (5 products); memory: transposed copies of q and grad and one dq for each segment.
-    """
-    cdef Pass x
-    cdef rc_exact_problem *p = &x.p
-    cdef ptrdiff_t tiles, keys, rows
-    cdef char *at
-    cdef double pairs
-    q, k, tables, dtype = saved.sized.q, saved.sized.k, saved.tables, v.dtype
-    describe(p, q, k, v, tables)
-    p.segments = segments
-    x.f = functions_of(dtype)
-    x.blocks, x.tiles, x.item = pieces(p.n_k, x.f.block), pieces(p.n, x.f.tile), q.itemsize
-    pairs = <double>p.heads * p.groups * p.n * p.n_k
-    threads = team(threads, pairs * (3 * p.d + 2 * p.d_v + 30))
-    dq, dk, dv = np.empty_like(q), np.empty_like(k), np.empty_like(v)
-    q_rows, grad_rows = whole_vectors(q, x.f.lanes), whole_vectors(grad, x.f.lanes)
-    length = x.f.block + p.n + p.n_k - 1 + x.f.tile
-    dsymbol = np.zeros((p.segments, p.heads, p.groups, length)) if want_dsymbol else None
-    p.grad, p.q_rows, p.grad_rows = pointer(grad), pointer(q_rows), pointer(grad_rows)
-    p.o, p.maximum, p.inverse = pointer(saved.o), pointer(saved.maximum), pointer(saved.inverse)
-    p.dq, p.dk, p.dv, p.dsymbol = pointer(dq), pointer(dk), pointer(dv), <double *>pointer(dsymbol)
-    p.grad_scale = tables.grad_scale
-    # A column of keys, which are padded to whole blocks, and of queries, to whole tiles.
-    tiles = p.heads * p.groups * x.tiles
-    keys, rows = p.heads * x.blocks * x.f.block * x.item, tiles * x.f.tile * x.item
-    x.size = lines(x.f.backward_workspace(p)) + LINE
-    memory = borrowed(threads * x.size + (keys + rows) * (p.d + p.d_v) + rows * (3 + p.segments * p.d) + 6 * LINE)
-    at = line(memory)
-    x.work = cut(&at, threads * x.size)
-    p.key_pack, p.value_pack = cut(&at, keys * p.d), cut(&at, keys * p.d_v)
-    p.q_tiles, p.grad_tiles, p.row_stats = cut(&at, rows * p.d), cut(&at, rows * p.d_v), cut(&at, rows * 3)
-    p.dq_segments = at
-    parallel_for(p.heads * x.blocks, team(threads, 4.0 * p.heads * p.n_k * (p.d + p.d_v)), pack_keys_and_values, &x)
-    parallel_for(tiles, team(threads, 4.0 * p.heads * p.groups * p.n * (p.d + p.d_v)), prepare_tile, &x)
-    # Blocks of one segment go in order, so a segment is one task.
-    parallel_for(p.heads * p.segments, threads, backward_segment, &x)
-    parallel_for(tiles, team(threads, 4.0 * p.segments * p.heads * p.groups * p.n * p.d), collect_tile, &x)
-    returned(memory)
-    return dq, dk, dv, None if dsymbol is None else dsymbol.sum(axis=0)
-
-
-def whole_vectors(rows, int lanes):
-    """rows with their last axis padded by zeros to a multiple of lanes; rows itself where it is one."""
-    cdef ptrdiff_t width = rows.shape[rows.ndim - 1]
-    if width % lanes == 0:
-        return rows
-    padded = np.zeros(rows.shape[:rows.ndim - 1] + (pieces(width, lanes) * lanes,), rows.dtype)
-    padded[..., :width] = rows
-    return padded
+    return (o, maximum, inverse, lse) if memchr(h.mild, 0, p.heads) == NULL else None

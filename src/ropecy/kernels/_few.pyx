@@ -94,19 +94,15 @@ cdef const rc_few_functions *functions_of(dtype):
     return &kernels.float16 if dtype.kind == "f" else &kernels.bfloat16
 
 
-cdef addresses(cnp.ndarray x, int inner):
-    """Where each of the arrays of the last `inner` axes begins, as one row of integers."""
-    cdef ptrdiff_t count = 1, at, left
-    cdef int axis, lead = x.ndim - inner
-    for axis in range(lead):
-        count *= x.shape[axis]
-    found = np.empty(count, np.intp)
-    cdef Py_ssize_t *out = <Py_ssize_t *>pointer(found)
-    for at in range(count):
-        out[at], left = <Py_ssize_t>cnp.PyArray_DATA(x), at
-        for axis in range(lead - 1, -1, -1):
-            out[at] += left % x.shape[axis] * x.strides[axis]
-            left //= x.shape[axis]
+cdef char *of_slot(cnp.ndarray x, int inner, ptrdiff_t slot):
+    """Where one of the arrays of the last `inner` axes begins, the others counted as one; NULL where there is no x."""
+    if x is None:
+        return NULL
+    cdef char *found = <char *>cnp.PyArray_DATA(x)
+    cdef int axis
+    for axis in range(x.ndim - inner - 1, -1, -1):
+        found += slot % x.shape[axis] * x.strides[axis]
+        slot //= x.shape[axis]
     return found
 
 
@@ -211,8 +207,7 @@ def forward(cnp.ndarray queries, cnp.ndarray k, cnp.ndarray v, limits, bint want
     cdef Pass x
     cdef rc_few_problem *p = &x.p
     cdef ptrdiff_t i, H = queries.shape[0], rows = queries.shape[1]
-    keep = limits.keep
-    keys, values, kept = addresses(k, 2), addresses(v, 2), None if keep is None else addresses(keep, 1)
+    cdef cnp.ndarray keep = limits.keep
     sequences = np.empty(H * sizeof(rc_few_sequence), np.uint8)
     cdef rc_few_sequence *s = <rc_few_sequence *>pointer(sequences)
     x.f = functions_of(k.dtype)
@@ -223,8 +218,7 @@ def forward(cnp.ndarray queries, cnp.ndarray k, cnp.ndarray v, limits, bint want
     for i in range(H):
         s[i] = s[0]
         s[i].row = i * rows
-        s[i].k, s[i].v = (<const void **>pointer(keys))[i], (<const void **>pointer(values))[i]
-        s[i].keep = NULL if keep is None else (<const unsigned char **>pointer(kept))[i]
+        s[i].k, s[i].v, s[i].keep = of_slot(k, 2, i), of_slot(v, 2, i), <unsigned char *>of_slot(keep, 1, i)
     p.heads, p.group, p.d, p.d_v, p.page = 1, rows // s.n, queries.shape[2], v.shape[v.ndim - 1], s.n_k
     p.k, p.v = strides_of(k, k.ndim - 2), strides_of(v, v.ndim - 2)
     p.head_rows, p.query_rows = s.n, 1
@@ -250,8 +244,7 @@ def forward_stretches(cnp.ndarray queries, cnp.ndarray k, cnp.ndarray v, stretch
     cdef const Py_ssize_t[:, ::1] rows = stretches.rows
     cdef const double[::1] most = stretches.most
     cdef ptrdiff_t i, j, H = queries.shape[0], count = rows.shape[0]
-    keep = stretches.keep
-    keys, values, kept = addresses(k, 2), addresses(v, 2), None if keep is None else addresses(keep, 1)
+    cdef cnp.ndarray keep = stretches.keep
     sequences = np.empty(count * H * sizeof(rc_few_sequence), np.uint8)
     cdef rc_few_sequence *s = <rc_few_sequence *>pointer(sequences)
     x.f = functions_of(k.dtype)
@@ -265,9 +258,8 @@ def forward_stretches(cnp.ndarray queries, cnp.ndarray k, cnp.ndarray v, stretch
         for i in range(H):
             s.n, s.n_k, s.lo, s.hi = rows[j, 0], rows[j, 1], rows[j, 2], rows[j, 3]
             s.row, s.first, s.pages, s.most = i * p.group * p.head_rows + rows[j, 4], 0, &FIRST_PAGE, most[j]
-            s.k = (<const char **>pointer(keys))[i] + rows[j, 5] * p.k.row
-            s.v = (<const char **>pointer(values))[i] + rows[j, 5] * p.v.row
-            s.keep = NULL if keep is None else (<const unsigned char **>pointer(kept))[i] + rows[j, 5]
+            s.k, s.v = of_slot(k, 2, i) + rows[j, 5] * p.k.row, of_slot(v, 2, i) + rows[j, 5] * p.v.row
+            s.keep = NULL if keep is None else <unsigned char *>of_slot(keep, 1, i) + rows[j, 5]
             s += 1
     p.q, p.scale, p.o, p.lse = pointer(queries), stretches.scale, pointer(o), <double *>pointer(lse)
     return o, lse, compute(&x, sequences, k.itemsize, threads).reshape(count, H).all(axis=1)

@@ -268,11 +268,14 @@ def _check_scale(scale: Any, near: tuple[int, float | tuple[float, ...]] | None,
     """The scale of scores, 1/d by default. It and the scales of near offsets must be finite in the dtype `compute`."""
     scale = 1 / d if scale is None else check_number("scale", scale)
     most, scales = _LARGEST[compute], () if near is None else scales_of(near)
-    for name, number in (("scale", scale), *(("near", each) for each in scales)):
+    for number in (scale, *scales):
         if not -most <= number <= most:
+            name = "scale" if number is scale else "near"
             raise ValueError(f"{name}: got {number}, wants a number that {compute} can hold")
+    if not scales:
+        return scale
     # One power of two keeps the scores of all heads from overflow.
-    room, largest = most**0.75, max(scales, key=abs, default=0.0)
+    room, largest = most**0.75, max(scales, key=abs)
     if len(set(scales)) > 1 and abs(largest) > room:
         raise ValueError(f"near: got {largest} beside other scales, wants at most {room:.3g} where heads differ")
     return scale

@@ -105,9 +105,7 @@ class Mask:
     @property
     def band_of_indices(self) -> tuple[int, int]:
         """The band (lo, hi) of j - i, with the offset included; an end that is None becomes one past every j - i."""
-        far = self.n + self.n_k
-        lo = -far if self.lo is None else max(-far, self.lo + self.offset)
-        return lo, far if self.hi is None else min(far, self.hi + self.offset)
+        return band_of_indices(self.n + self.n_k, self.lo, self.hi, self.offset)
 
     def simplified(self) -> Mask:
         """The same mask, without those ends of the band that hide nothing."""
@@ -221,3 +219,8 @@ def _clipped_sum(start: int, n: int, most: int) -> int:
     """The sum over 0 <= i < n of start + i, each clipped to [0, most]."""
     rising, top = (min(max(edge, 0), n) for edge in (-start, most - start))
     return (top - rising) * (2 * start + rising + top - 1) // 2 + (n - top) * most
+
+
+def band_of_indices(far: int, lo: int | None, hi: int | None, offset: int) -> tuple[int, int]:
+    """The band (lo, hi) of j - i, with the offset included; `far`, past every j - i, stands for an end that is None."""
+    return -far if lo is None else max(-far, lo + offset), far if hi is None else min(far, hi + offset)

@@ -167,14 +167,15 @@ def of_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Ten
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
-    for name, x in {"query": query, "key": key, "value": value}.items():
-        if x.dim() < 2:
-            raise ValueError(f"{name}: got shape {tuple(x.shape)}, wants (..., rows, width)")
-        if name != "value" and x.shape[-1] == 0:
-            raise ValueError(f"{name}: got shape {tuple(x.shape)}, wants rows of at least one entry, to form scores")
-        if not enable_gqa and x.dim() > 2 and query.dim() > 2 and 1 != x.shape[-3] != query.shape[-3] != 1:
+    of_query = query.shape
+    for name, shape in (("query", of_query), ("key", key.shape), ("value", value.shape)):
+        if len(shape) < 2:
+            raise ValueError(f"{name}: got shape {tuple(shape)}, wants (..., rows, width)")
+        if name != "value" and shape[-1] == 0:
+            raise ValueError(f"{name}: got shape {tuple(shape)}, wants rows of at least one entry, to form scores")
+        if not enable_gqa and len(shape) > 2 and len(of_query) > 2 and 1 != shape[-3] != of_query[-3] != 1:
             raise ValueError(
-                f"{name}: got {x.shape[-3]} heads beside {query.shape[-3]} of query, wants as many, or enable_gqa=True"
+                f"{name}: got {shape[-3]} heads beside {of_query[-3]} of query, wants as many, or enable_gqa=True"
             )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..attention import attention, attention_vjp
+from ..attention import attention, differentiable
 from ..certificate import Certificate
 from ..rotary import Rotary
 from .threads import torch_threads
@@ -39,7 +39,10 @@ def decode(rotary: str) -> Rotary:
 
 def _memory(x: Tensor) -> np.ndarray:
     """x's own memory, where it holds x's numbers and not their negatives."""
-    return x.numpy(force=True) if x.requires_grad or x.is_neg() else x.numpy()
+    try:
+        return x.numpy()
+    except RuntimeError:  # it has a gradient, or is to be negated first
+        return x.numpy(force=True)
 
 
 def array(x: Tensor) -> np.ndarray:
@@ -140,15 +143,15 @@ def differentiate(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of query, key, value and scale_near, 0 if there is none; `how` is keywords of `attention_vjp`."""
     with torch_threads:
-        _, vjp = attention_vjp(stored(query), stored(key), stored(value), **how)
+        evaluation = differentiable(stored(query), stored(key), stored(value), how.pop("R"), how)
     # A gradient scaler looks for NaN in gradients, by which it knows that it has to skip a step.
     lost = ~grad.isfinite().all(-1, keepdim=True)
     any_lost = bool(lost.any())
     kept = stored(grad.masked_fill(lost, 0) if any_lost else grad)
     with torch_threads:
-        g = vjp(kept)
-    dscale_near = torch.tensor(0.0 if how["near"] is None else g.dscale_near, dtype=torch.float64)
-    dQ, dK, dV = tensor(g.dQ, query), tensor(g.dK, key), tensor(g.dV, value)
+        g = evaluation.vjp(kept)
+    dscale_near = torch.tensor(0.0 if how["near"] is None else g["dscale_near"], dtype=torch.float64)
+    dQ, dK, dV = tensor(g["dQ"], query), tensor(g["dK"], key), tensor(g["dV"], value)
     if any_lost:
         nan = torch.zeros_like(lost, dtype=grad.dtype).masked_fill(lost, torch.nan)
         of_heads = nan.sum((-2, -1)).reshape(-1, *dscale_near.shape).sum(0)

@@ -22,7 +22,7 @@ from ..problem.checks import check_integer
 from ..problem.packed import counted
 from ..problem.request import Request
 from .derivatives import Gradient, refuse_second_order
-from .operators import array, decode, differentiate, library, stored
+from .operators import decode, differentiate, library, stored
 from .threads import torch_threads
 
 _INPUTS = (
@@ -122,7 +122,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, *given: Any) -> tuple[Te
         n, n_k = np.diff(sequences.q_starts)[rest], sequences.n_k[rest]
         rows, keys = _rows(sequences.q_starts[rest], n), _rows(sequences.k_starts[rest], n_k)
         k, v = (_of_keys(x, keys, n_k, sequences.pages[rest]) for x in (key, value))
-        inputs = (array(x.transpose(0, 1)) for x in (query[rows], k, v))
+        inputs = (stored(x.transpose(0, 1)) for x in (query[rows], k, v))
         with torch_threads:
             found, found_lse = attention(*inputs, **_keywords(n, n_k, options), return_lse=True)
         o[rows], lse[rows] = found.swapaxes(0, 1), found_lse.T

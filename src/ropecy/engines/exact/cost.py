@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from ...kernels import _exact
+from ...kernels import _exact, _exact_gradient
 from ...problem.problem import Outline, Problem
 from ..cost import REFERENCE, Work, operations_work, shared, speeds
 from . import family, streaming
@@ -29,17 +29,22 @@ def exact_work(problem: Outline, grad: bool) -> Work:
         return operations_work(problem, family.operations(problem, grad))
     H, G, n, n_k, d, d_v = problem.sizes
     s = speeds(problem.dtype)
-    tile, block, _ = _exact.blocking(problem.dtype)
-    tiles = H * G * -(-n // tile)
-    whole = tiles * tile / max(1, H * G * n)
-    forward = H * G * problem.mask.pairs(tile / 2, tile / 2 + block / 2) * whole
+    (queries, block), (tile, step) = _exact.left_out(problem.dtype)
+    _, _, lanes = _exact.blocking(problem.dtype)
+    tiles = H * G * -(-n // queries)
+    forward = H * G * problem.mask.pairs(queries / 2, (queries + block) / 2) * _whole(n, lanes)
     rows = H * (G * n + n_k) * (d + d_v) / 2 * _ENTRY
     work = Work(0.0, ((forward * (s.pair + s.product * (d + d_v)) * 1e-9, tiles), (rows, tiles)))
     if not grad:
         return work
-    backward = H * G * problem.mask.pairs((tile + block) / 2, (tile + block) / 2) * whole
+    backward = H * G * problem.mask.pairs((tile + step) / 2, (tile + step) / 2) * _whole(n, tile)
     seconds = backward * (s.pair_grad + s.product * (3 * d + 2 * d_v)) * 1e-9
     return work + Work(0.0, ((seconds, H * streaming.segments(problem)), (2 * rows, tiles)))
+
+
+def _whole(n: int, part: int) -> float:
+    """How many times n rows are computed, if they are computed in whole parts."""
+    return -(-n // part) * part / max(1, n)
 
 
 def exact_bytes(problem: Outline, grad: bool) -> float:
@@ -50,8 +55,11 @@ def exact_bytes(problem: Outline, grad: bool) -> float:
     item = problem.dtype.itemsize
     size = H * n_k * d * item + H * G * n * 2 * item
     if grad:
-        # Transposed and padded copies of q and do, and a dq for each segment of keys.
-        size += (H * G * n * (2 * (d + d_v) + d * streaming.segments(problem)) + H * n_k * d_v) * item
+        # Transposed and padded copies of q and do, a dq for each segment of keys, and keys and values, of some heads.
+        segments = streaming.segments(problem)
+        work = float(G * n) * n_k * (3 * d + 2 * d_v + 30)
+        heads = _exact_gradient.heads_at_once(H, work, segments, problem.threads)
+        size += heads * (G * n * (2 * (d + d_v) + d * segments) + n_k * (d + d_v)) * item
     return size
 
 

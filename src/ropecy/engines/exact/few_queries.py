@@ -17,7 +17,7 @@ from ...kernels import _few, _halves
 from ...machine.memory import require
 from ...problem.arguments import Arguments
 from ...problem.call import key_heads_of
-from ...problem.mask import Mask
+from ...problem.mask import band_of_indices
 from ...problem.request import Request
 from ...problem.rows import contiguous, head_count, spread
 
@@ -91,7 +91,7 @@ def forward(
     require(math.prod(shape) * a.compute.itemsize, f"the result, of shape {shape},")
     q, k, v, keep = by_slots(a)
     q = q.reshape(len(q), -1, a.d)
-    band = Mask(a.n, a.n_k, a.lo, a.hi, a.q_offset).band_of_indices
+    band = band_of_indices(a.n + a.n_k, a.lo, a.hi, a.q_offset)
     limits = Limits(a.scale * LOG2E, most_of_scores(a, request, a.n_k), keep, a.n, band)
     found = _few.forward(q, k, v, limits, want_lse, a.threads)
     return None if found is None else to_user(a, *found)

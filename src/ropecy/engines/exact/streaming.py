@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...kernels import _exact, _rows
+from ...kernels import _exact, _exact_gradient, _rows
 from ...problem.input_gradients import InputGradients, SymbolGradient
 from ...problem.problem import LIMITS, Outline, Problem
 from .bias_table import from_the_largest
@@ -101,7 +101,7 @@ def backward(problem: Problem, saved: Saved, do: np.ndarray) -> InputGradients:
     """
     want = problem.bias is not None
     sized = saved.sized
-    dq, dk, dv, diagonals = _exact.backward(saved, problem.v, do, want, segments(problem), problem.threads)
+    dq, dk, dv, diagonals = _exact_gradient.backward(saved, problem.v, do, want, segments(problem), problem.threads)
     if sized.of_q or sized.of_k or sized.of_scale:
         with np.errstate(over="ignore"):
             dq = np.ldexp(dq, sized.of_scale + sized.of_k)
@@ -129,7 +129,7 @@ def resume(problem: Problem, bound: float, o: np.ndarray, lse: np.ndarray) -> Sa
 
 def segments(problem: Outline) -> int:
     """Into how many parts backward cuts the keys."""
-    return _exact.segments_of(problem.cut_for, problem.sizes.n_k, problem.dtype)
+    return _exact_gradient.segments_of(problem.cut_for, problem.sizes.n_k, problem.dtype)
 
 
 def _sized(problem: Problem, bound: float | np.ndarray) -> Sized:

@@ -5,9 +5,13 @@
  *
  *   pack_keys, pack_values   keys as [register block][a][key]; padding keys are 0
  *   forward                  `queries` queries, their rows of q and of o: o, maximum, inverse, lse
- *   prepare                  one tile of queries for backward: transposed q and do, <o, do>
- *   backward                 key blocks [first, last) of one segment, all queries: dk, dv, the segment's dq
- *   collect                  dq of one tile: the segments' parts added in order
+ *
+ * Backward is of one head by itself:
+ *
+ *   prepare                  one tile of queries: transposed q and do, <o, do>
+ *   backward                 one block of keys, all queries: its rows of dk and dv, and it adds to the dq of its segment,
+ *                            which has every block that leaves the same rest when divided by the number of segments
+ *   collect                  a tile's rows of dq: the segments' parts added in order
  */
 #ifndef RC_EXACT_H
 #define RC_EXACT_H
@@ -35,20 +39,19 @@ typedef struct {
     void *maximum, *inverse;               /* (heads, groups, n): in log2; 1 / sum, 0 for a row without keys */
     double *lse;                           /* NULL or (heads, groups, n): natural log, -inf for a row without keys */
     /* backward */
-    const void *grad;                      /* do (heads, groups, n, d_v) */
-    const void *q_rows, *grad_rows;        /* rows padded to whole vectors: (heads, groups, n, padded d or d_v) */
-    void *q_tiles, *grad_tiles;            /* (heads, groups, tiles, d or d_v, tile) */
-    void *row_stats;                       /* (heads, groups, tiles, 3, tile): maximum, inverse, <o, do> */
-    void *dq_segments;                     /* (segments, heads, groups, tiles, d, tile), zeroed */
-    double *dsymbol;                       /* NULL or (segments, heads, groups, table), zeroed */
+    const void *q_rows, *grad_rows;        /* q and do, rows with zeros up to whole vectors: (groups, n, padded d or d_v) */
+    void *q_tiles, *grad_tiles;            /* (groups, tiles, d or d_v, tile) */
+    void *row_stats;                       /* (groups, tiles, 3, tile): maximum, inverse, <o, do> */
+    void *dq_segments;                     /* (segments, groups, tiles, d, tile), zeroed */
+    double *dsymbol;                       /* NULL or (segments, groups, table), zeroed */
     ptrdiff_t segments;
     double grad_scale;                     /* of dq and dk */
-    void *dq, *dk, *dv;
 } rc_exact_problem;
 
 typedef struct {
     int queries;              /* of a piece of forward: some whole tiles */
     int tile, block;          /* queries in a tile, keys in a block */
+    int step;                 /* keys, a part of a block, that backward leaves out where no query of a tile sees them */
     int lanes;                /* rows for backward are padded to a multiple of this */
     size_t (*forward_workspace)(const rc_exact_problem *);
     size_t (*backward_workspace)(const rc_exact_problem *);
@@ -56,10 +59,9 @@ typedef struct {
     void (*pack_values)(const rc_exact_problem *, ptrdiff_t head, ptrdiff_t block);
     void (*forward)(const rc_exact_problem *, ptrdiff_t head, ptrdiff_t group, ptrdiff_t piece, const void *q, void *o,
                     void *workspace);
-    void (*prepare)(const rc_exact_problem *, ptrdiff_t head, ptrdiff_t group, ptrdiff_t tile);
-    void (*backward)(const rc_exact_problem *, ptrdiff_t head, ptrdiff_t segment, ptrdiff_t first, ptrdiff_t last,
-                     void *workspace);
-    void (*collect)(const rc_exact_problem *, ptrdiff_t head, ptrdiff_t group, ptrdiff_t tile);
+    void (*prepare)(const rc_exact_problem *, ptrdiff_t group, ptrdiff_t tile);
+    void (*backward)(const rc_exact_problem *, ptrdiff_t block, void *dk, void *dv, void *workspace);
+    void (*collect)(const rc_exact_problem *, ptrdiff_t group, ptrdiff_t tile, void *dq);
 } rc_exact_functions;
 
 typedef struct {

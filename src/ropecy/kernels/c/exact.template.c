@@ -9,10 +9,10 @@
  *
  * What bounds it: the multiply-adds of scores and P V, 2 (d + d_v) a pair, and about 14 operations of exp a pair,
  * which is 15% of the whole at d = 64 and a third at d = 16. Share of the peak reached (float32, two cores of a Zen 4,
- * n = 4,096, exp not counted): with AVX-512 forward 67% at d = 16, 88% at d = 64, with backward 73% and 86%; with AVX2
- * forward 62% and 81%, backward alone 69% and 78%. There the products alone, with all in the caches, reach 92% to 99%. Of the
- * 6.2 ns a pair of backward at d = 64 on one core, 5.4 are multiply-adds and 0.25 exp; 0.4 is what the five products take
- * longer one after the other than each alone. */
+ * n = 4,096, exp not counted, causal in brackets): with AVX-512 forward 76% (70%) at d = 16 and 87% (86%) at d = 64, backward
+ * 80% (73%) and 87% (84%); with AVX2 forward 65% (62%) and 83% (80%), backward 71% (68%) and 77% (74%). There the products
+ * alone, with all in the caches, reach 92% to 99%. Of the 6.2 ns a pair of backward at d = 64 on one core, 5.4 are
+ * multiply-adds and 0.25 exp; 0.4 is what the five products take longer one after the other than each alone. */
 
 /* Queries of a piece of forward, whose P is [key][QUERIES]. With 16 registers a tile is small, and keys and values, which come
  * from L2 or from beyond it, would be read too often for one. Backward, whose P and dS share the L1 cache, takes one tile. */
@@ -287,23 +287,34 @@ static void RC_NAME(forward)(const rc_exact_problem *p, ptrdiff_t head, ptrdiff_
     RC_NAME(tile_load)(N, QUERIES, d_v, rows, 1, 0, o, (int)d_v);
 }
 
-static void RC_NAME(prepare)(const rc_exact_problem *p, ptrdiff_t head, ptrdiff_t group, ptrdiff_t tile) {
-    const ptrdiff_t d = p->d, d_v = p->d_v, row0 = tile * TILE, rows = rc_min(TILE, p->n - row0);
-    const ptrdiff_t lane = head * p->groups + group, slot = lane * p->n + row0, tiles = (p->n + TILE - 1) / TILE;
-    const REAL *grad = (const REAL *)p->grad + slot * d_v, *o = (const REAL *)p->o + slot * d_v;
-    REAL *stats = (REAL *)p->row_stats + (lane * tiles + tile) * 3 * TILE;
-    RC_NAME(tile_load)((const REAL *)p->q + slot * d, d, rows, d, p->factor ? 1 : (REAL)(p->scale * LOG2E), 0,
-                       (REAL *)p->q_tiles + (lane * tiles + tile) * d * TILE, TILE);
-    RC_NAME(tile_load)(grad, d_v, rows, d_v, 1, 0, (REAL *)p->grad_tiles + (lane * tiles + tile) * d_v * TILE, TILE);
+/* <x, y> of `width` entries. */
+static REAL RC_NAME(dot)(const REAL *x, const REAL *y, ptrdiff_t width) {
+    vreal sums = {0};
+    ptrdiff_t c = 0;
+    for (; c + LANES <= width; c += LANES)
+        sums += LOAD(x + c) * LOAD(y + c);
+    REAL dot = 0;
+    for (; c < width; c++)
+        dot += x[c] * y[c];
+    for (int i = 0; i < LANES; i++)
+        dot += sums[i];
+    return dot;
+}
+
+static void RC_NAME(prepare)(const rc_exact_problem *p, ptrdiff_t group, ptrdiff_t tile) {
+    const ptrdiff_t d = p->d, d_v = p->d_v, row0 = tile * TILE, rows = rc_min(TILE, p->n - row0), slot = group * p->n + row0;
+    const ptrdiff_t tiles = (p->n + TILE - 1) / TILE, wide = rc_round_up(d, LANES), wide_v = rc_round_up(d_v, LANES);
+    const REAL *grad = (const REAL *)p->grad_rows + slot * wide_v, *o = (const REAL *)p->o + slot * d_v;
+    REAL *stats = (REAL *)p->row_stats + (group * tiles + tile) * 3 * TILE;
+    RC_NAME(tile_load)((const REAL *)p->q_rows + slot * wide, wide, rows, d, p->factor ? 1 : (REAL)(p->scale * LOG2E), 0,
+                       (REAL *)p->q_tiles + (group * tiles + tile) * d * TILE, TILE);
+    RC_NAME(tile_load)(grad, wide_v, rows, d_v, 1, 0, (REAL *)p->grad_tiles + (group * tiles + tile) * d_v * TILE, TILE);
     for (ptrdiff_t i = 0; i < TILE; i++) {
-        REAL dot = 0;
-        for (ptrdiff_t c = 0; i < rows && c < d_v; c++)
-            dot += grad[i * d_v + c] * o[i * d_v + c];
         /* What is no row, or sees no key, has a maximum by which every weight is 0: inf * 0 would be NaN. */
         const REAL inverse = i < rows ? ((const REAL *)p->inverse)[slot + i] : 0;
         stats[i] = inverse > 0 ? ((const REAL *)p->maximum)[slot + i] : RC_BITS == 32 ? (REAL)1e38 : (REAL)1e307;
         stats[TILE + i] = inverse;
-        stats[2 * TILE + i] = dot;
+        stats[2 * TILE + i] = i < rows ? RC_NAME(dot)(grad + i * wide_v, o + i * d_v, d_v) : 0;
     }
 }
 
@@ -350,72 +361,61 @@ static void RC_NAME(diagonals)(const RC_NAME(masking) * m, double *dsymbol, REAL
     }
 }
 
-static void RC_NAME(backward)(const rc_exact_problem *p, ptrdiff_t head, ptrdiff_t segment, ptrdiff_t first, ptrdiff_t last,
-                              void *workspace) {
-    const ptrdiff_t d = p->d, d_v = p->d_v, n = p->n, tiles = (n + TILE - 1) / TILE, padded = rc_round_up(p->n_k, BLOCK);
+static void RC_NAME(backward)(const rc_exact_problem *p, ptrdiff_t block, void *dk_rows, void *dv_rows, void *workspace) {
+    const ptrdiff_t d = p->d, d_v = p->d_v, n = p->n, tiles = (n + TILE - 1) / TILE;
     const ptrdiff_t wide = rc_round_up(d, LANES), wide_v = rc_round_up(d_v, LANES);
-    const ptrdiff_t table = BLOCK + n + p->n_k - 1 + TILE;
+    const ptrdiff_t table = BLOCK + n + p->n_k - 1 + TILE, segment = block % p->segments;
+    const ptrdiff_t j0 = block * BLOCK, keys = rc_min(BLOCK, p->n_k - j0), keys_up = rc_round_up(keys, KEYS);
     REAL *P = workspace, *dS = P + BLOCK * TILE, *dk = dS + BLOCK * TILE, *dv = dk + BLOCK * wide;
-    for (ptrdiff_t block = segment + first * p->segments; block < segment + last * p->segments; block += p->segments) {
-        const ptrdiff_t j0 = block * BLOCK;
-        if (j0 >= p->n_k)
-            break;
-        const ptrdiff_t keys = rc_min(BLOCK, p->n_k - j0), keys_up = rc_round_up(keys, KEYS);
-        const REAL *k_pack = (const REAL *)p->key_pack + (head * padded + j0) * d;
-        const REAL *v_pack = (const REAL *)p->value_pack + (head * padded + j0) * d_v;
-        for (ptrdiff_t i = 0; i < BLOCK * (wide + wide_v); i++)
-            dk[i] = 0;
-        for (ptrdiff_t i = keys_up * TILE; i < BLOCK * TILE; i++)
-            P[i] = dS[i] = 0;
-        const ptrdiff_t row_first = p->hi < j0 ? rc_min(n, j0 - p->hi) : 0;
-        const ptrdiff_t row_last = p->lo > j0 + keys - n ? rc_max(0, j0 + keys - p->lo) : n;
-        for (ptrdiff_t group = 0; group < p->groups; group++) {
-            const ptrdiff_t lane = head * p->groups + group;
-            const RC_NAME(masking) masking = RC_NAME(masking_of)(p, head, group);
-            double *dsymbol = p->dsymbol ? p->dsymbol + (segment * p->heads * p->groups + lane) * table + BLOCK : 0;
-            for (ptrdiff_t tile = row_first / TILE; tile * TILE < row_last; tile++) {
-                const ptrdiff_t row0 = tile * TILE, rows = rc_min(TILE, n - row0), at = lane * tiles + tile;
-                const REAL *q = (const REAL *)p->q_tiles + at * d * TILE, *g = (const REAL *)p->grad_tiles + at * d_v * TILE;
-                const REAL *stats = (const REAL *)p->row_stats + at * 3 * TILE;
-                const RC_NAME(masking) *m = RC_NAME(needs_tables)(&masking, row0, TILE, j0, keys) ? &masking : 0;
-                /* Of the block's keys those that a row of the tile sees: [a, b), from `from` to a whole number of steps. */
-                ptrdiff_t a, b;
-                RC_NAME(visible_keys)(p, row0, row0 + rows, &a, &b);
-                const ptrdiff_t from = rc_max(0, a - j0) / STEP * STEP, end = rc_min(keys, b - j0);
-                const ptrdiff_t end_up = rc_min(keys_up, rc_round_up(end, STEP)), whole = rc_round_up(end, STEP) - from;
-                for (ptrdiff_t j = from; j < end_up; j += KEYS)
-                    RC_NAME(weights_known)(d, q, k_pack + j * d, P + j * TILE, stats, (REAL)p->gain, m, row0, j0 + j);
-                for (ptrdiff_t j = from; j < end_up; j += KEYS)
-                    RC_NAME(score_gradients)(d_v, g, v_pack + j * d_v, P + j * TILE, dS + j * TILE, stats + 2 * TILE);
-                RC_NAME(columns)(whole, wide_v, rows, (const REAL *)p->grad_rows + (lane * n + row0) * wide_v, P + from * TILE,
-                                 dv + from * wide_v);
-                if (dsymbol || p->factor)
-                    RC_NAME(diagonals)(&masking, dsymbol, dS + from * TILE, end - from, row0, j0 + from);
-                RC_NAME(columns)(whole, wide, rows, (const REAL *)p->q_rows + (lane * n + row0) * wide, dS + from * TILE,
-                                 dk + from * wide);
-                RC_NAME(product_tile)((int)d, VECTORS, end - from, dS + from * TILE,
-                                      (const REAL *)p->k + (head * p->n_k + j0 + from) * d, d,
-                                      (REAL *)p->dq_segments + ((segment * p->heads * p->groups + lane) * tiles + tile) * d * TILE);
-            }
+    const REAL *k_pack = (const REAL *)p->key_pack + j0 * d, *v_pack = (const REAL *)p->value_pack + j0 * d_v;
+    for (ptrdiff_t i = 0; i < BLOCK * (wide + wide_v); i++)
+        dk[i] = 0;
+    for (ptrdiff_t i = keys_up * TILE; i < BLOCK * TILE; i++)
+        P[i] = dS[i] = 0;
+    const ptrdiff_t row_first = p->hi < j0 ? rc_min(n, j0 - p->hi) : 0;
+    const ptrdiff_t row_last = p->lo > j0 + keys - n ? rc_max(0, j0 + keys - p->lo) : n;
+    for (ptrdiff_t group = 0; group < p->groups; group++) {
+        const RC_NAME(masking) masking = RC_NAME(masking_of)(p, 0, group);
+        double *dsymbol = p->dsymbol ? p->dsymbol + (segment * p->groups + group) * table + BLOCK : 0;
+        for (ptrdiff_t tile = row_first / TILE; tile * TILE < row_last; tile++) {
+            const ptrdiff_t row0 = tile * TILE, rows = rc_min(TILE, n - row0), at = group * tiles + tile;
+            const REAL *q = (const REAL *)p->q_tiles + at * d * TILE, *g = (const REAL *)p->grad_tiles + at * d_v * TILE;
+            const REAL *stats = (const REAL *)p->row_stats + at * 3 * TILE;
+            const RC_NAME(masking) *m = RC_NAME(needs_tables)(&masking, row0, TILE, j0, keys) ? &masking : 0;
+            /* Of the block's keys those that a row of the tile sees: [a, b), from `from` to a whole number of steps. */
+            ptrdiff_t a, b;
+            RC_NAME(visible_keys)(p, row0, row0 + rows, &a, &b);
+            const ptrdiff_t from = rc_max(0, a - j0) / STEP * STEP, end = rc_min(keys, b - j0);
+            const ptrdiff_t end_up = rc_min(keys_up, rc_round_up(end, STEP)), whole = rc_round_up(end, STEP) - from;
+            for (ptrdiff_t j = from; j < end_up; j += KEYS)
+                RC_NAME(weights_known)(d, q, k_pack + j * d, P + j * TILE, stats, (REAL)p->gain, m, row0, j0 + j);
+            for (ptrdiff_t j = from; j < end_up; j += KEYS)
+                RC_NAME(score_gradients)(d_v, g, v_pack + j * d_v, P + j * TILE, dS + j * TILE, stats + 2 * TILE);
+            RC_NAME(columns)(whole, wide_v, rows, (const REAL *)p->grad_rows + (group * n + row0) * wide_v, P + from * TILE,
+                             dv + from * wide_v);
+            if (dsymbol || p->factor)
+                RC_NAME(diagonals)(&masking, dsymbol, dS + from * TILE, end - from, row0, j0 + from);
+            RC_NAME(columns)(whole, wide, rows, (const REAL *)p->q_rows + (group * n + row0) * wide, dS + from * TILE,
+                             dk + from * wide);
+            RC_NAME(product_tile)((int)d, VECTORS, end - from, dS + from * TILE, (const REAL *)p->k + (j0 + from) * d, d,
+                                  (REAL *)p->dq_segments + ((segment * p->groups + group) * tiles + tile) * d * TILE);
         }
-        for (ptrdiff_t j = 0; j < keys; j++) {
-            REAL *dk_out = (REAL *)p->dk + (head * p->n_k + j0 + j) * d, *dv_out = (REAL *)p->dv + (head * p->n_k + j0 + j) * d_v;
-            for (ptrdiff_t a = 0; a < d; a++)
-                dk_out[a] = (REAL)p->grad_scale * dk[j * wide + a];
-            for (ptrdiff_t c = 0; c < d_v; c++)
-                dv_out[c] = dv[j * wide_v + c];
-        }
+    }
+    for (ptrdiff_t j = 0; j < keys; j++) {
+        REAL *dk_out = (REAL *)dk_rows + j * d, *dv_out = (REAL *)dv_rows + j * d_v;
+        for (ptrdiff_t a = 0; a < d; a++)
+            dk_out[a] = (REAL)p->grad_scale * dk[j * wide + a];
+        for (ptrdiff_t c = 0; c < d_v; c++)
+            dv_out[c] = dv[j * wide_v + c];
     }
 }
 
-static void RC_NAME(collect)(const rc_exact_problem *p, ptrdiff_t head, ptrdiff_t group, ptrdiff_t tile) {
-    const ptrdiff_t d = p->d, row0 = tile * TILE, rows = rc_min(TILE, p->n - row0), tiles = (p->n + TILE - 1) / TILE;
-    const ptrdiff_t lanes = p->heads * p->groups, lane = head * p->groups + group, size = lanes * tiles * d * TILE;
-    REAL *sum = (REAL *)p->dq_segments + (lane * tiles + tile) * d * TILE;
+static void RC_NAME(collect)(const rc_exact_problem *p, ptrdiff_t group, ptrdiff_t tile, void *dq_rows) {
+    const ptrdiff_t d = p->d, rows = rc_min(TILE, p->n - tile * TILE), tiles = (p->n + TILE - 1) / TILE;
+    REAL *sum = (REAL *)p->dq_segments + (group * tiles + tile) * d * TILE, *dq = dq_rows;
     for (ptrdiff_t s = 1; s < p->segments; s++)
         for (ptrdiff_t i = 0; i < d * TILE; i++)
-            sum[i] += sum[s * size + i];
-    REAL *dq = (REAL *)p->dq + (lane * p->n + row0) * d;
+            sum[i] += sum[s * p->groups * tiles * d * TILE + i];
     for (ptrdiff_t i = 0; i < rows; i++)
         for (ptrdiff_t a = 0; a < d; a++)
             dq[i * d + a] = (REAL)p->grad_scale * sum[a * TILE + i];
@@ -425,6 +425,7 @@ static const rc_exact_functions RC_NAME(functions) = {
     QUERIES,
     TILE,
     BLOCK,
+    STEP,
     LANES,
     RC_NAME(forward_workspace),
     RC_NAME(backward_workspace),

@@ -249,7 +249,11 @@ RC_INLINE vreal FEW(query)(const rc_few_problem *p, const STORED *row, ptrdiff_t
         memcpy(stored, row + a, (p->d - a) * sizeof(STORED));
         STORE(x, WIDEN(stored));
     }
-    return __builtin_convertvector(__builtin_convertvector(LOAD(x), RC_NAME(few_wide)) * p->scale, vreal);
+    RC_UNROLL for (int l = 0; l < LANES; l += WIDE_LANES) {
+        RC_NAME(few_part) *part = (RC_NAME(few_part) *)(x + l);
+        *part = __builtin_convertvector(__builtin_convertvector(*part, RC_NAME(few_wide)) * p->scale, RC_NAME(few_part));
+    }
+    return LOAD(x);
 }
 
 /* Queries as scores take them, [vector][query][lane]. The last vector ends with the row: it is 0 where the one before has
@@ -273,7 +277,7 @@ static double FEW(longest_query)(const rc_few_problem *p, const rc_few_sequence 
     double longest = 0, off = 0;
     for (ptrdiff_t row = 0; row < rc_rows(p, s); row++) {
         const STORED *q = (const STORED *)p->q + rc_row(p, s, head, row) * p->d;
-        RC_NAME(few_wide) squares = {0};
+        RC_NAME(few_squares) squares = {0};
         for (ptrdiff_t a = 0; a < p->d; a += LANES)
             RC_NAME(few_add_squares)(&squares, FEW(query)(p, q, a));
         const double sum = RC_NAME(few_total)(&squares);
@@ -304,7 +308,7 @@ static double FEW(longest_key)(const rc_few_sequence *s, const FEW(task) * t, vo
     double longest = 0;
     const ptrdiff_t count = FEW(sample)(s, &t->k, zeros, (STORED *)((char *)workspace + t->k_copies), keep, rows);
     for (ptrdiff_t i = 0; i < count; i++) {
-        RC_NAME(few_wide) squares = {0};
+        RC_NAME(few_squares) squares = {0};
         ptrdiff_t a = 0;
         for (; a + LANES <= t->k.read; a += LANES)
             RC_NAME(few_add_squares)(&squares, WIDEN(rows[i] + a));

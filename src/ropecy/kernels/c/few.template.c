@@ -51,6 +51,7 @@ static inline ptrdiff_t rc_row(const rc_few_problem *p, const rc_few_sequence *s
 #undef LARGEST
 #undef HIGH
 #undef FAR
+#undef WIDE_LANES
 #if RC_BITS == 32
 #define LARGEST 3.40282347e38f
 #define HIGH 512 /* scores, in units of log2, whose rounding moves weights by some ten-thousandths */
@@ -85,18 +86,32 @@ typedef struct {
     vreal sum;
 } RC_NAME(few_state);
 
-/* A vector in float64: squares of numbers far from 1 pass the range of float32. */
-typedef double RC_NAME(few_wide) __attribute__((vector_size(8 * LANES)));
+/* A vector of float64, and as many numbers of a vector: GCC keeps longer ones in memory. */
+typedef double RC_NAME(few_wide) __attribute__((vector_size(RC_VECTOR_BYTES)));
+typedef REAL RC_NAME(few_part) __attribute__((vector_size(RC_VECTOR_BYTES * sizeof(REAL) / 8), aligned(sizeof(REAL)), may_alias));
+#define WIDE_LANES (RC_VECTOR_BYTES / 8)
 
-RC_INLINE void RC_NAME(few_add_squares)(RC_NAME(few_wide) * sum, vreal x) {
-    const RC_NAME(few_wide) wide = __builtin_convertvector(x, RC_NAME(few_wide));
-    *sum += wide * wide;
+/* Sums of squares in float64: those of numbers far from 1 pass the range of float32. */
+typedef struct {
+    RC_NAME(few_wide) part[LANES / WIDE_LANES];
+} RC_NAME(few_squares);
+
+RC_INLINE void RC_NAME(few_add_squares)(RC_NAME(few_squares) * sum, vreal x) {
+    REAL flat[LANES];
+    STORE(flat, x);
+    RC_UNROLL for (int i = 0; i < LANES / WIDE_LANES; i++) {
+        const RC_NAME(few_part) part = *(const RC_NAME(few_part) *)(flat + i * WIDE_LANES);
+        const RC_NAME(few_wide) wide = __builtin_convertvector(part, RC_NAME(few_wide));
+        sum->part[i] += wide * wide;
+    }
 }
 
-RC_INLINE double RC_NAME(few_total)(const RC_NAME(few_wide) * sum) {
+RC_INLINE double RC_NAME(few_total)(const RC_NAME(few_squares) * sum) {
+    RC_NAME(few_wide) all = sum->part[0];
+    RC_UNROLL for (int i = 1; i < LANES / WIDE_LANES; i++) all += sum->part[i];
     double total = 0;
-    for (int l = 0; l < LANES; l++)
-        total += (*sum)[l];
+    for (int l = 0; l < WIDE_LANES; l++)
+        total += all[l];
     return total;
 }
 
