@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from ropecy.kernels import _halves
+from ropecy.problem import checks
 
 DTYPES = [np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
 PATTERNS = np.arange(2**16, dtype=np.uint16)
@@ -49,3 +50,14 @@ def test_lengths_strides_and_threads(dtype, n):
         wide = _halves.widened(array, 3)
         assert np.array_equal(wide, array.astype(np.float32))
         assert np.array_equal(_halves.narrowed(wide.T, dtype, 3), array.T)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_largest_of_halves_is_found_without_their_signs(dtype):
+    x = np.random.default_rng(0).standard_normal((9, 7)).astype(dtype)
+    for array in (x, np.abs(x), -np.abs(x), x[::2, 1::3], 0 * x, x[:0]):
+        assert checks.check_finite("dO", array) == np.abs(array.astype(np.float64)).max(initial=0)
+    for entry, said in ((np.nan, "NaN"), (-np.nan, "NaN"), (np.inf, "Inf"), (-np.inf, "-Inf")):
+        x[4, 5] = entry
+        with pytest.raises(ValueError, match=rf"^dO: got {said} at index \(4, 5\), wants finite numbers only"):
+            checks.check_finite("dO", x)

@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch")
 from torch_cases import SDPA, check_same, gradients, padding, tensors  # noqa: E402
 
 import ropecy  # noqa: E402
+from ropecy.attention import differentiable  # noqa: E402
 from ropecy.torch import RoPEAttention  # noqa: E402
 
 
@@ -112,12 +113,12 @@ def test_near_and_far_by_the_polynomial_at_8192_tokens(head_dim, bound, rotary, 
     assert layer.near == 64 and layer.method == "auto"
     engines = []
 
-    def watch(Q, K, V, **options):
-        O, vjp = ropecy.attention_vjp(Q, K, V, **options)
-        engines.append((vjp.certificate.engine, vjp.certificate.error))
-        return O, vjp
+    def watch(Q, K, V, R, options):
+        found = differentiable(Q, K, V, R, options)
+        engines.append((found.certificate.engine, found.certificate.error))
+        return found
 
-    monkeypatch.setattr("ropecy.torch.operators.attention_vjp", watch)
+    monkeypatch.setattr("ropecy.torch.operators.differentiable", watch)
     x = torch.randn(1, 8192, head_dim)
     found = gradients(lambda x: layer(x), [x.requires_grad_()]), [p.grad.clone() for p in layer.parameters()]
     assert engines[0][0] == "polynomial" and engines[0][1] <= eps

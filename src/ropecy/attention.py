@@ -15,7 +15,7 @@ from .engines.exact import few_lengths, few_queries
 from .gradients import Gradients
 from .options import Integers, Options
 from .planning import plain_calls, plain_gradients
-from .planning.evaluation import Evaluation
+from .planning.evaluation import Differentiable, Evaluation
 from .planning.plain_gradients import PlainGradient
 from .problem import checks
 from .problem.arguments import Arguments, check_arguments, check_entries, check_method
@@ -300,7 +300,7 @@ class VJP:
 
     __slots__ = ("_evaluation", "certificate")
 
-    def __init__(self, evaluation: Evaluation | PlainGradient) -> None:
+    def __init__(self, evaluation: Differentiable | PlainGradient) -> None:
         self._evaluation = evaluation
         self.certificate: Certificate = evaluation.certificate
 

@@ -5,6 +5,7 @@ The sequence is held by one process, or in pieces by several.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -129,7 +130,41 @@ def _outlines(call: Call, pieces: Pieces) -> tuple[Outline, Outline]:
     return whole, piece
 
 
-class Evaluation:
+class Differentiable(ABC):
+    """A forward pass of which gradients are wanted.
+
+    Attributes
+    ----------
+    call : Call, or what takes its place
+    pieces : Pieces
+    o : array
+        The result, of the dtype computed in.
+    """
+
+    call: Any
+    pieces: Pieces
+    o: np.ndarray
+
+    @property
+    def output(self) -> np.ndarray:
+        """O as the user has it: a copy, for gradients need O as it is and users subtract targets in place."""
+        return self.call.to_user(self.o.copy())
+
+    def vjp(self, dO: Any) -> dict[str, np.ndarray]:
+        """The gradients by name for this dO, which is checked to be like O and finite, on all ranks."""
+
+        def checked() -> tuple[np.ndarray, float]:
+            X = checks.check_like("dO", dO, self.call.dtype, self.call.shape)
+            return X, checks.check_finite("dO", X)
+
+        return self.gradients(*self.pieces.comm.together(checked))
+
+    @abstractmethod
+    def gradients(self, dO: np.ndarray, largest: float) -> dict[str, np.ndarray]:
+        """The gradients by name for dO in the shape of O with max |dO| = `largest`."""
+
+
+class Evaluation(Differentiable):
     """A call's forward pass, and its backward pass as often as asked.
 
     Attributes
@@ -180,20 +215,6 @@ class Evaluation:
         if found.rows_truncation is None:
             return found
         return replace(found, rows_truncation=self.call.lse_to_user(found.rows_truncation))
-
-    @property
-    def output(self) -> np.ndarray:
-        """O as the user has it: a copy, for gradients need O as it is and users subtract targets in place."""
-        return self.call.to_user(self.o.copy())
-
-    def vjp(self, dO: Any) -> dict[str, np.ndarray]:
-        """The gradients by name for this dO, which is checked to be like O and finite, on all ranks."""
-
-        def checked() -> tuple[np.ndarray, float]:
-            X = checks.check_like("dO", dO, self.call.dtype, self.call.shape)
-            return X, checks.check_finite("dO", X)
-
-        return self.gradients(*self.pieces.comm.together(checked))
 
     def gradients(self, dO: np.ndarray, largest: float) -> dict[str, np.ndarray]:
         """The gradients by name, {"dQ": ..., ...}, for dO in the shape of O with max |dO| = `largest`."""

@@ -15,7 +15,7 @@ from ..engines.parts.executable import InParts
 from ..problem import checks
 from ..problem.call import Call
 from ..problem.pieces import Pieces
-from .evaluation import Evaluation
+from .evaluation import Differentiable, Evaluation
 from .plan import Plan
 
 
@@ -102,7 +102,7 @@ class Shares:
             return o.astype(self.dtype, copy=False)
 
 
-class SharedEvaluation:
+class SharedEvaluation(Differentiable):
     """The forward pass of `Shares`, and its backward pass as often as asked, as `Evaluation` has them.
 
     Attributes
