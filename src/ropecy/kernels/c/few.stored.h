@@ -101,6 +101,17 @@ RC_INLINE void FEW(ask_for)(const STORED *row, ptrdiff_t first, ptrdiff_t last) 
         __builtin_prefetch(row + a, 0, 2);
 }
 
+/* Asks for a line of each page of memory that these rows begin in, so that its address is known when the rows are asked for. */
+static void FEW(ask_for_pages)(const STORED *const *at, ptrdiff_t rows) {
+    uintptr_t last = 0;
+    for (ptrdiff_t j = 0; j < rows; j++) {
+        const uintptr_t page = (uintptr_t)at[j] / PAGE;
+        if (page != last)
+            __builtin_prefetch(at[j], 0, 2);
+        last = page;
+    }
+}
+
 /* acc[key][query] += what the vector of entries from a on adds to the product of J keys and R queries. */
 RC_INLINE void FEW(dots)(const int R, const int J, const STORED *const *k, ptrdiff_t a, const REAL *q, vreal acc[16]) {
     vreal y[8];
@@ -412,25 +423,32 @@ static int FEW(of_parts)(const rc_few_problem *p, const rc_few_sequence *s, rc_f
     const int R = t.layout.R;
     char *work = workspace;
     const STORED *zeros = memset(work + t.zeros, 0, t.k_copies - t.zeros);
-    FEW(places) at[2];
-    int good = 1, now = 0;
+    FEW(places) at[3];
+    ptrdiff_t j0 = task.part * PART, kept[3];
+    int good = 1;
     for (ptrdiff_t h = 0; h < task.heads; h++)
         for (ptrdiff_t g = 0; g < t.layout.groups; g++)
             FEW(pack)(p, s, task.head + h, g * R, R, (REAL *)(work + h * t.head + t.queries) + g * R * t.layout.k_pitch);
-    ptrdiff_t j0 = task.part * PART, kept = FEW(locate_both)(s, &t, j0, end, zeros, at);
-    for (; j0 < end; j0 += t.block, now = !now) {
-        const ptrdiff_t after = j0 + t.block, coming = FEW(locate_both)(s, &t, after, end, zeros, at + !now);
+    for (int i = 0; i < 2; i++)
+        kept[i] = FEW(locate_both)(s, &t, j0 + i * t.block, end, zeros, at + i);
+    for (int now = 0; j0 < end; j0 += t.block, now = (now + 1) % 3) {
+        const ptrdiff_t after = j0 + t.block;
+        const int next = (now + 1) % 3, later = (now + 2) % 3;
+        kept[later] = FEW(locate_both)(s, &t, after + t.block, end, zeros, at + later);
+        if (t.heads > 1) {
+            FEW(ask_for_pages)(at[later].k, t.block);
+            FEW(ask_for_pages)(at[later].v, t.block);
+        }
         for (ptrdiff_t h = 0; h < task.heads && j0 % PART == 0; h++)
             FEW(begin)(&t, work + h * t.head);
-        if (kept)
-            good &= FEW(of_heads)(s, &t, j0, kept, at + now, at + !now, work);
+        if (kept[now])
+            good &= FEW(of_heads)(s, &t, j0, kept[now], at + now, at + next, work);
         for (ptrdiff_t h = 0; h < task.heads && (after % PART == 0 || after >= end); h++) {
             const char *own = work + h * t.head;
             double *stats = RC_NAME(few_partial)(p, s, task.head + h, j0 / PART);
             good &= RC_NAME(few_leave)(p, rc_rows(p, s), stats, (const RC_NAME(few_state) *)own, (const REAL *)(own + t.sums),
                                        t.v.read);
         }
-        kept = coming;
     }
     return good;
 }

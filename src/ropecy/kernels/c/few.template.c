@@ -16,7 +16,9 @@
  * added up. A core can wait for so few lines at once that it has to ask all the time: for one after each that it reads. They
  * are asked for into the second cache: in the first they push out what is being read, and all takes twice as long. Where the
  * rows of several heads lie side by side, these heads are computed block by block, and asked for in the order of memory;
- * head by head takes 1.2 (float32) and 1.4 times (halves) as long, for keys of 8 heads in pages of 16.
+ * head by head takes 1.2 (float32) and 1.4 times (halves) as long, for keys of 8 heads in pages of 16. There each row of keys is
+ * in another page of memory, whose address has to be looked up: a line of each is asked for a block earlier, which takes a
+ * twelfth off. Rows of one head follow on each other, and take a twentieth more by that.
  *
  * Nanoseconds a key of d = d_v = 128 that the second cache holds, on one core of a Zen 4 whose multiply-adds alone take 4.4
  * for one query and 17.5 for four: in float32 16 and 24 (AVX-512), 17 and 31 (AVX2), in halves 12 and 24, 13 to 16 and 28.
@@ -30,9 +32,10 @@ enum {
     PART = 512,
     BLOCK = 64, /* the most keys in a block; its sums start from 0, so that equal terms are not rounded to one side for long */
     LEAST_BLOCK = 16,
-    CLOSE_BYTES = 32768, /* of a block's keys and values, which the caches next to a core then hold twice */
+    CLOSE_BYTES = 16384, /* of a block's keys and values, which the caches next to a core then hold twice */
     SAMPLE = 16, /* keys and values of a head that say how long keys are, and whether values are far from 0 */
-    LINE = 64
+    LINE = 64,
+    PAGE = 4096 /* bytes of memory whose address is looked up at once */
 };
 static inline ptrdiff_t rc_parts(const rc_few_sequence *s) { return (s->n_k + PART - 1) / PART; }
 
