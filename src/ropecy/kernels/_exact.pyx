@@ -14,7 +14,7 @@ from libc.string cimport memchr
 
 from ._arrays cimport LINE, line, pieces, pointer
 from ._halves cimport rc_halves_kernels, rc_halves_select
-from ._memory cimport borrowed, returned
+from ._memory cimport borrowed, results, returned
 from ._parallel cimport parallel_for, rc_worker, team
 from ._rows cimport far, rc_rows_kernels, rc_rows_select
 
@@ -100,7 +100,7 @@ def forward(q, k, v, tables, bint want_lse, int threads):
     describe(p, q, k, v, tables)
     x.f, x.item = functions_of(q.dtype), q.itemsize
     x.blocks, x.tiles = pieces(p.n_k, x.f.block), pieces(p.n, x.f.queries)
-    o = np.empty(q.shape[:3] + (p.d_v,), q.dtype)
+    o = results(q.shape[:3] + (p.d_v,), q.dtype)
     maximum, inverse = np.empty(q.shape[:3], q.dtype), np.empty(q.shape[:3], q.dtype)
     lse = np.empty(q.shape[:3]) if want_lse else None
     pairs = <double>p.heads * p.groups * p.n * p.n_k
@@ -296,7 +296,7 @@ def forward_mild(q, k, v, told, kind, bint want_lse, int threads):
     x.blocks, x.tiles = pieces(p.n_k, x.f.block), pieces(p.n, x.f.queries)
     h.stored, h.result, h.packed, h.halves = q.itemsize, kind.itemsize, NULL, halves_of(q.dtype)
     h.factor, h.most, (h.least_norm, h.largest_norm), (h.least_value, h.largest_value) = sizes
-    o, (maximum, inverse) = np.empty(q.shape[:3] + (p.d_v,), kind), np.empty((2, *q.shape[:3]), compute)
+    o, (maximum, inverse) = results(q.shape[:3] + (p.d_v,), kind), np.empty((2, *q.shape[:3]), compute)
     lse, are_mild = np.empty(q.shape[:3]) if want_lse else None, np.empty(p.heads, np.uint8)
     p.o, p.maximum, p.inverse, p.lse = pointer(o), pointer(maximum), pointer(inverse), <double *>pointer(lse)
     h.mild = <unsigned char *>pointer(are_mild)

@@ -12,7 +12,7 @@ from libc.string cimport memcpy, memset
 
 from ._arrays cimport LINE, line, pieces, pointer
 from ._exact cimport Halves, Pass, describe, functions_of, halves_of, lines, rc_exact_problem
-from ._memory cimport borrowed, returned
+from ._memory cimport borrowed, results, returned
 from ._parallel cimport interrupted, parallel_for, rc_worker, team
 
 cnp.import_array()
@@ -214,7 +214,7 @@ def backward(saved, v, grad, bint want_dsymbol, ptrdiff_t segments, int threads)
     g.wide, g.wide_v = pieces(p.d, x.f.lanes) * x.f.lanes, pieces(p.d_v, x.f.lanes) * x.f.lanes
     g.key_shift = x.blocks * x.f.block * x.item if len(tables.key_shift) > 1 else 0
     g.symbol, g.length = p.symbol_head * x.item, x.f.block + p.n + p.n_k - 1 + x.f.tile
-    dq, dk, dv = np.empty_like(q), np.empty_like(k), np.empty_like(v)
+    dq, dk, dv = (results(X.shape, X.dtype) for X in (q, k, v))
     dsymbol = np.zeros((p.heads, segments, p.groups, g.length)) if want_dsymbol else None
     g.grad, g.dq, g.dk, g.dv = <char *>pointer(grad), <char *>pointer(dq), <char *>pointer(dk), <char *>pointer(dv)
     p.o, p.maximum, p.inverse = pointer(saved.o), pointer(saved.maximum), pointer(saved.inverse)
