@@ -20,11 +20,12 @@
  * in another page of memory, whose address has to be looked up: a line of each is asked for a block earlier, which takes a
  * twelfth off. Rows of one head follow on each other, and take a twentieth more by that.
  *
- * Nanoseconds a key of d = d_v = 128 that the second cache holds, on one core of a Zen 4 whose multiply-adds alone take 4.4
- * for one query and 17.5 for four: in float32 16 and 24 (AVX-512), 17 and 31 (AVX2), in halves 12 and 24, 13 to 16 and 28.
- * From memory a core takes 50 to 60 for a key of float32, 27 to 36 of halves, whether it can read one in 53 by sums alone or
- * in 36: as if it waited for 24 lines of 90 ns at a time. Two cores together read at 0.8 to 1.0 of what sums
- * reach on both (30 GB/s), and four queries in halves at 0.65 to 0.8, for there the multiply-adds come to as much.
+ * Nanoseconds a key of d = d_v = 128 that the second cache holds (512 keys less 128), on one core of a Zen 4 whose
+ * multiply-adds alone take 4.4 for one query and 17.5 for four: in float32 22 and 31 (AVX-512), 25 and 42 (AVX2), in halves 14
+ * and 28, 19 and 36. From memory a core takes 63 for a key of float32, 26 to 28 of halves and 38 to 45 for four queries, where
+ * sums read a key in 49, or of halves in 24: as if it waited for 23 lines of 90 ns at a time. Two cores together read at 0.8 to
+ * 0.97 of what sums reach on both (31 to 36 GB/s), four queries in halves at 0.6 to 0.76; sums at 50 GB/s leave them behind.
+ * Blocks of CLOSE_BYTES twice as large take a sixth less from the second cache, and up to a tenth more from memory.
  */
 #ifndef RC_FEW_ONCE
 #define RC_FEW_ONCE
