@@ -216,6 +216,12 @@ def test_slots_are_sampled_by_themselves(rng):
     np.testing.assert_array_equal(other.rows_truncation[0], certificate.rows_truncation[0])
 
 
+def test_many_slots_have_a_tile_of_rows_each(rng):
+    Q, K = (cases.unit_rows(X) for X in rng.standard_normal((2, 9, 3000, 16)))
+    how = {"certify": "sample", "method": "polynomial", "eps": 1e-2}
+    assert ropecy.plan(Q, K, rng.uniform(-1, 1, (9, 3000, 3)), **how).certificate.n_sampled == 48
+
+
 def planned_by_samples(rng, slots, degrees):
     """A problem of so many slots, and its executable with these degrees to try."""
     Q, K, V = (np.stack(X) for X in zip(*(unit(rng, 1500, 16, np.float64) for _ in range(slots)), strict=True))
@@ -246,7 +252,8 @@ def test_a_slot_whose_sampled_rows_fail_takes_more_degrees_alone(rng):
     np.testing.assert_array_equal(left.o[1], other.o[0])
     np.testing.assert_array_equal(left.lse[1], other.lse[0])
     assert left.certificate.rule == "worst case"
-    with pytest.raises(ropecy.BoundedEntryError, match="64 sampled rows is past 0 at all degrees that were tried"):
+    said = "^certify='sample': twice the error of 64 sampled rows is past 0 at all degrees that were tried, which is"
+    with pytest.raises(ropecy.BoundedEntryError, match=said):
         replace(failing, prove=None).forward(problem, False)
 
 

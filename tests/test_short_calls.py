@@ -63,20 +63,27 @@ DTYPES = st.sampled_from([np.float32, np.float64, np.float16, ml_dtypes.bfloat16
 SIZES = st.sampled_from([1, 2, 3, 5, 8, 12, 15, 16, 17, 30, 47, 48, 50, 64, 95, 97, 130, 300])
 
 
+def drawn(rng, draw, shared=False):
+    """Q, K and V of any sizes, and options; K may be one head for all if `shared`."""
+    heads, group, n, n_k = draw(st.sampled_from([1, 2, 8, 9])), draw(st.sampled_from([1, 3])), draw(SIZES), draw(SIZES)
+    d, d_v, dtype = draw(SIZES), draw(SIZES), draw(DTYPES)
+    of_keys = draw(st.sampled_from([1, heads])) if shared else heads
+    sizes, offsets = st.sampled_from([0.1, 0.3, 1, 1, 4, 1e-30]), st.sampled_from([0, 0, 0, 0, 50])
+    Q = (rng.standard_normal((heads * group, n, d)) * draw(sizes)).astype(dtype)
+    K = (rng.standard_normal((of_keys, n_k, d)) * draw(sizes) + draw(offsets)).astype(dtype)
+    V = (rng.standard_normal((heads, n_k, d_v)) * draw(sizes) + draw(offsets)).astype(dtype)
+    options = {"causal": draw(st.booleans()), "window": draw(st.sampled_from([None, None, 3, (2, 7)]))}
+    options |= {"q_offset": draw(st.integers(-4, 4)), "scale": draw(st.sampled_from([0.25, -1.0, 0.0]))}
+    options |= {"method": draw(st.sampled_from(["auto", "exact"])), "threads": draw(st.integers(1, 3))}
+    return Q, K, V, options
+
+
 @settings(max_examples=150)
 @given(data=st.data(), seed=st.integers(0, 2**32 - 1))
 def test_a_short_call_has_the_bits_of_the_usual_way(data, seed, ways):
     """The kernel is told the same of scores, whether a plan was made or not, and says so where numbers are unusual."""
     rng, draw = np.random.default_rng(seed), data.draw
-    heads, group, n, n_k = draw(st.sampled_from([1, 2, 8, 9])), draw(st.sampled_from([1, 3])), draw(SIZES), draw(SIZES)
-    d, d_v, dtype = draw(SIZES), draw(SIZES), draw(DTYPES)
-    sizes, offsets = st.sampled_from([0.1, 0.3, 1, 1, 4, 1e-30]), st.sampled_from([0, 0, 0, 0, 50])
-    Q = (rng.standard_normal((heads * group, n, d)) * draw(sizes)).astype(dtype)
-    K = (rng.standard_normal((heads, n_k, d)) * draw(sizes) + draw(offsets)).astype(dtype)
-    V = (rng.standard_normal((heads, n_k, d_v)) * draw(sizes) + draw(offsets)).astype(dtype)
-    options = {"causal": draw(st.booleans()), "window": draw(st.sampled_from([None, None, 3, (2, 7)]))}
-    options |= {"q_offset": draw(st.integers(-4, 4)), "scale": draw(st.sampled_from([0.25, -1.0, 0.0]))}
-    options |= {"method": draw(st.sampled_from(["auto", "exact"])), "threads": draw(st.integers(1, 3))}
+    Q, K, V, options = drawn(rng, draw)
     for short, usual in zip(*ways(lambda: ropecy.attention(Q, K, V, **options, return_lse=True)), strict=True):
         assert short.dtype == usual.dtype
         assert np.array_equal(short, usual)
@@ -86,16 +93,9 @@ def test_a_short_call_has_the_bits_of_the_usual_way(data, seed, ways):
 @given(data=st.data(), seed=st.integers(0, 2**32 - 1))
 def test_a_short_gradient_has_the_bits_of_the_usual_way(data, seed, ways):
     rng, draw = np.random.default_rng(seed), data.draw
-    heads, group, n, n_k = draw(st.sampled_from([1, 2, 8, 9])), draw(st.sampled_from([1, 3])), draw(SIZES), draw(SIZES)
-    d, d_v, dtype = draw(SIZES), draw(SIZES), draw(DTYPES)
-    sizes, offsets = st.sampled_from([0.1, 0.3, 1, 1, 4, 1e-30]), st.sampled_from([0, 0, 0, 0, 50])
-    Q = (rng.standard_normal((heads * group, n, d)) * draw(sizes)).astype(dtype)
-    K = (rng.standard_normal((draw(st.sampled_from([1, heads])), n_k, d)) * draw(sizes) + draw(offsets)).astype(dtype)
-    V = (rng.standard_normal((heads, n_k, d_v)) * draw(sizes) + draw(offsets)).astype(dtype)
-    dO = (rng.standard_normal((heads * group, n, d_v)) * draw(st.sampled_from([1, 1, 1, 1e-6, 1e4]))).astype(dtype)
-    options = {"causal": draw(st.booleans()), "window": draw(st.sampled_from([None, None, 3, (2, 7)]))}
-    options |= {"q_offset": draw(st.integers(-4, 4)), "scale": draw(st.sampled_from([0.25, -1.0, 0.0]))}
-    options |= {"method": draw(st.sampled_from(["auto", "exact"])), "threads": draw(st.integers(1, 3))}
+    Q, K, V, options = drawn(rng, draw, shared=True)
+    dO = rng.standard_normal((*Q.shape[:2], V.shape[2])) * draw(st.sampled_from([1, 1, 1, 1e-6, 1e4]))
+    dO = dO.astype(Q.dtype)
 
     def computed():
         O, vjp = ropecy.attention_vjp(Q, K, V, **options)
@@ -104,7 +104,7 @@ def test_a_short_gradient_has_the_bits_of_the_usual_way(data, seed, ways):
 
     (short, of_short), (usual, of_usual) = ways(computed)
     for found, wanted in zip(short, usual, strict=True):
-        assert found.dtype == dtype
+        assert found.dtype == Q.dtype
         assert np.array_equal(found, wanted)
     for found, wanted in zip(of_short, of_usual, strict=True):
         assert repr(found) == repr(wanted)

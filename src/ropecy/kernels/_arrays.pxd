@@ -12,6 +12,11 @@ cdef inline ptrdiff_t pieces(ptrdiff_t whole, ptrdiff_t part) noexcept nogil:
     return (whole + part - 1) // part
 
 
+cdef inline ptrdiff_t lines(ptrdiff_t size) noexcept nogil:
+    """So many bytes, up to the end of a cache line."""
+    return pieces(size, LINE) * LINE
+
+
 cdef inline void *pointer(array):
     """Where the data of an array is; NULL for None."""
     return NULL if array is None else cnp.PyArray_DATA(array)

@@ -8,7 +8,7 @@ import numpy as np
 
 cimport numpy as cnp
 
-from ._arrays cimport LINE, line, pieces, pointer
+from ._arrays cimport LINE, line, lines, pieces, pointer
 from ._parallel cimport parallel_for, rc_worker, team
 
 cnp.import_array()
@@ -105,7 +105,7 @@ cdef class Decoder:
         cdef ptrdiff_t bytes_of_head = 8 * (p.states * (p.d_v + 1) * p.pitch + (p.d + p.d_v + 1) * p.ring_pitch)
         length, recent = counts
         p.groups = rows.shape[2] - (v is not None)
-        x.size = (kernels.step_workspace(p) + LINE - 1) // LINE * LINE
+        x.size = lines(kernels.step_workspace(p))
         if self.workspace.size < threads * x.size + LINE:
             self.workspace = np.empty(threads * x.size + LINE, np.uint8)
         o = np.zeros((len(length), p.heads, p.groups, p.d_v))
@@ -143,7 +143,7 @@ cdef class Decoder:
         x.b.streams, x.b.folded = <const ptrdiff_t *>pointer(streams), <const ptrdiff_t *>pointer(folded)
         x.b.factors, x.b.weights = <const double *>pointer(factors), <const double *>pointer(weights)
         x.b.after = <double *const *>pointer(after)
-        x.size = (kernels.leave_workspace(&x.b) + LINE - 1) // LINE * LINE
+        x.size = lines(kernels.leave_workspace(&x.b))
         workspace = np.empty(threads * x.size + LINE, np.uint8)
         x.work = line(workspace)
         cdef double work = <double>len(streams) * p.heads * tokens * p.states * (p.d_v + 1) * p.pitch

@@ -1,6 +1,5 @@
-"""What forward and backward of exact attention share: the kernels of c/exact.h, and memory for them."""
+"""What forward and backward of exact attention share: the kernels of c/exact.h."""
 
-from ._arrays cimport LINE, pieces
 from ._halves cimport narrow_function, widen_function
 
 cdef extern from "c/exact.h" nogil:
@@ -70,8 +69,3 @@ cdef struct Halves:
 cdef const rc_exact_functions *functions_of(dtype)
 cdef Halves halves_of(dtype)
 cdef void describe(rc_exact_problem *p, q, k, v, tables)
-
-
-cdef inline ptrdiff_t lines(ptrdiff_t size) noexcept nogil:
-    """So many bytes, up to the end of a cache line."""
-    return pieces(size, LINE) * LINE

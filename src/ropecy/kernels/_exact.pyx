@@ -12,7 +12,7 @@ from libc.float cimport DBL_MAX, FLT_MAX
 from libc.math cimport INFINITY, fabs, isfinite, sqrt
 from libc.string cimport memchr
 
-from ._arrays cimport LINE, line, pieces, pointer
+from ._arrays cimport LINE, line, lines, pieces, pointer
 from ._halves cimport rc_halves_kernels, rc_halves_select
 from ._memory cimport borrowed, results, returned
 from ._parallel cimport parallel_for, rc_worker, team

@@ -10,8 +10,8 @@ import numpy as np
 cimport numpy as cnp
 from libc.string cimport memcpy, memset
 
-from ._arrays cimport LINE, line, pieces, pointer
-from ._exact cimport Halves, Pass, describe, functions_of, halves_of, lines, rc_exact_problem
+from ._arrays cimport LINE, line, lines, pieces, pointer
+from ._exact cimport Halves, Pass, describe, functions_of, halves_of, rc_exact_problem
 from ._memory cimport borrowed, results, returned
 from ._parallel cimport interrupted, parallel_for, rc_worker, team
 

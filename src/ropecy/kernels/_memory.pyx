@@ -33,6 +33,8 @@ cdef borrowed(ptrdiff_t size):
 
 cdef void returned(memory):
     cdef ptrdiff_t size = 0, arrays = 0
+    if len(memory) > MOST:
+        return
     spare[id(memory)] = memory
     for each in reversed(list(spare.values())):
         size += len(each)

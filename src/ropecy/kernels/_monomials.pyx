@@ -12,7 +12,7 @@ import numpy as np
 
 cimport numpy as cnp
 
-from ._arrays cimport LINE, line, pieces, pointer
+from ._arrays cimport LINE, line, lines, pieces, pointer
 from ._memory cimport borrowed, results, returned
 from ._parallel cimport interrupted, parallel_for, rc_worker, task_function, team
 
@@ -145,7 +145,7 @@ cdef class Scan:
         p.segments = pieces(self.chunks, p.chunks_per_segment)
         p.packed_size = self.f.packed_size(p)
         p.grad_packed_size = self.f.grad_packed_size(p) if p.grad_degree else 0
-        self.size = (self.f.workspace(p) + 2 * LINE - 1) // LINE * LINE
+        self.size = lines(self.f.workspace(p)) + LINE
         # What a segment's length does to a state; the last one ends where keys and rows do.
         self.decay = None
         if decay is not None:

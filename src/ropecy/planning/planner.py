@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from ..certificate import AccuracyWarning, BoundedEntryError, warn
 from ..engines.base import Candidate, Context, Engine, Executable, Refusal, Search
@@ -198,13 +199,13 @@ def _by_sample(context: Context, split: bool) -> Choice | None:
         search = Search(request)
     if any(refusal.hopeless for refusal in search.refusals):
         return None
-    prove = None
-    if not context.distributed:
-
-        def prove(slot: int) -> Executable:
-            return _by_proof(context.slots(slice(slot, slot + 1)), split).executable
-
+    prove = None if context.distributed else partial(_prove, context, split)
     return _answered(search, Sampled(prove).offer(context, search))
+
+
+def _prove(context: Context, split: bool, slot: int) -> Executable:
+    """What runs one of the slots with a proved error."""
+    return _by_proof(context.slots(slice(slot, slot + 1)), split).executable
 
 
 def _by_proof(context: Context, split: bool) -> Choice:

@@ -24,8 +24,8 @@ from .moment_search import MOST
 from .worst_case import SUPPORTS, certificate_of, left_by_rounding
 
 # How many rows judge a degree by their error, all slots of a call together: four tiles of the exact engine, which two
-# or four threads share evenly. Each slot has a tile at least, since its rows say nothing of another.
-_SAMPLED_ROWS, _TILE = 192, 48
+# or four threads share evenly. Each slot has a tile at least, since the rows of another say nothing of it.
+_SAMPLED_ROWS = 4 * TILE
 
 
 class Sampled(Engine):
@@ -93,7 +93,7 @@ class Sampled(Engine):
 def _sampled_rows(outline: Outline) -> int:
     """How many rows of each slot judge its polynomial."""
     slots, rows = outline.origin.alike or outline.sizes.H, math.prod(outline.sizes[1:3])
-    return min(rows, max(_SAMPLED_ROWS // slots, _TILE))
+    return min(rows, max(_SAMPLED_ROWS // slots, TILE))
 
 
 def _polynomial(degree: int, B: float, kappa: float) -> MomentPolynomial | None:

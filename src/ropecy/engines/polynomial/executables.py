@@ -379,15 +379,15 @@ class BySample(Polynomial):
         """The result where no degree suffices: by the fallback, or by what is planned for each slot."""
         if self.fallback is not None:
             return self.fallback.forward(problem, want_lse, pieces)
-        found, slots = [], range(problem.sizes.H if self.prove else 0)
+        if self.prove is None:
+            raise self._refusal
+        found = []
         try:
-            for slot in slots:
+            for slot in range(problem.sizes.H):
                 part = problem.slots(slice(slot, slot + 1))
                 found.append(self.prove(slot).forward(part, want_lse, pieces))
         except BoundedEntryError as error:
             raise self._refusal from error
-        if not found:
-            raise self._refusal
         o, certificates = np.concatenate([own.o for own in found]), [own.certificate for own in found]
         rows = np.empty(o.shape[:3])
         for into, own in zip(rows, certificates, strict=True):
@@ -397,10 +397,10 @@ class BySample(Polynomial):
 
     @property
     def _refusal(self) -> BoundedEntryError:
-        certificate = self.certificate
+        rows, allowed, B = self.certificate.n_sampled, self.allowed.min(), self.expansion.scores.bound
         return BoundedEntryError(
-            f"twice the error of {certificate.n_sampled} sampled rows is past {self.allowed.min():.3g} at all degrees "
-            f"that were tried, and no proof certifies eps for scores within B = {self.expansion.scores.bound:.4g}; "
+            f"certify='sample': twice the error of {rows} sampled rows is past {allowed:.3g} at all degrees that were "
+            f"tried, which is what rounding leaves of eps, and no proof certifies eps for scores within B = {B:.4g}; "
             "method='exact' has no bound"
         )
 
